@@ -1,0 +1,27 @@
+"""The package's exceptions: each says what was given, what is needed and what to do."""
+
+from __future__ import annotations
+
+
+class LlamaFastError(ValueError):
+    """Base of every refusal of this package; a ValueError too, so callers need not import it."""
+
+
+class CheckpointError(LlamaFastError):
+    """A folder of weights that is missing, incomplete, malformed or cannot be written."""
+
+
+class ConfigError(LlamaFastError):
+    """A model configuration that is invalid or contradicts the weights."""
+
+
+class TokenizerError(LlamaFastError):
+    """A tokenizer file that cannot be used, or text or ids that it cannot encode or decode."""
+
+
+class PromptError(LlamaFastError):
+    """A prompt or a message that the model cannot be given: empty, too long, malformed."""
+
+
+class BackendError(LlamaFastError):
+    """A backend that was asked for by name and cannot serve the call."""
