@@ -23,13 +23,43 @@ PUBLISHED = {
 
 # Meta's params.json of each (the same section).
 PARAMS = {
-    "1b": dict(dim=2048, n_layers=16, n_heads=32, ffn_dim_multiplier=1.5, multiple_of=256),
-    "3b": dict(dim=3072, n_layers=28, n_heads=24, ffn_dim_multiplier=1.0, multiple_of=256),
-    "8b": dict(dim=4096, n_layers=32, n_heads=32, ffn_dim_multiplier=1.3, multiple_of=1024),
-    "70b": dict(dim=8192, n_layers=80, n_heads=64, ffn_dim_multiplier=1.3, multiple_of=4096),
-    "405b": dict(dim=16384, n_layers=126, n_heads=128, ffn_dim_multiplier=1.2, multiple_of=4096),
+    "1b": {
+        "dim": 2048,
+        "n_layers": 16,
+        "n_heads": 32,
+        "ffn_dim_multiplier": 1.5,
+        "multiple_of": 256,
+    },
+    "3b": {
+        "dim": 3072,
+        "n_layers": 28,
+        "n_heads": 24,
+        "ffn_dim_multiplier": 1.0,
+        "multiple_of": 256,
+    },
+    "8b": {
+        "dim": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "ffn_dim_multiplier": 1.3,
+        "multiple_of": 1024,
+    },
+    "70b": {
+        "dim": 8192,
+        "n_layers": 80,
+        "n_heads": 64,
+        "ffn_dim_multiplier": 1.3,
+        "multiple_of": 4096,
+    },
+    "405b": {
+        "dim": 16384,
+        "n_layers": 126,
+        "n_heads": 128,
+        "ffn_dim_multiplier": 1.2,
+        "multiple_of": 4096,
+    },
 }
-COMMON = dict(n_kv_heads=8, vocab_size=128256, norm_eps=1e-5, rope_theta=500000.0)
+COMMON = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0}
 
 SMALL = LlamaConfig(
     dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=172, vocab_size=320
@@ -145,7 +175,7 @@ def test_to_meta_writes_metas_own_keys(name):
 def test_rope_factor_override():
     params = {**COMMON, **PARAMS["1b"], "use_scaled_rope": True}
     assert LlamaConfig.from_meta(params, rope_factor=8).rope_scaling == RopeScaling(8)
-    with pytest.raises(ConfigError, match="rope_factor=8.*use_scaled_rope"):
+    with pytest.raises(ConfigError, match=r"rope_factor=8.*use_scaled_rope"):
         LlamaConfig.from_meta({**params, "use_scaled_rope": False}, rope_factor=8)
 
 

@@ -1,0 +1,26 @@
+"""Checkpoints in Meta's and Hugging Face's formats, read and written a tensor at a time."""
+
+from __future__ import annotations
+
+from llama_fast.checkpoint.convert import convert
+from llama_fast.checkpoint.names import (
+    NAMES,
+    hf_to_meta_rows,
+    meta_to_hf_rows,
+    state_shapes,
+)
+from llama_fast.checkpoint.read import Checkpoint, Progress, open_checkpoint
+from llama_fast.checkpoint.write import write_hf, write_meta
+
+__all__ = [
+    "NAMES",
+    "Checkpoint",
+    "Progress",
+    "convert",
+    "hf_to_meta_rows",
+    "meta_to_hf_rows",
+    "open_checkpoint",
+    "state_shapes",
+    "write_hf",
+    "write_meta",
+]

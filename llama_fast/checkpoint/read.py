@@ -1,0 +1,279 @@
+"""Read a checkpoint of either format as a stream of our tensors.
+
+Memory: the tensors themselves and, for a moment, MAPPED_BYTES (or a quarter of a layer of a very
+large model) of the memory-mapped files, whose pages are let go as the copy advances.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llama_fast.checkpoint.hf import is_hf, open_hf
+from llama_fast.checkpoint.meta import is_meta, open_meta
+from llama_fast.checkpoint.names import EMBED, HEAD, Weight, state_shapes, weights
+from llama_fast.checkpoint.pieces import MAPPED_BYTES, Layout, Piece, equal_bits, row_blocks
+from llama_fast.checkpoint.stored import StoredFile
+from llama_fast.config import LlamaConfig
+from llama_fast.errors import CheckpointError
+
+Format = Literal["hf", "meta"]
+
+# Called as progress(bytes done, bytes in all, name of the tensor) after each block.
+Progress = Callable[[int, int, str], None]
+
+
+def open_checkpoint(
+    folder: str | Path, *, format: Format | None = None, rope_factor: float | None = None
+) -> Checkpoint:
+    """Open a folder in Meta's or Hugging Face's format and check it, without loading it.
+
+    `format` chooses where a folder holds both (the default is then Hugging Face's, with a
+    warning). `rope_factor` overrides the RoPE scaling factor that params.json leaves out.
+
+    Raises CheckpointError for a folder that is missing, incomplete or damaged, and ConfigError
+    for a config that is no Llama 3's; everything but the values of the weights is checked here.
+    """
+    folder = Path(folder)
+    format = _choose_format(folder, format)
+    if format == "hf" and rope_factor is not None:
+        raise CheckpointError(
+            f"{folder} is in Hugging Face's format, whose config.json gives the RoPE factor; "
+            "change it there instead of giving rope_factor"
+        )
+    layout = open_hf(folder) if format == "hf" else open_meta(folder, rope_factor=rope_factor)
+    return Checkpoint(folder, format, layout)
+
+
+def _choose_format(folder: Path, wanted: Format | None) -> Format:
+    kinds = (
+        "the folder of a model: config.json with model.safetensors (Hugging Face), or params.json "
+        "with consolidated.00.pth (Meta)"
+    )
+    if not folder.exists():
+        raise CheckpointError(f"{folder} does not exist; give {kinds}")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give {kinds}")
+    if wanted is not None:
+        if wanted not in ("hf", "meta"):
+            raise CheckpointError(f"format is {wanted!r}; it must be 'hf' or 'meta'")
+        return wanted
+    if is_hf(folder):
+        if is_meta(folder):
+            warnings.warn(
+                f"{folder} holds both formats; reading Hugging Face's (format='meta' reads the "
+                "other)",
+                stacklevel=3,
+            )
+        return "hf"
+    if is_meta(folder):
+        return "meta"
+    # Half a checkpoint: let the format that it began say what is missing.
+    names = {path.name for path in folder.iterdir()}
+    if any(name.startswith("consolidated.") for name in names) or "params.json" in names:
+        return "meta"
+    if "config.json" in names or any(name.endswith(".safetensors") for name in names):
+        return "hf"
+    inner = [path.parent for path in (*folder.glob("*/params.json"), *folder.glob("*/config.json"))]
+    hint = f"; did you mean {inner[0]}?" if inner else ""
+    raise CheckpointError(f"{folder} holds no checkpoint; give {kinds}{hint}")
+
+
+@dataclass
+class Checkpoint:
+    """A checked, not yet loaded checkpoint; see `open_checkpoint`.
+
+    `config` is the model's; for Meta's format the weights have settled `tied` and removed copies
+    of KV heads from `n_kv_heads`.
+    """
+
+    folder: Path
+    format: Format
+    _layout: Layout = field(repr=False)
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self._layout.config
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, in order."""
+        return [file.path for file in self._layout.files]
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of each of our tensors as it is stored (the widest, if its parts differ)."""
+        result: dict[str, torch.dtype] = {}
+        for ours, parts in self._by_name():
+            stored = [piece.file.dtypes[piece.key] for _, pieces in parts for piece in pieces]
+            result[ours] = reduce(torch.promote_types, stored)
+        return result
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that most of the weights are stored in."""
+        count: Counter[torch.dtype] = Counter()
+        shapes = state_shapes(self.config)
+        for ours, dtype in self.dtypes.items():
+            count[dtype] += math.prod(shapes[ours])
+        return count.most_common(1)[0][0]
+
+    def tensors(
+        self,
+        dtype: torch.dtype | None = None,
+        *,
+        check_finite: bool = True,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield (our name, tensor) in the model's order, each new memory on the CPU.
+
+        One tensor at a time exists unless the caller keeps more. `dtype` None: as stored. A tied
+        head is not yielded apart. Raises as `load_into` does.
+        """
+        dtypes, shapes = self.dtypes, state_shapes(self.config)
+        copy = _Copy(self._layout, check_finite, progress)
+        for ours, parts in self._by_name():
+            tensor = torch.empty(shapes[ours], dtype=dtype or dtypes[ours])
+            copy.fill(tensor, ours, parts)
+            yield ours, tensor
+            del tensor
+
+    def load_into(
+        self,
+        state: Mapping[str, Tensor],
+        *,
+        check_finite: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        """Fill the tensors of a state dict, on any device, converting to the dtype of each.
+
+        `state` has exactly the names and shapes of `state_shapes(self.config)`; a tied head may
+        be there too, and is filled unless it is the embedding itself.
+
+        Raises CheckpointError for a state that does not fit, for a weight that is not finite
+        (`check_finite=False` skips that), for one that does not fit the dtype asked for, and
+        where several files should hold the same and do not. The state is then partly filled.
+        """
+        self._check_state(state)
+        copy = _Copy(self._layout, check_finite, progress)
+        for ours, parts in self._by_name():
+            copy.fill(state[ours], ours, parts)
+        if self.config.tied and HEAD in state and state[HEAD].data_ptr() != state[EMBED].data_ptr():
+            with torch.no_grad():
+                state[HEAD].copy_(state[EMBED])
+
+    def _by_name(self) -> list[tuple[str, list[tuple[Weight, list[Piece]]]]]:
+        pieces = self._layout.pieces
+        return [
+            (ours, [(weight, pieces[weight]) for weight in group])
+            for ours, group in groupby(weights(self.config), key=lambda weight: weight.ours)
+        ]
+
+    def _check_state(self, state: Mapping[str, Tensor]) -> None:
+        shapes = state_shapes(self.config)
+        if self.config.tied and HEAD in state:
+            shapes[HEAD] = shapes[EMBED]
+        if shapes.keys() != state.keys():
+            wrong = sorted(shapes.keys() ^ state.keys())
+            raise CheckpointError(
+                f"the state to fill does not have the names of {self.folder}: {wrong[0]} is only "
+                f"in {'the checkpoint' if wrong[0] in shapes else 'the state'}"
+            )
+        for ours, shape in shapes.items():
+            if tuple(state[ours].shape) != shape:
+                raise CheckpointError(
+                    f"{ours} of the state to fill has shape {tuple(state[ours].shape)}; "
+                    f"{self.folder} has {shape}"
+                )
+
+
+class _Copy:
+    """Copies pieces of files into our tensors, block by block, releasing the files on the way."""
+
+    def __init__(self, layout: Layout, check_finite: bool, progress: Progress | None) -> None:
+        self._files = layout.files
+        self._check_finite = check_finite
+        self._progress = progress
+        self._head_dim = layout.config.head_dim
+        sizes = {weight: _stored_bytes(pieces) for weight, pieces in layout.pieces.items()}
+        self._total = sum(sizes.values())
+        self._done = 0
+        self._mapped = 0
+        # Mapping a file again costs milliseconds, so a model of large layers does it less often.
+        self._most_mapped = max(MAPPED_BYTES, self._total // layout.config.n_layers // 4)
+
+    @torch.no_grad()
+    def fill(self, target: Tensor, ours: str, parts: list[tuple[Weight, list[Piece]]]) -> None:
+        for weight, pieces in parts:
+            rows = target[weight.row : weight.row + weight.shape[0]]
+            for piece in pieces:
+                cut = rows.narrow(piece.dim, piece.start, piece.length)
+                self._fill_piece(cut, piece, ours)
+
+    def _fill_piece(self, target: Tensor, piece: Piece, ours: str) -> None:
+        multiple = self._head_dim if piece.permuted else 1
+        for start, stop in row_blocks(piece.file, piece.key, multiple):
+            block = piece.file.rows(piece.key, start, stop)
+            for other in piece.copies:
+                _refuse_other_copy(block, other.rows(piece.key, start, stop), piece, other)
+            rows = target[start:stop]
+            if piece.permuted:
+                # Meta's order to Hugging Face's, as `meta_to_hf_rows`, straight into place.
+                heads = (stop - start) // self._head_dim
+                rows.unflatten(0, (heads, 2, -1)).copy_(
+                    block.unflatten(0, (heads, -1, 2)).transpose(1, 2)
+                )
+            else:
+                rows.copy_(block)
+            if self._check_finite:
+                _refuse_non_finite(rows, block, piece)
+            self._advance(block.nbytes, 1 + len(piece.copies), ours)
+
+    def _advance(self, nbytes: int, files: int, ours: str) -> None:
+        self._done += nbytes
+        self._mapped += nbytes * files
+        if self._mapped >= self._most_mapped or self._done == self._total:
+            for file in self._files:
+                file.release()
+            self._mapped = 0
+        if self._progress is not None:
+            self._progress(self._done, self._total, ours)
+
+
+def _stored_bytes(pieces: list[Piece]) -> int:
+    return sum(piece.file.nbytes(piece.key) for piece in pieces)
+
+
+def _refuse_other_copy(block: Tensor, copy: Tensor, piece: Piece, other: StoredFile) -> None:
+    if copy.shape != block.shape or copy.dtype != block.dtype or not equal_bits(block, copy):
+        raise CheckpointError(
+            f"{piece.key} differs between {piece.file.path} and {other.path.name}, which must "
+            "hold the same; the shards come from different models or one is damaged"
+        )
+
+
+def _refuse_non_finite(copied: Tensor, source: Tensor, piece: Piece) -> None:
+    # A sum is not finite if any term is not, and is several times cheaper than looking at each;
+    # the exact look follows only when the sum may just have overflowed.
+    if torch.isfinite(copied.sum()) or torch.isfinite(copied).all():
+        return
+    if torch.isfinite(source).all():
+        raise CheckpointError(
+            f"{piece.file.path}: {piece.key} has values too large for "
+            f"{str(copied.dtype).removeprefix('torch.')} (up to {source.abs().max().item():.3g}); "
+            "load it as bfloat16 or float32"
+        )
+    raise CheckpointError(
+        f"{piece.file.path}: {piece.key} has values that are not finite (NaN or infinity): the "
+        "file is damaged, or the training that wrote it diverged"
+    )

@@ -1,0 +1,43 @@
+"""The ids of the special tokens that a Hugging Face config names, as far as they are known here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llama_fast.checkpoint.stored import read_json
+from llama_fast.config import LlamaConfig
+from llama_fast.special_tokens import BOS, EOM, EOS, EOT, N_SPECIALS, special_ids
+
+_LLAMA3_BASE = 128000
+
+
+def special_token_ids(config: LlamaConfig, tokenizer_files: Iterable[Path] = ()) -> dict[str, Any]:
+    """bos_token_id and eos_token_id (a list: every token that stops) for config.json.
+
+    The ordinary tokens are counted in tokenizer.model or read off tokenizer.json; without either
+    they are Llama 3's 128,000 if the vocabulary is large enough. Both are None where nothing
+    is known.
+    """
+    base = _base(config, {path.name: path for path in tokenizer_files})
+    if base is None or base + N_SPECIALS > config.vocab_size:
+        return {"bos_token_id": None, "eos_token_id": None}
+    ids = special_ids("3.0" if config.rope_scaling is None else "3.1", base)
+    return {
+        "bos_token_id": ids[BOS],
+        "eos_token_id": [ids[name] for name in (EOS, EOM, EOT) if name in ids],
+    }
+
+
+def _base(config: LlamaConfig, files: dict[str, Path]) -> int | None:
+    """How many ordinary tokens there are: the id of <|begin_of_text|>."""
+    if "tokenizer.model" in files:
+        lines = files["tokenizer.model"].read_bytes().splitlines()
+        return sum(1 for line in lines if line.strip())
+    if "tokenizer.json" in files:
+        for token in read_json(files["tokenizer.json"]).get("added_tokens", []):
+            if token.get("content") == "<|begin_of_text|>":
+                return token.get("id")
+        return None
+    return _LLAMA3_BASE if config.vocab_size >= _LLAMA3_BASE + N_SPECIALS else None
