@@ -25,3 +25,11 @@ class PromptError(LlamaFastError):
 
 class BackendError(LlamaFastError):
     """A backend that was asked for by name and cannot serve the call."""
+
+
+class ShapeError(LlamaFastError):
+    """A tensor given to an op whose shape, dtype, device or layout does not fit."""
+
+
+class FallbackWarning(UserWarning):
+    """An op ran on a slower backend than the one that was first in line; the text says why."""

@@ -1,0 +1,45 @@
+// Every CPU kernel's arguments, and the table of kernels of one instruction set.
+//
+// Pointers and sizes only: no torch, no Python. Strides count elements, never bytes. Dims are the
+// legend of docs/shapes.md.
+#pragma once
+
+#include <cstdint>
+
+namespace llama_fast {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Rows of C elements, contiguous inside, at up to three outer dims of any stride.
+struct Rows {
+  int64_t n0, n1, n2;
+  int64_t stride0, stride1, stride2;
+
+  int64_t count() const { return n0 * n1 * n2; }
+  int64_t offset(int64_t row) const {
+    const int64_t i2 = row % n2, i1 = row / n2 % n1, i0 = row / n2 / n1;
+    return i0 * stride0 + i1 * stride1 + i2 * stride2;
+  }
+};
+
+struct RmsNormArgs {
+  DType dtype;
+  const void* x;       // rows of C
+  const void* weight;  // (C,)
+  void* y;             // (N, C) contiguous
+  Rows rows;
+  int64_t C;
+  float eps;
+};
+
+struct KernelTable {
+  void (*rms_norm)(const RmsNormArgs&);
+};
+
+// Defined by table.cpp, once for each instruction set that the build has.
+namespace scalar { extern const KernelTable kernels; }
+namespace avx2 { extern const KernelTable kernels; }
+namespace avx512 { extern const KernelTable kernels; }
+namespace avx512_bf16 { extern const KernelTable kernels; }
+
+}  // namespace llama_fast

@@ -1,0 +1,35 @@
+// Splits work over torch's own threads: this module's OpenMP binds to the runtime that torch
+// loaded, so torch.set_num_threads holds here too and no second pool spins.
+#pragma once
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace llama_fast {
+namespace ISA {
+
+// Calls f(begin, end) on contiguous parts of [0, n), one a thread; a part is at least `grain`
+// items, so that work too small to share stays on the calling thread.
+template <class F> static inline void parallel_for(int64_t n, int64_t grain, F&& f) {
+  if (n <= 0) return;
+#ifdef _OPENMP
+  const int64_t parts = (n + grain - 1) / grain;
+  const int64_t threads = omp_in_parallel() ? 1 : omp_get_max_threads();
+  if (parts > 1 && threads > 1) {
+#pragma omp parallel num_threads(int(parts < threads ? parts : threads))
+    {
+      const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+      const int64_t begin = n * me / team, end = n * (me + 1) / team;
+      if (begin < end) f(begin, end);
+    }
+    return;
+  }
+#endif
+  f(0, n);
+}
+
+}  // namespace ISA
+}  // namespace llama_fast

@@ -1,0 +1,90 @@
+// Eight floats: AVX2, FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include "half.h"
+
+namespace llama_fast {
+namespace ISA {
+
+struct vf {
+  static constexpr int W = 8;
+  __m256 v;
+};
+
+static inline vf set(float x) { return {_mm256_set1_ps(x)}; }
+static inline vf zero() { return {_mm256_setzero_ps()}; }
+
+// Lanes below n set.
+static inline __m256i lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+// The first n of 8 half-words, the others zero, without reading past them.
+static inline __m128i load16(const void* p, int n) {
+  alignas(16) uint16_t buffer[8] = {};
+  std::memcpy(buffer, p, size_t(n) * 2);
+  return _mm_load_si128(reinterpret_cast<const __m128i*>(buffer));
+}
+static inline __m128i load16(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
+static inline void store16(void* p, __m128i x) { _mm_storeu_si128(static_cast<__m128i*>(p), x); }
+static inline void store16(void* p, __m128i x, int n) {
+  alignas(16) uint16_t buffer[8];
+  _mm_store_si128(reinterpret_cast<__m128i*>(buffer), x);
+  std::memcpy(p, buffer, size_t(n) * 2);
+}
+
+static inline vf widen_bf16(__m128i x) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
+}
+static inline __m128i narrow_bf16(vf x) {
+  const __m256i u = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256 nan = _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q);
+  r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(nan));
+  r = _mm256_srli_epi32(r, 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+
+static inline vf load(const float* p) { return {_mm256_loadu_ps(p)}; }
+static inline vf load(const float* p, int n) { return {_mm256_maskload_ps(p, lanes(n))}; }
+static inline vf load(const bf16* p) { return widen_bf16(load16(p)); }
+static inline vf load(const bf16* p, int n) { return widen_bf16(load16(p, n)); }
+static inline vf load(const f16* p) { return {_mm256_cvtph_ps(load16(p))}; }
+static inline vf load(const f16* p, int n) { return {_mm256_cvtph_ps(load16(p, n))}; }
+
+static inline void store(float* p, vf x) { _mm256_storeu_ps(p, x.v); }
+static inline void store(float* p, vf x, int n) { _mm256_maskstore_ps(p, lanes(n), x.v); }
+static inline void store(bf16* p, vf x) { store16(p, narrow_bf16(x)); }
+static inline void store(bf16* p, vf x, int n) { store16(p, narrow_bf16(x), n); }
+static inline void store(f16* p, vf x) { store16(p, _mm256_cvtps_ph(x.v, 0)); }
+static inline void store(f16* p, vf x, int n) { store16(p, _mm256_cvtps_ph(x.v, 0), n); }
+
+static inline vf operator+(vf a, vf b) { return {_mm256_add_ps(a.v, b.v)}; }
+static inline vf operator-(vf a, vf b) { return {_mm256_sub_ps(a.v, b.v)}; }
+static inline vf operator*(vf a, vf b) { return {_mm256_mul_ps(a.v, b.v)}; }
+static inline vf operator/(vf a, vf b) { return {_mm256_div_ps(a.v, b.v)}; }
+static inline vf fma(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+static inline vf max(vf a, vf b) { return {_mm256_max_ps(a.v, b.v)}; }
+static inline vf min(vf a, vf b) { return {_mm256_min_ps(a.v, b.v)}; }
+static inline float sum(vf a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+static inline float max_of(vf a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+static inline vf round(vf a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+static inline vf scale2(vf a, vf n) {
+  const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(e, 23)))};
+}
+
+}  // namespace ISA
+}  // namespace llama_fast

@@ -1,0 +1,40 @@
+// One float at a time: the definition of each vector operation, and every CPU's fallback.
+#pragma once
+
+#include <cmath>
+
+#include "half.h"
+
+namespace llama_fast {
+namespace ISA {
+
+struct vf {
+  static constexpr int W = 1;
+  float v;
+};
+
+static inline vf set(float x) { return {x}; }
+static inline vf zero() { return {0.f}; }
+
+template <class T> static inline vf load(const T* p) { return {to_float(*p)}; }
+template <class T> static inline vf load(const T* p, int n) { return n ? load(p) : zero(); }
+template <class T> static inline void store(T* p, vf x) { from_float(x.v, *p); }
+template <class T> static inline void store(T* p, vf x, int n) { if (n) store(p, x); }
+
+static inline vf operator+(vf a, vf b) { return {a.v + b.v}; }
+static inline vf operator-(vf a, vf b) { return {a.v - b.v}; }
+static inline vf operator*(vf a, vf b) { return {a.v * b.v}; }
+static inline vf operator/(vf a, vf b) { return {a.v / b.v}; }
+static inline vf fma(vf a, vf b, vf c) { return {a.v * b.v + c.v}; }
+static inline vf max(vf a, vf b) { return {a.v > b.v ? a.v : b.v}; }  // b where either is NaN
+static inline vf min(vf a, vf b) { return {a.v < b.v ? a.v : b.v}; }
+static inline float sum(vf a) { return a.v; }
+static inline float max_of(vf a) { return a.v; }
+static inline vf round(vf a) { return {std::nearbyintf(a.v)}; }
+// a · 2^n for integral n in [-126, 127].
+static inline vf scale2(vf a, vf n) {
+  return {a.v * float_of(uint32_t(int32_t(n.v) + 127) << 23)};
+}
+
+}  // namespace ISA
+}  // namespace llama_fast

@@ -1,0 +1,50 @@
+// The vector type `vf` of this instruction set, and what every instruction set shares.
+//
+// A kernel is one source, compiled once for each instruction set with -DISA=<namespace>. All it
+// defines must live in namespace ISA or be static: a function shared between two of them could be
+// linked from the wrong one and run an instruction that the CPU lacks.
+#pragma once
+
+#if defined(ISA_AVX512) || defined(ISA_AVX512_BF16)
+#include "avx512.h"
+#elif defined(ISA_AVX2)
+#include "avx2.h"
+#else
+#include "scalar.h"
+#endif
+
+namespace llama_fast {
+namespace ISA {
+
+// e^x. n = round(x / ln 2), x - n·ln 2 in two steps (Cody and Waite), then the Taylor polynomial of
+// degree 7 on [-ln 2 / 2, ln 2 / 2]: within 2 ulp. Clamped so that the exponent stays in range:
+// below -87.3 the result is 1.2e-38 or less, never a subnormal.
+static inline vf exp(vf x) {
+  x = min(max(x, set(-87.33654f)), set(88.37626f));
+  const vf n = round(x * set(1.44269504f));
+  vf r = fma(n, set(-0.693359375f), x);
+  r = fma(n, set(2.12194440e-4f), r);
+  vf p = set(1.f / 5040);
+  p = fma(p, r, set(1.f / 720));
+  p = fma(p, r, set(1.f / 120));
+  p = fma(p, r, set(1.f / 24));
+  p = fma(p, r, set(1.f / 6));
+  p = fma(p, r, set(0.5f));
+  p = fma(p, r, set(1.f));
+  p = fma(p, r, set(1.f));
+  return scale2(p, n);
+}
+
+// Calls f(i, width) over [0, n): whole vectors as f(i, Full), then the rest as f(i, count).
+struct Full {};
+template <class T> static inline vf load(const T* p, Full) { return load(p); }
+template <class T> static inline void store(T* p, vf x, Full) { store(p, x); }
+
+template <class F> static inline void for_each_vector(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + vf::W <= n; i += vf::W) f(i, Full{});
+  if (i < n) f(i, int(n - i));
+}
+
+}  // namespace ISA
+}  // namespace llama_fast

@@ -1,0 +1,99 @@
+"""The C++ kernels of `llama_fast._cpu`: a launcher and its limits for each op.
+
+The ops have checked shapes, dtypes and devices before a launcher runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..registry import Backend, Implementation, register_backend
+
+try:
+    from .. import _cpu
+except ImportError as error:
+    _cpu = None
+    _unavailable = [
+        f"the extension module llama_fast._cpu cannot be imported ({error}); "
+        "install the package with a C++ compiler at hand: pip install ."
+    ]
+else:
+    _unavailable = []
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def isas() -> list[str]:
+    """The instruction sets that this build and this CPU have, best first."""
+    return [] if _cpu is None else _cpu.isas()
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return _cpu.isa()
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Inside the block, the CPU kernels run in instruction set `name`, in every thread."""
+    before = _cpu.isa()
+    _cpu.set_isa(name)
+    try:
+        yield
+    finally:
+        _cpu.set_isa(before)
+
+
+def _dtype_reasons(x: torch.Tensor) -> list[str]:
+    if x.dtype in DTYPES:
+        return []
+    return [f"{x.dtype} is not one of float32, bfloat16, float16"]
+
+
+def _rows_reasons(name: str, x: torch.Tensor) -> list[str]:
+    """Why `x` is not rows of contiguous elements with at most three outer dims."""
+    reasons = _dtype_reasons(x)
+    if not x.is_contiguous():
+        if x.ndim > 4:
+            reasons.append(f"{name} has {x.ndim} dims and is not contiguous; at most 4 then")
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            reasons.append(f"{name} has stride {x.stride(-1)} in its last dim; it must be 1")
+    return reasons
+
+
+def _rows(x: torch.Tensor) -> tuple[int, ...]:
+    """The Rows of csrc/cpu/kernels.h: three outer sizes, then their strides."""
+    if x.is_contiguous():
+        C = x.shape[-1]
+        return (1, 1, x.numel() // C if C else 0, 0, 0, C)
+    padding = (1,) * (4 - x.ndim)
+    return padding + tuple(x.shape[:-1]) + padding + x.stride()[:-1]
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype)
+    _cpu.rms_norm(
+        DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), y.data_ptr(), _rows(x), x.shape[-1], eps
+    )
+    return y
+
+
+def _rms_norm_unsupported(x: torch.Tensor, weight: torch.Tensor, eps: float) -> list[str]:
+    reasons = _rows_reasons("x", x)
+    if not weight.is_contiguous():
+        reasons.append("weight is not contiguous")
+    return reasons
+
+
+register_backend(
+    Backend(
+        name="cpu",
+        unavailable=_unavailable,
+        implementations={
+            "rms_norm": Implementation(_rms_norm, _rms_norm_unsupported),
+        },
+    )
+)

@@ -1,0 +1,18 @@
+"""Random inputs for the ops' cases: seeded, never zero, of any layout."""
+
+from __future__ import annotations
+
+import torch
+
+HALF_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def randn(
+    generator: torch.Generator,
+    *shape: int,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """Normal numbers of `shape`, drawn on the CPU, so that every device gets the same."""
+    return (torch.randn(*shape, generator=generator) * scale).to(device=device, dtype=dtype)

@@ -1,0 +1,329 @@
+"""Which implementation serves a call, and why.
+
+An `Op` is declared once, in `llama_fast/ops/<stem>.py`: schema, checks, eager reference, fake,
+gradient, cost, cases. A `Backend` (one file in `llama_fast/backends/`) adds rows of
+`Implementation`s. For each call the registry walks the order of the tensor's device type and takes
+the first implementation that has no reason to refuse.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from .errors import BackendError, FallbackWarning
+
+ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
+BACKENDS = ("cpu", "cuda", "triton", "eager")
+
+_library = torch.library.Library("llama_fast", "DEF")
+
+
+class Implementation(NamedTuple):
+    """One op on one backend.
+
+    `launch` takes the op's arguments and returns its outputs. `unsupported` takes the same
+    arguments and returns sentences that say why it cannot serve them; an empty list means it can.
+    """
+
+    launch: Callable[..., Any]
+    unsupported: Callable[..., list[str]]
+
+
+@dataclass
+class Backend:
+    """A family of kernels: why it cannot run here at all (or nothing), and its rows by op name."""
+
+    name: str
+    unavailable: list[str]
+    implementations: dict[str, Implementation]
+
+
+class Cost(NamedTuple):
+    """What a call must at least move and compute: bytes to and from memory, FLOPs."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments for one test or benchmark of an op: `make(device, dtype, generator)` → args."""
+
+    name: str
+    make: Callable[..., tuple]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Request(NamedTuple):
+    """What `use_backend` asked for."""
+
+    backend: str | None = None
+    strict: bool = False
+
+
+class Decision(NamedTuple):
+    """Which backend serves a call, and for every other one in line the reasons why not."""
+
+    op: str
+    device: str
+    chosen: str
+    reasons: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} on {self.device}: {self.chosen}"]
+        for backend, reasons in self.reasons.items():
+            said = "; ".join(reasons) if reasons else "would serve this call"
+            lines.append(f"  {backend}: {'serves this call' if backend == self.chosen else said}")
+        return "\n".join(lines)
+
+
+_ANY = Request()
+
+OPS: dict[str, Op] = {}
+_backends: dict[str, Backend] = {}
+_request: ContextVar[Request] = ContextVar("llama_fast_backend", default=_ANY)
+_warned: set[tuple] = set()
+
+
+def register_backend(backend: Backend) -> None:
+    _backends[backend.name] = backend
+    for op in OPS.values():
+        op.forget_order()
+
+
+@dataclass(eq=False)
+class Op:
+    """A named operation with one definition and several interchangeable implementations.
+
+    name     `torch.ops.llama_fast.<name>`; also the stem of every file that belongs to it
+    schema   the arguments and results in torch.library's notation, without the name
+    check    raises ShapeError for arguments that no backend may be given
+    eager    the reference in plain PyTorch: specification, fallback and test oracle
+    fake     shapes and dtypes of the results, for tracing
+    save     (inputs, output) → what the gradient needs: tensors, and anything else
+    gradient (saved tensors, rest, *gradients of the outputs) → a gradient for each input or None
+    cost     arguments → Cost; cases: () → list[Case]; both absent on an op that is only the
+             backward of another
+    """
+
+    name: str
+    schema: str
+    check: Callable[..., None]
+    eager: Callable[..., Any]
+    fake: Callable[..., Any]
+    save: Callable[..., tuple] | None = None
+    gradient: Callable[..., tuple] | None = None
+    cost: Callable[..., Cost] | None = None
+    cases: Callable[[], list[Case]] | None = None
+    _orders: dict[tuple, list[tuple[str, Implementation]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        OPS[self.name] = self
+        _library.define(self.name + self.schema)
+        for key in ("CPU", "CUDA"):
+            _library.impl(self.name, self._run_dispatched, key)
+        self._torch_op = getattr(torch.ops.llama_fast, self.name).default
+        arguments = self._torch_op._schema.arguments
+        self._defaults = tuple(argument.default_value for argument in arguments)
+        torch.library.register_fake(f"llama_fast::{self.name}", self._run_fake, lib=_library)
+        if self.gradient is not None:
+            torch.library.register_autograd(
+                f"llama_fast::{self.name}",
+                self._backward,
+                setup_context=self._setup_context,
+                lib=_library,
+            )
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the op. Goes through torch's dispatcher only where that is needed: to trace, to
+        record a gradient, or for tensor subclasses; the direct call costs a tenth as much."""
+        if _interposed():
+            return self._torch_op(*args)
+        grad = torch.is_grad_enabled()
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                if grad and arg.requires_grad:
+                    return self._torch_op(*args)
+                kind = type(arg)
+                if kind is not torch.Tensor and kind is not torch.nn.Parameter:
+                    return self._torch_op(*args)
+        return self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        """Checks the arguments, chooses an implementation and launches it; no autograd."""
+        self.check(*args)
+        return self._choose(args).launch(*args)
+
+    def explain(self, *args: Any) -> Decision:
+        self.check(*args)
+        device = _device_type(args)
+        reasons = {}
+        for name in (_request.get().backend, *ORDER.get(device, ("eager",))):
+            if name is not None and name not in reasons:
+                reasons[name] = self._reasons(name, args)
+        chosen = next(name for name, why in reasons.items() if not why)
+        return Decision(self.name, device, chosen, reasons)
+
+    def forget_order(self) -> None:
+        self._orders.clear()
+
+    def _choose(self, args: tuple) -> Implementation:
+        request = _request.get()
+        key = (_device_type(args), request)
+        order = self._orders.get(key)
+        if order is None:
+            order = self._orders[key] = self._order(*key)
+        for position, (_, implementation) in enumerate(order):
+            reasons = implementation.unsupported(*args)
+            if not reasons:
+                if position:
+                    self._warn_fallback(order[:position], order[position][0], args)
+                return implementation
+        raise BackendError(
+            f"{self.name}: backend {request.backend!r} was asked for strictly and cannot serve "
+            f"this call: {'; '.join(self._reasons(request.backend, args))}. Change the arguments, "
+            "or drop strict=True to let another backend serve it."
+        )
+
+    def _order(self, device: str, request: Request) -> list[tuple[str, Implementation]]:
+        """The implementations that exist here, in the order in which they are asked."""
+        names = [] if request.strict else list(ORDER.get(device, ("eager",)))
+        if request.backend is not None:
+            names = [request.backend, *(name for name in names if name != request.backend)]
+        rows = []
+        for name in names:
+            if name == "eager":
+                rows.append((name, Implementation(self.eager, _nothing)))
+            elif name in _backends and not _backends[name].unavailable:
+                implementation = _backends[name].implementations.get(self.name)
+                if implementation is not None:
+                    rows.append((name, implementation))
+        return rows
+
+    def _reasons(self, name: str, args: tuple) -> list[str]:
+        if name == "eager":
+            return []
+        backend = _backends.get(name)
+        if backend is None:
+            return [f"no backend named {name!r} is part of this installation"]
+        if backend.unavailable:
+            return backend.unavailable
+        implementation = backend.implementations.get(self.name)
+        if implementation is None:
+            return [f"the {name} backend has no {self.name}"]
+        return implementation.unsupported(*args)
+
+    def _warn_fallback(self, passed: list, chosen: str, args: tuple) -> None:
+        for name, implementation in passed:
+            reasons = tuple(implementation.unsupported(*args))
+            if (self.name, name, reasons) not in _warned:
+                _warned.add((self.name, name, reasons))
+                warnings.warn(
+                    f"{self.name} runs on the {chosen} backend, because {name} cannot serve this "
+                    f"call: {'; '.join(reasons)}",
+                    FallbackWarning,
+                    stacklevel=4,
+                )
+
+    def _complete(self, args: tuple) -> tuple:
+        """torch's dispatcher leaves out trailing arguments that equal their defaults."""
+        return args + self._defaults[len(args) :]
+
+    def _run_dispatched(self, *args: Any) -> Any:
+        return self.run(*self._complete(args))
+
+    def _run_fake(self, *args: Any) -> Any:
+        args = self._complete(args)
+        self.check(*args)
+        return self.fake(*args)
+
+    def _setup_context(self, ctx: Any, inputs: tuple, output: Any) -> None:
+        inputs = self._complete(inputs)
+        tensors, ctx.rest = self.save(inputs, output)
+        ctx.save_for_backward(*tensors)
+        # The backward pass may run in another thread, where the request is not known.
+        ctx.request = _request.get()
+
+    def _backward(self, ctx: Any, *gradients: torch.Tensor) -> tuple:
+        token = _request.set(ctx.request)
+        try:
+            return self.gradient(ctx.saved_tensors, ctx.rest, ctx.needs_input_grad, *gradients)
+        finally:
+            _request.reset(token)
+
+
+def _nothing(*args: Any) -> list[str]:
+    return []
+
+
+def _interposed() -> bool:
+    """True while something traces or transforms calls: torch.compile, a mode, functorch."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+
+
+def _device_type(args: tuple) -> str:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if arg.is_cpu:
+                return "cpu"
+            return "cuda" if arg.is_cuda else arg.device.type
+    raise TypeError("an op was called without a tensor")
+
+
+@contextmanager
+def use_backend(name: str, *, strict: bool = False) -> Iterator[None]:
+    """Inside the block, ops ask backend `name` first (`"cpu"`, `"cuda"`, `"triton"`, `"eager"`).
+
+    With `strict=True` a call that it cannot serve raises BackendError with the reasons; otherwise
+    the device's usual order follows. Holds for this thread (or task) and for the gradients of what
+    it computes.
+    """
+    if name not in BACKENDS:
+        raise BackendError(f"no backend is named {name!r}; there are {', '.join(BACKENDS)}")
+    token = _request.set(Request(name, strict))
+    try:
+        yield
+    finally:
+        _request.reset(token)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
+    """Says which backend would serve `op(*args)` now, and why each other one does not.
+
+    `print(llama_fast.explain("attention", q, k, v))` shows it; the result's fields are `chosen` and
+    `reasons` (backend → list of sentences).
+    """
+    if op not in OPS:
+        raise BackendError(f"no op is named {op!r}; there are {', '.join(sorted(OPS))}")
+    return OPS[op].explain(*_positional(OPS[op], args, kwargs))
+
+
+def _positional(op: Op, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """The op's arguments in schema order, with its defaults."""
+    schema = op._torch_op._schema.arguments
+    names = {argument.name for argument in schema}
+    if unknown := set(kwargs) - names:
+        raise TypeError(f"{op.name} has no argument {', '.join(sorted(unknown))}")
+    values = list(args)
+    for argument in schema[len(args) :]:
+        if argument.name in kwargs:
+            values.append(kwargs[argument.name])
+        elif argument.has_default_value():
+            values.append(argument.default_value)
+        else:
+            raise TypeError(f"{op.name} needs the argument {argument.name!r}")
+    return tuple(values)

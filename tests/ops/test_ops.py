@@ -1,0 +1,92 @@
+"""Every op on every backend of this machine, on every case: right, and nothing else touched."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from llama_fast.backends import cpu
+from llama_fast.registry import OPS, use_backend
+
+from .oracle import as_tuple, assert_accurate, copies, references, run_poisoned, to_float64
+
+FORWARD = {name: op for name, op in OPS.items() if op.cases is not None}
+BACKENDS = ["eager", *(f"cpu-{isa}" for isa in cpu.isas())]
+
+
+CASES = [
+    pytest.param(op, case, dtype, id=f"{name}-{case}-{str(dtype)[6:]}")
+    for name, op in FORWARD.items()
+    for case in op.cases()
+    for dtype in case.dtypes
+]
+
+
+def arguments(case, dtype):
+    return case.make(torch.Generator().manual_seed(0), dtype, "cpu")
+
+
+def on(backend: str) -> ExitStack:
+    stack = ExitStack()
+    name, _, isa = backend.partition("-")
+    if isa:
+        stack.enter_context(cpu.use_isa(isa))
+    stack.enter_context(use_backend(name, strict=True))
+    return stack
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "case", "dtype"), CASES)
+def test_forward(op, case, dtype, backend):
+    args = arguments(case, dtype)
+    eager, exact = references(op, args)
+    with on(backend):
+        if (reasons := op.explain(*args).reasons[backend.partition("-")[0]]) and backend != "eager":
+            pytest.skip(f"the backend says: {'; '.join(reasons)}")
+        actual = run_poisoned(op, args)
+    assert_accurate(actual, eager, exact, f"{op.name} {case}")
+
+
+@pytest.mark.parametrize(("op", "case", "dtype"), CASES)
+def test_gradient(op, case, dtype):
+    if op.gradient is None:
+        pytest.skip(f"{op.name} writes a cache and has no gradient")
+    args = arguments(case, dtype)
+    generator = torch.Generator().manual_seed(1)
+    outputs = as_tuple(op.eager(*copies(args)))
+    grads = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+
+    def gradients(function, args, grads):
+        leaves = [
+            a.detach().requires_grad_()
+            if isinstance(a, torch.Tensor) and a.is_floating_point()
+            else a
+            for a in copies(args)
+        ]
+        wanted = [a for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad]
+        results = as_tuple(function(*leaves))
+        found = torch.autograd.grad(results, wanted, grads, allow_unused=True)
+        return [
+            g if g is not None else torch.zeros_like(w) for g, w in zip(found, wanted, strict=True)
+        ]
+
+    exact = gradients(op.eager, to_float64(args), [g.double() for g in grads])
+    eager = gradients(op.eager, args, grads)
+    assert_accurate(gradients(op, args, grads), eager, exact, f"{op.name} gradient {case}")
+    if dtype == torch.float32:  # the formula itself, where rounding hides nothing
+        with use_backend("eager"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            formula = gradients(op, to_float64(args), [g.double() for g in grads])
+        for f, e in zip(formula, exact, strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_cost_counts_at_least_the_tensors(name):
+    op = FORWARD[name]
+    args = arguments(op.cases()[0], torch.bfloat16)
+    cost = op.cost(*args)
+    assert cost.bytes > 0 and cost.flops > 0

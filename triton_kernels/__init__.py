@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op: `llama_fast.triton_kernels`."""
