@@ -1,0 +1,124 @@
+"""Trains a byte-level BPE vocabulary in which a token's rank is its id, for the Llama 3 pattern.
+
+The text is split into pieces by the tokenizer's pattern and each distinct piece is kept once, with
+its count. Then, token by token, the most frequent pair of neighbours becomes a new token. Counts
+are kept by the bytes that a pair would make, not by the pair, because an encoder that knows only
+ranks merges every pair that makes a known token: so the trainer's own segmentation of each piece
+is, at every step, the one that the encoder will produce from the ranks.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+
+from llama_fast.errors import TokenizerError
+from llama_fast.tokenizer import PIECES
+from llama_fast.tokenizer_files import BYTE_ORDER
+
+
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[bytes]:
+    """The `vocab_size` tokens in rank order: 256 single bytes, then merges, most frequent first.
+
+    vocab_size counts ranks only; the 256 special tokens come on top. progress(done, total) is
+    called after each merge. The result depends on nothing but the multiset of pieces; of equally
+    frequent pairs, the one whose bytes sort first is taken. A pair must occur at least twice.
+
+    Raises TokenizerError for a vocab_size below 256 and for a text too small to fill it.
+    """
+    return _Trainer(texts).train(vocab_size, progress)
+
+
+class _Trainer:
+    """pieces: distinct pieces as bytes; counts[w]; parts[w]: the tokens of piece w at this step."""
+
+    def __init__(self, texts: Iterable[str]):
+        if isinstance(texts, str):
+            raise TokenizerError("train_bpe takes several texts, not one str; give [text]")
+        found = Counter(piece for text in texts for piece in PIECES.findall(text))
+        self.pieces = [piece.encode() for piece in found]
+        self.counts = list(found.values())
+        self.index = {piece: w for w, piece in enumerate(self.pieces)}
+        self.parts = [[bytes([b]) for b in piece] for piece in self.pieces]
+        self.tokens = [bytes([b]) for b in BYTE_ORDER]
+        self.ranks = {token: rank for rank, token in enumerate(self.tokens)}
+        self.pairs: Counter[bytes] = Counter()  # bytes a pair would make -> occurrences
+        self.where: defaultdict[bytes, set[int]] = defaultdict(set)  # -> pieces, some outdated
+        for w, parts in enumerate(self.parts):
+            for a, b in itertools.pairwise(parts):
+                self.pairs[a + b] += self.counts[w]
+                self.where[a + b].add(w)
+        # Entries (-occurrences, bytes) may be outdated; an entry counts when it agrees with pairs.
+        self.heap = [(-n, made) for made, n in self.pairs.items()]
+        heapq.heapify(self.heap)
+
+    def train(self, vocab_size: int, progress: Callable[[int, int], None] | None) -> list[bytes]:
+        first = len(self.tokens)
+        if vocab_size < first:
+            raise TokenizerError(f"vocab_size={vocab_size} cannot hold the {first} single bytes")
+        while len(self.tokens) < vocab_size:
+            token = self._most_frequent()
+            if token is None:
+                raise TokenizerError(
+                    f"the text gives {len(self.tokens)} tokens, not {vocab_size}: give more text "
+                    "or a smaller vocab_size"
+                )
+            self._add(token)
+            if progress is not None:
+                progress(len(self.tokens) - first, vocab_size - first)
+        return self.tokens
+
+    def _most_frequent(self) -> bytes | None:
+        while self.heap:
+            count, made = heapq.heappop(self.heap)
+            if -count == self.pairs[made] >= 2:
+                return made
+        return None
+
+    def _add(self, token: bytes) -> None:
+        self.ranks[token] = len(self.tokens)
+        self.tokens.append(token)
+        changed: set[bytes] = set()
+        for w in self.where.pop(token):
+            self._merge(w, changed)
+        if token in self.index:  # a piece that is a token is emitted whole, however it would merge
+            self._replace(self.index[token], 0, len(self.parts[self.index[token]]), changed)
+        for made in changed:
+            if self.pairs[made] >= 2:
+                heapq.heappush(self.heap, (-self.pairs[made], made))
+
+    def _merge(self, w: int, changed: set[bytes]) -> None:
+        """Merges in piece w, as an encoder does, whatever neighbours make a token.
+
+        Until now none did, so what does is the newest token; only a merge can bring together a pair
+        that makes an older one, which then goes first: it has the lower rank.
+        """
+        parts, ranks, at = self.parts[w], self.ranks, 0
+        while at + 1 < len(parts):
+            if parts[at] + parts[at + 1] not in ranks:
+                at += 1
+                continue
+            self._replace(w, at, at + 2, changed)
+            if at and parts[at - 1] + parts[at] in ranks:
+                right = parts[at] + parts[at + 1] if at + 1 < len(parts) else b""
+                if ranks[parts[at - 1] + parts[at]] <= ranks.get(right, len(ranks)):
+                    at -= 1
+
+    def _replace(self, w: int, start: int, stop: int, changed: set[bytes]) -> None:
+        """Makes one part of parts start ... stop - 1 of piece w, and keeps the counts of pairs."""
+        parts, count = self.parts[w], self.counts[w]
+        for a, b in itertools.pairwise(parts[max(start - 1, 0) : stop + 1]):
+            self.pairs[a + b] -= count
+            changed.add(a + b)
+        parts[start:stop] = [b"".join(parts[start:stop])]
+        for a, b in itertools.pairwise(parts[max(start - 1, 0) : start + 2]):
+            self.pairs[a + b] += count
+            self.where[a + b].add(w)
+            changed.add(a + b)
