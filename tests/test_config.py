@@ -22,42 +22,13 @@ PUBLISHED = {
 }
 
 # Meta's params.json of each (the same section).
+_KEYS = ("dim", "n_layers", "n_heads", "ffn_dim_multiplier", "multiple_of")
 PARAMS = {
-    "1b": {
-        "dim": 2048,
-        "n_layers": 16,
-        "n_heads": 32,
-        "ffn_dim_multiplier": 1.5,
-        "multiple_of": 256,
-    },
-    "3b": {
-        "dim": 3072,
-        "n_layers": 28,
-        "n_heads": 24,
-        "ffn_dim_multiplier": 1.0,
-        "multiple_of": 256,
-    },
-    "8b": {
-        "dim": 4096,
-        "n_layers": 32,
-        "n_heads": 32,
-        "ffn_dim_multiplier": 1.3,
-        "multiple_of": 1024,
-    },
-    "70b": {
-        "dim": 8192,
-        "n_layers": 80,
-        "n_heads": 64,
-        "ffn_dim_multiplier": 1.3,
-        "multiple_of": 4096,
-    },
-    "405b": {
-        "dim": 16384,
-        "n_layers": 126,
-        "n_heads": 128,
-        "ffn_dim_multiplier": 1.2,
-        "multiple_of": 4096,
-    },
+    "1b": dict(zip(_KEYS, (2048, 16, 32, 1.5, 256), strict=True)),
+    "3b": dict(zip(_KEYS, (3072, 28, 24, 1.0, 256), strict=True)),
+    "8b": dict(zip(_KEYS, (4096, 32, 32, 1.3, 1024), strict=True)),
+    "70b": dict(zip(_KEYS, (8192, 80, 64, 1.3, 4096), strict=True)),
+    "405b": dict(zip(_KEYS, (16384, 126, 128, 1.2, 4096), strict=True)),
 }
 COMMON = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0}
 

@@ -52,7 +52,8 @@ def row_blocks(file: StoredFile, key: str, multiple: int = 1) -> Iterator[tuple[
 
 def equal_bits(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors of one dtype hold the same bits (a NaN equals itself)."""
-    return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+    integer = {2: torch.int16, 4: torch.int32}.get(left.dtype.itemsize, torch.uint8)
+    return torch.equal(left.view(integer), right.view(integer))
 
 
 def same_matrix(left: tuple[StoredFile, str], right: tuple[StoredFile, str]) -> bool:
