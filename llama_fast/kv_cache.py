@@ -1,0 +1,100 @@
+"""The keys and values of past tokens, with a position of its own for each row of the batch.
+
+Prompts of different lengths batch in one prefill by padding on the left: a row whose prompt is n
+tokens shorter than the longest starts at length -n, so its padding falls on negative positions,
+which are neither stored nor seen, and its first real token has position 0. No slot is wasted and
+no token is fed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .config import LlamaConfig
+from .errors import PromptError, ShapeError
+
+
+class KVCache:
+    """Rotated keys and values of every layer, for B sequences of at most `max_seq_len` tokens.
+
+    lengths  (B,) int64 on the device: tokens held by each row; negative while padding is due
+    used     the largest length; lengths are known on the host too, so no call asks the device
+
+    Takes 2 · layers · B · K · max_seq_len · D elements, stored (layers, B, K, S, D): what one head
+    reads is contiguous.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch: int,
+        max_seq_len: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        if not 0 < max_seq_len <= config.max_seq_len:
+            raise PromptError(
+                f"a cache for {max_seq_len} tokens was asked for; this model's context is "
+                f"1 to {config.max_seq_len} tokens"
+            )
+        if batch < 1:
+            raise ShapeError(f"a cache for a batch of {batch} was asked for; it must be at least 1")
+        shape = (config.n_layers, batch, config.n_kv_heads, max_seq_len, config.head_dim)
+        # Left uninitialised: only slots below a row's length are ever read.
+        self._k = torch.empty(shape, device=device, dtype=dtype)
+        self._v = torch.empty(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch, device=device, dtype=torch.int64)
+        self._lengths = [0] * batch
+
+    @property
+    def used(self) -> int:
+        return max(self._lengths)
+
+    @property
+    def batch(self) -> int:
+        return self._k.shape[1]
+
+    @property
+    def max_seq_len(self) -> int:
+        return self._k.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        return self._k.nbytes + self._v.nbytes
+
+    def reset(self, padding: Sequence[int] | None = None) -> None:
+        """Forgets everything; row b then expects `padding[b]` tokens of padding first."""
+        padding = [0] * self.batch if padding is None else list(padding)
+        if len(padding) != self.batch or min(padding) < 0:
+            raise ShapeError(
+                f"padding is {padding}; it must be one count ≥ 0 for each of the {self.batch} rows"
+            )
+        self._set_lengths([-count for count in padding])
+
+    def restart(self, row: int) -> None:
+        """Empties one row, while the others go on: one that ended takes no more room."""
+        self._set_lengths([*self._lengths[:row], 0, *self._lengths[row + 1 :]])
+
+    def advance(self, T: int) -> torch.Tensor:
+        """Makes room for T more tokens in every row; returns the lengths after them."""
+        if self.used + T > self.max_seq_len:
+            raise PromptError(
+                f"the cache holds {self.max_seq_len} tokens a row; {self.used} are taken and "
+                f"{T} more were given. Make it larger, or shorten the prompt"
+            )
+        self.lengths += T
+        self._lengths = [length + T for length in self._lengths]
+        return self.lengths
+
+    def _set_lengths(self, lengths: list[int]) -> None:
+        self._lengths = lengths
+        self.lengths.copy_(torch.tensor(lengths))
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer, (B,S,K,D) views of the slots in use."""
+        used = max(self.used, 0)
+        k, v = self._k[index, :, :, :used], self._v[index, :, :, :used]
+        return k.transpose(1, 2), v.transpose(1, 2)

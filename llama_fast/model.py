@@ -1,0 +1,205 @@
+"""Llama 3: embedding, blocks of attention and SwiGLU with RMSNorm before each, and a linear head.
+
+Grattafiori et al., "The Llama 3 Herd of Models" (2024). Every hot operation is an op of the table;
+this file only says in which order they come.
+
+Legend of dims: B batch, T query tokens, C model dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, ops
+from .config import LlamaConfig
+from .errors import ConfigError, ShapeError
+from .kv_cache import KVCache
+from .nn import MLP, Attention, LayerCache, Linear, RMSNorm, RotaryEmbedding
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    The sum of a residual and the norm that follows it are one kernel, so a block takes the last
+    block's update still apart from the residual stream, and hands its own on in the same way.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
+        self.attention = Attention(config, device, dtype)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
+        self.mlp = MLP(config, device, dtype)
+
+    def forward(
+        self,
+        update: Tensor | None,  # (B,T,C)
+        x: Tensor,  # (B,T,C), the residual stream
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache | None,
+    ) -> tuple[Tensor, Tensor]:
+        if update is None:
+            h = self.attention_norm(x)
+        else:
+            h, x = self.attention_norm(update, x)
+        update = self.attention(h, cos, sin, cache)
+        h, x = self.mlp_norm(update, x)
+        return self.mlp(h), x
+
+
+class Llama(nn.Module):
+    """A Llama 3 text model of any size.
+
+    `model(tokens, cache=None, last_only=False)` → logits. With a `KVCache` the tokens are appended
+    to it and no gradient is recorded; without one they are whole sequences.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(Block(config, device, dtype) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
+        self.head = Linear(config.dim, config.vocab_size, device, dtype)
+        self.tie()
+        self.rope = RotaryEmbedding(config, device)
+        if not self.embed.weight.is_meta:
+            self.reset_parameters()
+
+    def tie(self) -> None:
+        """Makes the head the embedding itself, where the model says so."""
+        if self.config.tied:
+            self.head.weight = self.embed.weight
+
+    def reset_parameters(self) -> None:
+        """Weights for training from nothing: normal, 0.02 wide, the projections that add to the
+        residual stream narrower by the square root of how many there are."""
+        residual = 0.02 / (2 * self.config.n_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            else:
+                adds_to_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
+                nn.init.normal_(parameter, std=residual if adds_to_residual else 0.02)
+
+    def hidden(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """The final hidden states: tokens (B,T) int64 → (B,T,C), after the last norm."""
+        if tokens.ndim != 2 or tokens.dtype != torch.int64:
+            raise ShapeError(
+                f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}; they must be int64 (B,T)"
+            )
+        if cache is None:
+            return self._hidden(tokens, None)
+        with torch.no_grad():
+            return self._hidden(tokens, cache)
+
+    def _hidden(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        T = tokens.shape[1]
+        if cache is None:
+            if T > self.config.max_seq_len:
+                raise ShapeError(
+                    f"{T} tokens were given; this model's context is {self.config.max_seq_len}"
+                )
+            cos, sin = self.rope(T)
+        else:
+            lengths = cache.advance(T)
+            cos, sin = self.rope(self.config.max_seq_len)
+        x, update = self.embed(tokens), None
+        for index, block in enumerate(self.layers):
+            layer_cache = None if cache is None else (*cache.layer(index), lengths)
+            update, x = block(update, x, cos, sin, layer_cache)
+        return self.norm(update, x)[0]
+
+    def forward(
+        self, tokens: Tensor, *, cache: KVCache | None = None, last_only: bool = False
+    ) -> Tensor:
+        """tokens (B,T) int64 → logits (B,T,V) float32, or (B,1,V) of the last token alone."""
+        h = self.hidden(tokens, cache=cache)
+        if last_only:
+            h = h[:, -1:]
+        return self.head(h).float()
+
+    def loss(self, tokens: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
+        """Mean cross entropy of `targets` (B,T) int64, the logits never stored whole."""
+        h = self.hidden(tokens)
+        return ops.linear_cross_entropy(h, self.head.weight, targets, ignore_index=ignore_index)
+
+    def new_cache(self, batch: int, max_seq_len: int) -> KVCache:
+        """An empty cache of this model's device and dtype."""
+        weight = self.embed.weight
+        return KVCache(self.config, batch, max_seq_len, device=weight.device, dtype=weight.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype | None = None,
+        quantize: str | None = None,
+        max_seq_len: int | None = None,
+        progress: checkpoint.Progress | None = None,
+    ) -> Llama:
+        """Loads a folder of Meta's (`params.json`) or Hugging Face's (`config.json`) format.
+
+        device       "auto": the GPU when there is one, else the CPU
+        dtype        of the weights; None keeps the file's
+        quantize     None; no quantised form exists yet
+        max_seq_len  a shorter context than the model's own: smaller tables and caches
+        progress     called as progress(bytes done, bytes in all, name) while the weights stream in
+
+        Weights are streamed: the peak of memory is the model and a few blocks of one weight.
+        Raises CheckpointError or ConfigError, naming the file and the remedy.
+        """
+        if quantize is not None:
+            raise ConfigError(f"quantize={quantize!r} is not available; give dtype or leave it out")
+        source = checkpoint.open_checkpoint(path)
+        config = source.config
+        if max_seq_len is not None:
+            if max_seq_len > config.max_seq_len:
+                raise ConfigError(
+                    f"max_seq_len={max_seq_len} was asked for; this model's context is "
+                    f"{config.max_seq_len} tokens"
+                )
+            config = dataclasses.replace(config, max_seq_len=max_seq_len)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = cls(config, device="meta", dtype=dtype or source.dtype).to_empty(device=device)
+        model.tie()
+        source.load_into(model.state_dict(), progress=progress)
+        return model.eval()
+
+    def save_pretrained(self, path: str | Path, format: str = "hf") -> None:
+        """Writes the model as a new folder in Hugging Face's ("hf") or Meta's ("meta") format.
+
+        Raises CheckpointError when the folder exists or cannot be written; nothing half-written
+        is left behind.
+        """
+        if format not in ("hf", "meta"):
+            raise ConfigError(f'format is {format!r}; it must be "hf" or "meta"')
+        write = checkpoint.write_hf if format == "hf" else checkpoint.write_meta
+        write(path, self.config, self.state_dict())
