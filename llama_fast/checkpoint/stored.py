@@ -114,7 +114,7 @@ class PthFile(StoredFile):
                 f"{self.path} holds more than plain weights and was refused; nothing in it was "
                 f"executed. Save a plain dict of tensors. ({_first_sentence(error)})"
             ) from None
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged pickle fails in any way that Python can
             raise CheckpointError(
                 f"{self.path} is truncated or damaged ({_first_sentence(error)}); "
                 "copy or download it again"

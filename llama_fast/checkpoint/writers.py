@@ -31,7 +31,7 @@ _ALIGNMENT = 64
 
 def _raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order, shared where it is contiguous on the CPU."""
-    return memoryview(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 class SafetensorsWriter:

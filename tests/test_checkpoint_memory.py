@@ -1,0 +1,86 @@
+"""Loading and converting hold the tensors asked for and little besides."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_fast.checkpoint import state_shapes, write_hf, write_meta
+from llama_fast.config import LlamaConfig
+
+CONFIG = LlamaConfig(
+    dim=1024, n_layers=4, n_heads=16, n_kv_heads=4, head_dim=64, hidden_dim=4096, vocab_size=32000
+)
+WEIGHTS = CONFIG.n_params * 2  # 252 MB in bfloat16
+LARGEST = CONFIG.vocab_size * CONFIG.dim * 2
+# Mapped pages between two releases (64 MiB), a block, and what torch allocates for itself.
+SLACK = 110e6
+
+_HIGH_WATER = """
+import sys
+from pathlib import Path
+import torch
+from llama_fast.checkpoint import convert, open_checkpoint, state_shapes
+
+def high_water():  # bytes; VmHWM, because ru_maxrss is inherited from the parent process
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+torch.zeros(2**20, dtype=torch.bfloat16).add(1).sum()  # torch's own threads and buffers
+before = high_water()
+source, target = sys.argv[1:]
+if target == "memory":
+    checkpoint = open_checkpoint(source)
+    shapes = state_shapes(checkpoint.config)
+    state = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    checkpoint.load_into(state)
+else:
+    convert(source, target, "hf" if "meta" in source else "meta")
+print(high_water() - before)
+"""
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs Linux's /proc to see the peak of memory"
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same weights as one safetensors, as several, as one .pth and as two."""
+    folder = tmp_path_factory.mktemp("memory")
+    value = {name: 2.0 if name == "head.weight" else 1.0 for name in state_shapes(CONFIG)}
+    state = {
+        name: torch.tensor(value[name], dtype=torch.bfloat16).expand(shape)
+        for name, shape in state_shapes(CONFIG).items()
+    }
+    write_hf(folder / "hf", CONFIG, state)
+    write_hf(folder / "hf-shards", CONFIG, state, max_shard_bytes=100_000_000)
+    write_meta(folder / "meta", CONFIG, state)
+    write_meta(folder / "meta-2", CONFIG, state, n_files=2)
+    return folder
+
+
+def _peak(source: Path, target: str | Path) -> int:
+    command = [sys.executable, "-c", _HIGH_WATER, str(source), str(target)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert result.returncode == 0, result.stderr
+    print(int(result.stdout) / 1e6)
+    return int(result.stdout)
+
+
+@needs_proc
+@pytest.mark.parametrize("name", ["hf", "hf-shards", "meta", "meta-2"])
+def test_peak_of_loading(folders, name):
+    peak = _peak(folders / name, "memory")
+    assert WEIGHTS < peak < WEIGHTS + SLACK
+
+
+@needs_proc
+@pytest.mark.parametrize("name", ["hf", "meta"])
+def test_peak_of_converting(folders, name, tmp_path):
+    peak = _peak(folders / name, tmp_path / "out")
+    assert LARGEST < peak < LARGEST + SLACK
