@@ -212,7 +212,7 @@ class Tokenizer:
             else:
                 for piece in _slices(part):
                     ids += self._bpe.encode_ordinary(piece)
-        return ids + [self.eos_id] if eos else ids
+        return [*ids, self.eos_id] if eos else ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises as decode_bytes."""

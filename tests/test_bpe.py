@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
@@ -18,7 +19,7 @@ TEXT = """the cat sat on the mat and the other cat sat there; banana, bananas, b
 你好，世界。你好，朋友。世界很大，朋友很多。 aaaa aaaaa aaaaaaa abababab\n\n\n"""
 # Characters that this Python knows: newer ones are letters to one regex library and not to another.
 CHARACTERS = st.characters(exclude_categories=["Cs", "Cn"])
-# Repetitive words are what makes one token in several ways.
+# Repetitive words overlap with themselves, where the order of merging matters.
 TEXTS = st.one_of(
     st.lists(st.text("ab", max_size=14)).map(" ".join),
     st.lists(st.text("abc", max_size=20)).map(" ".join),
@@ -34,7 +35,7 @@ def plain_train(text: str, vocab_size: int) -> list[bytes]:
         tokenizer, pairs = Tokenizer(tokens), Counter()
         for piece, count in pieces.items():
             parts = [tokens[i] for i in tokenizer.encode(piece)]
-            for a, b in zip(parts, parts[1:], strict=False):
+            for a, b in itertools.pairwise(parts):
                 pairs[a + b] += count
         best = min(pairs, key=lambda made: (-pairs[made], made), default=b"")
         if pairs[best] < 2:

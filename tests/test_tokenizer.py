@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from llama_fast import tokenizer as tokenizer_module
 from llama_fast.errors import TokenizerError
 from llama_fast.special_tokens import special_ids
-from llama_fast.tokenizer import StreamDecoder, Tokenizer
+from llama_fast.tokenizer import PIECES, StreamDecoder, Tokenizer
 from llama_fast.tokenizer_files import BYTE_ORDER, BYTE_TO_CHAR, PATTERN
 from llama_fast.train.bpe import train_bpe
 
@@ -209,23 +209,29 @@ def hf(small_json):
 CHARACTERS = st.characters(exclude_categories=["Cs", "Cn"])
 FRAGMENTS = st.sampled_from(
     [
-        "the",
-        " quick",
-        "狐狸",
-        "，",
-        "。",
-        "😀",
-        "👩\u200d👩\u200d👧",
-        "é",
-        "e\u0301",
-        "٣٤٥",
-        "12345",
+        *[
+            "the",
+            " quick",
+            "狐狸",
+            "😀",
+            "👩\u200d👩\u200d👧",
+            "é",
+            "e\u0301",
+            "，",
+            "。",
+            "_",
+            "12345",
+            "٣",
+        ],
+        *["'s", "'LL", "'ſ", "!!", "...\n", "<|eot_id|>", "\n", "\r\n", "\t", "  ", "\u3000"],
     ]
-    + ["'s", "'LL", "'ſ", "!!", "...\n", "<|eot_id|>", "\n", "\r\n", " ", "  ", "\t", "\u3000", "_"]
 )
 MIXED = st.lists(st.one_of(FRAGMENTS, st.text(CHARACTERS, max_size=3))).map("".join)
 TEXTS = st.one_of(st.text(CHARACTERS), MIXED)
-WORDS = st.sampled_from("a the 'll 狐狸 。 ; 12 1234 \n \r\n ！\n 😀 é _x".split(" "))
+WORDS = st.tuples(
+    st.sampled_from(["a", "the", "狐狸", "12", "1234", "_x", "é"]),
+    st.sampled_from([" ", "，", " \n \n", "\n  ", "! ", "。\r\n", "  \t ", " '"]),
+).map("".join)
 
 
 @settings(max_examples=400, deadline=None)
@@ -367,16 +373,15 @@ def test_slices_respect_both_limits(text):
 
 @settings(max_examples=300, deadline=None)
 @given(words=st.lists(WORDS))
-def test_cuts_at_sure_places_change_nothing(small, words):
-    """Every word and its space fit into a slice, so none is ever cut inside."""
-    text = " ".join(words)
-    expected = small.encode(text)
+def test_cuts_at_sure_places_change_nothing(words):
+    """A word's end is such a place, and every word with what follows it fits into the limits."""
+    text = "".join(words)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_module, "MAX_SLICE", 24)
+        patch.setattr(tokenizer_module, "MAX_SLICE", 20)
         patch.setattr(tokenizer_module, "MAX_RUN", 12)
         slices = list(tokenizer_module._slices(text))
-        assert small.encode(text) == expected
-    assert len(slices) > 1 or len(text) <= 24
+    assert len(slices) > 1 or len(text) <= 20
+    assert [p for part in slices for p in PIECES.findall(part)] == PIECES.findall(text)
 
 
 # --- Decoding.
@@ -538,7 +543,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
     for path in (tmp_path, tmp_path / "absent.model"):
         with pytest.raises(TokenizerError, match="cannot be read"):
             Tokenizer.from_file(path)
-    with pytest.raises(TokenizerError, match="3.2"):
+    with pytest.raises(TokenizerError, match=r"'3\.2' is unknown"):
         Tokenizer(BYTES, specials="3.2")
     with pytest.raises(TokenizerError, match="are equal"):
         Tokenizer([*BYTES, b"a"])
@@ -575,8 +580,8 @@ def test_params_json_says_which_specials(tmp_path, small_tokens, params, table):
 def test_params_json_that_contradicts(tmp_path, small_tokens):
     (tmp_path / "tokenizer.model").write_bytes(rank_lines(small_tokens[:400]))
     (tmp_path / "params.json").write_text('{"vocab_size": 756}')
-    with pytest.raises(TokenizerError, match="656 tokens.*756.*cut off"):
+    with pytest.raises(TokenizerError, match=r"656 tokens.*756.*cut off"):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "params.json").write_text("{")
-    with pytest.raises(TokenizerError, match="params.json: invalid JSON"):
+    with pytest.raises(TokenizerError, match=r"params\.json: invalid JSON"):
         Tokenizer.from_pretrained(tmp_path)

@@ -1,10 +1,13 @@
 """Trains a byte-level BPE vocabulary in which a token's rank is its id, for the Llama 3 pattern.
 
 The text is split into pieces by the tokenizer's pattern and each distinct piece is kept once, with
-its count. Then, token by token, the most frequent pair of neighbours becomes a new token. Counts
-are kept by the bytes that a pair would make, not by the pair, because an encoder that knows only
-ranks merges every pair that makes a known token: so the trainer's own segmentation of each piece
-is, at every step, the one that the encoder will produce from the ranks.
+its count. Then, token by token, the most frequent pair of neighbours becomes a new token, merged
+from left to right in every piece that holds it. Counts are kept up to date, not taken anew.
+
+An encoder that knows only ranks merges any two neighbours whose bytes are a token. It arrives at
+the trainer's own segmentation, because the bytes of a token are never split in two ways: between
+two borders that no merge has crossed, merging went as it goes on those bytes alone. So a pair of
+neighbours is identified by the bytes it makes.
 """
 
 from __future__ import annotations
@@ -45,10 +48,8 @@ class _Trainer:
         found = Counter(piece for text in texts for piece in PIECES.findall(text))
         self.pieces = [piece.encode() for piece in found]
         self.counts = list(found.values())
-        self.index = {piece: w for w, piece in enumerate(self.pieces)}
         self.parts = [[bytes([b]) for b in piece] for piece in self.pieces]
         self.tokens = [bytes([b]) for b in BYTE_ORDER]
-        self.ranks = {token: rank for rank, token in enumerate(self.tokens)}
         self.pairs: Counter[bytes] = Counter()  # bytes a pair would make -> occurrences
         self.where: defaultdict[bytes, set[int]] = defaultdict(set)  # -> pieces, some outdated
         for w, parts in enumerate(self.parts):
@@ -83,42 +84,25 @@ class _Trainer:
         return None
 
     def _add(self, token: bytes) -> None:
-        self.ranks[token] = len(self.tokens)
         self.tokens.append(token)
         changed: set[bytes] = set()
         for w in self.where.pop(token):
-            self._merge(w, changed)
-        if token in self.index:  # a piece that is a token is emitted whole, however it would merge
-            self._replace(self.index[token], 0, len(self.parts[self.index[token]]), changed)
+            self._merge(w, token, changed)
         for made in changed:
             if self.pairs[made] >= 2:
                 heapq.heappush(self.heap, (-self.pairs[made], made))
 
-    def _merge(self, w: int, changed: set[bytes]) -> None:
-        """Merges in piece w, as an encoder does, whatever neighbours make a token.
-
-        Until now none did, so what does is the newest token; only a merge can bring together a pair
-        that makes an older one, which then goes first: it has the lower rank.
-        """
-        parts, ranks, at = self.parts[w], self.ranks, 0
+    def _merge(self, w: int, token: bytes, changed: set[bytes]) -> None:
+        """Makes `token` wherever piece w has it as a pair; adds to `changed` the pairs affected."""
+        parts, count, at = self.parts[w], self.counts[w], 0
         while at + 1 < len(parts):
-            if parts[at] + parts[at + 1] not in ranks:
-                at += 1
-                continue
-            self._replace(w, at, at + 2, changed)
-            if at and parts[at - 1] + parts[at] in ranks:
-                right = parts[at] + parts[at + 1] if at + 1 < len(parts) else b""
-                if ranks[parts[at - 1] + parts[at]] <= ranks.get(right, len(ranks)):
-                    at -= 1
-
-    def _replace(self, w: int, start: int, stop: int, changed: set[bytes]) -> None:
-        """Makes one part of parts start ... stop - 1 of piece w, and keeps the counts of pairs."""
-        parts, count = self.parts[w], self.counts[w]
-        for a, b in itertools.pairwise(parts[max(start - 1, 0) : stop + 1]):
-            self.pairs[a + b] -= count
-            changed.add(a + b)
-        parts[start:stop] = [b"".join(parts[start:stop])]
-        for a, b in itertools.pairwise(parts[max(start - 1, 0) : start + 2]):
-            self.pairs[a + b] += count
-            self.where[a + b].add(w)
-            changed.add(a + b)
+            if parts[at] + parts[at + 1] == token:
+                for a, b in itertools.pairwise(parts[max(at - 1, 0) : at + 3]):
+                    self.pairs[a + b] -= count
+                    changed.add(a + b)
+                parts[at : at + 2] = [token]
+                for a, b in itertools.pairwise(parts[max(at - 1, 0) : at + 2]):
+                    self.pairs[a + b] += count
+                    self.where[a + b].add(w)
+                    changed.add(a + b)
+            at += 1
