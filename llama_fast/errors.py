@@ -31,5 +31,9 @@ class ShapeError(LlamaFastError):
     """A tensor given to an op whose shape, dtype, device or layout does not fit."""
 
 
+class GradientError(LlamaFastError):
+    """A gradient asked of an op, or of an argument, that has none."""
+
+
 class FallbackWarning(UserWarning):
     """An op ran on a slower backend than the one that was first in line; the text says why."""

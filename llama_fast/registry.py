@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .errors import BackendError, FallbackWarning
+from .errors import BackendError, FallbackWarning, GradientError
 
 ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
 BACKENDS = ("cpu", "cuda", "triton", "eager")
@@ -112,6 +112,8 @@ class Op:
     fake     shapes and dtypes of the results, for tracing
     save     (inputs, output) → what the gradient needs: tensors, and anything else
     gradient (saved tensors, rest, *gradients of the outputs) → a gradient for each input or None
+    constants  names of float arguments that have no gradient
+    instead  the op to use where a gradient is needed, for one that writes and so has none
     cost     arguments → Cost; cases: () → list[Case]; both absent on an op that is only the
              backward of another
     """
@@ -123,6 +125,8 @@ class Op:
     fake: Callable[..., Any]
     save: Callable[..., tuple] | None = None
     gradient: Callable[..., tuple] | None = None
+    constants: tuple[str, ...] = ()
+    instead: str = ""
     cost: Callable[..., Cost] | None = None
     cases: Callable[[], list[Case]] | None = None
     _orders: dict[tuple, list[tuple[str, Implementation]]] = field(default_factory=dict)
@@ -135,6 +139,10 @@ class Op:
         self._torch_op = getattr(torch.ops.llama_fast, self.name).default
         arguments = self._torch_op._schema.arguments
         self._defaults = tuple(argument.default_value for argument in arguments)
+        self._constants = [i for i, a in enumerate(arguments) if a.name in self.constants]
+        self._written = [
+            i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write
+        ]
         torch.library.register_fake(f"llama_fast::{self.name}", self._run_fake, lib=_library)
         if self.gradient is not None:
             torch.library.register_autograd(
@@ -143,6 +151,8 @@ class Op:
                 setup_context=self._setup_context,
                 lib=_library,
             )
+        elif self._written:
+            _library.impl(self.name, self._refuse_gradient, "Autograd")
 
     def __call__(self, *args: Any) -> Any:
         """Runs the op. Goes through torch's dispatcher only where that is needed: to trace, to
@@ -157,6 +167,8 @@ class Op:
                 kind = type(arg)
                 if kind is not torch.Tensor and kind is not torch.nn.Parameter:
                     return self._torch_op(*args)
+        if self._written:
+            self._count_writes(args)
         return self.run(*args)
 
     def run(self, *args: Any) -> Any:
@@ -249,6 +261,13 @@ class Op:
 
     def _setup_context(self, ctx: Any, inputs: tuple, output: Any) -> None:
         inputs = self._complete(inputs)
+        for i in self._constants:
+            if inputs[i].requires_grad:
+                name = self._torch_op._schema.arguments[i].name
+                raise GradientError(
+                    f"{self.name}: {name} requires a gradient, and is a constant here: "
+                    f"pass {name}.detach()"
+                )
         tensors, ctx.rest = self.save(inputs, output)
         ctx.save_for_backward(*tensors)
         # The backward pass may run in another thread, where the request is not known.
@@ -260,6 +279,26 @@ class Op:
             return self.gradient(ctx.saved_tensors, ctx.rest, ctx.needs_input_grad, *gradients)
         finally:
             _request.reset(token)
+
+    def _refuse_gradient(self, *args: Any) -> Any:
+        """The op writes arguments, so a gradient through it would be wrong."""
+        if torch.is_grad_enabled():
+            for arg, argument in zip(args, self._torch_op._schema.arguments, strict=False):
+                if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                    raise GradientError(
+                        f"{self.name} has no gradient, but {argument.name} requires one: "
+                        "call it under torch.no_grad()"
+                        + (f", or use {self.instead}" if self.instead else "")
+                    )
+        self._count_writes(args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._torch_op(*args)
+
+    def _count_writes(self, args: tuple) -> None:
+        """Tells autograd that the tensors have changed, should a gradient need their old values."""
+        for i in self._written:
+            if not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
 
 
 def _nothing(*args: Any) -> list[str]:

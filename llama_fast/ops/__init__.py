@@ -1,6 +1,10 @@
 """The op table: each module is one op, and each function here is its public face."""
 
+from .add_rms_norm import add_rms_norm
 from .attention import attention
+from .kv_append import kv_append
 from .rms_norm import rms_norm
+from .rope import rope
+from .swiglu import swiglu
 
-__all__ = ["attention", "rms_norm"]
+__all__ = ["add_rms_norm", "attention", "kv_append", "rms_norm", "rope", "swiglu"]

@@ -42,3 +42,32 @@ def shape(op: str, name: str, tensor: torch.Tensor, needed: tuple, dims: str) ->
 def ndim(op: str, name: str, tensor: torch.Tensor, needed: int, dims: str) -> None:
     if tensor.ndim != needed:
         raise ShapeError(f"{op}: {name} has shape {tuple(tensor.shape)}; it must be {dims}")
+
+
+def rows(op: str, name: str, tensor: torch.Tensor, dims: str) -> None:
+    """`tensor` has a last dim; any number of others."""
+    if tensor.ndim == 0:
+        ndim(op, name, tensor, 1, dims)
+
+
+def heads(op: str, q: torch.Tensor, **others: torch.Tensor) -> None:
+    """q is (B,T,H,D) with an even D; the others are (B,T,K,D) with any K."""
+    ndim(op, "q", q, 4, "(B, T, H, D)")
+    B, T, _, D = q.shape
+    if D % 2:
+        raise ShapeError(f"{op}: q has head dim D = {D}; it must be even, to be rotated in pairs")
+    for name, tensor in others.items():
+        ndim(op, name, tensor, 4, "(B, T, K, D)")
+        shape(op, name, tensor, (B, T, tensor.shape[2], D), "(B, T, K, D)")
+
+
+def lengths(op: str, tensor: torch.Tensor, q: torch.Tensor) -> None:
+    """lengths is (B,) int64 on q's device."""
+    shape(op, "lengths", tensor, q.shape[:1], "(B,)")
+    if tensor.dtype is not torch.int64:
+        raise ShapeError(f"{op}: lengths is {tensor.dtype}; it must be torch.int64")
+    if tensor.device != q.device:
+        raise ShapeError(
+            f"{op}: lengths is on {tensor.device} and q on {q.device}; "
+            f"move it with .to({str(q.device)!r})"
+        )

@@ -59,12 +59,15 @@ def test_gradient(op, case, dtype):
     outputs = as_tuple(op.eager(*copies(args)))
     grads = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
 
+    schema = op._torch_op._schema.arguments
+    constant = [argument.name in op.constants for argument in schema]
+
     def gradients(function, args, grads):
         leaves = [
             a.detach().requires_grad_()
-            if isinstance(a, torch.Tensor) and a.is_floating_point()
+            if isinstance(a, torch.Tensor) and a.is_floating_point() and not is_constant
             else a
-            for a in copies(args)
+            for a, is_constant in zip(copies(args), constant, strict=True)
         ]
         wanted = [a for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad]
         results = as_tuple(function(*leaves))
