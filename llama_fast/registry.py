@@ -113,6 +113,7 @@ class Op:
     save     (inputs, output) → what the gradient needs: tensors, and anything else
     gradient (saved tensors, rest, *gradients of the outputs) → a gradient for each input or None
     constants  names of float arguments that have no gradient
+    auxiliary  how many of the last results have no gradient: they are for `save` alone
     instead  the op to use where a gradient is needed, for one that writes and so has none
     cost     arguments → Cost; cases: () → list[Case]; both absent on an op that is only the
              backward of another
@@ -126,6 +127,7 @@ class Op:
     save: Callable[..., tuple] | None = None
     gradient: Callable[..., tuple] | None = None
     constants: tuple[str, ...] = ()
+    auxiliary: int = 0
     instead: str = ""
     cost: Callable[..., Cost] | None = None
     cases: Callable[[], list[Case]] | None = None
@@ -157,7 +159,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         """Runs the op. Goes through torch's dispatcher only where that is needed: to trace, to
         record a gradient, or for tensor subclasses; the direct call costs a tenth as much."""
-        if _interposed():
+        if interposed():
             return self._torch_op(*args)
         grad = torch.is_grad_enabled()
         for arg in args:
@@ -215,7 +217,7 @@ class Op:
         rows = []
         for name in names:
             if name == "eager":
-                rows.append((name, Implementation(self.eager, _nothing)))
+                rows.append((name, Implementation(self.eager, nothing)))
             elif name in _backends and not _backends[name].unavailable:
                 implementation = _backends[name].implementations.get(self.name)
                 if implementation is not None:
@@ -268,6 +270,8 @@ class Op:
                     f"{self.name}: {name} requires a gradient, and is a constant here: "
                     f"pass {name}.detach()"
                 )
+        if self.auxiliary:
+            ctx.mark_non_differentiable(*output[-self.auxiliary :])
         tensors, ctx.rest = self.save(inputs, output)
         ctx.save_for_backward(*tensors)
         # The backward pass may run in another thread, where the request is not known.
@@ -301,11 +305,11 @@ class Op:
                 torch.autograd.graph.increment_version(args[i])
 
 
-def _nothing(*args: Any) -> list[str]:
+def nothing(*args: Any) -> list[str]:
     return []
 
 
-def _interposed() -> bool:
+def interposed() -> bool:
     """True while something traces or transforms calls: torch.compile, a mode, functorch."""
     return (
         torch.compiler.is_compiling()

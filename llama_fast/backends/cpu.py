@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
-from ..registry import Backend, Implementation, register_backend
+from ..ops.cross_entropy import chunked as linear_cross_entropy_in_blocks
+from ..registry import OPS, Backend, Implementation, nothing, register_backend
 
 try:
     from .. import _cpu
@@ -93,6 +94,10 @@ register_backend(
         name="cpu",
         unavailable=_unavailable,
         implementations={
+            "linear": Implementation(OPS["linear"].eager, nothing),
+            "linear_backward_x": Implementation(OPS["linear_backward_x"].eager, nothing),
+            "linear_backward_weight": Implementation(OPS["linear_backward_weight"].eager, nothing),
+            "linear_cross_entropy": Implementation(linear_cross_entropy_in_blocks, nothing),
             "rms_norm": Implementation(_rms_norm, _rms_norm_unsupported),
         },
     )

@@ -2,10 +2,20 @@
 
 from .add_rms_norm import add_rms_norm
 from .attention import attention
+from .cross_entropy import linear_cross_entropy
 from .kv_append import kv_append
 from .linear import linear
 from .rms_norm import rms_norm
 from .rope import rope
 from .swiglu import swiglu
 
-__all__ = ["add_rms_norm", "attention", "kv_append", "linear", "rms_norm", "rope", "swiglu"]
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "kv_append",
+    "linear",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]
