@@ -1,0 +1,1 @@
+"""Whole models of one shape, ours and the peers', behind one interface: see `Contender`."""
