@@ -86,5 +86,52 @@ static inline vf scale2(vf a, vf n) {
   return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(e, 23)))};
 }
 
+
+// 16 bf16 as two vectors, the even and the odd ones: a shift and a mask, where loads in order need
+// shuffles. `join` puts two such vectors in order.
+static inline void split(__m256i x, vf& even, vf& odd) {
+  even = {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))};
+  odd = {_mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(int(0xffff0000))))};
+}
+static inline void load_split(const bf16* p, vf& even, vf& odd) {
+  split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), even, odd);
+}
+static inline void load_split(const bf16* p, vf& even, vf& odd, int n) {
+  alignas(32) bf16 buffer[16] = {};
+  std::memcpy(buffer, p, size_t(n) * 2);
+  load_split(buffer, even, odd);
+}
+static inline void join(vf even, vf odd, vf& first, vf& second) {
+  const __m256 lo = _mm256_unpacklo_ps(even.v, odd.v), hi = _mm256_unpackhi_ps(even.v, odd.v);
+  first = {_mm256_permute2f128_ps(lo, hi, 0x20)};
+  second = {_mm256_permute2f128_ps(lo, hi, 0x31)};
+}
+
+// Lane i is the sum of x[i].
+static inline vf sums(const vf (&x)[8]) {
+  const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0].v, x[1].v), _mm256_hadd_ps(x[2].v, x[3].v));
+  const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4].v, x[5].v), _mm256_hadd_ps(x[6].v, x[7].v));
+  return {_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))};
+}
+
+// Rows become columns.
+static inline void transpose(vf (&x)[8]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
+    a[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    x[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    x[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}
+
 }  // namespace ISA
 }  // namespace llama_fast

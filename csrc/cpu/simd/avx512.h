@@ -74,5 +74,98 @@ static inline vf round(vf a) {
 }
 static inline vf scale2(vf a, vf n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
+
+// 32 bf16 as two vectors, the even and the odd ones: a shift and a mask, where loads in order need
+// shuffles. `join` puts two such vectors in order.
+static inline void split(__m512i x, vf& even, vf& odd) {
+  even = {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))};
+  odd = {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000))))};
+}
+// The first n of 32 half-words, n ≤ 32.
+static inline __m512i load16(const void* p, int n) {
+  return _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p);
+}
+static inline void load_split(const bf16* p, vf& even, vf& odd) {
+  split(_mm512_loadu_si512(p), even, odd);
+}
+static inline void load_split(const bf16* p, vf& even, vf& odd, int n) {
+  split(load16(p, n), even, odd);
+}
+static inline void join(vf even, vf odd, vf& first, vf& second) {
+  const __m512i lo = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i hi = _mm512_add_epi32(lo, _mm512_set1_epi32(8));
+  first = {_mm512_permutex2var_ps(even.v, lo, odd.v)};
+  second = {_mm512_permutex2var_ps(even.v, hi, odd.v)};
+}
+
+// Rows become columns.
+static inline void transpose(vf (&x)[16]) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {  // b[i + j]: column j of each 128-bit lane, of rows i … i + 3
+    b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512 top_even = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x88);  // lanes 0, 2 of both
+    const __m512 top_odd = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xdd);
+    const __m512 low_even = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x88);
+    const __m512 low_odd = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xdd);
+    x[j].v = _mm512_shuffle_f32x4(top_even, low_even, 0x88);
+    x[4 + j].v = _mm512_shuffle_f32x4(top_odd, low_odd, 0x88);
+    x[8 + j].v = _mm512_shuffle_f32x4(top_even, low_even, 0xdd);
+    x[12 + j].v = _mm512_shuffle_f32x4(top_odd, low_odd, 0xdd);
+  }
+}
+
+// Lane i is the sum of x[i]. Each step adds halves of two vectors into one.
+static inline vf sums(const vf (&x)[16]) {
+  __m512 a[8], b[4], c[2];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 p = x[2 * i].v, q = x[2 * i + 1].v;
+    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 p = a[2 * i], q = a[2 * i + 1];
+    b[i] = _mm512_add_ps(_mm512_shuffle_ps(p, q, 0x44), _mm512_shuffle_ps(p, q, 0xee));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m512 p = b[2 * i], q = b[2 * i + 1];
+    c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));
+  }
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88),
+                        _mm512_shuffle_f32x4(c[0], c[1], 0xdd))};
+}
+
+#ifdef __AVX512BF16__
+// Pairs of bf16 in the lanes of a vf, and the instruction that multiplies them: each lane of the
+// accumulator gains two products.
+#define ISA_HAS_PAIRS 1
+static inline vf bits(__m512i x) { return {_mm512_castsi512_ps(x)}; }
+static inline __m512i bits(vf x) { return _mm512_castps_si512(x.v); }
+static inline vf load_pairs(const bf16* p) { return bits(_mm512_loadu_si512(p)); }
+static inline vf load_pairs(const bf16* p, int n) { return bits(load16(p, n)); }
+static inline vf dot_pairs(vf a, vf b, vf c) {
+  return {_mm512_dpbf16_ps(c.v, (__m512bh)bits(a), (__m512bh)bits(b))};
+}
+// Two rows of 32 bf16 → 32 pairs (one of each row) in two vectors, in an order that `in_order`
+// puts right, for these pairs or for what was accumulated from them.
+static inline void pair_rows(vf row0, vf row1, vf& a, vf& b) {
+  a = bits(_mm512_unpacklo_epi16(bits(row0), bits(row1)));
+  b = bits(_mm512_unpackhi_epi16(bits(row0), bits(row1)));
+}
+static inline void in_order(vf a, vf b, vf& first, vf& second) {
+  const __m512i lo = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i hi = _mm512_add_epi32(lo, _mm512_set1_epi32(8));
+  first = {_mm512_permutex2var_ps(a.v, lo, b.v)};
+  second = {_mm512_permutex2var_ps(a.v, hi, b.v)};
+}
+#endif
+
 }  // namespace ISA
 }  // namespace llama_fast

@@ -36,5 +36,21 @@ static inline vf scale2(vf a, vf n) {
   return {a.v * float_of(uint32_t(int32_t(n.v) + 127) << 23)};
 }
 
+
+static inline void load_split(const bf16* p, vf& even, vf& odd) {
+  even = load(p);
+  odd = load(p + 1);
+}
+static inline void load_split(const bf16* p, vf& even, vf& odd, int n) {
+  even = load(p, n);
+  odd = load(p + 1, n - 1);
+}
+static inline void join(vf even, vf odd, vf& first, vf& second) {
+  first = even;
+  second = odd;
+}
+static inline vf sums(const vf (&x)[1]) { return x[0]; }
+static inline void transpose(vf (&)[1]) {}
+
 }  // namespace ISA
 }  // namespace llama_fast
