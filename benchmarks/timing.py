@@ -1,4 +1,4 @@
-"""Interleaved timing: every contender once a round, so that a machine whose speed drifts is fair."""
+"""Interleaved timing: every contender once a round, so a machine whose speed drifts is fair."""
 
 from __future__ import annotations
 
