@@ -400,6 +400,7 @@ def test_pth_that_is_no_dict_of_tensors(meta, content, message):
         open_checkpoint(meta)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_bytes_give_no_other_error(hf, meta):
     """Wrong bytes where the files say what lies where: refused, or (in padding, names) harmless."""
     random = Random(0)
