@@ -54,6 +54,10 @@ template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(a
 using Layout = std::array<int64_t, 6>;
 Rows rows(const Layout& l) { return {l[0], l[1], l[2], l[3], l[4], l[5]}; }
 
+// Of q, k or v: b, t, h, then D's, which is 1
+using Strides = std::array<int64_t, 4>;
+HeadStrides heads(const Strides& s) { return {s[0], s[1], s[2]}; }
+
 // Kernels run without the interpreter lock, so that other Python threads go on.
 template <class Args> void launch(void (*KernelTable::*kernel)(const Args&), const Args& args) {
   py::gil_scoped_release unlocked;
@@ -73,6 +77,22 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return chosen.first; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("name"));
 
+  // Returns the first row whose length exceeds S, having done nothing then, or -1.
+  m.def("attention", [](int dtype, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
+                        uintptr_t lengths, const std::array<int64_t, 4>& q_shape,
+                        const std::array<int64_t, 4>& k_shape, const Strides& q_stride,
+                        const Strides& k_stride, const Strides& v_stride, bool causal,
+                        float scale) -> int64_t {
+    const auto [B, T, H, D] = q_shape;
+    const int64_t S = k_shape[1], K = k_shape[2];
+    const auto* length = pointer<const int64_t>(lengths);
+    for (int64_t b = 0; length && b < B; ++b)
+      if (length[b] > S) return b;
+    launch(&KernelTable::attention, AttentionArgs{DType(dtype), pointer<void>(q), pointer<void>(k),
+           pointer<void>(v), pointer<void>(o), length, B, T, S, H, K, D, heads(q_stride),
+           heads(k_stride), heads(v_stride), causal, scale});
+    return -1;
+  });
   m.def("rms_norm", [](int dtype, uintptr_t x, uintptr_t weight, uintptr_t y, const Layout& layout,
                        int64_t C, float eps) {
     launch(&KernelTable::rms_norm, RmsNormArgs{DType(dtype), pointer<void>(x),

@@ -32,7 +32,24 @@ struct RmsNormArgs {
   float eps;
 };
 
+// Outer strides of q, k or v; the last dim has stride 1.
+struct HeadStrides { int64_t b, t, h; };
+
+struct AttentionArgs {
+  DType dtype;
+  const void* q;           // (B, T, H, D)
+  const void* k;           // (B, S, K, D)
+  const void* v;           // (B, S, K, D)
+  void* o;                 // (B, T, H, D) contiguous
+  const int64_t* lengths;  // (B,), each at most S, or null for S
+  int64_t B, T, S, H, K, D;
+  HeadStrides q_stride, k_stride, v_stride;
+  bool causal;
+  float scale;
+};
+
 struct KernelTable {
+  void (*attention)(const AttentionArgs&);
   void (*rms_norm)(const RmsNormArgs&);
 };
 

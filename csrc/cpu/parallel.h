@@ -2,6 +2,7 @@
 // loaded, so torch.set_num_threads holds here too and no second pool spins.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #ifdef _OPENMP
@@ -29,6 +30,30 @@ template <class F> static inline void parallel_for(int64_t n, int64_t grain, F&&
   }
 #endif
   f(0, n);
+}
+
+// The threads that a parallel section would get here.
+static inline int64_t max_threads() {
+#ifdef _OPENMP
+  return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+// For tasks of unequal cost: calls f(next) once on each of at most `threads` threads; next() gives
+// a thread its next task, ascending, or `n` or more when none is left.
+template <class F> static inline void parallel_tasks(int64_t n, int64_t threads, F&& f) {
+  std::atomic<int64_t> taken{0};
+  auto next = [&] { return taken.fetch_add(1, std::memory_order_relaxed); };
+#ifdef _OPENMP
+  if (n > 1 && threads > 1) {
+#pragma omp parallel num_threads(int(n < threads ? n : threads))
+    f(next);
+    return;
+  }
+#endif
+  f(next);
 }
 
 }  // namespace ISA

@@ -4,9 +4,11 @@
 namespace llama_fast {
 namespace ISA {
 
+void attention(const AttentionArgs&);
 void rms_norm(const RmsNormArgs&);
 
 const KernelTable kernels = {
+    attention,
     rms_norm,
 };
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..ops.attention import too_long
 from ..ops.cross_entropy import chunked as linear_cross_entropy_in_blocks
 from ..registry import OPS, Backend, Implementation, nothing, register_backend
 
@@ -89,11 +90,61 @@ def _rms_norm_unsupported(x: torch.Tensor, weight: torch.Tensor, eps: float) -> 
     return reasons
 
 
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    lengths: torch.Tensor | None,
+) -> torch.Tensor:
+    o = torch.empty(q.shape, dtype=q.dtype)
+    bad_row = _cpu.attention(
+        DTYPES[q.dtype],
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        o.data_ptr(),
+        0 if lengths is None else lengths.data_ptr(),
+        q.shape,
+        k.shape,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        causal,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+    )
+    if bad_row >= 0:
+        raise too_long(bad_row, int(lengths[bad_row]), k.shape[1])
+    return o
+
+
+def _attention_unsupported(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    lengths: torch.Tensor | None,
+) -> list[str]:
+    reasons = _dtype_reasons(q)
+    D = q.shape[-1]
+    if D % 8 or D > 256:
+        reasons.append(f"D is {D}; it must be a multiple of 8 up to 256")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(-1) != 1 and D > 1:
+            reasons.append(f"{name} has stride {x.stride(-1)} in its last dim; it must be 1")
+    if lengths is not None and not lengths.is_contiguous():
+        reasons.append("lengths is not contiguous")
+    return reasons
+
+
 register_backend(
     Backend(
         name="cpu",
         unavailable=_unavailable,
         implementations={
+            "attention": Implementation(_attention, _attention_unsupported),
             "linear": Implementation(OPS["linear"].eager, nothing),
             "linear_backward_x": Implementation(OPS["linear_backward_x"].eager, nothing),
             "linear_backward_weight": Implementation(OPS["linear_backward_weight"].eager, nothing),

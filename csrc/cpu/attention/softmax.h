@@ -1,0 +1,103 @@
+// What both ways of computing attention share: which keys a query sees, and the online softmax.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "../kernels.h"
+#include "../simd/simd.h"
+
+namespace llama_fast {
+namespace ISA {
+
+// A row of the batch. The queries that it sees nothing for come first and are left out below.
+struct Row {
+  int64_t keys;     // how many are valid
+  int64_t first;    // the first query that sees a key; T when there is none
+  int64_t queries;  // T - first
+  int64_t ahead;    // a causal query t sees the first `ahead + t` keys
+
+  Row(const AttentionArgs& a, int64_t b) {
+    const int64_t length = a.lengths ? std::max(a.lengths[b], -a.T) : a.S;
+    keys = std::max<int64_t>(length, 0);
+    first = a.causal ? std::min(std::max<int64_t>(a.T - length, 0), a.T) : keys ? 0 : a.T;
+    queries = a.T - first;
+    ahead = length - a.T + 1;
+  }
+  int64_t visible(const AttentionArgs& a, int64_t t) const { return a.causal ? ahead + t : keys; }
+};
+
+// How q·k and weights·v are multiplied, in units of 4 bytes: floats, or where the CPU multiplies
+// them two at a time, pairs of bf16. A unit holds `size` elements.
+template <class T> struct Unit {
+  static constexpr int size = 1;
+  static vf load(const T* p) { return ISA::load(p); }
+  static vf load(const T* p, int n) { return ISA::load(p, n); }
+  static vf madd(vf a, vf b, vf c) { return fma(a, b, c); }
+};
+#ifdef ISA_HAS_PAIRS
+template <> struct Unit<bf16> {
+  static constexpr int size = 2;
+  static vf load(const bf16* p) { return load_pairs(p); }
+  static vf load(const bf16* p, int n) { return load_pairs(p, n); }
+  static vf madd(vf a, vf b, vf c) { return dot_pairs(a, b, c); }
+};
+#endif
+
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+static inline float exp2_of(float x) {
+  float lanes[vf::W];
+  store(lanes, exp2(set(x)));
+  return lanes[0];
+}
+
+// Softmax over a part of a query's keys. Turns the scores s[0 … count) into weights
+// 2^(factor · s - top), in units of T and in place, with zeros up to `padded` elements. `top` is
+// the largest exponent so far and `total` the sum of the weights; what was summed under an older
+// top has to be multiplied by the result. s has room for whole vectors.
+template <class T>
+static float softmax_part(float* s, int64_t count, int64_t padded, float factor, float& top,
+                          float& total) {
+  using Weight = typename std::conditional<Unit<T>::size == 2, T, float>::type;
+  Weight* weights = reinterpret_cast<Weight*>(s);  // never ahead of the scores that are left
+  constexpr int W = vf::W;
+  float correction = 1.f;
+  int64_t i = 0;
+  if (count > 0) {
+    for (int64_t j = count; j % W; ++j) s[j] = s[count - 1];
+    vf largest = set(-std::numeric_limits<float>::infinity());
+    for (int64_t j = 0; j < count; j += W) largest = max(largest, load(s + j) * set(factor));
+    const float before = top;
+    top = std::max(top, max_of(largest));
+    if (top != before) correction = exp2_of(before - top);
+    vf sum_of = zero();
+    for (; i + W <= count; i += W) {
+      const vf x = exp2(fma(load(s + i), set(factor), set(-top)));
+      sum_of = sum_of + x;
+      store(weights + i, x);
+    }
+    if (i < count) {
+      float last[W];
+      store(last, exp2(fma(load(s + i), set(factor), set(-top))));
+      const vf x = load(last, int(count - i));
+      sum_of = sum_of + x;
+      store(weights + i, x);
+      i += W;
+    }
+    total = total * correction + sum(sum_of);
+  }
+  for (; i < padded; i += W) store(weights + i, zero());
+  return correction;
+}
+
+// One query's result: what was accumulated over the sum of its weights, or zeros without keys.
+template <class T> static void write_result(T* o, const float* sums_of, int64_t D, float total) {
+  const vf inverse = set(total == 0.f ? 0.f : 1.f / total);
+  for_each_vector(D, [&](int64_t d, auto width) {
+    store(o + d, load(sums_of + d, width) * inverse, width);
+  });
+}
+
+}  // namespace ISA
+}  // namespace llama_fast
