@@ -1,0 +1,56 @@
+"""The progress bar of a training: step, loss, tokens per second, time left."""
+
+from __future__ import annotations
+
+import time
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class TrainingProgress:
+    """A context manager; with ``shown=False`` it shows nothing. The loss shown is smoothed."""
+
+    def __init__(self, steps: int, first_step: int, tokens: int, *, shown: bool) -> None:
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]:.3f} · {task.fields[speed]:,.0f} tokens/s ·"),
+            TimeElapsedColumn(),
+            TextColumn("· left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            disable=not shown,
+            speed_estimate_period=120,
+        )
+        self._shown = shown
+        self._task = self._bar.add_task(
+            "train", total=steps, completed=first_step, loss=0.0, speed=0.0
+        )
+        self._loss: float | None = None
+        self._tokens_before, self._started = tokens, time.monotonic()
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def stepped(self, step: int, loss: float, tokens: int) -> None:
+        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
+        speed = (tokens - self._tokens_before) / max(time.monotonic() - self._started, 1e-9)
+        self._bar.update(self._task, completed=step, loss=self._loss, speed=speed)
+
+    def evaluated(self, step: int, loss: float, held_out_loss: float) -> None:
+        """A line that stays, also where the output is no terminal."""
+        if self._shown:
+            self._bar.console.print(
+                f"step {step}: loss {loss:.3f}, held-out loss {held_out_loss:.3f}"
+            )
