@@ -2,7 +2,11 @@
 // argument before it calls; nothing is checked twice here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
@@ -54,9 +58,23 @@ template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(a
 using Layout = std::array<int64_t, 6>;
 Rows rows(const Layout& l) { return {l[0], l[1], l[2], l[3], l[4], l[5]}; }
 
-// Of q, k or v: b, t, h, then D's, which is 1
+// Of a (B, T, heads, D) tensor; the last one is 1.
 using Strides = std::array<int64_t, 4>;
 HeadStrides heads(const Strides& s) { return {s[0], s[1], s[2]}; }
+Heads heads(uintptr_t data, int64_t count, const Strides& s) {
+  return {pointer<void>(data), count, heads(s)};
+}
+
+// Asks the system to back fresh memory by huge pages. A large output is mapped anew for each call,
+// and to fault it in by pages of 4 kB takes longer than to compute it.
+void prefer_huge_pages(uintptr_t address, uint64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t PAGE = 4096;
+  const uintptr_t begin = (address + PAGE - 1) & ~(PAGE - 1), end = (address + bytes) & ~(PAGE - 1);
+  // Where the system refuses, everything works as without.
+  if (begin < end) (void)madvise(pointer<void>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 // Kernels run without the interpreter lock, so that other Python threads go on.
 template <class Args> void launch(void (*KernelTable::*kernel)(const Args&), const Args& args) {
@@ -76,6 +94,7 @@ PYBIND11_MODULE(_cpu, m) {
   }, "The instruction sets that can be chosen here, best first.");
   m.def("isa", [] { return chosen.first; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("name"));
+  m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("address"), py::arg("bytes"));
 
   // Returns the first row whose length exceeds S, having done nothing then, or -1.
   m.def("attention", [](int dtype, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
@@ -93,9 +112,55 @@ PYBIND11_MODULE(_cpu, m) {
            heads(k_stride), heads(v_stride), causal, scale});
     return -1;
   });
+
   m.def("rms_norm", [](int dtype, uintptr_t x, uintptr_t weight, uintptr_t y, const Layout& layout,
                        int64_t C, float eps) {
     launch(&KernelTable::rms_norm, RmsNormArgs{DType(dtype), pointer<void>(x),
            pointer<void>(weight), pointer<void>(y), rows(layout), C, eps});
+  });
+
+  m.def("add_rms_norm", [](int dtype, uintptr_t x, uintptr_t residual, uintptr_t weight,
+                           uintptr_t y, uintptr_t total, const Layout& x_layout,
+                           const Layout& residual_layout, int64_t C, float eps) {
+    launch(&KernelTable::add_rms_norm, AddRmsNormArgs{DType(dtype), pointer<void>(x),
+           pointer<void>(residual), pointer<void>(weight), pointer<void>(y), pointer<void>(total),
+           rows(x_layout), rows(residual_layout), C, eps});
+  });
+
+  m.def("swiglu", [](int dtype, uintptr_t gate, uintptr_t up, uintptr_t h,
+                     const Layout& gate_layout, const Layout& up_layout, int64_t F) {
+    launch(&KernelTable::swiglu, SwigluArgs{DType(dtype), pointer<void>(gate), pointer<void>(up),
+           pointer<void>(h), rows(gate_layout), rows(up_layout), F});
+  });
+
+  m.def("rope", [](int dtype, uintptr_t q, const Strides& q_strides, uintptr_t k,
+                   const Strides& k_strides, uintptr_t q_out, uintptr_t k_out, uintptr_t cos,
+                   int64_t cos_stride_b, int64_t cos_stride_t, uintptr_t sin, int64_t sin_stride_b,
+                   int64_t sin_stride_t, int64_t B, int64_t T, int64_t H, int64_t K, int64_t D,
+                   bool interleaved) {
+    launch(&KernelTable::rope, RopeArgs{DType(dtype), heads(q, H, q_strides),
+           heads(k, K, k_strides), pointer<void>(q_out), pointer<void>(k_out), pointer<float>(cos),
+           pointer<float>(sin), cos_stride_b, cos_stride_t, sin_stride_b, sin_stride_t, B, T, D,
+           interleaved});
+  });
+
+  // Returns the first row that would end beyond the cache or the tables, having done nothing then,
+  // or -1.
+  m.def("kv_append", [](int dtype, uintptr_t q, const Strides& q_strides, uintptr_t k,
+                        const Strides& k_strides, uintptr_t v, const Strides& v_strides,
+                        uintptr_t q_out, uintptr_t cos, int64_t cos_stride, uintptr_t sin,
+                        int64_t sin_stride, uintptr_t k_cache, const Strides& k_cache_strides,
+                        uintptr_t v_cache, const Strides& v_cache_strides, uintptr_t lengths,
+                        int64_t lengths_stride, int64_t B, int64_t T, int64_t S, int64_t P,
+                        int64_t H, int64_t K, int64_t D, bool interleaved) -> int64_t {
+    const auto* length = pointer<const int64_t>(lengths);
+    for (int64_t b = 0; b < B; ++b)
+      if (length[b * lengths_stride] > std::min(S, P)) return b;
+    launch(&KernelTable::kv_append, KvAppendArgs{DType(dtype), heads(q, H, q_strides),
+           heads(k, K, k_strides), heads(v, K, v_strides), pointer<void>(q_out),
+           pointer<float>(cos), pointer<float>(sin), cos_stride, sin_stride,
+           heads(k_cache, K, k_cache_strides), heads(v_cache, K, v_cache_strides),
+           length, lengths_stride, B, T, D, interleaved});
+    return -1;
   });
 }

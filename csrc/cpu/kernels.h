@@ -32,7 +32,7 @@ struct RmsNormArgs {
   float eps;
 };
 
-// Outer strides of q, k or v; the last dim has stride 1.
+// Outer strides of a (B, T, heads, D) tensor; the last dim has stride 1.
 struct HeadStrides { int64_t b, t, h; };
 
 struct AttentionArgs {
@@ -48,9 +48,70 @@ struct AttentionArgs {
   float scale;
 };
 
+struct AddRmsNormArgs {
+  DType dtype;
+  const void* x;         // rows of C
+  const void* residual;  // rows of C
+  const void* weight;    // (C,)
+  void* y;               // (N, C) contiguous
+  void* total;           // (N, C) contiguous: x + residual
+  Rows x_rows, residual_rows;
+  int64_t C;
+  float eps;
+};
+
+struct SwigluArgs {
+  DType dtype;
+  const void* gate;  // rows of F
+  const void* up;    // rows of F
+  void* h;           // (N, F) contiguous
+  Rows gate_rows, up_rows;
+  int64_t F;
+};
+
+// A (B, T, heads, D) tensor; in a cache T counts the slots.
+struct Heads {
+  void* data;
+  int64_t heads;
+  HeadStrides stride;
+
+  // The first head of token t of row b.
+  template <class T> T* at(int64_t b, int64_t t) const {
+    return static_cast<T*>(data) + b * stride.b + t * stride.t;
+  }
+};
+
+struct RopeArgs {
+  DType dtype;
+  Heads q, k;
+  void* q_out;             // (B, T, H, D) contiguous
+  void* k_out;             // (B, T, K, D) contiguous
+  const float *cos, *sin;  // (B, T, D/2)
+  int64_t cos_stride_b, cos_stride_t, sin_stride_b, sin_stride_t;
+  int64_t B, T, D;
+  bool interleaved;
+};
+
+struct KvAppendArgs {
+  DType dtype;
+  Heads q, k, v;
+  void* q_out;             // (B, T, H, D) contiguous
+  const float *cos, *sin;  // (P, D/2)
+  int64_t cos_stride, sin_stride;
+  Heads k_cache, v_cache;  // (B, S, K, D)
+  const int64_t* lengths;  // (B,), each at most S and P
+  int64_t lengths_stride;
+  int64_t B, T, D;
+  bool interleaved;
+};
+
 struct KernelTable {
   void (*attention)(const AttentionArgs&);
   void (*rms_norm)(const RmsNormArgs&);
+  void (*add_rms_norm)(const AddRmsNormArgs&);
+  void (*swiglu)(const SwigluArgs&);
+  void (*rope)(const RopeArgs&);
+  void (*kv_append)(const KvAppendArgs&);
 };
 
 // Defined by table.cpp, once for each instruction set that the build has.

@@ -12,6 +12,7 @@ import torch
 
 from ..ops.attention import too_long
 from ..ops.cross_entropy import chunked as linear_cross_entropy_in_blocks
+from ..ops.kv_append import too_long as too_long_for_cache
 from ..registry import OPS, Backend, Implementation, nothing, register_backend
 
 try:
@@ -25,6 +26,8 @@ except ImportError as error:
 else:
     _unavailable = []
 
+# Elements from which an output is worth huge pages.
+LARGE = 2**21
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -49,20 +52,24 @@ def use_isa(name: str) -> Iterator[None]:
         _cpu.set_isa(before)
 
 
-def _dtype_reasons(x: torch.Tensor) -> list[str]:
-    if x.dtype in DTYPES:
-        return []
-    return [f"{x.dtype} is not one of float32, bfloat16, float16"]
-
-
-def _rows_reasons(name: str, x: torch.Tensor) -> list[str]:
-    """Why `x` is not rows of contiguous elements with at most three outer dims."""
-    reasons = _dtype_reasons(x)
-    if not x.is_contiguous():
-        if x.ndim > 4:
-            reasons.append(f"{name} has {x.ndim} dims and is not contiguous; at most 4 then")
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
+def _reasons(dtype: torch.dtype, **tensors: torch.Tensor) -> list[str]:
+    """Why a kernel cannot take these: a dtype it has not, or elements apart in the last dim."""
+    reasons = []
+    if dtype not in DTYPES:
+        reasons.append(f"{dtype} is not one of float32, bfloat16, float16")
+    for name, x in tensors.items():
+        if x.stride(-1) != 1 and x.shape[-1] > 1 and not x.is_contiguous():
             reasons.append(f"{name} has stride {x.stride(-1)} in its last dim; it must be 1")
+    return reasons
+
+
+def _rows_reasons(**tensors: torch.Tensor) -> list[str]:
+    """Why tensors do not fit into Rows: those have at most three outer dims."""
+    reasons = []
+    for name, x in tensors.items():
+        reasons += _reasons(x.dtype, **{name: x})
+        if x.ndim > 4 and not x.is_contiguous():
+            reasons.append(f"{name} has {x.ndim} dims and is not contiguous; at most 4 then")
     return reasons
 
 
@@ -72,11 +79,19 @@ def _rows(x: torch.Tensor) -> tuple[int, ...]:
         C = x.shape[-1]
         return (1, 1, x.numel() // C if C else 0, 0, 0, C)
     padding = (1,) * (4 - x.ndim)
-    return padding + tuple(x.shape[:-1]) + padding + x.stride()[:-1]
+    return padding + x.shape[:-1] + padding + x.stride()[:-1]
+
+
+def _new(x: torch.Tensor) -> torch.Tensor:
+    """A fresh contiguous tensor of x's shape and dtype; torch.empty takes three times as long."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if y.numel() >= LARGE:
+        _cpu.prefer_huge_pages(y.data_ptr(), y.nbytes)
+    return y
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = _new(x)
     _cpu.rms_norm(
         DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), y.data_ptr(), _rows(x), x.shape[-1], eps
     )
@@ -84,10 +99,127 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
 
 
 def _rms_norm_unsupported(x: torch.Tensor, weight: torch.Tensor, eps: float) -> list[str]:
-    reasons = _rows_reasons("x", x)
-    if not weight.is_contiguous():
-        reasons.append("weight is not contiguous")
-    return reasons
+    return _rows_reasons(x=x, weight=weight)
+
+
+def _add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y, total = _new(x), _new(x)
+    _cpu.add_rms_norm(
+        DTYPES[x.dtype],
+        x.data_ptr(),
+        residual.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        total.data_ptr(),
+        _rows(x),
+        _rows(residual),
+        x.shape[-1],
+        eps,
+    )
+    return y, total
+
+
+def _add_rms_norm_unsupported(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> list[str]:
+    return _rows_reasons(x=x, residual=residual, weight=weight)
+
+
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    h = _new(gate)
+    _cpu.swiglu(
+        DTYPES[gate.dtype],
+        gate.data_ptr(),
+        up.data_ptr(),
+        h.data_ptr(),
+        _rows(gate),
+        _rows(up),
+        gate.shape[-1],
+    )
+    return h
+
+
+def _swiglu_unsupported(gate: torch.Tensor, up: torch.Tensor) -> list[str]:
+    return _rows_reasons(gate=gate, up=up)
+
+
+def _rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    B, T, H, D = q.shape
+    of_rows = cos.ndim == 3
+    q_out, k_out = _new(q), _new(k)
+    _cpu.rope(
+        DTYPES[q.dtype],
+        q.data_ptr(),
+        q.stride(),
+        k.data_ptr(),
+        k.stride(),
+        q_out.data_ptr(),
+        k_out.data_ptr(),
+        cos.data_ptr(),
+        cos.stride(0) if of_rows else 0,
+        cos.stride(-2),
+        sin.data_ptr(),
+        sin.stride(0) if of_rows else 0,
+        sin.stride(-2),
+        B,
+        T,
+        H,
+        k.shape[2],
+        D,
+        interleaved,
+    )
+    return q_out, k_out
+
+
+def _rope_unsupported(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> list[str]:
+    return _reasons(q.dtype, q=q, k=k, cos=cos, sin=sin)
+
+
+def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> torch.Tensor:
+    B, T, H, D = q.shape
+    S, P = k_cache.shape[1], cos.shape[0]
+    q_out = _new(q)
+    bad_row = _cpu.kv_append(
+        DTYPES[q.dtype],
+        q.data_ptr(),
+        q.stride(),
+        k.data_ptr(),
+        k.stride(),
+        v.data_ptr(),
+        v.stride(),
+        q_out.data_ptr(),
+        cos.data_ptr(),
+        cos.stride(0),
+        sin.data_ptr(),
+        sin.stride(0),
+        k_cache.data_ptr(),
+        k_cache.stride(),
+        v_cache.data_ptr(),
+        v_cache.stride(),
+        lengths.data_ptr(),
+        lengths.stride(0),
+        B,
+        T,
+        S,
+        P,
+        H,
+        k.shape[2],
+        D,
+        interleaved,
+    )
+    if bad_row >= 0:
+        raise too_long_for_cache(bad_row, int(lengths[bad_row]), S, P)
+    return q_out
+
+
+def _kv_append_unsupported(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> list[str]:
+    return _reasons(q.dtype, q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
 
 
 def _attention(
@@ -98,7 +230,7 @@ def _attention(
     scale: float | None,
     lengths: torch.Tensor | None,
 ) -> torch.Tensor:
-    o = torch.empty(q.shape, dtype=q.dtype)
+    o = _new(q)
     bad_row = _cpu.attention(
         DTYPES[q.dtype],
         q.data_ptr(),
@@ -127,13 +259,10 @@ def _attention_unsupported(
     scale: float | None,
     lengths: torch.Tensor | None,
 ) -> list[str]:
-    reasons = _dtype_reasons(q)
+    reasons = _reasons(q.dtype, q=q, k=k, v=v)
     D = q.shape[-1]
     if D % 8 or D > 256:
         reasons.append(f"D is {D}; it must be a multiple of 8 up to 256")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(-1) != 1 and D > 1:
-            reasons.append(f"{name} has stride {x.stride(-1)} in its last dim; it must be 1")
     if lengths is not None and not lengths.is_contiguous():
         reasons.append("lengths is not contiguous")
     return reasons
@@ -150,6 +279,10 @@ register_backend(
             "linear_backward_weight": Implementation(OPS["linear_backward_weight"].eager, nothing),
             "linear_cross_entropy": Implementation(linear_cross_entropy_in_blocks, nothing),
             "rms_norm": Implementation(_rms_norm, _rms_norm_unsupported),
+            "add_rms_norm": Implementation(_add_rms_norm, _add_rms_norm_unsupported),
+            "swiglu": Implementation(_swiglu, _swiglu_unsupported),
+            "rope": Implementation(_rope, _rope_unsupported),
+            "kv_append": Implementation(_kv_append, _kv_append_unsupported),
         },
     )
 )

@@ -71,20 +71,18 @@ def check(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> None:
     checks.lengths("kv_append", lengths, q)
 
 
-def check_positions(cos: torch.Tensor, k_cache: torch.Tensor, lengths: torch.Tensor) -> None:
-    """No row ends beyond the cache or the tables. Reads the values, so it is for the CPU."""
-    S, P = k_cache.shape[1], cos.shape[0]
-    if lengths.numel() and (longest := int(lengths.max())) > min(S, P):
-        raise ShapeError(
-            f"kv_append: lengths has {longest}, but the cache has {S} slots and the tables {P} "
-            "positions: make both longer, or append fewer tokens"
-        )
+def too_long(row: int, length: int, S: int, P: int) -> ShapeError:
+    return ShapeError(
+        f"kv_append: lengths[{row}] is {length}, but the cache has S = {S} slots and the tables "
+        f"P = {P} positions: make them longer, or append fewer tokens"
+    )
 
 
 def eager(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> torch.Tensor:
-    if lengths.is_cpu:
-        check_positions(cos, k_cache, lengths)
     T, S, P = q.shape[1], k_cache.shape[1], cos.shape[0]
+    if lengths.is_cpu and (lengths > min(S, P)).any():  # elsewhere, to ask would be to wait
+        row = int(lengths.argmax())
+        raise too_long(row, int(lengths[row]), S, P)
     position = lengths[:, None] - T + torch.arange(T, device=q.device)  # (B, T)
     b, t = ((position >= 0) & (position < min(S, P))).nonzero(as_tuple=True)
     p = position[b, t]

@@ -12,6 +12,7 @@ struct vf {
   static constexpr int W = 8;
   __m256 v;
 };
+struct vf2 { vf a, b; };
 
 static inline vf set(float x) { return {_mm256_set1_ps(x)}; }
 static inline vf zero() { return {_mm256_setzero_ps()}; }
@@ -39,13 +40,16 @@ static inline void store16(void* p, __m128i x, int n) {
 static inline vf widen_bf16(__m128i x) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
 }
-static inline __m128i narrow_bf16(vf x) {
+// Rounds to bf16 in the upper half of each lane; what the lower half holds is of no use.
+static inline __m256i round_bf16(vf x) {
   const __m256i u = _mm256_castps_si256(x.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256 nan = _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q);
-  r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(nan));
-  r = _mm256_srli_epi32(r, 16);
+  const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  // A NaN, which the sum may have carried into a number, becomes the NaN of all ones.
+  return _mm256_or_si256(r, _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)));
+}
+static inline __m128i narrow_bf16(vf x) {
+  const __m256i r = _mm256_srli_epi32(round_bf16(x), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
 }
 
@@ -62,6 +66,32 @@ static inline void store(bf16* p, vf x) { store16(p, narrow_bf16(x)); }
 static inline void store(bf16* p, vf x, int n) { store16(p, narrow_bf16(x), n); }
 static inline void store(f16* p, vf x) { store16(p, _mm256_cvtps_ph(x.v, 0)); }
 static inline void store(f16* p, vf x, int n) { store16(p, _mm256_cvtps_ph(x.v, 0), n); }
+
+// 16 of them: those of even index, then those of odd index, which takes fewer instructions.
+static inline vf2 load2(const bf16* p) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))},
+          {_mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(int(0xffff0000))))}};
+}
+static inline void store2(bf16* p, vf2 x) {
+  const __m256i even = _mm256_srli_epi32(round_bf16(x.a), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_blend_epi16(even, round_bf16(x.b), 0xaa));
+}
+
+// W/2 floats, each in two neighbouring lanes; or n/2 of them, n even.
+static inline __m256 twice(__m128 x) {
+  return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(x),
+                                  _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+}
+static inline vf load_twice(const float* p) { return {twice(_mm_loadu_ps(p))}; }
+static inline vf load_twice(const float* p, int n) {
+  return {twice(_mm_maskload_ps(p, _mm256_castsi256_si128(lanes(n / 2))))};
+}
+// Each pair of neighbouring lanes exchanged.
+static inline vf swap_pairs(vf a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
+// a · b - c in even lanes, a · b + c in odd ones.
+static inline vf fma_alternating(vf a, vf b, vf c) { return {_mm256_fmaddsub_ps(a.v, b.v, c.v)}; }
 
 static inline vf operator+(vf a, vf b) { return {_mm256_add_ps(a.v, b.v)}; }
 static inline vf operator-(vf a, vf b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -84,6 +114,17 @@ static inline vf round(vf a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEARES
 static inline vf scale2(vf a, vf n) {
   const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
   return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(e, 23)))};
+}
+// t = whole + part, whole integral and part in [0, 1); t clamped to where scale2 takes the whole.
+static inline void split(vf t, vf& whole, vf& part) {
+  t = min(max(t, set(-126.f)), set(127.f));
+  whole = {_mm256_floor_ps(t.v)};
+  part = t - whole;
+}
+// 1 / a within 2^-13, for a normal whose reciprocal is normal: an estimate and a step of Newton's.
+static inline vf approximate_reciprocal(vf a) {
+  const __m256 r = _mm256_rcp_ps(a.v);
+  return {_mm256_fmadd_ps(r, _mm256_fnmadd_ps(a.v, r, _mm256_set1_ps(1.f)), r)};
 }
 
 

@@ -12,6 +12,7 @@ struct vf {
   static constexpr int W = 16;
   __m512 v;
 };
+struct vf2 { vf a, b; };
 
 static inline vf set(float x) { return {_mm512_set1_ps(x)}; }
 static inline vf zero() { return {_mm512_setzero_ps()}; }
@@ -21,16 +22,22 @@ static inline __mmask16 lanes(int n) { return __mmask16((1u << n) - 1); }
 static inline vf widen_bf16(__m256i x) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
 }
+#ifndef __AVX512BF16__
+// Rounds to bf16 in the upper half of each lane; what the lower half holds is of no use.
+static inline __m512i round_bf16(vf x) {
+  const __m512i u = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  // A NaN, which the sum may have carried into a number, becomes the NaN of all ones.
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  return _mm512_mask_set1_epi32(r, nan, -1);
+}
+#endif
 static inline __m256i narrow_bf16(vf x) {
 #ifdef __AVX512BF16__
   return (__m256i)_mm512_cvtneps_pbh(x.v);
 #else
-  const __m512i u = _mm512_castps_si512(x.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_srli_epi32(_mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(x), 16));
 #endif
 }
 
@@ -60,6 +67,40 @@ static inline void store(f16* p, vf x, int n) {
   _mm256_mask_storeu_epi16(p, lanes(n), _mm512_cvtps_ph(x.v, 0));
 }
 
+// 32 of them: those of even index, then those of odd index, which takes fewer instructions.
+static inline vf2 load2(const bf16* p) {
+  const __m512i x = _mm512_loadu_si512(p);
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))},
+          {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000))))}};
+}
+static inline void store2(bf16* p, vf2 x) {
+#ifdef __AVX512BF16__
+  const __m512i evens_odds = (__m512i)_mm512_cvtne2ps_pbh(x.b.v, x.a.v);
+  const __m512i interleave = _mm512_add_epi32(  // 0, 16, 1, 17, …
+      _mm512_set1_epi32(0x00100000),
+      _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001),
+                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(interleave, evens_odds));
+#else
+  const __m512i even = _mm512_srli_epi32(round_bf16(x.a), 16);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, even, round_bf16(x.b)));
+#endif
+}
+
+// W/2 floats, each in two neighbouring lanes; or n/2 of them, n even.
+static inline __m512 twice(__m256 x) {
+  return _mm512_permutexvar_ps(
+      _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), _mm512_castps256_ps512(x));
+}
+static inline vf load_twice(const float* p) { return {twice(_mm256_loadu_ps(p))}; }
+static inline vf load_twice(const float* p, int n) {
+  return {twice(_mm256_maskz_loadu_ps(__mmask8(lanes(n / 2)), p))};
+}
+// Each pair of neighbouring lanes exchanged.
+static inline vf swap_pairs(vf a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
+// a · b - c in even lanes, a · b + c in odd ones.
+static inline vf fma_alternating(vf a, vf b, vf c) { return {_mm512_fmaddsub_ps(a.v, b.v, c.v)}; }
+
 static inline vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
 static inline vf operator-(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
 static inline vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -73,6 +114,13 @@ static inline vf round(vf a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 static inline vf scale2(vf a, vf n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// t = whole + part, part in [0, 1), for scale2, which takes the floor of the whole itself.
+static inline void split(vf t, vf& whole, vf& part) {
+  whole = t;
+  part = {_mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
+// 1 / a within 2^-13, for a normal whose reciprocal is normal.
+static inline vf approximate_reciprocal(vf a) { return {_mm512_rcp14_ps(a.v)}; }
 
 
 // 32 bf16 as two vectors, the even and the odd ones: a shift and a mask, where loads in order need

@@ -12,6 +12,7 @@ struct vf {
   static constexpr int W = 1;
   float v;
 };
+struct vf2 { vf a, b; };
 
 static inline vf set(float x) { return {x}; }
 static inline vf zero() { return {0.f}; }
@@ -35,6 +36,14 @@ static inline vf round(vf a) { return {std::nearbyintf(a.v)}; }
 static inline vf scale2(vf a, vf n) {
   return {a.v * float_of(uint32_t(int32_t(n.v) + 127) << 23)};
 }
+// t = whole + part, whole integral and part in [0, 1); t clamped to where scale2 takes the whole.
+static inline void split(vf t, vf& whole, vf& part) {
+  t = min(max(t, {-126.f}), {127.f});
+  whole = {std::floor(t.v)};
+  part = t - whole;
+}
+// 1 / a within 2^-13, for a normal whose reciprocal is normal.
+static inline vf approximate_reciprocal(vf a) { return {1.f / a.v}; }
 
 
 static inline void load_split(const bf16* p, vf& even, vf& odd) {

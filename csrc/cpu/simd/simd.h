@@ -51,9 +51,23 @@ static inline vf exp2(vf x) {
   return scale2(p, n);
 }
 
+// e^x within 2^-17, enough for what is rounded to a half type: 2^t with t = x / ln 2 is 2^whole ·
+// 2^part, and a minimax polynomial of degree 4 is 2^part on [0, 1).
+static inline vf exp_half(vf x) {
+  vf whole, part;
+  split(x * set(1.44269504f), whole, part);
+  vf p = set(1.353416778e-2f);
+  p = fma(p, part, set(5.201146007e-2f));
+  p = fma(p, part, set(2.414427549e-1f));
+  p = fma(p, part, set(6.930038333e-1f));
+  p = fma(p, part, set(1.000002623f));
+  return scale2(p, whole);
+}
+
 // Calls f(i, width) over [0, n): whole vectors as f(i, Full), then the rest as f(i, count).
 struct Full {};
 template <class T> static inline vf load(const T* p, Full) { return load(p); }
+template <class T> static inline vf load_twice(const T* p, Full) { return load_twice(p); }
 template <class T> static inline void store(T* p, vf x, Full) { store(p, x); }
 
 template <class F> static inline void for_each_vector(int64_t n, F&& f) {

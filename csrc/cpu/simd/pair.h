@@ -1,0 +1,40 @@
+// Two vectors at once: for work on elements that are alike, whatever their order, as load2 has one
+// of its own for each storage type.
+#pragma once
+
+#include "simd.h"
+
+namespace llama_fast {
+namespace ISA {
+
+template <class T> static inline vf2 load2(const T* p) { return {load(p), load(p + vf::W)}; }
+template <class T> static inline void store2(T* p, vf2 x) {
+  store(p, x.a);
+  store(p + vf::W, x.b);
+}
+
+static inline vf2 operator+(vf2 x, vf2 y) { return {x.a + y.a, x.b + y.b}; }
+static inline vf2 operator+(vf x, vf2 y) { return {x + y.a, x + y.b}; }
+static inline vf2 operator-(vf x, vf2 y) { return {x - y.a, x - y.b}; }
+static inline vf2 operator*(vf2 x, vf2 y) { return {x.a * y.a, x.b * y.b}; }
+static inline vf2 operator*(vf2 x, vf y) { return {x.a * y, x.b * y}; }
+static inline vf2 operator/(vf2 x, vf2 y) { return {x.a / y.a, x.b / y.b}; }
+static inline vf2 exp(vf2 x) { return {exp(x.a), exp(x.b)}; }
+static inline vf2 exp_half(vf2 x) { return {exp_half(x.a), exp_half(x.b)}; }
+static inline vf2 approximate_reciprocal(vf2 x) {
+  return {approximate_reciprocal(x.a), approximate_reciprocal(x.b)};
+}
+
+struct Pair {};
+template <class T> static inline vf2 load(const T* p, Pair) { return load2(p); }
+template <class T> static inline void store(T* p, vf2 x, Pair) { store2(p, x); }
+
+// for_each_vector, with as many pairs of vectors as there are first, as f(i, Pair).
+template <class F> static inline void for_each_pair(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + 2 * vf::W <= n; i += 2 * vf::W) f(i, Pair{});
+  for_each_vector(n - i, [&](int64_t j, auto width) { f(i + j, width); });
+}
+
+}  // namespace ISA
+}  // namespace llama_fast
