@@ -8,6 +8,8 @@ the first implementation that has no reason to refuse.
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,6 +95,17 @@ OPS: dict[str, Op] = {}
 _backends: dict[str, Backend] = {}
 _request: ContextVar[Request] = ContextVar("llama_fast_backend", default=_ANY)
 _warned: set[tuple] = set()
+
+
+def backends() -> dict[str, Backend]:
+    """The registered backends by name; the package's root imports its own when first asked."""
+    _load_backends()
+    return _backends
+
+
+@functools.cache
+def _load_backends() -> None:
+    sys.modules[__package__].load_backends()
 
 
 def register_backend(backend: Backend) -> None:
@@ -206,7 +219,7 @@ class Op:
         raise BackendError(
             f"{self.name}: backend {request.backend!r} was asked for strictly and cannot serve "
             f"this call: {'; '.join(self._reasons(request.backend, args))}. Change the arguments, "
-            "or drop strict=True to let another backend serve it."
+            "or let another backend serve it by not asking strictly."
         )
 
     def _order(self, device: str, request: Request) -> list[tuple[str, Implementation]]:
@@ -218,8 +231,8 @@ class Op:
         for name in names:
             if name == "eager":
                 rows.append((name, Implementation(self.eager, nothing)))
-            elif name in _backends and not _backends[name].unavailable:
-                implementation = _backends[name].implementations.get(self.name)
+            elif name in backends() and not backends()[name].unavailable:
+                implementation = backends()[name].implementations.get(self.name)
                 if implementation is not None:
                     rows.append((name, implementation))
         return rows
@@ -227,7 +240,7 @@ class Op:
     def _reasons(self, name: str, args: tuple) -> list[str]:
         if name == "eager":
             return []
-        backend = _backends.get(name)
+        backend = backends().get(name)
         if backend is None:
             return [f"no backend named {name!r} is part of this installation"]
         if backend.unavailable:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import llama_fast.ops  # noqa: F401  declares the ops
 from llama_fast.registry import OPS
 
 ROOT = Path(__file__).parent.parent
