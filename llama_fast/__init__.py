@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .ops import *  # noqa: F403
-    from .registry import Decision, explain, use_backend
+    from .registry import Decision as Decision
+    from .registry import explain as explain
+    from .registry import use_backend as use_backend
 
 __version__ = "0.1.0"
 
