@@ -42,6 +42,15 @@ std::vector<std::pair<std::string, const KernelTable*>> usable_isas() {
 const auto usable = usable_isas();
 auto chosen = usable.front();
 
+// The instruction sets of this build, whatever the CPU has, best first.
+std::vector<std::string> built_isas() {
+#ifdef LLAMA_FAST_HAS_AVX2
+  return {"avx512_bf16", "avx512", "avx2", "scalar"};
+#else
+  return {"scalar"};
+#endif
+}
+
 void set_isa(const std::string& name) {
   for (const auto& isa : usable) {
     if (isa.first == name) {
@@ -92,6 +101,7 @@ PYBIND11_MODULE(_cpu, m) {
     for (const auto& isa : usable) names.push_back(isa.first);
     return names;
   }, "The instruction sets that can be chosen here, best first.");
+  m.def("built_isas", &built_isas, "The instruction sets of this build, best first.");
   m.def("isa", [] { return chosen.first; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("address"), py::arg("bytes"));
@@ -112,6 +122,21 @@ PYBIND11_MODULE(_cpu, m) {
            heads(k_stride), heads(v_stride), causal, scale});
     return -1;
   });
+
+  m.def("read_memory", [](uintptr_t source, int64_t bytes, int64_t threads, uintptr_t sink) {
+    launch(&KernelTable::read_memory, CeilingArgs{pointer<void>(source), nullptr, bytes, 0,
+           threads, pointer<float>(sink)});
+  });
+  m.def("copy_memory", [](uintptr_t source, uintptr_t target, int64_t bytes, int64_t threads) {
+    launch(&KernelTable::copy_memory, CeilingArgs{pointer<void>(source), pointer<void>(target),
+           bytes, 0, threads, nullptr});
+  });
+  m.def("multiply_add", [](bool pairs, int64_t steps, int64_t threads, uintptr_t sink) {
+    const KernelTable& table = *chosen.second;
+    launch(pairs ? &KernelTable::multiply_add_bf16 : &KernelTable::multiply_add_f32,
+           CeilingArgs{nullptr, nullptr, 0, steps, threads, pointer<float>(sink)});
+    return steps * threads * 12 * table.lanes * (pairs && table.bf16_pairs ? 4 : 2);
+  }, "Runs the loop and returns its floating-point operations.");
 
   m.def("rms_norm", [](int dtype, uintptr_t x, uintptr_t weight, uintptr_t y, const Layout& layout,
                        int64_t C, float eps) {

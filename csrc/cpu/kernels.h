@@ -105,6 +105,16 @@ struct KvAppendArgs {
   bool interleaved;
 };
 
+// For measuring the machine itself; each uses what it needs.
+struct CeilingArgs {
+  const void* source;  // aligned to 64 bytes
+  void* target;        // as large as source
+  int64_t bytes;       // a multiple of 64
+  int64_t steps;       // of a loop that only computes
+  int64_t threads;
+  float* sink;         // one for each thread
+};
+
 struct KernelTable {
   void (*attention)(const AttentionArgs&);
   void (*rms_norm)(const RmsNormArgs&);
@@ -112,6 +122,12 @@ struct KernelTable {
   void (*swiglu)(const SwigluArgs&);
   void (*rope)(const RopeArgs&);
   void (*kv_append)(const KvAppendArgs&);
+  void (*read_memory)(const CeilingArgs&);
+  void (*copy_memory)(const CeilingArgs&);
+  void (*multiply_add_f32)(const CeilingArgs&);
+  void (*multiply_add_bf16)(const CeilingArgs&);
+  int lanes;        // floats of a vector
+  bool bf16_pairs;  // multiply_add_bf16 is an instruction of its own
 };
 
 // Defined by table.cpp, once for each instruction set that the build has.

@@ -1,5 +1,6 @@
 // The kernels of one instruction set, in one table.
 #include "kernels.h"
+#include "simd/simd.h"
 
 namespace llama_fast {
 namespace ISA {
@@ -10,6 +11,10 @@ void add_rms_norm(const AddRmsNormArgs&);
 void swiglu(const SwigluArgs&);
 void rope(const RopeArgs&);
 void kv_append(const KvAppendArgs&);
+void read_memory(const CeilingArgs&);
+void copy_memory(const CeilingArgs&);
+void multiply_add_f32(const CeilingArgs&);
+void multiply_add_bf16(const CeilingArgs&);
 
 const KernelTable kernels = {
     attention,
@@ -18,6 +23,16 @@ const KernelTable kernels = {
     swiglu,
     rope,
     kv_append,
+    read_memory,
+    copy_memory,
+    multiply_add_f32,
+    multiply_add_bf16,
+    vf::W,
+#ifdef ISA_HAS_PAIRS
+    true,
+#else
+    false,
+#endif
 };
 
 }  // namespace ISA

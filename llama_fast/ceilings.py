@@ -1,0 +1,135 @@
+"""What this machine can do at most, measured: the yardstick of every kernel's speed.
+
+Each is measured once a process, in about 0.2 s, as the median of repetitions after a warm-up, with
+torch's number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+try:
+    from . import _cpu
+except ImportError:
+    _cpu = None
+
+BYTES = 256 * 2**20  # several times the last cache of most machines
+REPEATS = 5
+SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Bytes a second of a plain read and of a copy (both directions counted), FLOP/s of float32
+    multiply-adds and of the fastest bf16 instruction; None where that cannot be measured."""
+
+    device: str
+    threads: int
+    isa: str | None
+    read: float | None
+    copy: float | None
+    float32: float | None
+    bfloat16: float | None
+
+
+def measure(device: str = "cpu") -> Ceilings:
+    """All of them; about a second."""
+    on_cpu = torch.device(device).type == "cpu"
+    return Ceilings(
+        device=device,
+        threads=torch.get_num_threads() if on_cpu else 0,
+        isa=_cpu.isa() if on_cpu and _cpu is not None else None,
+        read=read_bandwidth(device),
+        copy=copy_bandwidth(device),
+        float32=multiply_add_rate(pairs=False) if on_cpu else None,
+        bfloat16=multiply_add_rate(pairs=True) if on_cpu else None,
+    )
+
+
+def read_bandwidth(device: str | torch.device = "cpu") -> float | None:
+    """Bytes a second that all threads together read from memory; on a GPU, that a copy moves.
+
+    None where the C++ kernels are not built.
+    """
+    if torch.device(device).type == "cuda":
+        return _cuda_copy(torch.device(device))
+    return None if _cpu is None else _cpu_read(torch.get_num_threads(), _cpu.isa())
+
+
+def copy_bandwidth(device: str | torch.device = "cpu") -> float | None:
+    """Bytes a second that a copy reads and writes, both counted. None as `read_bandwidth`."""
+    if torch.device(device).type == "cuda":
+        return _cuda_copy(torch.device(device))
+    return None if _cpu is None else _cpu_copy(torch.get_num_threads(), _cpu.isa())
+
+
+def multiply_add_rate(*, pairs: bool) -> float | None:
+    """FLOP/s of the CPU's multiply-adds in registers: float32, or with `pairs` those of bf16 pairs
+    where the instruction set in use has them. A multiply-add counts as two."""
+    return None if _cpu is None else _cpu_multiply_add(pairs, torch.get_num_threads(), _cpu.isa())
+
+
+# The instruction set is an argument of these for their results to be kept apart.
+
+
+@functools.cache
+def _cpu_read(threads: int, isa: str) -> float:
+    source, sink = _memory(BYTES), torch.zeros(threads)
+    return BYTES / _median(
+        lambda: _cpu.read_memory(source.data_ptr(), BYTES, threads, sink.data_ptr())
+    )
+
+
+@functools.cache
+def _cpu_copy(threads: int, isa: str) -> float:
+    half = BYTES // 2
+    source, target = _memory(half), _memory(half)
+    return BYTES / _median(
+        lambda: _cpu.copy_memory(source.data_ptr(), target.data_ptr(), half, threads)
+    )
+
+
+@functools.cache
+def _cpu_multiply_add(pairs: bool, threads: int, isa: str) -> float:
+    sink, steps = torch.zeros(threads), 1000
+    flops, seconds = 0, 0.0
+    while seconds < SECONDS / REPEATS:  # as many steps as fill the time
+        steps *= 4
+        start = time.perf_counter()
+        flops = _cpu.multiply_add(pairs, steps, threads, sink.data_ptr())
+        seconds = time.perf_counter() - start
+    return flops / _median(lambda: _cpu.multiply_add(pairs, steps, threads, sink.data_ptr()))
+
+
+@functools.cache
+def _cuda_copy(device: torch.device) -> float:
+    source = torch.ones(BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+        torch.cuda.synchronize(device)
+
+    return 2 * BYTES / _median(copy)
+
+
+def _memory(nbytes: int) -> torch.Tensor:
+    """Memory that was written, because pages never written all read one page of zeros. torch
+    aligns what it allocates to 64 bytes."""
+    return torch.ones(nbytes, dtype=torch.uint8)
+
+
+def _median(call: Callable[[], object]) -> float:
+    call()
+    times: list[float] = []
+    while len(times) < REPEATS or sum(times) < SECONDS:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
