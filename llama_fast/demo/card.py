@@ -53,7 +53,7 @@ this world, not that it learned a language.
 | vocabulary | {vocab_size}, head tied to the embedding |
 | weights | float32 in training, saved in bfloat16 |
 | AdamW | learning rate {learning_rate:g}, {warmup_steps} steps of warm-up, cosine; weight decay {weight_decay:g} on matrices |
-| seen | {steps} steps of {batch_size} × {max_seq_len}: {tokens_seen:,} tokens, each text once |
+| seen | {steps} steps of {batch_size} × {block}: {tokens_seen:,} tokens, each text once |
 | time | {minutes:.0f} minutes, {threads} CPU thread(s) |
 
 | held-out texts | nats per token | nats per byte |
@@ -86,6 +86,7 @@ def data_card(metrics: dict) -> str:
     return _CARD.format(
         **config,
         **{name: training[name] for name in _TRAINING_FIELDS},
+        block=metrics["block"],
         answer=ANSWER_PROMPT,
         parameters=metrics["parameters"],
         ranks=config["vocab_size"] - 256,

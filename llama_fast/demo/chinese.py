@@ -554,7 +554,7 @@ KINDS = (
     Kind(5, description, False),
     Kind(9, question, False),
     Kind(5, facts, False),
-    Kind(5, sums, True),
+    Kind(8, sums, True),
     Kind(2, counting, False),
     Kind(3, weather_report, False),
     Kind(2, recipe, False),

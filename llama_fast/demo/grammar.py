@@ -52,11 +52,20 @@ def _sequence(template: str, at: int) -> tuple[tuple, int]:
     return tuple(pieces), at
 
 
-def expand(template: str, rng: random.Random, language: str, cast: dict[str, object]) -> str:
-    """One reading of ``template``; what is no str or int is called by its name in ``language``."""
+def expand(
+    template: str,
+    rng: random.Random,
+    language: str,
+    cast: dict[str, object],
+    boundary: str = "",
+) -> str:
+    """One reading of ``template``; what is no str or int is called by its name in ``language``.
+
+    ``boundary`` is put between pieces of the template and what is inserted into it.
+    """
     words: list[str] = []
     _expand(_parse(template), rng, language, cast, words)
-    return "".join(words)
+    return boundary.join(words)
 
 
 def _expand(pieces: tuple, rng: random.Random, language: str, cast: dict, words: list[str]) -> None:

@@ -19,6 +19,7 @@ from llama_fast.atomic import atomic_file
 from llama_fast.demo import FOLDER
 from llama_fast.demo.card import SAMPLE_PROMPTS, data_card
 from llama_fast.demo.recipe import (
+    BLOCK,
     CONFIG,
     HELD_OUT_TOKENS,
     SEED,
@@ -88,6 +89,7 @@ def measure(
         "config": dataclasses.asdict(model.config),
         "parameters": model.config.n_params,
         "training": dataclasses.asdict(training),
+        "block": BLOCK,
         "tokens_seen": history.tokens,
         "seconds": round(history.seconds),
         "threads": torch.get_num_threads(),

@@ -8,11 +8,14 @@ from llama_fast.demo import chinese, english
 from llama_fast.demo.world import Teller
 
 
-def documents(seed: int, split: str = "train", chinese_share: float = 0.5) -> Iterator[str]:
+def documents(
+    seed: int, split: str = "train", *, chinese_share: float = 0.5, boundary: str = ""
+) -> Iterator[str]:
     """Texts without end: stories, letters, dialogues, questions, facts and sums in both languages.
 
     The same seed and split give the same texts on every machine. Of the split ``combinations`` only
-    the kinds of text that combine facts are told. Raises ``LlamaFastError`` for an unknown split.
+    the kinds of text that combine facts are told. ``boundary`` is put between the words of Chinese,
+    which has no spaces. Raises ``LlamaFastError`` for an unknown split.
     """
     teller = Teller(seed, split)
     kinds = {
@@ -22,6 +25,7 @@ def documents(seed: int, split: str = "train", chinese_share: float = 0.5) -> It
     while True:
         module = chinese if teller.chance(chinese_share) else english
         teller.language = module.LANGUAGE
+        teller.boundary = boundary if module is chinese else ""
         weights = [kind.weight for kind in kinds[module]]
         (kind,) = teller.rng.choices(kinds[module], weights)
         yield module.polish(kind.tell(teller))

@@ -40,6 +40,7 @@ class Teller:
         self.rng = random.Random(f"{split} {seed}")
         self.split = split
         self.language = "en"
+        self.boundary = ""  # between the words that are put together, for training a tokenizer
 
     def one(self, items: Sequence[Item]) -> Item:
         return items[int(self.rng.random() * len(items))]
@@ -80,7 +81,7 @@ class Teller:
 
     def say(self, template: str, **cast: object) -> str:
         """One reading of ``template`` (see ``grammar``)."""
-        return expand(template, self.rng, self.language, cast)
+        return expand(template, self.rng, self.language, cast, self.boundary)
 
 
 @dataclass(frozen=True)

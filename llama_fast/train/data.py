@@ -10,6 +10,7 @@ end in the next, and a block's tokens see all documents before them in the block
 
 from __future__ import annotations
 
+import random
 import zlib
 from array import array
 from collections.abc import Iterable
@@ -48,14 +49,20 @@ class PackedDataset:
         block: int,
         *,
         n_tokens: int | None = None,
+        cut_share: float = 0.0,
+        seed: int = 0,
     ) -> PackedDataset:
         """Encodes documents, each between begin and end tokens, until n_tokens are there.
 
-        Without n_tokens, or with too few documents, all are taken.
+        Without n_tokens, or with too few documents, all are taken. Of the documents, cut_share are
+        encoded in two parts, cut at a character drawn from seed: so a model learns to go on from a
+        prompt that ends where the whole text would have one token.
         """
-        ids, n_bytes = array("i"), 0
+        ids, n_bytes, rng = array("i"), 0, random.Random(seed)
         for text in texts:
-            ids.extend(tokenizer.encode(text, bos=True, eos=True))
+            cut = rng.randrange(len(text) + 1) if rng.random() < cut_share else 0
+            ids.extend(tokenizer.encode(text[:cut], bos=True))
+            ids.extend(tokenizer.encode(text[cut:], eos=True))
             n_bytes += len(text.encode())
             if n_tokens is not None and len(ids) >= n_tokens:
                 break
