@@ -34,39 +34,49 @@ CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapp
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 
-class NinjaBuild(build_ext):
-    """Compiles with ninja, in parallel and incrementally, and links one shared module."""
-
+class BuildCpu(build_ext):
     def build_extension(self, extension: Extension) -> None:
-        import ninja
-        import pybind11
-
-        build_dir = ROOT / "build" / f"cpu-{sysconfig.get_platform()}-{sys.version_info.minor}"
-        build_dir.mkdir(parents=True, exist_ok=True)
-        target = (ROOT / self.get_ext_fullpath(extension.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        includes = [sysconfig.get_path("include"), pybind11.get_include()]
-        (build_dir / "build.ninja").write_text(ninja_file(target, includes))
-        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build_dir, "--quiet"], check=True)
+        folder = ROOT / "build" / f"cpu-{sysconfig.get_platform()}-{sys.version_info.minor}"
+        build_cpu_module((ROOT / self.get_ext_fullpath(extension.name)).resolve(), folder)
 
 
-def ninja_file(target: Path, includes: list[str]) -> str:
+def build_cpu_module(
+    target: Path, folder: Path, isa_flags: dict[str, str] = ISA_FLAGS, flags: str = ""
+) -> None:
+    """Compiles with ninja in `folder`, in parallel and incrementally, and links one shared module.
+
+    isa_flags  the instruction sets of the module, each with its compiler flags
+    flags      added to every compilation and to the link
+    """
+    import ninja
+
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(ninja_file(target, isa_flags, flags))
+    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder, "--quiet"], check=True)
+
+
+def ninja_file(target: Path, isa_flags: dict[str, str], flags: str) -> str:
+    import pybind11
+
     cxx = sysconfig.get_config_var("CXX").split()[0]
-    common = " ".join([CXX_FLAGS, *OPENMP, f"-I{ROOT}/csrc"])
-    built_for = " ".join(f"-DLLAMA_FAST_HAS_{isa.upper()}" for isa in ISA_FLAGS)
+    common = " ".join([CXX_FLAGS, *OPENMP, f"-I{ROOT}/csrc", flags])
+    link = " ".join([*OPENMP, link_flags(), flags])
     lines = [
         f"rule cxx\n  command = {cxx} -MMD -MF $out.d {common} $flags -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {cxx} -shared {' '.join(OPENMP)} {link_flags()} $in -o $out",
+        f"rule link\n  command = {cxx} -shared {link} $in -o $out",
     ]
     objects = ["binding.o"]
-    binding_flags = " ".join([built_for, *(f"-isystem {path}" for path in includes)])
+    built_for = [f"-DLLAMA_FAST_HAS_{isa.upper()}" for isa in isa_flags]
+    includes = [sysconfig.get_path("include"), pybind11.get_include()]
+    binding_flags = " ".join([*built_for, *(f"-isystem {path}" for path in includes)])
     lines.append(f"build binding.o: cxx {ROOT}/csrc/bindings/cpu.cpp\n  flags = {binding_flags}")
-    for isa, isa_flags in ISA_FLAGS.items():
+    for isa, its_flags in isa_flags.items():
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             objects.append(f"{isa}/{source.stem}.o")
-            flags = f"-DISA={isa} -DISA_{isa.upper()} {isa_flags}"
-            lines.append(f"build {objects[-1]}: cxx {source}\n  flags = {flags}")
+            own = f"-DISA={isa} -DISA_{isa.upper()} {its_flags}"
+            lines.append(f"build {objects[-1]}: cxx {source}\n  flags = {own}")
     lines.append(f"build {target}: link {' '.join(objects)}\ndefault {target}\n")
     return "\n".join(lines)
 
@@ -75,5 +85,7 @@ def link_flags() -> str:
     return "-undefined dynamic_lookup" if sys.platform == "darwin" else "-Wl,--gc-sections"
 
 
-# The sources are listed in the ninja file; the extension names only what setuptools must know.
-setup(ext_modules=[Extension("llama_fast._cpu", sources=[])], cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":
+    # The sources are listed in the ninja file; the extension names what setuptools must know.
+    extension = Extension("llama_fast._cpu", sources=[])
+    setup(ext_modules=[extension], cmdclass={"build_ext": BuildCpu})

@@ -23,19 +23,29 @@ namespace {
 // The instruction sets of this build that this CPU has, best first.
 std::vector<std::pair<std::string, const KernelTable*>> usable_isas() {
   std::vector<std::pair<std::string, const KernelTable*>> usable;
-#ifdef LLAMA_FAST_HAS_AVX2
+#ifdef __x86_64__
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq");
+  [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") &&
+                                     __builtin_cpu_supports("fma") &&
+                                     __builtin_cpu_supports("f16c");
+  [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                                       __builtin_cpu_supports("avx512bw") &&
+                                       __builtin_cpu_supports("avx512vl") &&
+                                       __builtin_cpu_supports("avx512dq");
+#endif
+#ifdef LLAMA_FAST_HAS_AVX512_BF16
   if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
     usable.emplace_back("avx512_bf16", &avx512_bf16::kernels);
+#endif
+#ifdef LLAMA_FAST_HAS_AVX512
   if (avx512) usable.emplace_back("avx512", &avx512::kernels);
+#endif
+#ifdef LLAMA_FAST_HAS_AVX2
   if (avx2) usable.emplace_back("avx2", &avx2::kernels);
 #endif
+#ifdef LLAMA_FAST_HAS_SCALAR
   usable.emplace_back("scalar", &scalar::kernels);
+#endif
   return usable;
 }
 

@@ -22,7 +22,7 @@ static inline __mmask16 lanes(int n) { return __mmask16((1u << n) - 1); }
 static inline vf widen_bf16(__m256i x) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
 }
-#ifndef __AVX512BF16__
+#ifndef ISA_AVX512_BF16
 // Rounds to bf16 in the upper half of each lane; what the lower half holds is of no use.
 static inline __m512i round_bf16(vf x) {
   const __m512i u = _mm512_castps_si512(x.v);
@@ -34,7 +34,7 @@ static inline __m512i round_bf16(vf x) {
 }
 #endif
 static inline __m256i narrow_bf16(vf x) {
-#ifdef __AVX512BF16__
+#ifdef ISA_AVX512_BF16
   return (__m256i)_mm512_cvtneps_pbh(x.v);
 #else
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(x), 16));
@@ -74,7 +74,7 @@ static inline vf2 load2(const bf16* p) {
           {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000))))}};
 }
 static inline void store2(bf16* p, vf2 x) {
-#ifdef __AVX512BF16__
+#ifdef ISA_AVX512_BF16
   const __m512i evens_odds = (__m512i)_mm512_cvtne2ps_pbh(x.b.v, x.a.v);
   const __m512i interleave = _mm512_add_epi32(  // 0, 16, 1, 17, …
       _mm512_set1_epi32(0x00100000),
@@ -190,7 +190,7 @@ static inline vf sums(const vf (&x)[16]) {
                         _mm512_shuffle_f32x4(c[0], c[1], 0xdd))};
 }
 
-#ifdef __AVX512BF16__
+#ifdef ISA_AVX512_BF16
 // Pairs of bf16 in the lanes of a vf, and the instruction that multiplies them: each lane of the
 // accumulator gains two products.
 #define ISA_HAS_PAIRS 1
