@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
 
 import pytest
 import torch
 
-from llama_fast.backends import cpu
 from llama_fast.registry import OPS, use_backend
 
+from .backends import BACKENDS, on
 from .oracle import as_tuple, assert_accurate, copies, references, run_poisoned, to_float64
 
 FORWARD = {name: op for name, op in OPS.items() if op.cases is not None}
-BACKENDS = ["eager", *(f"cpu-{isa}" for isa in cpu.isas())]
-
 
 CASES = [
     pytest.param(op, case, dtype, id=f"{name}-{case}-{str(dtype)[6:]}")
@@ -27,15 +24,6 @@ CASES = [
 
 def arguments(case, dtype):
     return case.make(torch.Generator().manual_seed(0), dtype, "cpu")
-
-
-def on(backend: str) -> ExitStack:
-    stack = ExitStack()
-    name, _, isa = backend.partition("-")
-    if isa:
-        stack.enter_context(cpu.use_isa(isa))
-    stack.enter_context(use_backend(name, strict=True))
-    return stack
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
