@@ -198,4 +198,10 @@ PYBIND11_MODULE(_cpu, m) {
            length, lengths_stride, B, T, D, interleaved});
     return -1;
   });
+
+  m.def("linear", [](int dtype, uintptr_t x, uintptr_t weight, uintptr_t y, const Layout& layout,
+                     int64_t C_in, int64_t C_out) {
+    launch(&KernelTable::linear, LinearArgs{DType(dtype), pointer<void>(x), pointer<void>(weight),
+           pointer<void>(y), rows(layout), C_in, C_out});
+  });
 }

@@ -105,6 +105,15 @@ struct KvAppendArgs {
   bool interleaved;
 };
 
+struct LinearArgs {
+  DType dtype;
+  const void* x;       // M <= 16 rows of C_in
+  const void* weight;  // (C_out, C_in) contiguous
+  void* y;             // (M, C_out) contiguous
+  Rows rows;
+  int64_t C_in, C_out;
+};
+
 // For measuring the machine itself; each uses what it needs.
 struct CeilingArgs {
   const void* source;  // aligned to 64 bytes
@@ -122,6 +131,7 @@ struct KernelTable {
   void (*swiglu)(const SwigluArgs&);
   void (*rope)(const RopeArgs&);
   void (*kv_append)(const KvAppendArgs&);
+  void (*linear)(const LinearArgs&);
   void (*read_memory)(const CeilingArgs&);
   void (*copy_memory)(const CeilingArgs&);
   void (*multiply_add_f32)(const CeilingArgs&);

@@ -11,6 +11,7 @@ void add_rms_norm(const AddRmsNormArgs&);
 void swiglu(const SwigluArgs&);
 void rope(const RopeArgs&);
 void kv_append(const KvAppendArgs&);
+void linear(const LinearArgs&);
 void read_memory(const CeilingArgs&);
 void copy_memory(const CeilingArgs&);
 void multiply_add_f32(const CeilingArgs&);
@@ -23,6 +24,7 @@ const KernelTable kernels = {
     swiglu,
     rope,
     kv_append,
+    linear,
     read_memory,
     copy_memory,
     multiply_add_f32,

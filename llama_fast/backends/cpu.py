@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 
 from ..ops.attention import too_long
 from ..ops.cross_entropy import chunked as linear_cross_entropy_in_blocks
@@ -268,13 +269,32 @@ def _attention_unsupported(
     return reasons
 
 
+# Rows of x up to which `linear` is limited by reading the weight, and our kernel serves it.
+FEW_ROWS = 16
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    C_out, C_in = weight.shape
+    if x.numel() > FEW_ROWS * C_in or C_in == 0:
+        return F.linear(x, weight).contiguous()
+    y = torch.empty((*x.shape[:-1], C_out), dtype=x.dtype)
+    _cpu.linear(
+        DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), y.data_ptr(), _rows(x), C_in, C_out
+    )
+    return y
+
+
+def _linear_unsupported(x: torch.Tensor, weight: torch.Tensor) -> list[str]:
+    return _rows_reasons(x=x)
+
+
 register_backend(
     Backend(
         name="cpu",
         unavailable=_unavailable,
         implementations={
             "attention": Implementation(_attention, _attention_unsupported),
-            "linear": Implementation(OPS["linear"].eager, nothing),
+            "linear": Implementation(_linear, _linear_unsupported),
             "linear_backward_x": Implementation(OPS["linear_backward_x"].eager, nothing),
             "linear_backward_weight": Implementation(OPS["linear_backward_weight"].eager, nothing),
             "linear_cross_entropy": Implementation(linear_cross_entropy_in_blocks, nothing),

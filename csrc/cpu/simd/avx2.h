@@ -93,6 +93,9 @@ static inline vf swap_pairs(vf a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
 // a · b - c in even lanes, a · b + c in odd ones.
 static inline vf fma_alternating(vf a, vf b, vf c) { return {_mm256_fmaddsub_ps(a.v, b.v, c.v)}; }
 
+// A value that is used many times: keeps GCC from loading it again at each use.
+static inline vf keep(vf x) { asm("" : "+x"(x.v)); return x; }
+
 static inline vf operator+(vf a, vf b) { return {_mm256_add_ps(a.v, b.v)}; }
 static inline vf operator-(vf a, vf b) { return {_mm256_sub_ps(a.v, b.v)}; }
 static inline vf operator*(vf a, vf b) { return {_mm256_mul_ps(a.v, b.v)}; }

@@ -22,6 +22,8 @@ template <class T> static inline vf load(const T* p, int n) { return n ? load(p)
 template <class T> static inline void store(T* p, vf x) { from_float(x.v, *p); }
 template <class T> static inline void store(T* p, vf x, int n) { if (n) store(p, x); }
 
+static inline vf keep(vf x) { return x; }
+
 static inline vf operator+(vf a, vf b) { return {a.v + b.v}; }
 static inline vf operator-(vf a, vf b) { return {a.v - b.v}; }
 static inline vf operator*(vf a, vf b) { return {a.v * b.v}; }

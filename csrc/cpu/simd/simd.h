@@ -16,6 +16,10 @@
 namespace llama_fast {
 namespace ISA {
 
+// A pointer that the compiler knows nothing of: what was loaded through it before is loaded again,
+// where that is cheaper than a register.
+template <class T> static inline const T* anew(const T* p) { asm("" : "+r"(p)); return p; }
+
 // e^x. n = round(x / ln 2), x - n·ln 2 in two steps (Cody and Waite), then the Taylor polynomial of
 // degree 7 on [-ln 2 / 2, ln 2 / 2]: within 2 ulp. Clamped so that the exponent stays in range:
 // below -87.3 the result is 1.2e-38 or less, never a subnormal.
