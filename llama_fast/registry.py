@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from .errors import BackendError, FallbackWarning, GradientError
 
@@ -176,15 +178,16 @@ class Op:
             return self._torch_op(*args)
         grad = torch.is_grad_enabled()
         for arg in args:
-            if isinstance(arg, torch.Tensor):
+            kind = type(arg)
+            if kind is Tensor or kind is Parameter:
                 if grad and arg.requires_grad:
                     return self._torch_op(*args)
-                kind = type(arg)
-                if kind is not torch.Tensor and kind is not torch.nn.Parameter:
-                    return self._torch_op(*args)
+            elif isinstance(arg, Tensor):
+                return self._torch_op(*args)
         if self._written:
             self._count_writes(args)
-        return self.run(*args)
+        self.check(*args)
+        return self._choose(args).launch(*args)
 
     def run(self, *args: Any) -> Any:
         """Checks the arguments, chooses an implementation and launches it; no autograd."""
@@ -290,7 +293,7 @@ class Op:
         # The backward pass may run in another thread, where the request is not known.
         ctx.request = _request.get()
 
-    def _backward(self, ctx: Any, *gradients: torch.Tensor) -> tuple:
+    def _backward(self, ctx: Any, *gradients: Tensor) -> tuple:
         token = _request.set(ctx.request)
         try:
             return self.gradient(ctx.saved_tensors, ctx.rest, ctx.needs_input_grad, *gradients)
@@ -301,7 +304,7 @@ class Op:
         """The op writes arguments, so a gradient through it would be wrong."""
         if torch.is_grad_enabled():
             for arg, argument in zip(args, self._torch_op._schema.arguments, strict=False):
-                if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                if isinstance(arg, Tensor) and arg.requires_grad:
                     raise GradientError(
                         f"{self.name} has no gradient, but {argument.name} requires one: "
                         "call it under torch.no_grad()"
@@ -333,7 +336,7 @@ def interposed() -> bool:
 
 def _device_type(args: tuple) -> str:
     for arg in args:
-        if isinstance(arg, torch.Tensor):
+        if isinstance(arg, Tensor):
             if arg.is_cpu:
                 return "cpu"
             return "cuda" if arg.is_cuda else arg.device.type

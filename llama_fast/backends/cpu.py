@@ -55,11 +55,9 @@ def use_isa(name: str) -> Iterator[None]:
 
 def _reasons(dtype: torch.dtype, **tensors: torch.Tensor) -> list[str]:
     """Why a kernel cannot take these: a dtype it has not, or elements apart in the last dim."""
-    reasons = []
-    if dtype not in DTYPES:
-        reasons.append(f"{dtype} is not one of float32, bfloat16, float16")
+    reasons = [] if dtype in DTYPES else [f"{dtype} is not one of float32, bfloat16, float16"]
     for name, x in tensors.items():
-        if x.stride(-1) != 1 and x.shape[-1] > 1 and not x.is_contiguous():
+        if x.stride()[-1] != 1 and x.shape[-1] > 1 and x.numel():
             reasons.append(f"{name} has stride {x.stride(-1)} in its last dim; it must be 1")
     return reasons
 
@@ -68,9 +66,10 @@ def _rows_reasons(**tensors: torch.Tensor) -> list[str]:
     """Why tensors do not fit into Rows: those have at most three outer dims."""
     reasons = []
     for name, x in tensors.items():
-        reasons += _reasons(x.dtype, **{name: x})
-        if x.ndim > 4 and not x.is_contiguous():
-            reasons.append(f"{name} has {x.ndim} dims and is not contiguous; at most 4 then")
+        if x.dtype not in DTYPES or not x.is_contiguous():
+            reasons += _reasons(x.dtype, **{name: x})
+            if x.ndim > 4 and not x.is_contiguous():
+                reasons.append(f"{name} has {x.ndim} dims and is not contiguous; at most 4 then")
     return reasons
 
 
@@ -85,7 +84,10 @@ def _rows(x: torch.Tensor) -> tuple[int, ...]:
 
 def _new(x: torch.Tensor) -> torch.Tensor:
     """A fresh contiguous tensor of x's shape and dtype; torch.empty takes three times as long."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.is_contiguous():
+        y = torch.empty_like(x)
+    else:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel() >= LARGE:
         _cpu.prefer_huge_pages(y.data_ptr(), y.nbytes)
     return y
