@@ -11,7 +11,7 @@ namespace ISA {
 // The half types need 12 bits of e^x and of the quotient, float needs them all.
 template <class T, class V> static inline V silu(V z) {
   if constexpr (sizeof(T) == 2) {
-    return z * approximate_reciprocal(set(1.f) + exp_half(zero() - z));
+    return divide_half(z, set(1.f) + exp_half(zero() - z));
   } else {
     return z / (set(1.f) + exp(zero() - z));
   }

@@ -12,7 +12,6 @@ struct vf {
   static constexpr int W = 8;
   __m256 v;
 };
-struct vf2 { vf a, b; };
 
 static inline vf set(float x) { return {_mm256_set1_ps(x)}; }
 static inline vf zero() { return {_mm256_setzero_ps()}; }
@@ -67,18 +66,6 @@ static inline void store(bf16* p, vf x, int n) { store16(p, narrow_bf16(x), n); 
 static inline void store(f16* p, vf x) { store16(p, _mm256_cvtps_ph(x.v, 0)); }
 static inline void store(f16* p, vf x, int n) { store16(p, _mm256_cvtps_ph(x.v, 0), n); }
 
-// 16 of them: those of even index, then those of odd index, which takes fewer instructions.
-static inline vf2 load2(const bf16* p) {
-  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return {{_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))},
-          {_mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(int(0xffff0000))))}};
-}
-static inline void store2(bf16* p, vf2 x) {
-  const __m256i even = _mm256_srli_epi32(round_bf16(x.a), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm256_blend_epi16(even, round_bf16(x.b), 0xaa));
-}
-
 // W/2 floats, each in two neighbouring lanes; or n/2 of them, n even.
 static inline __m256 twice(__m128 x) {
   return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(x),
@@ -118,18 +105,15 @@ static inline vf scale2(vf a, vf n) {
   const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
   return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(e, 23)))};
 }
-// t = whole + part, whole integral and part in [0, 1); t clamped to where scale2 takes the whole.
-static inline void split(vf t, vf& whole, vf& part) {
-  t = min(max(t, set(-126.f)), set(127.f));
+// t = whole + part, whole integral and part in [0, 1); t clamped to where scale2 takes the whole:
+// 2^128 is infinity to it.
+static inline void floor_and_rest(vf t, vf& whole, vf& part) {
+  t = min(max(t, set(-126.f)), set(128.f));
   whole = {_mm256_floor_ps(t.v)};
   part = t - whole;
 }
-// 1 / a within 2^-13, for a normal whose reciprocal is normal: an estimate and a step of Newton's.
-static inline vf approximate_reciprocal(vf a) {
-  const __m256 r = _mm256_rcp_ps(a.v);
-  return {_mm256_fmadd_ps(r, _mm256_fnmadd_ps(a.v, r, _mm256_set1_ps(1.f)), r)};
-}
-
+// a / b, for what is rounded to a half type.
+static inline vf divide_half(vf a, vf b) { return a / b; }
 
 // 16 bf16 as two vectors, the even and the odd ones: a shift and a mask, where loads in order need
 // shuffles. `join` puts two such vectors in order.
@@ -144,6 +128,11 @@ static inline void load_split(const bf16* p, vf& even, vf& odd, int n) {
   alignas(32) bf16 buffer[16] = {};
   std::memcpy(buffer, p, size_t(n) * 2);
   load_split(buffer, even, odd);
+}
+static inline void store_split(bf16* p, vf even, vf odd) {
+  const __m256i low = _mm256_srli_epi32(round_bf16(even), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_blend_epi16(low, round_bf16(odd), 0xaa));
 }
 static inline void join(vf even, vf odd, vf& first, vf& second) {
   const __m256 lo = _mm256_unpacklo_ps(even.v, odd.v), hi = _mm256_unpackhi_ps(even.v, odd.v);

@@ -12,7 +12,6 @@ struct vf {
   static constexpr int W = 16;
   __m512 v;
 };
-struct vf2 { vf a, b; };
 
 static inline vf set(float x) { return {_mm512_set1_ps(x)}; }
 static inline vf zero() { return {_mm512_setzero_ps()}; }
@@ -67,26 +66,6 @@ static inline void store(f16* p, vf x, int n) {
   _mm256_mask_storeu_epi16(p, lanes(n), _mm512_cvtps_ph(x.v, 0));
 }
 
-// 32 of them: those of even index, then those of odd index, which takes fewer instructions.
-static inline vf2 load2(const bf16* p) {
-  const __m512i x = _mm512_loadu_si512(p);
-  return {{_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))},
-          {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000))))}};
-}
-static inline void store2(bf16* p, vf2 x) {
-#ifdef ISA_AVX512_BF16
-  const __m512i evens_odds = (__m512i)_mm512_cvtne2ps_pbh(x.b.v, x.a.v);
-  const __m512i interleave = _mm512_add_epi32(  // 0, 16, 1, 17, …
-      _mm512_set1_epi32(0x00100000),
-      _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001),
-                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(interleave, evens_odds));
-#else
-  const __m512i even = _mm512_srli_epi32(round_bf16(x.a), 16);
-  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, even, round_bf16(x.b)));
-#endif
-}
-
 // W/2 floats, each in two neighbouring lanes; or n/2 of them, n even.
 static inline __m512 twice(__m256 x) {
   return _mm512_permutexvar_ps(
@@ -123,13 +102,12 @@ static inline vf round(vf a) {
 }
 static inline vf scale2(vf a, vf n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // t = whole + part, part in [0, 1), for scale2, which takes the floor of the whole itself.
-static inline void split(vf t, vf& whole, vf& part) {
+static inline void floor_and_rest(vf t, vf& whole, vf& part) {
   whole = t;
   part = {_mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
 }
-// 1 / a within 2^-13, for a normal whose reciprocal is normal.
-static inline vf approximate_reciprocal(vf a) { return {_mm512_rcp14_ps(a.v)}; }
-
+// a / b within 2^-13, for what is rounded to a half type; 0 where b is infinite.
+static inline vf divide_half(vf a, vf b) { return {_mm512_mul_ps(a.v, _mm512_rcp14_ps(b.v))}; }
 
 // 32 bf16 as two vectors, the even and the odd ones: a shift and a mask, where loads in order need
 // shuffles. `join` puts two such vectors in order.
@@ -146,6 +124,19 @@ static inline void load_split(const bf16* p, vf& even, vf& odd) {
 }
 static inline void load_split(const bf16* p, vf& even, vf& odd, int n) {
   split(load16(p, n), even, odd);
+}
+static inline void store_split(bf16* p, vf even, vf odd) {
+#ifdef ISA_AVX512_BF16
+  const __m512i evens_odds = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
+  const __m512i interleave = _mm512_add_epi32(  // 0, 16, 1, 17, …
+      _mm512_set1_epi32(0x00100000),
+      _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001),
+                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(interleave, evens_odds));
+#else
+  const __m512i low = _mm512_srli_epi32(round_bf16(even), 16);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, low, round_bf16(odd)));
+#endif
 }
 static inline void join(vf even, vf odd, vf& first, vf& second) {
   const __m512i lo = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);

@@ -12,7 +12,6 @@ struct vf {
   static constexpr int W = 1;
   float v;
 };
-struct vf2 { vf a, b; };
 
 static inline vf set(float x) { return {x}; }
 static inline vf zero() { return {0.f}; }
@@ -34,19 +33,19 @@ static inline vf min(vf a, vf b) { return {a.v < b.v ? a.v : b.v}; }
 static inline float sum(vf a) { return a.v; }
 static inline float max_of(vf a) { return a.v; }
 static inline vf round(vf a) { return {std::nearbyintf(a.v)}; }
-// a · 2^n for integral n in [-126, 127].
+// a · 2^n for integral n in [-126, 128].
 static inline vf scale2(vf a, vf n) {
   return {a.v * float_of(uint32_t(int32_t(n.v) + 127) << 23)};
 }
-// t = whole + part, whole integral and part in [0, 1); t clamped to where scale2 takes the whole.
-static inline void split(vf t, vf& whole, vf& part) {
-  t = min(max(t, {-126.f}), {127.f});
+// t = whole + part, whole integral and part in [0, 1); t clamped to where scale2 takes the whole:
+// 2^128 is infinity to it.
+static inline void floor_and_rest(vf t, vf& whole, vf& part) {
+  t = min(max(t, {-126.f}), {128.f});
   whole = {std::floor(t.v)};
   part = t - whole;
 }
-// 1 / a within 2^-13, for a normal whose reciprocal is normal.
-static inline vf approximate_reciprocal(vf a) { return {1.f / a.v}; }
-
+// a / b, for what is rounded to a half type.
+static inline vf divide_half(vf a, vf b) { return a / b; }
 
 static inline void load_split(const bf16* p, vf& even, vf& odd) {
   even = load(p);
@@ -55,6 +54,10 @@ static inline void load_split(const bf16* p, vf& even, vf& odd) {
 static inline void load_split(const bf16* p, vf& even, vf& odd, int n) {
   even = load(p, n);
   odd = load(p + 1, n - 1);
+}
+static inline void store_split(bf16* p, vf even, vf odd) {
+  store(p, even);
+  store(p + 1, odd);
 }
 static inline void join(vf even, vf odd, vf& first, vf& second) {
   first = even;

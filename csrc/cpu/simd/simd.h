@@ -22,9 +22,9 @@ template <class T> static inline const T* anew(const T* p) { asm("" : "+r"(p)); 
 
 // e^x. n = round(x / ln 2), x - n·ln 2 in two steps (Cody and Waite), then the Taylor polynomial of
 // degree 7 on [-ln 2 / 2, ln 2 / 2]: within 2 ulp. Clamped so that the exponent stays in range:
-// below -87.3 the result is 1.2e-38 or less, never a subnormal.
+// below -87.3 the result is 1.2e-38 or less, never a subnormal; above 88.4 it is infinity.
 static inline vf exp(vf x) {
-  x = min(max(x, set(-87.33654f)), set(88.37626f));
+  x = min(max(x, set(-87.33654f)), set(89.f));
   const vf n = round(x * set(1.44269504f));
   vf r = fma(n, set(-0.693359375f), x);
   r = fma(n, set(2.12194440e-4f), r);
@@ -59,7 +59,7 @@ static inline vf exp2(vf x) {
 // 2^part, and a minimax polynomial of degree 4 is 2^part on [0, 1).
 static inline vf exp_half(vf x) {
   vf whole, part;
-  split(x * set(1.44269504f), whole, part);
+  floor_and_rest(x * set(1.44269504f), whole, part);
   vf p = set(1.353416778e-2f);
   p = fma(p, part, set(5.201146007e-2f));
   p = fma(p, part, set(2.414427549e-1f));
