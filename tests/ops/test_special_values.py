@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from llama_fast import add_rms_norm, rms_norm, swiglu
-from llama_fast.backends import cpu
+
+from .backends import BACKENDS, on
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LENGTH = 75  # whole vectors, pairs of them and a rest, whatever the width
 
 
-@pytest.fixture(params=cpu.isas(), autouse=True)
-def isa(request):
-    with cpu.use_isa(request.param):
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request):
+    with on(request.param):
         yield
 
 
