@@ -12,32 +12,49 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .config import LlamaConfig as LlamaConfig
+    from .generate import generate as generate
+    from .generate import stream as stream
+    from .kv_cache import KVCache as KVCache
+    from .model import Llama as Llama
     from .ops import *  # noqa: F403
     from .registry import Decision as Decision
     from .registry import explain as explain
     from .registry import use_backend as use_backend
+    from .tokenizer import Tokenizer as Tokenizer
 
 __version__ = "0.1.0"
 
-_FROM_REGISTRY = ("Decision", "explain", "use_backend")
+# Public names that are no ops, and their modules.
+_HOME = {
+    "Decision": ".registry",
+    "KVCache": ".kv_cache",
+    "Llama": ".model",
+    "LlamaConfig": ".config",
+    "Tokenizer": ".tokenizer",
+    "explain": ".registry",
+    "generate": ".generate",
+    "stream": ".generate",
+    "use_backend": ".registry",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_") and name != "__all__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    ops = import_module(".ops", __name__)
-    public = {op: getattr(ops, op) for op in ops.__all__}
-    registry = import_module(".registry", __name__)
-    public |= {entry: getattr(registry, entry) for entry in _FROM_REGISTRY}
-    public["__all__"] = [*public]
-    globals().update(public)
-    if name not in public:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return public[name]
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name], __name__), name)
+    elif name == "__all__":
+        value = [*_HOME, *import_module(".ops", __name__).__all__]
+    else:
+        ops = None if name.startswith("_") else import_module(".ops", __name__)
+        if name not in getattr(ops, "__all__", ()):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(ops, name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__getattr__("__all__")]
+    return sorted({*globals(), *__getattr__("__all__")})
 
 
 def load_backends() -> None:
@@ -47,8 +64,9 @@ def load_backends() -> None:
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        # `llama_fast.rope` is the op: the module with its tables is imported, never shown here.
-        if not (name == "rope" and isinstance(value, ModuleType)):
+        # `llama_fast.rope` and `llama_fast.generate` are functions; the import system would put the
+        # modules of these names in their place.
+        if not (name in ("rope", "generate") and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 

@@ -366,6 +366,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
     `print(llama_fast.explain("attention", q, k, v))` shows it; the result's fields are `chosen` and
     `reasons` (backend → list of sentences).
     """
+    backends()  # importing them declares the ops
     if op not in OPS:
         raise BackendError(f"no op is named {op!r}; there are {', '.join(sorted(OPS))}")
     return OPS[op].explain(*_positional(OPS[op], args, kwargs))
