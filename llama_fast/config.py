@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -102,6 +102,18 @@ class LlamaConfig:
     def kv_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of KV cache that one token of one sequence takes, over all layers."""
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * dtype.itemsize
+
+    def shortened(self, max_seq_len: int | None) -> LlamaConfig:
+        """The same with a context of `max_seq_len` tokens (None: its own), for smaller tables and
+        caches. Raises ConfigError for a longer one: the model was not made for it."""
+        if max_seq_len is None:
+            return self
+        if max_seq_len > self.max_seq_len:
+            raise ConfigError(
+                f"max_seq_len={max_seq_len} was asked for; this model's context is "
+                f"{self.max_seq_len} tokens"
+            )
+        return replace(self, max_seq_len=max_seq_len)
 
     # --- presets ----------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .config import LlamaConfig
 from .errors import PromptError
 from .kv_cache import KVCache
 from .model import Llama
@@ -123,6 +124,29 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Prompt | Sequence[Prompt]) -> 
     ]
 
 
+def check_prompts(
+    config: LlamaConfig, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]
+) -> None:
+    """Raises PromptError for prompts that a model of this config cannot continue."""
+    context = config.max_seq_len
+    if not prompts:
+        raise PromptError("no prompt was given; give a text, or a list of texts")
+    for index, prompt in enumerate(prompts):
+        name = f"prompt {index}" if len(prompts) > 1 else "the prompt"
+        if not prompt or list(prompt) == [tokenizer.bos_id]:
+            raise PromptError(f"{name} is empty; give some text to continue")
+        if len(prompt) >= context:
+            raise PromptError(
+                f"{name} has {len(prompt)} tokens and the model's context is {context}, "
+                "the answer included; shorten it"
+            )
+        if not all(0 <= token < config.vocab_size for token in prompt):
+            raise PromptError(
+                f"{name} has token ids outside 0 … {config.vocab_size - 1}; "
+                "this tokenizer does not belong to this model"
+            )
+
+
 class _Rows:
     """The state of a batch while it is generated."""
 
@@ -135,29 +159,14 @@ class _Rows:
         seed: int | Sequence[int] | None,
         stop: Sequence[str],
     ) -> None:
-        context = model.config.max_seq_len
-        if not prompts:
-            raise PromptError("no prompt was given; give a text, or a list of texts")
+        check_prompts(model.config, tokenizer, prompts)
         if max_new_tokens < 1:
             raise PromptError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
-        for index, prompt in enumerate(prompts):
-            name = f"prompt {index}" if len(prompts) > 1 else "the prompt"
-            if not prompt or prompt == [tokenizer.bos_id]:
-                raise PromptError(f"{name} is empty; give some text to continue")
-            if len(prompt) >= context:
-                raise PromptError(
-                    f"{name} has {len(prompt)} tokens and the model's context is {context}, "
-                    "the answer included; shorten it"
-                )
-            if not all(0 <= token < model.config.vocab_size for token in prompt):
-                raise PromptError(
-                    f"{name} has token ids outside 0 … {model.config.vocab_size - 1}; "
-                    "this tokenizer does not belong to this model"
-                )
         if isinstance(stop, str) or not all(stop):
             raise PromptError(f"stop is {stop!r}; it must be a list of texts that are not empty")
         self.model = model
         self.prompts = prompts
+        context = model.config.max_seq_len
         self.limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
         self.stop_ids = frozenset(tokenizer.stop_ids)
         self.generators = _generators(seed, len(prompts))

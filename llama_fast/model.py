@@ -8,7 +8,6 @@ Legend of dims: B batch, T query tokens, C model dim, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -88,15 +87,13 @@ class Llama(nn.Module):
             self.head.weight = self.embed.weight
 
     def reset_parameters(self) -> None:
-        """Weights for training from nothing: normal, 0.02 wide, the projections that add to the
-        residual stream narrower by the square root of how many there are."""
-        residual = 0.02 / (2 * self.config.n_layers) ** 0.5
+        """Weights for training from nothing: see `checkpoint.initial_std`."""
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
+            std = checkpoint.initial_std(self.config, name)
+            if std is None:
                 nn.init.ones_(parameter)
             else:
-                adds_to_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
-                nn.init.normal_(parameter, std=residual if adds_to_residual else 0.02)
+                nn.init.normal_(parameter, std=std)
 
     def hidden(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
         """The final hidden states: tokens (B,T) int64 → (B,T,C), after the last norm."""
@@ -156,7 +153,7 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: str | Path | checkpoint.Checkpoint,
         *,
         device: str | torch.device = "auto",
         dtype: torch.dtype | None = None,
@@ -164,7 +161,8 @@ class Llama(nn.Module):
         max_seq_len: int | None = None,
         progress: checkpoint.Progress | None = None,
     ) -> Llama:
-        """Loads a folder of Meta's (`params.json`) or Hugging Face's (`config.json`) format.
+        """Loads a folder of Meta's (`params.json`) or Hugging Face's (`config.json`) format, or one
+        that `checkpoint.open_checkpoint` has opened.
 
         device       "auto": the GPU when there is one, else the CPU
         dtype        of the weights; None keeps the file's
@@ -177,15 +175,9 @@ class Llama(nn.Module):
         """
         if quantize is not None:
             raise ConfigError(f"quantize={quantize!r} is not available; give dtype or leave it out")
-        source = checkpoint.open_checkpoint(path)
-        config = source.config
-        if max_seq_len is not None:
-            if max_seq_len > config.max_seq_len:
-                raise ConfigError(
-                    f"max_seq_len={max_seq_len} was asked for; this model's context is "
-                    f"{config.max_seq_len} tokens"
-                )
-            config = dataclasses.replace(config, max_seq_len=max_seq_len)
+        opened = isinstance(path, checkpoint.Checkpoint)
+        source = path if opened else checkpoint.open_checkpoint(path)
+        config = source.config.shortened(max_seq_len)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model = cls(config, device="meta", dtype=dtype or source.dtype).to_empty(device=device)

@@ -9,6 +9,7 @@ from llama_fast.checkpoint.names import (
     meta_to_hf_rows,
     state_shapes,
 )
+from llama_fast.checkpoint.random import initial_std, write_random
 from llama_fast.checkpoint.read import Checkpoint, Progress, open_checkpoint
 from llama_fast.checkpoint.write import write_hf, write_meta
 
@@ -18,9 +19,11 @@ __all__ = [
     "Progress",
     "convert",
     "hf_to_meta_rows",
+    "initial_std",
     "meta_to_hf_rows",
     "open_checkpoint",
     "state_shapes",
     "write_hf",
     "write_meta",
+    "write_random",
 ]

@@ -1,0 +1,105 @@
+"""The command `llama-fast`: one file a subcommand, and here how every one of them ends.
+
+torch is imported inside the commands only, so that help and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+FAILED, WRONG_USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code: 0, 1 for an error, 2 for wrong usage, 130
+    after Ctrl-C, 141 when the reader of its output has gone. An error is one line on stderr, and
+    with --debug Python's traceback too."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+        signal.signal(signal.SIGINT, leave_at_once)
+    debug = "--debug" in arguments
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = _run(list(arguments) or ["--help"])
+            sys.stdout.flush()
+            return code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # What is left in the buffer is nobody's; without this Python would complain at its end.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _say(_one_line(error, debug))
+        return FAILED
+
+
+def leave_at_once(*_: Any) -> None:
+    """Ctrl-C before there is anything to clean up: libraries that are being imported would make
+    other errors of a KeyboardInterrupt, or swallow it."""
+    os.write(2, b"llama-fast: interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+def unwind_when_stopped() -> None:
+    """From here on Ctrl-C and a termination unwind as errors do, so that nothing half-written is
+    left behind. Changes nothing where `main` was called by another program."""
+    if signal.getsignal(signal.SIGINT) is leave_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def _run(arguments: list[str]) -> int:
+    import typer
+
+    from .app import command
+
+    usage_error = typer.BadParameter.__mro__[2]  # ClickException, of click or of typer's own copy
+    try:
+        with command().make_context("llama-fast", arguments) as context:
+            return context.command.invoke(context) or 0
+    except typer.Exit as end:
+        return end.exit_code
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except usage_error as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see: {context.command_path} --help)" if context else ""
+        text = " ".join(error.format_message().split())
+        _say(text.replace("Value error, ", "") + hint)  # pydantic's words, in newer typers
+        return WRONG_USAGE
+
+
+def _one_line(error: Exception, debug: bool) -> str:
+    from ..errors import LlamaFastError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, LlamaFastError):
+        return text
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return "not enough memory; give a smaller --max-seq-len or --dtype bfloat16"
+    hint = "" if debug else "; --debug shows where"
+    return f"unexpected {type(error).__name__}: {text}{hint}"
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say(f"note: {' '.join(str(message).split())}")
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(f"llama-fast: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,60 @@
+"""The command line as a whole: its subcommands and what they share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from .. import __version__
+from .bench import bench
+from .convert import convert
+from .doctor import doctor
+from .generate import generate
+from .info import info
+from .init import init
+from .options import Debug
+from .tokenize import tokenize
+
+COMMANDS = (generate, info, tokenize, convert, init, doctor, bench)
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog='Example: llama-fast generate "Once upon a time"',
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"llama-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def llama_fast(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_version, is_eager=True),
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Llama 3 text models on fast kernels, on a machine with or without a GPU."""
+
+
+def _help(command: Callable) -> str:
+    """The docstring with its lines joined, which the terminal's width is to break anew."""
+    paragraphs = inspect.getdoc(command).split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+for _command in COMMANDS:
+    app.command(help=_help(_command), epilog=_command.example)(_command)
+
+
+def command() -> Any:
+    """The click command of all this."""
+    return typer.main.get_command(app)

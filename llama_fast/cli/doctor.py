@@ -1,0 +1,156 @@
+"""`llama-fast doctor`: what works of this installation on this machine, and why not the rest."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+import typer
+
+from .. import __version__
+from .options import DEMO, Debug, example
+from .terminal import show, size, table
+
+if TYPE_CHECKING:
+    from ..registry import Op
+
+
+@example("llama-fast doctor")
+def doctor(debug: Debug = False) -> None:
+    """Check this installation: versions, what was built, and which backend serves which op.
+
+    Exits with 0 when the package is usable here, and with 1 when it is not.
+    """
+    problems = _versions()
+    if not problems:
+        problems = [*_machine(), *_backends(), *_ops("cpu"), *_gpu_ops()]
+    for problem in problems:
+        show(f"PROBLEM: {problem}")
+    if problems:
+        raise typer.Exit(1)
+    show("llama_fast is usable on this machine.")
+
+
+def _versions() -> list[str]:
+    rows = table("", "")
+    rows.add_row("llama_fast", __version__)
+    rows.add_row("Python", f"{platform.python_version()} on {platform.platform()}")
+    problems = []
+    try:
+        import torch
+    except ImportError as error:
+        rows.add_row("torch", f"cannot be imported ({error})")
+        problems.append("torch cannot be imported; install it: pip install torch")
+    else:
+        rows.add_row("torch", torch.__version__)
+    for package in ("triton", "tiktoken", "safetensors"):
+        try:
+            rows.add_row(package, metadata.version(package))
+        except metadata.PackageNotFoundError:
+            rows.add_row(package, "not installed")
+            if package != "triton":
+                problems.append(f"{package} is not installed; pip install {package}")
+    show("Versions", rows)
+    return problems
+
+
+def _machine() -> list[str]:
+    import torch
+
+    rows = table("", "")
+    rows.add_row("CPU", f"{os.cpu_count()} logical cores, torch uses {torch.get_num_threads()}")
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        rows.add_row(
+            f"GPU cuda:{index}",
+            f"{found.name}, {size(found.total_memory)}, compute capability "
+            f"{found.major}.{found.minor}",
+        )
+    if not torch.cuda.is_available():
+        rows.add_row("GPU", "none that this torch can use")
+    demo = DEMO / "consolidated.00.pth"
+    rows.add_row("demo model", str(DEMO) if demo.is_file() else "not part of this installation")
+    show("Machine", rows)
+    return []
+
+
+def _backends() -> list[str]:
+    from ..registry import BACKENDS, backends
+
+    rows = table("", "")
+    problems = []
+    for name in BACKENDS:
+        backend = backends().get(name)
+        if name == "eager":
+            rows.add_row(name, "plain PyTorch: serves any call, slowly")
+        elif backend is None:
+            rows.add_row(name, "not part of this version")
+        elif backend.unavailable:
+            rows.add_row(name, "not available: " + "; ".join(backend.unavailable))
+        else:
+            rows.add_row(name, "available" + (_isas() if name == "cpu" else ""))
+        if name == "cpu" and (backend is None or backend.unavailable):
+            problems.append("the C++ kernels cannot be used; install the package again: see above")
+    show("Backends", rows)
+    return problems
+
+
+def _isas() -> str:
+    from .. import _cpu
+
+    built, usable = _cpu.built_isas(), _cpu.isas()
+    missing = [isa for isa in built if isa not in usable]
+    text = f": C++ kernels, {_cpu.isa()} in use; built for {', '.join(built)}"
+    return text + (f" (this CPU lacks {', '.join(missing)})" if missing else "")
+
+
+def _gpu_ops() -> list[str]:
+    import torch
+
+    return _ops("cuda") if torch.cuda.is_available() else []
+
+
+def _ops(device: str) -> list[str]:
+    """Runs every op once, on the first of its own cases, and says who served it."""
+    from ..registry import OPS
+
+    rows = table("op", "served by", "why no other backend")
+    problems = []
+    for name, op in sorted(OPS.items()):
+        if op.cases is None:  # the backward of another
+            continue
+        try:
+            chosen, others = _try(op, device)
+        except Exception as error:
+            chosen, others = "none", f"{type(error).__name__}: {error}"
+            problems.append(f"{name} fails on {device}: {error}")
+        rows.add_row(name, chosen, others)
+    show(f"Ops on {device} tensors (bfloat16)", rows)
+    return problems
+
+
+def _try(op: Op, device: str) -> tuple[str, str]:
+    import torch
+
+    from ..registry import BACKENDS, ORDER, backends
+
+    case = op.cases()[0]
+    dtype = torch.bfloat16 if torch.bfloat16 in case.dtypes else case.dtypes[0]
+    args = case.make(torch.Generator().manual_seed(0), dtype, device)
+    decision = op.explain(*args)
+    with torch.no_grad():
+        op(*args)
+    why = {}
+    for name in BACKENDS:
+        if name == decision.chosen:
+            continue
+        backend = backends().get(name)
+        if name not in ORDER[device]:
+            why[name] = f"not for {device} tensors"
+        elif name != "eager" and (backend is None or backend.unavailable):
+            why[name] = "not available"
+        else:
+            why[name] = "; ".join(decision.reasons[name]) or "could, but comes later in line"
+    return decision.chosen, " · ".join(f"{name}: {reason}" for name, reason in why.items())

@@ -1,0 +1,231 @@
+"""`llama-fast generate`: text from a model, as it is made, and what it took."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import BackendError, LlamaFastError, PromptError
+from .options import Backend, Debug, DType, Model, Threads, example, model_folder, set_threads
+from .terminal import note, size, text_or_stdin, weights_bar
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..model import Llama
+
+
+@example('llama-fast generate "The capital of France is" --model DIR --temperature 0')
+def generate(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help="The text to continue.", show_default="standard input, if it is a pipe"
+        ),
+    ] = None,
+    model: Model = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="Stop after N tokens.")
+    ] = 256,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="T", help="0 takes the likeliest token; higher is more varied."
+        ),
+    ] = 0.6,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, metavar="P", help="Draw from the likeliest tokens that add up to P."
+        ),
+    ] = 0.9,
+    top_k: Annotated[
+        int, typer.Option(min=0, metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
+    ] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=2**32 - 1,
+            metavar="N",
+            help="The same seed gives the same text.",
+            show_default="a new one",
+        ),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End before this text; may be given several times."),
+    ] = None,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(help="Convert the weights.", show_default="as stored"),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 …; auto: a GPU if there is one."),
+    ] = "auto",
+    backend: Annotated[
+        Backend | None,
+        typer.Option(
+            help="Run every op on this backend, or say why it cannot.", show_default="the fastest"
+        ),
+    ] = None,
+    max_seq_len: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Context in tokens, prompt and answer.",
+            show_default="the model's own",
+        ),
+    ] = None,
+    threads: Threads = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only the text, without the figures at the end.")
+    ] = False,
+    debug: Debug = False,
+) -> int:
+    """Continue a text.
+
+    The text goes to standard output as it is made; then time to the first token, speed, memory and
+    the backends that served go to standard error.
+    """
+    text = text_or_stdin(prompt, "llama-fast generate")
+    if not text:
+        raise PromptError("the prompt is empty; give some text to continue")
+    folder = model_folder(model)
+
+    from contextlib import nullcontext
+
+    from ..checkpoint import open_checkpoint
+    from ..generate import check_prompts, encode_prompts, stream
+    from ..model import Llama
+    from ..registry import use_backend
+    from ..sampling import Sampling
+    from ..tokenizer import Tokenizer
+
+    # Everything that can be wrong with the request is found before the weights are read.
+    set_threads(threads)
+    where = _device(device)
+    if backend:
+        _check_backend(backend.value, where.type)
+    Sampling(temperature, top_p, top_k)
+    source = open_checkpoint(folder)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    prompts = encode_prompts(tokenizer, text)
+    check_prompts(source.config.shortened(max_seq_len), tokenizer, prompts)
+
+    start = time.perf_counter()
+    with weights_bar("Loading the weights") as progress:
+        llama = Llama.from_pretrained(
+            source,
+            device=where,
+            dtype=dtype and dtype.torch,
+            max_seq_len=max_seq_len,
+            progress=progress,
+        )
+    loaded = time.perf_counter() - start
+
+    ended = None
+    times = [time.perf_counter()]
+    with use_backend(backend.value, strict=True) if backend else nullcontext():
+        chunks = stream(
+            llama,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop or (),
+        )
+        try:
+            for chunk in chunks:
+                times.append(time.perf_counter())
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+                ended = chunk.finish_reason
+        except KeyboardInterrupt:
+            print(flush=True)
+            note(f"llama-fast: interrupted after {len(times) - 1} tokens")
+            return 130
+        print(flush=True)
+        if not quiet:
+            _summary(llama, prompts[0], times, loaded, ended)
+    return 0
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if has_gpu else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise LlamaFastError(f"--device is {name!r}; it must be auto, cpu, cuda, or cuda:1 …")
+    if device.type == "cuda" and not has_gpu:
+        raise LlamaFastError(
+            f"--device {name}: torch {torch.__version__} sees no GPU here; give --device cpu"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise LlamaFastError(
+            f"--device {name}: there are {torch.cuda.device_count()} GPUs, numbered from 0"
+        )
+    return device
+
+
+def _check_backend(name: str, device: str) -> None:
+    from ..registry import ORDER, backends
+
+    if name not in ORDER[device]:
+        raise BackendError(
+            f"--backend {name} does not run on device {device}, which has "
+            f"{', '.join(ORDER[device])}; give one of these, or another --device"
+        )
+    if name != "eager" and (name not in backends() or backends()[name].unavailable):
+        why = backends()[name].unavailable if name in backends() else ["it is not installed"]
+        raise BackendError(f"--backend {name} cannot be used: {'; '.join(why)}")
+
+
+def _summary(
+    llama: Llama, prompt: list[int], times: list[float], loaded: float, ended: str | None
+) -> None:
+    from .. import ceilings
+    from . import measure
+
+    peak = measure.peak_memory(llama.device)  # before the ceilings take memory of their own
+    served = measure.who_served(llama, prompt)
+    new = len(times) - 1
+    dtype = str(llama.dtype).removeprefix("torch.")
+    weights = size(measure.weight_bytes(llama))
+    lines = [
+        ("weights", f"{weights} in {dtype}, loaded in {loaded:.2f} s"),
+        ("first token", f"{times[1] - times[0]:.3f} s after a prompt of {len(prompt)} tokens"),
+    ]
+    decode = f"{new} new tokens" + (" (the limit)" if ended == "length" else "")
+    if new > 1:
+        rate = (new - 1) / (times[-1] - times[1])
+        decode += f", {rate:.1f} tokens/s"
+        bytes_read = measure.bytes_per_token(llama, len(prompt) + new / 2)
+        ceiling = ceilings.read_bandwidth(llama.device)
+        if ceiling is not None:
+            decode += (
+                f", {rate * bytes_read / ceiling:.0%} of the memory bandwidth "
+                f"({size(rate * bytes_read)}/s of {size(ceiling)}/s)"
+            )
+    lines += [
+        ("decode", decode),
+        ("peak memory", peak),
+        ("backends", served),
+    ]
+    note("")
+    for name, value in lines:
+        note(f"{name:<12} {value}")

@@ -1,0 +1,98 @@
+"""`llama-fast info`: what a model is, and the memory that it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import CheckpointError, ConfigError
+from .options import Debug, example, model_folder
+from .terminal import show, size, table
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+    from ..config import LlamaConfig
+
+CONTEXTS = (2048, 8192, 32768, 131072)
+
+
+@example("llama-fast info 8b")
+def info(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="DIR|SIZE",
+            help="Folder of a model, or the name of a published one: 1b, 8b-3.1, 70b …",
+            show_default="the small model that ships",
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Show a model's configuration, parameters, files, and the memory it needs."""
+    from ..config import LlamaConfig
+
+    if model is not None and not Path(model).exists():
+        try:
+            config = LlamaConfig.preset(model)
+        except ConfigError as error:
+            raise CheckpointError(f"{model} is no folder, and {error}") from None
+        show(f"Llama 3, size {model}", _config(config))
+    else:
+        from ..checkpoint import open_checkpoint
+
+        source = open_checkpoint(model_folder(model and Path(model)))
+        config = source.config
+        kind = "Meta" if source.format == "meta" else "Hugging Face"
+        show(f"{source.folder} ({kind}'s format)", _config(config, source.dtype))
+        show("Files", _files(source.folder))
+    show("Memory for one sequence: weights and KV cache, by tokens of context", _memory(config))
+
+
+def _config(config: LlamaConfig, dtype: torch.dtype | None = None) -> Table:
+    scaling = config.rope_scaling
+    rope = f"base {config.rope_theta:g}"
+    if scaling is not None:
+        rope += f", stretched {scaling.factor:g} times from {scaling.original_max_seq_len:,} tokens"
+    stored = f", stored in {str(dtype).removeprefix('torch.')}" if dtype else ""
+    head = "the embedding itself" if config.tied else "a matrix of its own"
+    rows = table("", "")
+    for name, value in (
+        ("parameters", f"{config.n_params:,}{stored}"),
+        ("layers", f"{config.n_layers}"),
+        ("model dim", f"{config.dim:,} (C), feed-forward {config.hidden_dim:,} (F)"),
+        (
+            "heads",
+            f"{config.n_heads} query (H), {config.n_kv_heads} key and value (K), "
+            f"{config.head_dim} wide (D)",
+        ),
+        ("vocabulary", f"{config.vocab_size:,} tokens (V), head: {head}"),
+        ("context", f"{config.max_seq_len:,} tokens"),
+        ("RoPE", rope),
+        ("norm epsilon", f"{config.norm_eps:g}"),
+    ):
+        rows.add_row(name, value)
+    return rows
+
+
+def _files(folder: Path) -> Table:
+    rows = table("", "", numbers=True)
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for path in files:
+        rows.add_row(path.name, size(path.stat().st_size))
+    return rows
+
+
+def _memory(config: LlamaConfig) -> Table:
+    import torch
+
+    contexts = [n for n in CONTEXTS if n < config.max_seq_len] + [config.max_seq_len]
+    rows = table("dtype", "weights", *(f"{n:,}" for n in contexts), numbers=True)
+    for name, dtype in (("float32", torch.float32), ("bfloat16, float16", torch.bfloat16)):
+        weights = config.n_params * dtype.itemsize
+        cache = config.kv_bytes_per_token(dtype)
+        rows.add_row(name, size(weights), *(size(weights + n * cache) for n in contexts))
+    return rows

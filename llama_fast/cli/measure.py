@@ -1,0 +1,65 @@
+"""The figures at the end of `llama-fast generate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+from ..model import Llama
+from ..registry import record_decisions
+from .terminal import size
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that this process has held, and on a GPU what torch has held there."""
+    text = size(_resident_peak())
+    if device.type == "cuda":
+        text += f", {size(torch.cuda.max_memory_allocated(device))} on the GPU"
+    return text
+
+
+def _resident_peak() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage counts the parent's memory at the fork, too
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def weight_bytes(llama: Llama) -> int:
+    return sum(parameter.nbytes for parameter in llama.parameters())
+
+
+def bytes_per_token(llama: Llama, context: float) -> float:
+    """Bytes that decoding one token must read: every weight, of an untied embedding one row alone,
+    and the keys and values of `context` tokens."""
+    read = weight_bytes(llama)
+    if not llama.config.tied:
+        read -= llama.embed.weight[1:].nbytes
+    return read + context * llama.config.kv_bytes_per_token(llama.dtype)
+
+
+def who_served(llama: Llama, prompt: list[int]) -> str:
+    """ "cpu: attention, linear …": which backend serves which op, in the prefill and in a step.
+
+    The first layer and the head are run again on at most 32 tokens of the prompt and on one token,
+    and their decisions recorded: while the text was made nothing had to be.
+    """
+    config = llama.config
+    one_layer = Llama(dataclasses.replace(config, n_layers=1), device="meta")
+    one_layer.embed, one_layer.head, one_layer.norm = llama.embed, llama.head, llama.norm
+    one_layer.layers, one_layer.rope = llama.layers[:1], llama.rope
+    tokens = torch.tensor([prompt[:32]], device=llama.device)
+    cache = one_layer.new_cache(1, tokens.shape[1] + 1)
+    with record_decisions() as decisions:
+        one_layer(tokens, cache=cache, last_only=True)
+        one_layer(tokens[:, :1], cache=cache, last_only=True)
+    ops: dict[str, set[str]] = {}
+    for decision in decisions:
+        ops.setdefault(decision.chosen, set()).add(decision.op)
+    return " · ".join(f"{backend}: {', '.join(sorted(names))}" for backend, names in ops.items())

@@ -1,0 +1,93 @@
+"""Options that several commands share, so that they are named, checked and explained alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+DEMO = Path(__file__).parent.parent / "demo"
+
+Command = TypeVar("Command", bound=Callable)
+
+
+def example(text: str) -> Callable[[Command], Command]:
+    """Gives a command the line that ends its help."""
+
+    def mark(command: Command) -> Command:
+        command.example = f"Example: {text}"
+        return command
+
+    return mark
+
+
+class Format(str, Enum):
+    hf = "hf"
+    meta = "meta"
+
+
+class DType(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+    @property
+    def torch(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self.value)
+
+
+class Backend(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+    triton = "triton"
+    eager = "eager"
+
+
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="DIR",
+        help="Folder of the model: Meta's (params.json, consolidated.*.pth) or Hugging Face's "
+        "(config.json, *.safetensors).",
+        show_default="the small model that ships",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=1, metavar="N", help="CPU threads.", show_default="all physical cores"
+    ),
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show Python's traceback when something fails.")
+]
+
+
+def model_folder(model: Path | None) -> Path:
+    """The folder to open: the one given, or the demo model's. Raises CheckpointError."""
+    if model is not None:
+        return model
+    if not (DEMO / "params.json").is_file():
+        raise CheckpointError(
+            "this installation has no demo model; give the folder of a model with --model DIR"
+        )
+    return DEMO
+
+
+def set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)

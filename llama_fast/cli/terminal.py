@@ -1,0 +1,96 @@
+"""What the commands write: tables, sizes, and a bar while weights stream."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from ..errors import PromptError
+from . import unwind_when_stopped
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# As llama_fast.checkpoint.Progress, which is not imported here because it would import torch.
+Progress = Callable[[int, int, str], None]
+
+
+def note(text: str) -> None:
+    """A line about the work, apart from its result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def size(nbytes: float) -> str:
+    """1.24 GB: decimal units, three digits."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} GB" if nbytes < 999.5 else f"{nbytes:,.0f} GB"
+
+
+def table(*header: str, numbers: bool = False) -> Table:
+    """An empty table; with `numbers` all columns but the first are aligned right."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(header))
+    for index, name in enumerate(header):
+        made.add_column(name, justify="right" if numbers and index else "left")
+    return made
+
+
+def show(*things: object) -> None:
+    """Prints texts and tables to stdout; wide and without colour where that is no terminal."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 160
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    for thing in things:
+        console.print(thing, soft_wrap=isinstance(thing, str))
+
+
+@contextlib.contextmanager
+def weights_bar(doing: str) -> Iterator[Progress | None]:
+    """A bar of bytes on stderr, gone when done; None where stderr is no terminal."""
+    unwind_when_stopped()
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(doing, total=None)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total)
+
+
+def text_or_stdin(text: str | None, usage: str) -> str:
+    """The text given, or else all of standard input, without the line end that closes it.
+
+    Raises PromptError where there is neither: on a terminal nothing is waited for.
+    """
+    if text is not None:
+        return text
+    if sys.stdin is None or sys.stdin.isatty():
+        raise PromptError(f'no text was given; give it as an argument: {usage} "Once upon a time", '
+                          f"or through a pipe: echo Once upon a time | {usage}")  # fmt: skip
+    data = sys.stdin.buffer.read()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"standard input is not UTF-8 (byte {error.start}); convert it, for example with iconv"
+        ) from None
+    return text.removesuffix("\n").removesuffix("\r")

@@ -1,0 +1,72 @@
+"""The loops that measure the machine do all that they are credited with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llama_fast import ceilings
+from llama_fast.backends import cpu
+
+_cpu = pytest.importorskip("llama_fast._cpu", reason="the C++ kernels are not built")
+LINE = 64
+
+
+@pytest.fixture(params=_cpu.isas())
+def isa(request):
+    with cpu.use_isa(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_read_meets_every_line(isa, threads):
+    numbers = torch.randint(2**20, (64, LINE // 8))
+    sink = torch.full((threads,), torch.nan)
+    _cpu.read_memory(numbers.data_ptr(), numbers.nbytes, threads, sink.data_ptr())
+    for part, found in zip(numbers[:, 0].chunk(threads), sink.tolist(), strict=True):
+        expected = 0
+        for number in part.tolist():
+            expected ^= number
+        assert found == expected
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_copy_copies_every_byte(isa, threads):
+    source = torch.randint(256, (100 * LINE,), dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    _cpu.copy_memory(source.data_ptr(), target.data_ptr(), source.numel(), threads)
+    assert torch.equal(source, target)
+
+
+def test_multiply_add_counts_its_work(isa):
+    lanes = {"scalar": 1, "avx2": 8}.get(isa, 16)
+    sink = torch.full((2,), torch.nan)
+    assert _cpu.multiply_add(False, 10, 2, sink.data_ptr()) == 10 * 2 * 12 * lanes * 2
+    expected = 0.0
+    for x in range(12):
+        for _ in range(10):
+            x = x * 0.999 + 0.1
+        expected += x
+    assert sink.tolist() == pytest.approx([expected] * 2, rel=1e-5)
+    pairs = 2 if isa == "avx512_bf16" else 1
+    assert _cpu.multiply_add(True, 10, 2, sink.data_ptr()) == 10 * 2 * 12 * lanes * 2 * pairs
+
+
+def test_measure_gives_rates_that_a_machine_can_have(monkeypatch):
+    monkeypatch.setattr(ceilings, "BYTES", 2**24)
+    monkeypatch.setattr(ceilings, "SECONDS", 0.01)
+    for cached in (ceilings._cpu_read, ceilings._cpu_copy, ceilings._cpu_multiply_add):
+        cached.cache_clear()
+    try:
+        found = ceilings.measure("cpu")
+    finally:  # the real ceilings are those of larger memory
+        for cached in (ceilings._cpu_read, ceilings._cpu_copy, ceilings._cpu_multiply_add):
+            cached.cache_clear()
+    assert found.threads == torch.get_num_threads() and found.isa == _cpu.isa()
+    for rate in (found.read, found.copy, found.float32, found.bfloat16):
+        assert 1e7 < rate < 1e14
+    assert ceilings.read_bandwidth("cpu") != found.read
+
+
+def test_a_ceiling_is_measured_once():
+    assert ceilings.read_bandwidth("cpu") == ceilings.read_bandwidth("cpu")

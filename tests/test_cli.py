@@ -1,0 +1,492 @@
+"""The command line, as a user meets it: texts, exit codes, errors of one line, interruptions."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_fast import checkpoint, config, registry
+from llama_fast.checkpoint import open_checkpoint, write_random
+from llama_fast.cli import app, main, measure, options
+from llama_fast.generate import generate
+from llama_fast.model import Llama
+from llama_fast.tokenizer import Tokenizer
+
+from .checkpoints import load
+
+ROOT = Path(__file__).parent.parent
+TINY = config.LlamaConfig(
+    dim=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    hidden_dim=48,
+    vocab_size=600,
+    max_seq_len=96,
+    tied=True,
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A folder of random weights in Meta's format, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    write_random(folder, TINY, format="meta")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are too small to share, and a busy machine makes threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object, stdin: bytes | None = None) -> tuple[int, str, str]:
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+def start(*arguments: object, stdout: int = subprocess.PIPE) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "llama_fast", *map(str, arguments)],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+# --- help -------------------------------------------------------------------------------------
+
+
+def test_help_and_tokenize_do_without_torch(tiny):
+    code = (
+        "import sys; from llama_fast.cli import main\n"
+        f"codes = main(['--help']), main(['tokenize', 'a b', '--model', {str(tiny)!r}])\n"
+        "print(codes, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "(0, 0) False", done.stderr
+
+
+@pytest.mark.parametrize("name", [command.__name__ for command in app.COMMANDS])
+def test_every_command_explains_itself(run, name):
+    code, out, _ = run(name, "--help")
+    assert code == 0
+    assert "Example: llama-fast " + name in " ".join(out.split())
+
+
+def test_no_arguments_show_the_help_and_version_the_version(run):
+    code, out, _ = run()
+    assert code == 0 and all(command.__name__ in out for command in app.COMMANDS)
+    assert run("--version")[:2] == (0, "llama-fast 0.1.0\n")
+
+
+def test_choices_are_the_library_s():
+    assert [backend.value for backend in options.Backend] == list(registry.BACKENDS)
+    assert [dtype.torch for dtype in options.DType] == [
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ]
+
+
+# --- generate ---------------------------------------------------------------------------------
+
+
+def test_generate_writes_what_the_library_generates(run, tiny):
+    (expected,) = generate(
+        Llama.from_pretrained(tiny, device="cpu"),
+        Tokenizer.from_pretrained(tiny),
+        "a prompt",
+        max_new_tokens=12,
+        seed=5,
+        temperature=0.9,
+        top_k=40,
+        top_p=0.8,
+    )
+    code, out, _ = run(
+        *("generate", "a prompt", "--model", tiny, "--max-new-tokens", 12, "--seed", 5),
+        *("--temperature", 0.9, "--top-k", 40, "--top-p", 0.8, "--device", "cpu"),
+    )
+    assert code == 0 and out == expected.text + "\n"
+
+
+def test_generate_ends_with_the_figures(run, tiny, monkeypatch):
+    monkeypatch.setattr("llama_fast.ceilings.read_bandwidth", lambda device: 8e9)
+    code, _, err = run("generate", "abc", "-m", tiny, "-n", 8, "--device", "cpu")
+    assert code == 0
+    assert re.search(r"^weights +[\d.]+ kB in bfloat16, loaded in [\d.]+ s$", err, re.M)
+    assert re.search(r"^first token +[\d.]+ s after a prompt of \d+ tokens$", err, re.M)
+    assert re.search(
+        r"^decode .*\d tokens/s, \d+% of the memory bandwidth \(.*/s of 8 GB/s\)$", err, re.M
+    )
+    assert re.search(r"^peak memory +\d+ MB|[\d.]+ GB$", err, re.M)
+    served = re.search(r"^backends +(.*)$", err, re.M)[1]
+    for op in ("rms_norm", "linear", "kv_append", "attention", "add_rms_norm", "swiglu"):
+        assert re.search(rf"\b{op}\b", served), served
+
+
+def test_generate_on_a_backend_is_served_by_it_alone(run, tiny):
+    code, _, err = run("generate", "abc", "-m", tiny, "-n", 2, "--backend", "eager")
+    assert code == 0
+    assert re.search(r"^backends +eager: [a-z_, ]+$", err, re.M)
+
+
+def test_generate_quiet_writes_the_text_alone(run, tiny):
+    code, out, err = run("generate", "abc", "-m", tiny, "-n", 2, "--quiet")
+    assert code == 0 and out and err == ""
+
+
+def test_generate_reads_a_pipe_without_its_last_line_end(run, tiny):
+    command = ("generate", "-m", tiny, "-n", 6, "--temperature", 0, "-q")
+    expected = run(*command, "two\nlines ")[1]
+    assert run(*command, stdin=b"two\nlines \n") == (0, expected, "")
+
+
+def test_generate_stops_before_a_stop_text(run, tiny):
+    command = ("generate", "abc", "-m", tiny, "-n", 30, "--seed", 1, "-q")
+    text = run(*command)[1].rstrip("\n")
+    stop = text[len(text) // 2 :][:3]
+    code, out, _ = run(*command, "--stop", "never seen", "--stop", stop)
+    assert code == 0 and out == text[: text.index(stop)] + "\n"
+
+
+def test_generate_converts_the_weights_and_shortens_the_context(run, tiny):
+    code, _, err = run(
+        "generate", "abc", "-m", tiny, "-n", 100, "--dtype", "float32", "--max-seq-len", 12
+    )
+    assert code == 0 and "in float32" in err
+    prompt, new = (int(re.search(p, err)[1]) for p in (r"of (\d+) tokens", r"(\d+) new tokens"))
+    assert prompt + new == 12
+
+
+def test_generate_sets_the_number_of_threads(run, tiny):
+    assert run("generate", "abc", "-m", tiny, "-n", 1, "-q", "--threads", 3)[0] == 0
+    assert torch.get_num_threads() == 3
+
+
+def test_generate_without_a_model_takes_the_demo(run, tiny, monkeypatch):
+    monkeypatch.setattr(options, "DEMO", tiny)
+    command = ("generate", "abc", "-n", 4, "--temperature", 0, "-q")
+    assert run(*command) == run(*command, "--model", tiny)
+
+
+def test_bytes_of_a_token_count_one_row_of_an_untied_embedding():
+    shape = {**TINY.__dict__, "tied": False}
+    llama = Llama(config.LlamaConfig(**shape), dtype=torch.bfloat16)
+    all_weights, embedding = 2 * llama.config.n_params, 2 * 600 * 32
+    cache = 10 * 2 * 2 * 2 * 2 * 8  # tokens, k and v, layers, heads, bytes, head dim
+    assert measure.bytes_per_token(llama, 10) == all_weights - embedding + 2 * 32 + cache
+    tied = Llama(TINY, dtype=torch.bfloat16)
+    assert measure.bytes_per_token(tied, 10) == 2 * TINY.n_params + cache
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+BAD = {
+    "empty prompt": (["generate", "", "-m", "{tiny}"], 1, "the prompt is empty"),
+    "long prompt": (["generate", "ab " * 200, "-m", "{tiny}"], 1, "the model's context is 96"),
+    "missing folder": (["generate", "a", "-m", "{tmp}/none"], 1, "does not exist"),
+    "model is a file": (["generate", "a", "-m", "{tiny}/params.json"], 1, "is a file"),
+    "no checkpoint": (["generate", "a", "-m", "{tmp}"], 1, "holds no checkpoint"),
+    "no demo": (["generate", "a"], 1, "give the folder of a model with --model DIR"),
+    "negative count": (["generate", "a", "-m", "{tiny}", "-n", "-1"], 2, "--max-new-tokens"),
+    "negative temperature": (["generate", "a", "--temperature", "-1"], 2, "--temperature"),
+    "negative seed": (["generate", "a", "--seed", "-1"], 2, "--seed"),
+    "top-p zero": (["generate", "a", "-m", "{tiny}", "--top-p", "0"], 1, "top_p is 0"),
+    "empty stop": (["generate", "a", "-m", "{tiny}", "--stop", ""], 1, "not empty"),
+    "no number": (["generate", "a", "-n", "many"], 2, "--max-new-tokens"),
+    "unknown backend": (["generate", "a", "--backend", "tpu"], 2, "'cpu', 'cuda', 'triton'"),
+    "backend elsewhere": (
+        ["generate", "a", "-m", "{tiny}", "--device", "cpu", "--backend", "triton"],
+        1,
+        "does not run on device cpu, which has cpu, eager",
+    ),
+    "unknown device": (["generate", "a", "-m", "{tiny}", "--device", "tpu"], 1, "auto, cpu, cuda"),
+    "unknown dtype": (["generate", "a", "--dtype", "int3"], 2, "bfloat16"),
+    "context too long": (["generate", "a", "-m", "{tiny}", "--max-seq-len", "97"], 1, "is 96"),
+    "no threads": (["generate", "a", "--threads", "0"], 2, "--threads"),
+    "unknown option": (["generate", "a", "--frob"], 2, "--frob"),
+    "unknown command": (["frob"], 2, "frob"),
+    "info of nothing": (["info", "9b"], 1, "the presets are 1b"),
+    "tokenize without a file": (["tokenize", "a", "-m", "{tmp}"], 1, "tokenizer.json"),
+    "tokenize no text": (["tokenize", "a\udc80", "-m", "{tiny}"], 1, "lone surrogate"),
+    "convert nothing": (["convert", "{tmp}/none", "{tmp}/new", "--to", "hf"], 1, "not exist"),
+    "convert onto": (["convert", "{tiny}", "{tiny}", "--to", "hf"], 1, "not empty"),
+    "convert unwritable": (
+        ["convert", "{tiny}", "{tiny}/params.json/new", "--to", "hf"],
+        1,
+        "could not be written",
+    ),
+    "convert to what": (["convert", "{tiny}", "{tmp}/new"], 2, "--to"),
+    "convert to gguf": (["convert", "{tiny}", "{tmp}/new", "--to", "gguf"], 2, "'hf', 'meta'"),
+    "convert files to hf": (
+        ["convert", "{tiny}", "{tmp}/new", "--to", "hf", "--files", "2"],
+        2,
+        "--to meta",
+    ),
+    "convert uneven": (
+        ["convert", "{tiny}", "{tmp}/new", "--to", "meta", "--files", "3"],
+        1,
+        "divide n_heads=4",
+    ),
+    "init unknown": (["init", "{tmp}/new", "--preset", "9b"], 1, "there is no preset '9b'"),
+    "init onto": (["init", "{tiny}", "--preset", "1b"], 1, "not empty"),
+    "bench nothing": (["bench"], 2, "--ceilings"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_an_exit_code(run, tiny, tmp_path, monkeypatch, case):
+    monkeypatch.setattr(options, "DEMO", tmp_path / "no demo")
+    arguments, code, needle = BAD[case]
+    found, out, err = run(*(a.format(tiny=tiny, tmp=tmp_path) for a in arguments))
+    assert (found, out) == (code, "")
+    assert err.startswith("llama-fast: ") and err.count("\n") == 1 and needle in err, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipe_that_is_not_utf8_is_refused(run, tiny):
+    code, _, err = run("generate", "-m", tiny, stdin=b"caf\xe9")
+    assert code == 1 and "standard input is not UTF-8 (byte 3)" in err
+
+
+def test_an_empty_pipe_is_refused(run, tiny):
+    code, _, err = run("generate", "-m", tiny, stdin=b"\n")
+    assert code == 1 and "the prompt is empty" in err
+
+
+@pytest.mark.parametrize("command", ["generate", "tokenize"])
+def test_a_terminal_is_not_waited_for(run, tiny, monkeypatch, command):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    code, _, err = run(command, "-m", tiny)
+    assert code == 1 and err.count("\n") == 1
+    assert f'llama-fast {command} "Once upon a time"' in err
+
+
+def test_debug_shows_the_traceback(run, tmp_path):
+    for arguments in (["--debug", "info", tmp_path], ["info", tmp_path, "--debug"]):
+        code, _, err = run(*arguments)
+        assert code == 1
+        assert "Traceback" in err and "in open_checkpoint" in err
+        assert err.splitlines()[-1].startswith("llama-fast: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RuntimeError("of\nsome sort"), "unexpected RuntimeError: of some sort; --debug shows"),
+        (PermissionError(13, "Permission denied", "/x"), "Permission denied: /x"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "not enough memory"),
+    ],
+)
+def test_any_error_is_one_line(run, tiny, monkeypatch, error, text):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "open_checkpoint", fail)
+    code, _, err = run("info", tiny)
+    assert code == 1 and err.count("\n") == 1 and text in err
+
+
+def test_warnings_are_one_line(run, tiny, tmp_path):
+    both = tmp_path / "both"
+    assert run("convert", tiny, both, "--to", "hf")[0] == 0
+    for name in ("params.json", "consolidated.00.pth"):
+        shutil.copy(tiny / name, both)
+    code, _, err = run("info", both)
+    assert code == 0 and err.count("\n") == 1
+    assert err.startswith("llama-fast: note: ") and "holds both formats" in err
+
+
+# --- interruptions ----------------------------------------------------------------------------
+
+
+def test_ctrl_c_keeps_what_was_generated(tmp_path):
+    folder = tmp_path / "long"
+    write_random(folder, config.LlamaConfig(**{**TINY.__dict__, "max_seq_len": 100_000}))
+    running = start("generate", "abc", "-m", folder, "-n", 90_000, "--temperature", 0)
+    first = running.stdout.read(4)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert first and out.endswith(b"\n")
+    assert re.fullmatch(rb"llama-fast: interrupted after \d+ tokens\n", err), err
+
+
+def test_ctrl_c_while_libraries_load_is_clean(tiny):
+    running = start("generate", "abc", "-m", tiny)
+    time.sleep(1)
+    running.send_signal(signal.SIGINT)
+    err = running.communicate(timeout=60)[1]
+    if running.returncode == 0:
+        pytest.skip("this machine was done before it could be interrupted")
+    assert running.returncode in (130, -signal.SIGINT)  # the latter before Python has begun
+    assert b"Traceback" not in err or running.returncode < 0, err
+
+
+def test_an_interrupted_write_leaves_nothing(run, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(config.PRESETS, "1b", TINY)
+    monkeypatch.setattr("llama_fast.checkpoint.random._fill", interrupt)
+    code, out, err = run("init", tmp_path / "new", "--preset", "1b")
+    assert (code, out, err) == (130, "", "llama-fast: interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_goes_away_is_no_error(tiny):
+    reader, writer = os.pipe()
+    os.close(reader)
+    running = start("tokenize", "a b c", "-m", tiny, stdout=writer)
+    os.close(writer)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 141 and b"Error" not in err and b"Exception" not in err, err
+
+
+# --- the other commands -----------------------------------------------------------------------
+
+
+def test_info_of_a_folder(run, tiny):
+    code, out, err = run("info", tiny)
+    words = " ".join(out.split())
+    assert (code, err) == (0, "")
+    assert "(Meta's format)" in out and f"{TINY.n_params:,}, stored in bfloat16" in out
+    for name in ("params.json", "consolidated.00.pth", "tokenizer.model"):
+        assert name in out
+    assert "4 query (H), 2 key and value (K), 8 wide (D)" in words and "96 tokens" in words
+
+
+def test_info_of_a_published_size(run):
+    words = " ".join(run("info", "Llama-3.1-8B")[1].split())
+    assert "parameters 8,030,261,248" in words and "131,072 tokens" in words
+    # 16.06 GB of weights, and 131,072 bytes a token: 0.27, 1.07, 4.29 and 17.2 GB
+    assert "bfloat16, float16 16.1 GB 16.3 GB 17.1 GB 20.4 GB 33.2 GB" in words
+
+
+def test_tokenize(run, tiny):
+    tokenizer = Tokenizer.from_pretrained(tiny)
+    text = "hé <|eot_id|>"
+    code, out, err = run("tokenize", text, "-m", tiny)
+    lines = [line.split(maxsplit=1) for line in out.splitlines()]
+    assert code == 0 and [int(id_) for id_, _ in lines] == tokenizer.encode(text)
+    assert [lines[0][1], lines[1][1]] == ["'h'", r"b'\xc3'"]
+    assert err == f"{len(lines)} tokens of {len(text)} characters\n"
+    special = tokenizer.encode(text, allowed_special="all")
+    assert tokenizer.eot_id in special
+    expected = (0, " ".join(map(str, special)) + "\n", "")
+    assert run("tokenize", text, "-m", tiny, "--ids", "--special") == expected
+    assert run("tokenize", "-m", tiny, "--ids", "--special", stdin=text.encode()) == expected
+
+
+def test_convert_there_and_back(run, tiny, tmp_path):
+    code, out, err = run("convert", tiny, tmp_path / "hf", "--to", "hf")
+    assert (code, out) == (0, "")
+    assert re.fullmatch(r"wrote .*hf: 4 files, [\d.]+ kB in [\d.]+ s\n", err), err
+    back = tmp_path / "meta"
+    assert run("convert", tmp_path / "hf", back, "--to", "meta", "--files", 2)[0] == 0
+    assert (back / "consolidated.01.pth").exists() and (back / "tokenizer.model").exists()
+    first, second = load(open_checkpoint(tiny)), load(open_checkpoint(back))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert run("convert", tiny, tmp_path / "f32", "--to", "hf", "--dtype", "float32")[0] == 0
+    assert open_checkpoint(tmp_path / "f32").dtype == torch.float32
+
+
+def test_init_writes_the_same_random_weights_in_both_formats(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(config.PRESETS, "1b", TINY)
+    monkeypatch.setattr("llama_fast.checkpoint.random.BLOCK", 1000)
+    states = []
+    for name, more in (
+        ("a", ["--format", "hf"]),
+        ("b", ["--format", "meta"]),
+        ("c", ["--seed", 1, "--dtype", "float32"]),
+    ):
+        code, _, err = run("init", tmp_path / name, "--preset", "1b", *more)
+        assert code == 0 and "made up" in err
+        states.append(load(open_checkpoint(tmp_path / name)))
+    first, second, other = states
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert other["embed.weight"].dtype == torch.float32
+    assert not torch.equal(first["embed.weight"], other["embed.weight"].bfloat16())
+    assert (first["norm.weight"] == 1).all()
+    for name, std in (("embed.weight", 0.02), ("layers.1.mlp.down.weight", 0.01)):
+        weight = first[name].double()
+        assert weight.std().item() == pytest.approx(std, rel=0.1)
+        assert weight.mean().abs() < 0.1 * std
+        assert weight.unique().numel() > 200  # no block repeats another
+    assert Tokenizer.from_pretrained(tmp_path / "b").vocab_size == TINY.vocab_size
+    code, out, _ = run("generate", "any text", "-m", tmp_path / "a", "-n", 3, "-q")
+    assert code == 0 and out
+
+
+def test_init_copies_a_tokenizer(run, tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(config.PRESETS, "1b", TINY)
+    file = tiny / "tokenizer.model"
+    code, _, err = run("init", tmp_path / "new", "--preset", "1b", "--tokenizer", file)
+    assert code == 0 and "made up" not in err
+    assert (tmp_path / "new" / "tokenizer.model").read_bytes() == file.read_bytes()
+
+
+def test_doctor_names_every_op_and_is_content(run):
+    code, out, _ = run("doctor")
+    assert code == 0, out
+    assert torch.__version__ in out and "is usable on this machine" in out
+    rows = {line.split()[0]: line.split()[1] for line in out.splitlines() if len(line.split()) > 1}
+    for name, op in registry.OPS.items():
+        if op.cases is not None:
+            assert rows[name] in registry.BACKENDS
+
+
+def test_doctor_says_what_is_wrong(run, monkeypatch):
+    broken = registry.Backend("cpu", ["the module is made of cheese"], {})
+    monkeypatch.setitem(registry.backends(), "cpu", broken)
+    for op in registry.OPS.values():
+        op.forget_order()
+    try:
+        code, out, _ = run("doctor")
+    finally:
+        for op in registry.OPS.values():
+            op.forget_order()
+    assert code == 1
+    assert "made of cheese" in out and "PROBLEM: the C++ kernels" in out
+    assert "is usable" not in out
+
+
+def test_bench_shows_the_ceilings(run, monkeypatch):
+    from llama_fast import ceilings
+
+    found = ceilings.Ceilings("cpu", 3, "avx9", 1.5e9, 2.5e9, 3.5e9, None)
+    monkeypatch.setattr(ceilings, "measure", lambda device: found)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    code, out, _ = run("bench", "--ceilings")
+    assert code == 0 and "CPU, 3 threads, avx9" in out
+    words = " ".join(out.split())
+    assert "memory read 1.5 GB/s" in words and "float32 multiply-add 3.5 GFLOP/s" in words
+    assert "bfloat16" not in words
