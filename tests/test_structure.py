@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "model": MODEL,
     "sampling": MODEL,
     "hf": MODEL,
-    "train": MODEL | {"tokenizer"},
+    "train": MODEL | {"tokenizer", "tokenizer_files"},
     "special_tokens": set(),
     "tokenizer_files": {"special_tokens"},
     "tokenizer": {"atomic", "special_tokens", "tokenizer_files"},
