@@ -86,15 +86,21 @@ def _backends() -> list[str]:
         if name == "eager":
             rows.add_row(name, "plain PyTorch: serves any call, slowly")
         elif backend is None:
-            rows.add_row(name, "not part of this version")
+            rows.add_row(name, "not part of this version" + _devices(name))
         elif backend.unavailable:
-            rows.add_row(name, "not available: " + "; ".join(backend.unavailable))
+            rows.add_row(name, f"not available{_devices(name)}: {'; '.join(backend.unavailable)}")
         else:
-            rows.add_row(name, "available" + (_isas() if name == "cpu" else ""))
+            rows.add_row(name, "available" + (_isas() if name == "cpu" else _devices(name)))
         if name == "cpu" and (backend is None or backend.unavailable):
             problems.append("the C++ kernels cannot be used; install the package again: see above")
     show("Backends", rows)
     return problems
+
+
+def _devices(name: str) -> str:
+    from ..registry import ORDER
+
+    return f" (for {', '.join(device for device in ORDER if name in ORDER[device])} tensors)"
 
 
 def _isas() -> str:
@@ -116,7 +122,7 @@ def _ops(device: str) -> list[str]:
     """Runs every op once, on the first of its own cases, and says who served it."""
     from ..registry import OPS
 
-    rows = table("op", "served by", "why no other backend")
+    rows = table("op", "served by", "the others")
     problems = []
     for name, op in sorted(OPS.items()):
         if op.cases is None:  # the backward of another
@@ -134,7 +140,7 @@ def _ops(device: str) -> list[str]:
 def _try(op: Op, device: str) -> tuple[str, str]:
     import torch
 
-    from ..registry import BACKENDS, ORDER, backends
+    from ..registry import ORDER, backends
 
     case = op.cases()[0]
     dtype = torch.bfloat16 if torch.bfloat16 in case.dtypes else case.dtypes[0]
@@ -143,14 +149,7 @@ def _try(op: Op, device: str) -> tuple[str, str]:
     with torch.no_grad():
         op(*args)
     why = {}
-    for name in BACKENDS:
-        if name == decision.chosen:
-            continue
-        backend = backends().get(name)
-        if name not in ORDER[device]:
-            why[name] = f"not for {device} tensors"
-        elif name != "eager" and (backend is None or backend.unavailable):
-            why[name] = "not available"
-        else:
-            why[name] = "; ".join(decision.reasons[name]) or "could, but comes later in line"
+    for name in ORDER[device]:  # why the others are in no line at all stands under "Backends"
+        if name != decision.chosen and (name == "eager" or name in backends()):
+            why[name] = "; ".join(decision.reasons[name]) or "next in line"
     return decision.chosen, " · ".join(f"{name}: {reason}" for name, reason in why.items())
