@@ -99,7 +99,7 @@ class Llama(nn.Module):
         """The final hidden states: tokens (B,T) int64 → (B,T,C), after the last norm."""
         if tokens.ndim != 2 or tokens.dtype != torch.int64:
             raise ShapeError(
-                f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}; they must be int64 (B,T)"
+                f"tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be torch.int64 (B,T)"
             )
         if cache is None:
             return self._hidden(tokens, None)
