@@ -15,10 +15,12 @@ SAMPLE_PROMPTS = (
     "Mia went to",
     "What is 3 + 4?",
     "Who are you?",
-    "Dear Tom,",
+    "My name is",
+    "It was a foggy night",
     "你好",
     "从前",
     "今天天气",
+    "星期六，小伟",
     "燕鸥岛的首都",
 )
 

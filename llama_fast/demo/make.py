@@ -125,7 +125,7 @@ def samples(model: Llama, tokenizer: Tokenizer) -> list[dict[str, object]]:
     found = []
     for temperature in (0.0, 0.7):
         completions = generate(
-            model, tokenizer, SAMPLE_PROMPTS, max_new_tokens=120, temperature=temperature, seed=SEED
+            model, tokenizer, SAMPLE_PROMPTS, max_new_tokens=200, temperature=temperature, seed=SEED
         )
         found += [
             {"prompt": prompt, "temperature": temperature, "text": completion.text}
