@@ -17,7 +17,7 @@ from . import checkpoint, ops
 from .config import LlamaConfig
 from .errors import ConfigError, ShapeError
 from .kv_cache import KVCache
-from .nn import MLP, Attention, LayerCache, Linear, RMSNorm, RotaryEmbedding
+from .nn import MLP, Attention, Embedding, LayerCache, Linear, RMSNorm, RotaryEmbedding
 
 
 class Block(nn.Module):
@@ -72,7 +72,7 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.dim, device=device, dtype=dtype)
+        self.embed = Embedding(config.vocab_size, config.dim, device, dtype)
         self.layers = nn.ModuleList(Block(config, device, dtype) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
         self.head = Linear(config.dim, config.vocab_size, device, dtype)
@@ -117,7 +117,7 @@ class Llama(nn.Module):
         else:
             lengths = cache.advance(T)
             cos, sin = self.rope(self.config.max_seq_len)
-        x, update = self.embed(tokens), None
+        x, update = self.embed(tokens).to(self.dtype), None
         for index, block in enumerate(self.layers):
             layer_cache = None if cache is None else (*cache.layer(index), lengths)
             update, x = block(update, x, cos, sin, layer_cache)
@@ -139,16 +139,16 @@ class Llama(nn.Module):
 
     def new_cache(self, batch: int, max_seq_len: int) -> KVCache:
         """An empty cache of this model's device and dtype."""
-        weight = self.embed.weight
-        return KVCache(self.config, batch, max_seq_len, device=weight.device, dtype=weight.dtype)
+        return KVCache(self.config, batch, max_seq_len, device=self.device, dtype=self.dtype)
 
     @property
     def device(self) -> torch.device:
-        return self.embed.weight.device
+        return self.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
+        """Of the activations, and of the weights that are not quantised."""
+        return self.norm.weight.dtype
 
     @classmethod
     def from_pretrained(

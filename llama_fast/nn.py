@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import ops
 from .config import LlamaConfig
 from .errors import ShapeError
+from .ops import QuantizedWeight
 from .rope import rope_tables
 
 
@@ -56,7 +57,18 @@ class RMSNorm(nn.Module):
         return f"{self.normalized_shape[0]}, eps={self.eps}"
 
 
-class Linear(nn.Module):
+class _Weighted(nn.Module):
+    """A module whose `weight` is a Parameter, or a QuantizedWeight assigned in its place."""
+
+    weight: nn.Parameter | QuantizedWeight
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, QuantizedWeight):
+            self._parameters.pop(name, None)  # torch would refuse a module in its place
+        super().__setattr__(name, value)
+
+
+class Linear(_Weighted):
     """y = x Wᵀ, without bias: x (..., in_features) → (..., out_features)."""
 
     def __init__(
@@ -76,6 +88,31 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
+
+class Embedding(_Weighted):
+    """A row of the weight for each token: tokens (...) int64 → (..., embedding_dim), of the
+    weight's dtype; float32 where it is quantised."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if isinstance(self.weight, QuantizedWeight):
+            return self.weight.rows(tokens)
+        return nn.functional.embedding(tokens, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
 
 
 class RotaryEmbedding(nn.Module):

@@ -281,7 +281,7 @@ class Op:
     def _setup_context(self, ctx: Any, inputs: tuple, output: Any) -> None:
         inputs = self._complete(inputs)
         for i in self._constants:
-            if inputs[i].requires_grad:
+            if isinstance(inputs[i], Tensor) and inputs[i].requires_grad:
                 name = self._torch_op._schema.arguments[i].name
                 raise GradientError(
                     f"{self.name}: {name} requires a gradient, and is a constant here: "

@@ -20,17 +20,27 @@ from ..errors import ShapeError
 from ..registry import Case, Cost, Op
 from . import checks
 from .inputs import randn
+from .linear_quantized import linear_quantized
+from .quantized_weight import QuantizedWeight
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor | QuantizedWeight) -> torch.Tensor:
     """Multiplies each row of `x` by the transposed weight.
 
     x       (..., C_in), float32, bfloat16 or float16, contiguous in C_in
-    weight  (C_out, C_in), contiguous, of x's dtype and device
+    weight  (C_out, C_in), contiguous, of x's dtype and device; or a QuantizedWeight, which the op
+            `linear_quantized` multiplies by
     Returns y (..., C_out), contiguous, of x's dtype. Raises ShapeError when the arguments do not
     fit.
     """
-    return OP(x, weight)
+    if not isinstance(weight, QuantizedWeight):
+        return OP(x, weight)
+    if x.shape[-1:] != weight.shape[1:]:
+        raise ShapeError(
+            f"linear: x has shape {tuple(x.shape)} and weight {weight.shape}; the last dim of both "
+            "must be C_in"
+        )
+    return linear_quantized(x, *weight.arguments)
 
 
 def check(x: torch.Tensor, weight: torch.Tensor) -> None:

@@ -1,0 +1,214 @@
+"""The weight of a linear or an embedding as 8-bit or 4-bit integers, where a Parameter stood.
+
+Its layout is that of `llama_fast.ops.linear_quantized`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ShapeError
+from .linear_quantized import BLOCK, ROWS, centre, dequantize, packed_shapes
+
+
+class QuantizedWeight(nn.Module):
+    """A (C_out, C_in) matrix of integers, with a float16 scale for each group of a row.
+
+    codes, scales, offsets   buffers, in the layout of `linear_quantized`; offsets is None for a
+                             symmetric weight. They keep their dtypes whatever a model is cast to
+    shape                    (C_out, C_in), as of the matrix that it stands for
+    bits, group_size         8 or 4; 32, 64 or 128
+
+    A new one is empty, as `torch.empty` is: fill it with `set_rows`, from a state dict, or make it
+    with `from_float`. It is frozen: no gradient reaches it, and one passes through to x.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+
+    def __init__(
+        self,
+        C_out: int,
+        C_in: int,
+        bits: int,
+        group_size: int,
+        symmetric: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = (C_out, C_in)
+        self.bits, self.group_size = bits, group_size
+        codes, scales = packed_shapes(C_out, C_in, bits, group_size)
+        self.register_buffer("codes", torch.empty(codes, dtype=torch.uint8, device=device))
+        self.register_buffer("scales", torch.empty(scales, dtype=torch.float16, device=device))
+        offsets = None if symmetric else torch.empty_like(self.scales)
+        self.register_buffer("offsets", offsets)
+
+    @classmethod
+    def from_float(
+        cls, weight: Tensor, bits: int, group_size: int, symmetric: bool = True
+    ) -> QuantizedWeight:
+        """Rounds `weight` (C_out, C_in), of any float dtype, to the nearest codes, on its device.
+
+        Takes some blocks of rows at a time. Raises ShapeError for a weight that is no matrix of
+        finite floats in float16's range.
+        """
+        if weight.ndim != 2 or not weight.is_floating_point():
+            raise ShapeError(
+                f"QuantizedWeight: weight is {weight.dtype} {tuple(weight.shape)}; it must be a "
+                "(C_out, C_in) matrix of floats"
+            )
+        made = cls(*weight.shape, bits, group_size, symmetric, weight.device)
+        for start, groups in made.row_blocks(weight):
+            scales, offsets = fit(groups, bits, symmetric)
+            refuse_non_finite(groups, scales, offsets)
+            made.set_rows(start, encode(groups, scales, offsets, bits), scales, offsets)
+        return made
+
+    @property
+    def symmetric(self) -> bool:
+        return self.offsets is None
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor | None, int, int, int]:
+        """What `linear_quantized` takes after x."""
+        return (*self._buffers.values(), self.shape[0], self.bits, self.group_size)
+
+    def row_blocks(self, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(start, rows) of a (C_out, C_in) matrix, some blocks at a time: the rows in float32, cut
+        into groups (n, groups, group_size), of which the last is filled up with zeros."""
+        C_out, C_in = self.shape
+        step = max(1, BLOCK // max(1, ROWS * C_in)) * ROWS
+        for start in range(0, C_out, step):
+            rows = F.pad(weight[start : start + step].detach().float(), (0, self._padding))
+            yield start, rows.view(len(rows), self.scales.shape[1], self.group_size)
+
+    @property
+    def _padding(self) -> int:
+        return -self.shape[1] % self.group_size
+
+    @torch.no_grad()
+    def set_rows(
+        self, start: int, codes: Tensor, scales: Tensor, offsets: Tensor | None = None
+    ) -> None:
+        """Stores rows from `start` on: whole blocks of 16, or all that follow.
+
+        codes            uint8 (n, groups, group_size), as of `row_blocks`
+        scales, offsets  float16 (n, groups)
+        """
+        n, groups, _ = codes.shape
+        if start % ROWS or (n % ROWS and start + n != self.shape[0]):
+            raise ShapeError(
+                f"QuantizedWeight: rows {start} to {start + n} of {self.shape[0]} were given; they "
+                f"must be whole blocks of {ROWS}"
+            )
+        C_in = self.shape[1]
+        fill = centre(self.bits) if self.symmetric else 0
+        rows = codes.reshape(n, groups * self.group_size)[:, :C_in]
+        rows = F.pad(rows, (0, self._padding, 0, -n % ROWS), value=fill)
+        count, runs = len(rows) // ROWS, self.codes.shape[1]
+        if self.bits == 8:
+            packed = rows.view(count, ROWS, runs, 4)
+        else:
+            low, high = rows.view(count, ROWS, runs, 2, 4).unbind(3)
+            packed = low | high << 4
+        blocks = slice(start // ROWS, start // ROWS + count)
+        self.codes[blocks] = packed.transpose(1, 2)
+        for buffer, values in ((self.scales, scales), (self.offsets, offsets)):
+            if buffer is not None:
+                values = F.pad(values, (0, 0, 0, -n % ROWS))
+                buffer[blocks] = values.view(count, ROWS, groups).transpose(1, 2)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The (C_out, C_in) matrix that the codes stand for."""
+        C_out, C_in = self.shape
+        made = torch.empty(C_out, C_in, dtype=dtype, device=self.device)
+        step = max(1, BLOCK // max(1, ROWS * C_in))
+        for block in range(0, len(self.codes), step):
+            rows = self._dequantize(slice(block, block + step))
+            made[block * ROWS :][: len(rows)] = rows[: C_out - block * ROWS, :C_in]
+        return made
+
+    def rows(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The rows of `indices` (...) int64, as an embedding looks them up: (..., C_in). Only they
+        are read. Raises IndexError for an index that is no row."""
+        C_out, C_in = self.shape
+        if not torch.compiler.is_compiling() and indices.is_cpu and indices.numel():
+            low, high = indices.aminmax()
+            if low < 0 or high >= C_out:
+                raise IndexError(
+                    f"rows {int(low)} to {int(high)} were asked for; there are {C_out} from 0 on"
+                )
+        flat = indices.reshape(-1)
+        found = self._dequantize((flat // ROWS, slice(None), flat % ROWS), picked=True)
+        return found[:, :C_in].to(dtype).view(*indices.shape, C_in)
+
+    def _dequantize(self, index: slice | tuple, picked: bool = False) -> Tensor:
+        """Some blocks; where rows are `picked`, one of each."""
+        parts = []
+        for buffer in (self.codes, self.scales, self.offsets):
+            part = None if buffer is None else buffer[index]
+            parts.append(part.unsqueeze(2) if picked and part is not None else part)
+        return dequantize(*parts, self.bits, self.group_size)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
+        """A cast of the whole model moves the buffers, and leaves their dtypes."""
+
+        def keep(buffer: Tensor) -> Tensor:
+            result = fn(buffer)
+            return result if result.dtype == buffer.dtype else buffer.to(result.device)
+
+        return super()._apply(keep, recurse)
+
+    def extra_repr(self) -> str:
+        kind = "symmetric" if self.symmetric else "with offsets"
+        return f"{self.shape}, bits={self.bits}, group_size={self.group_size}, {kind}"
+
+
+def fit(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Scales and offsets, float16 (...), that take in all numbers of `groups` (..., group_size)."""
+    if symmetric:
+        low, high = groups.aminmax(dim=-1)
+        if bits == 8:
+            return (torch.maximum(-low, high) / 127).half(), None
+        # The largest number by its size becomes code 0: -8 times a scale of the other sign.
+        return (torch.where(-low > high, low, high) / -8).half(), None
+    low, high = groups.aminmax(dim=-1)
+    return ((high - low) / (2**bits - 1)).half(), low.half()
+
+
+def encode(groups: Tensor, scales: Tensor, offsets: Tensor | None, bits: int) -> Tensor:
+    """The codes, uint8, nearest to `groups` (..., group_size) under scales and offsets (...)."""
+    scale = scales.float().unsqueeze(-1)
+    if offsets is None:
+        low, high, zero = (1 if bits == 8 else 0), 2**bits - 1, float(centre(bits))
+    else:
+        low, high, zero = 0, 2**bits - 1, 0.0
+        groups = groups - offsets.float().unsqueeze(-1)
+    codes = torch.where(scale == 0, zero, groups / scale + zero)
+    return codes.round_().clamp_(low, high).to(torch.uint8)
+
+
+def refuse_non_finite(groups: Tensor, scales: Tensor, offsets: Tensor | None) -> None:
+    """Raises ShapeError where weights are not finite, or too large for float16 scales."""
+    if torch.isfinite(scales).all() and (offsets is None or torch.isfinite(offsets).all()):
+        return
+    if torch.isfinite(groups).all():
+        raise ShapeError(
+            f"QuantizedWeight: the weight has numbers up to {groups.abs().max():.3g}, which "
+            "float16 scales cannot reach; keep it as it is, or scale it down"
+        )
+    raise ShapeError("QuantizedWeight: the weight has numbers that are not finite")

@@ -1,0 +1,208 @@
+"""The layout of quantised weights, their holder, and what is special to multiplying by them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+
+from llama_fast import QuantizedWeight, linear, linear_quantized
+from llama_fast.errors import GradientError, ShapeError
+from llama_fast.nn import Linear
+from llama_fast.registry import BackendError
+
+from .backends import BACKENDS, on
+
+KINDS = list(itertools.product((8, 4), (32, 64, 128), (True, False)))
+C_OUT, C_IN = 37, 135  # a block and groups that are not full
+
+
+def random_weight(C_out: int = C_OUT, C_in: int = C_IN) -> torch.Tensor:
+    return torch.randn(C_out, C_in, generator=torch.Generator().manual_seed(0)) * C_in**-0.5
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def quantized(request) -> QuantizedWeight:
+    return QuantizedWeight.from_float(random_weight(), *request.param)
+
+
+def by_formula(weight: QuantizedWeight, row: int, column: int) -> float:
+    """One element, as the op's page says where it lies."""
+    b, r, scales = row // 16, row % 16, weight.scales[row // 16, column // weight.group_size]
+    if weight.bits == 8:
+        code = int(weight.codes[b, column // 4, r, column % 4])
+    else:
+        code = int(weight.codes[b, column // 8, r, column % 4])
+        code = code & 15 if column % 8 < 4 else code >> 4
+    if weight.symmetric:
+        return (code - (128 if weight.bits == 8 else 8)) * float(scales[r])
+    return code * float(scales[r]) + float(weight.offsets[b, column // weight.group_size, r])
+
+
+def test_elements_lie_where_the_page_says(quantized):
+    found = quantized.dequantize(torch.float64)
+    assert found.shape == (C_OUT, C_IN) and found.dtype == torch.float64
+    for row, column in itertools.product((0, 1, 15, 16, 36), (0, 3, 4, 5, 8, 127, 128, 134)):
+        assert float(found[row, column]) == pytest.approx(by_formula(quantized, row, column), 1e-6)
+
+
+def test_every_weight_is_within_half_a_step(quantized):
+    weight = random_weight()
+    steps = quantized.scales.transpose(1, 2).flatten(0, 1)[:C_OUT].float().abs()
+    steps = steps.repeat_interleave(quantized.group_size, 1)[:, :C_IN]
+    # Where the largest number is code 0, one of the other sign may lie beyond the last code.
+    most = 1.0 if (quantized.bits, quantized.symmetric) == (4, True) else 0.51
+    error = (quantized.dequantize() - weight).abs()
+    assert (error <= most * steps).all()
+    assert error.square().mean().sqrt() < 0.3 * steps.square().mean().sqrt()  # 0.289 if uniform
+
+
+def test_padding_is_zero(quantized):
+    C_pad = quantized.scales.shape[1] * quantized.group_size
+    padded = QuantizedWeight(48, C_pad, quantized.bits, quantized.group_size, quantized.symmetric)
+    padded.load_state_dict(quantized.state_dict())
+    whole = padded.dequantize()
+    assert not whole[C_OUT:].any()
+    if quantized.symmetric:
+        assert not whole[:, C_IN:].any()
+
+
+def test_rows_are_those_of_the_whole(quantized):
+    indices = torch.tensor([[0, 36], [17, 17]])
+    assert torch.equal(quantized.rows(indices), quantized.dequantize()[indices])
+    assert quantized.rows(indices, torch.bfloat16).dtype == torch.bfloat16
+    assert quantized.rows(indices[:0]).shape == (0, 2, C_IN)
+    for wrong in (-1, C_OUT):
+        with pytest.raises(IndexError, match="there are 37"):
+            quantized.rows(torch.tensor([0, wrong]))
+
+
+def test_a_row_of_zeros_and_one_of_a_single_value_are_exact(quantized):
+    weight = torch.zeros(16, 128)
+    weight[1] = 0.5
+    made = QuantizedWeight.from_float(
+        weight, quantized.bits, quantized.group_size, quantized.symmetric
+    ).dequantize()
+    assert not made[0].any()
+    torch.testing.assert_close(made[1], weight[1], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("C_out", "C_in"), [(0, 64), (5, 0), (1, 1)])
+def test_small_matrices(C_out, C_in):
+    for kind in KINDS:
+        made = QuantizedWeight.from_float(random_weight(C_out, max(C_in, 1))[:, :C_in], *kind)
+        y = linear(torch.ones(2, C_in), made)
+        assert y.shape == (2, C_out)
+        torch.testing.assert_close(y, made.dequantize().sum(1).expand(2, C_out))
+
+
+def test_it_stands_where_a_parameter_stood(quantized):
+    layer = Linear(C_IN, C_OUT)
+    layer.weight = quantized
+    x = torch.randn(2, C_IN)
+    expected = x @ quantized.dequantize().t()
+    torch.testing.assert_close(layer(x), expected)
+    assert list(layer.parameters()) == [] and "bits=" in repr(layer)
+    assert quantized.nbytes == sum(t.nbytes for t in layer.state_dict().values())
+
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.weight is not layer.weight
+        assert torch.equal(other(x), layer(x))
+    fresh = Linear(C_IN, C_OUT)
+    kind = quantized.bits, quantized.group_size, quantized.symmetric
+    fresh.weight = QuantizedWeight(C_OUT, C_IN, *kind)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.bfloat16(), lambda m: m.to(torch.float64), lambda m: m.type(torch.half)]
+)
+def test_a_cast_leaves_it_as_it_is(quantized, cast):
+    before = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
+    cast(quantized)
+    for name, tensor in quantized.state_dict().items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+
+
+def test_it_moves_between_devices(quantized):
+    quantized.to("meta", torch.bfloat16)
+    assert quantized.device.type == "meta"
+    assert quantized.scales.dtype == torch.float16
+    quantized.to_empty(device="cpu")
+    assert quantized.device.type == "cpu" and quantized.codes.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_stays_by_itself(backend, bits, dtype, value):
+    weight = QuantizedWeight.from_float(random_weight(), bits, 32)
+    x = torch.ones(3, C_IN, dtype=dtype)
+    x[1, 70] = value
+    with on(backend):
+        try:
+            y = linear(x, weight)
+        except BackendError as error:
+            pytest.skip(str(error))
+    assert torch.isfinite(y[[0, 2]]).all() and not torch.isfinite(y[1]).any()
+
+
+WEIGHT = QuantizedWeight.from_float(random_weight(32, 64), 8, 32, symmetric=False)
+X = torch.ones(2, 64)
+
+
+def call(x=X, **changed):
+    names = ("codes", "scales", "offsets", "C_out", "bits", "group_size")
+    given = dict(zip(names, WEIGHT.arguments, strict=True))
+    return lambda: linear_quantized(x, **(given | changed))
+
+
+meta = torch.device("meta")
+BAD = [
+    ("bits", call(bits=5), "bits is 5; it must be 8 or 4"),
+    ("group", call(group_size=16), "group_size is 16; it must be 32, 64 or 128"),
+    ("codes", call(C_out=33), r"codes has shape \(2, 16, 16, 4\).*\(33, 64\).*\(3, 16, 16, 4\)"),
+    ("other bits", call(bits=4), r"codes has shape.*bits=4.*needs \(2, 8, 16, 4\)"),
+    ("scales", call(group_size=64), r"scales has shape \(2, 2, 16\).*needs \(2, 1, 16\)"),
+    ("offsets", call(offsets=WEIGHT.offsets[:1]), r"offsets has shape \(1, 2, 16\)"),
+    ("signed codes", call(codes=WEIGHT.codes.char()), "codes is torch.int8; it must be .*uint8"),
+    ("float32 scales", call(scales=WEIGHT.scales.float()), "scales is torch.float32.*float16"),
+    ("device", call(scales=WEIGHT.scales.to(meta)), "scales is on meta"),
+    (
+        "strides",
+        call(codes=WEIGHT.codes.transpose(2, 3).contiguous().transpose(2, 3)),
+        "codes has strides.*contiguous",
+    ),
+    ("x", call(X[:, :20]), "codes has shape"),
+    ("x's dtype", call(X.long()), "x is torch.int64"),
+    ("columns", lambda: linear(X[:, :63], WEIGHT), r"x has shape \(2, 63\).*\(32, 64\)"),
+    ("a vector", lambda: QuantizedWeight.from_float(X[0], 8, 32), r"\(64,\); it must be a"),
+    ("NaN", lambda: QuantizedWeight.from_float(X * math.nan, 8, 32), "not finite"),
+    ("huge", lambda: QuantizedWeight.from_float(X * 1e9, 4, 32), r"up to 1e\+09.*float16"),
+    ("part of a block", lambda: set_rows(0, 7), "rows 0 to 7 of 32.*whole blocks of 16"),
+    ("amid a block", lambda: set_rows(8, 16), "rows 8 to 24 of 32"),
+]
+
+
+def set_rows(start: int, count: int) -> None:
+    codes = torch.zeros(count, 2, 32, dtype=torch.uint8)
+    scales = torch.zeros(count, 2, dtype=torch.float16)
+    WEIGHT.set_rows(start, codes, scales, scales)
+
+
+@pytest.mark.parametrize(("bad", "says"), [pytest.param(*b[1:], id=b[0]) for b in BAD])
+def test_bad_input_is_refused_in_words(bad, says):
+    with pytest.raises(ShapeError, match=says):
+        bad()
+
+
+def test_a_gradient_of_scales_is_refused():
+    scales = WEIGHT.scales.clone().requires_grad_()
+    with pytest.raises(GradientError, match="scales requires a gradient"):
+        call(scales=scales)()
