@@ -18,6 +18,8 @@ from .config import LlamaConfig
 from .errors import ConfigError, ShapeError
 from .kv_cache import KVCache
 from .nn import MLP, Attention, Embedding, LayerCache, Linear, RMSNorm, RotaryEmbedding
+from .ops import QuantizedWeight
+from .quantize import Quantization, WeightFormat, round_weight
 
 
 class Block(nn.Module):
@@ -133,8 +135,12 @@ class Llama(nn.Module):
         return self.head(h).float()
 
     def loss(self, tokens: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
-        """Mean cross entropy of `targets` (B,T) int64, the logits never stored whole."""
+        """Mean cross entropy of `targets` (B,T) int64. The logits are never stored whole, unless
+        the head is quantised."""
         h = self.hidden(tokens)
+        if isinstance(self.head.weight, QuantizedWeight):
+            logits = self.head(h).float().flatten(0, 1)
+            return nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index)
         return ops.linear_cross_entropy(h, self.head.weight, targets, ignore_index=ignore_index)
 
     def new_cache(self, batch: int, max_seq_len: int) -> KVCache:
@@ -157,7 +163,7 @@ class Llama(nn.Module):
         *,
         device: str | torch.device = "auto",
         dtype: torch.dtype | None = None,
-        quantize: str | None = None,
+        quantize: str | Quantization | None = None,
         max_seq_len: int | None = None,
         progress: checkpoint.Progress | None = None,
     ) -> Llama:
@@ -166,24 +172,38 @@ class Llama(nn.Module):
 
         device       "auto": the GPU when there is one, else the CPU
         dtype        of the weights; None keeps the file's
-        quantize     None; no quantised form exists yet
+        quantize     "int8", "int4" or a `Quantization`: weights are stored as integers, each as it
+                     is read. None keeps them; a folder that is quantised is loaded as it is
         max_seq_len  a shorter context than the model's own: smaller tables and caches
         progress     called as progress(bytes done, bytes in all, name) while the weights stream in
 
         Weights are streamed: the peak of memory is the model and a few blocks of one weight.
         Raises CheckpointError or ConfigError, naming the file and the remedy.
         """
-        if quantize is not None:
-            raise ConfigError(f"quantize={quantize!r} is not available; give dtype or leave it out")
+        settings = None if quantize is None else Quantization.of(quantize)
         opened = isinstance(path, checkpoint.Checkpoint)
         source = path if opened else checkpoint.open_checkpoint(path)
         config = source.config.shortened(max_seq_len)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = cls(config, device="meta", dtype=dtype or source.dtype).to_empty(device=device)
-        model.tie()
-        source.load_into(model.state_dict(), progress=progress)
+        model = cls(config, device="meta", dtype=dtype or source.dtype)
+        if settings is None:
+            model.to_empty(device=device).tie()
+            source.load_into(model.state_dict(), progress=progress)
+        else:
+            model.rope.to_empty(device=device)
+            for name, tensor in source.tensors(progress=progress):
+                model._store(name, tensor.to(device), settings.of_weight(name))
+            model.tie()
         return model.eval()
+
+    def _store(self, name: str, tensor: Tensor, form: WeightFormat | None) -> None:
+        """Makes `tensor` the weight of that name, rounded to `form` where there is one."""
+        module = self.get_submodule(name.removesuffix(".weight"))
+        if form is None:
+            module.weight = nn.Parameter(tensor.to(module.weight.dtype))
+        else:
+            module.weight = round_weight(tensor, form)
 
     def save_pretrained(self, path: str | Path, format: str = "hf") -> None:
         """Writes the model as a new folder in Hugging Face's ("hf") or Meta's ("meta") format.

@@ -20,6 +20,7 @@ from llama_fast.checkpoint import open_checkpoint, write_random
 from llama_fast.cli import app, main, measure, options
 from llama_fast.generate import generate
 from llama_fast.model import Llama
+from llama_fast.quantize import NAMED
 from llama_fast.tokenizer import Tokenizer
 
 from .checkpoints import load
@@ -108,6 +109,7 @@ def test_no_arguments_show_the_help_and_version_the_version(run):
 
 def test_choices_are_the_library_s():
     assert [backend.value for backend in options.Backend] == list(registry.BACKENDS)
+    assert [named.value for named in options.Named] == list(NAMED)
     assert [dtype.torch for dtype in options.DType] == [
         torch.float32,
         torch.bfloat16,
@@ -183,6 +185,24 @@ def test_generate_converts_the_weights_and_shortens_the_context(run, tiny):
     assert code == 0 and "in float32" in err
     prompt, new = (int(re.search(p, err)[1]) for p in (r"of (\d+) tokens", r"(\d+) new tokens"))
     assert prompt + new == 12
+
+
+def test_generate_quantises_the_weights_as_it_reads_them(run, tiny):
+    (expected,) = generate(
+        Llama.from_pretrained(tiny, device="cpu", quantize="int4"),
+        Tokenizer.from_pretrained(tiny),
+        "abc",
+        max_new_tokens=8,
+        temperature=0,
+    )
+    command = ("generate", "abc", "-m", tiny, "-n", 8, "--temperature", 0, "--quantize", "int4")
+    code, out, err = run(*command)
+    assert code == 0 and out == expected.text + "\n"
+    weights = re.search(r"^weights +([\d.]+) kB in int4, computing in bfloat16", err, re.M)
+    parts = [t.nbytes for name, t in Llama.from_pretrained(tiny, quantize="int4", device="cpu")
+             .state_dict().items() if not name.startswith("head.")]  # fmt: skip
+    assert float(weights[1]) == pytest.approx(sum(parts) / 1000, rel=0.01)
+    assert "linear_quantized" in err
 
 
 def test_generate_sets_the_number_of_threads(run, tiny):

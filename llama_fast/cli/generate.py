@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import BackendError, LlamaFastError, PromptError
-from .options import Backend, Debug, DType, Model, Threads, example, model_folder, set_threads
+from .options import (
+    Backend,
+    Debug,
+    DType,
+    Model,
+    Named,
+    Threads,
+    example,
+    model_folder,
+    set_threads,
+)
 from .terminal import note, size, text_or_stdin, weights_bar
 
 if TYPE_CHECKING:
@@ -62,6 +72,14 @@ def generate(
     dtype: Annotated[
         DType | None,
         typer.Option(help="Convert the weights.", show_default="as stored"),
+    ] = None,
+    quantize: Annotated[
+        Named | None,
+        typer.Option(
+            help="Round the weights to integers while they are read; `llama-fast quantize` "
+            "writes a folder of them.",
+            show_default="as stored",
+        ),
     ] = None,
     device: Annotated[
         str,
@@ -124,6 +142,7 @@ def generate(
             source,
             device=where,
             dtype=dtype and dtype.torch,
+            quantize=quantize and quantize.value,
             max_seq_len=max_seq_len,
             progress=progress,
         )
@@ -199,12 +218,15 @@ def _summary(
     llama: Llama, prompt: list[int], times: list[float], loaded: float, ended: str | None
 ) -> None:
     from .. import ceilings
+    from ..quantize import quantization_of
     from . import measure
 
     peak = measure.peak_memory(llama.device)  # before the ceilings take memory of their own
     served = measure.who_served(llama, prompt)
     new = len(times) - 1
     dtype = str(llama.dtype).removeprefix("torch.")
+    if quantization := quantization_of(llama):
+        dtype = f"{quantization}, computing in {dtype}"
     weights = size(measure.weight_bytes(llama))
     lines = [
         ("weights", f"{weights} in {dtype}, loaded in {loaded:.2f} s"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..model import Llama
+from ..ops import QuantizedWeight
 from ..registry import record_decisions
 from .terminal import size
 
@@ -32,7 +33,8 @@ def _resident_peak() -> int:
 
 
 def weight_bytes(llama: Llama) -> int:
-    return sum(parameter.nbytes for parameter in llama.parameters())
+    quantized = [module for module in llama.modules() if isinstance(module, QuantizedWeight)]
+    return sum(weight.nbytes for weight in (*llama.parameters(), *quantized))
 
 
 def bytes_per_token(llama: Llama, context: float) -> float:
@@ -40,7 +42,8 @@ def bytes_per_token(llama: Llama, context: float) -> float:
     and the keys and values of `context` tokens."""
     read = weight_bytes(llama)
     if not llama.config.tied:
-        read -= llama.embed.weight[1:].nbytes
+        weight = llama.embed.weight
+        read -= weight.nbytes - weight.nbytes // weight.shape[0]
     return read + context * llama.config.kv_bytes_per_token(llama.dtype)
 
 

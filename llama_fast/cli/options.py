@@ -46,6 +46,13 @@ class DType(str, Enum):
         return getattr(torch, self.value)
 
 
+class Named(str, Enum):
+    """`llama_fast.quantize.NAMED`."""
+
+    int8 = "int8"
+    int4 = "int4"
+
+
 class Backend(str, Enum):
     cpu = "cpu"
     cuda = "cuda"

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from ..errors import ShapeError
 from .linear_quantized import BLOCK, ROWS, centre, dequantize, packed_shapes
 
+# (groups (..., group_size), bits, symmetric) → (scales, offsets or None), float16 (...)
+Fit = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
+
 
 class QuantizedWeight(nn.Module):
     """A (C_out, C_in) matrix of integers, with a float16 scale for each group of a row.
@@ -51,9 +54,17 @@ class QuantizedWeight(nn.Module):
 
     @classmethod
     def from_float(
-        cls, weight: Tensor, bits: int, group_size: int, symmetric: bool = True
+        cls,
+        weight: Tensor,
+        bits: int,
+        group_size: int,
+        symmetric: bool = True,
+        *,
+        fit: Fit | None = None,
     ) -> QuantizedWeight:
         """Rounds `weight` (C_out, C_in), of any float dtype, to the nearest codes, on its device.
+
+        fit  what finds scales and offsets; by default those that take in every number of a group
 
         Takes some blocks of rows at a time. Raises ShapeError for a weight that is no matrix of
         finite floats in float16's range.
@@ -65,7 +76,7 @@ class QuantizedWeight(nn.Module):
             )
         made = cls(*weight.shape, bits, group_size, symmetric, weight.device)
         for start, groups in made.row_blocks(weight):
-            scales, offsets = fit(groups, bits, symmetric)
+            scales, offsets = (fit or enclosing)(groups, bits, symmetric)
             refuse_non_finite(groups, scales, offsets)
             made.set_rows(start, encode(groups, scales, offsets, bits), scales, offsets)
         return made
@@ -178,7 +189,7 @@ class QuantizedWeight(nn.Module):
         return f"{self.shape}, bits={self.bits}, group_size={self.group_size}, {kind}"
 
 
-def fit(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+def enclosing(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
     """Scales and offsets, float16 (...), that take in all numbers of `groups` (..., group_size)."""
     if symmetric:
         low, high = groups.aminmax(dim=-1)

@@ -1,0 +1,243 @@
+"""Quantised models: the settings, how well the weights are rounded, and what it costs in text."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from llama_fast.config import LlamaConfig
+from llama_fast.demo import FOLDER
+from llama_fast.demo.recipe import held_out_data
+from llama_fast.errors import ConfigError
+from llama_fast.generate import generate
+from llama_fast.model import Llama
+from llama_fast.ops import QuantizedWeight
+from llama_fast.ops.quantized_weight import enclosing, encode
+from llama_fast.quantize import (
+    NAMED,
+    Quantization,
+    WeightFormat,
+    quantization_of,
+    quantize_,
+    round_weight,
+    search_scales,
+)
+from llama_fast.tokenizer import Tokenizer
+
+FOUR = WeightFormat(4, 32)
+UNTIED = LlamaConfig(
+    dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=176, vocab_size=320
+)
+
+# --- settings ---------------------------------------------------------------------------------
+
+
+def test_names_give_settings():
+    assert Quantization.of("int8").mlp == WeightFormat(8, 64)
+    assert Quantization.of("int4").mlp == FOUR
+    assert Quantization.of("int4").head.bits == Quantization.of("int4").embedding.bits == 8
+    assert Quantization.of(NAMED["int8"]) is NAMED["int8"]
+    assert str(NAMED["int4"]) == "int4"
+
+
+def test_settings_say_what_they_are():
+    mixed = Quantization(FOUR, WeightFormat(4, 64, symmetric=False), None, None)
+    assert str(mixed) == (
+        "attention: 4 bits in groups of 32; mlp: 4 bits in groups of 64 with offsets; "
+        "embedding, head: as stored"
+    )
+    for settings in (*NAMED.values(), mixed):
+        assert Quantization.from_dict(settings.to_dict()) == settings
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Quantization.of("int3"), r"quantize is 'int3'.*'int8', 'int4'"),
+        (lambda: Quantization.of(8), "quantize is 8"),
+        (lambda: WeightFormat(3, 32), "bits of a quantised weight is 3; it must be one of 8, 4"),
+        (lambda: WeightFormat(8, 48), "group_size of a quantised weight is 48.*32, 64, 128"),
+        (lambda: WeightFormat(8.0, 64), "bits of a quantised weight is 8.0"),
+        (lambda: WeightFormat(8, 64, 1), "symmetric of a quantised weight is 1"),
+        (lambda: Quantization.from_dict({"mlp": None}), "attention, mlp, embedding, head"),
+        (lambda: Quantization.from_dict([]), "attention, mlp, embedding, head"),
+        (
+            lambda: Quantization.from_dict({**NAMED["int4"].to_dict(), "mlp": {"bits": 4}}),
+            "mlp is .*it must be null or have bits, group_size and symmetric",
+        ),
+    ],
+)
+def test_wrong_settings_are_refused(make, says):
+    with pytest.raises(ConfigError, match=says):
+        make()
+
+
+# --- rounding ---------------------------------------------------------------------------------
+
+
+def rounding_error(groups: torch.Tensor, scales: torch.Tensor) -> float:
+    codes = encode(groups, scales, None, 4).float() - 8
+    return float((groups - codes * scales.float().unsqueeze(-1)).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_searched_scales_leave_less_error(group_size):
+    groups = torch.randn(300, 7, group_size, generator=torch.Generator().manual_seed(0))
+    found = rounding_error(groups, search_scales(groups))
+    assert found < 0.96 * rounding_error(groups, enclosing(groups, 4, True)[0])
+    assert found < 0.87 * rounding_error(groups, (groups.abs().amax(-1) / 7).half())
+
+
+def test_searched_scales_of_zeros_and_of_what_codes_can_hold():
+    groups = torch.zeros(2, 1, 32)
+    groups[1] = torch.arange(-8, 8).repeat(2) * 0.125
+    scales = search_scales(groups)
+    assert scales[0] == 0
+    assert rounding_error(groups[1:], scales[1:]) == 0
+
+
+def test_codes_do_not_depend_on_threads():
+    weight = torch.randn(400, 1024, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(round_weight(weight, FOUR))
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(*(weight.buffers() for weight in found), strict=True):
+        assert torch.equal(a, b)
+
+
+# --- a model ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model() -> Llama:
+    torch.manual_seed(0)
+    return Llama(UNTIED, dtype=torch.bfloat16)
+
+
+def test_a_model_is_quantised_in_place(model):
+    floats = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    assert quantization_of(model) is None
+    assert quantize_(model, "int4") is model
+    assert quantization_of(model) == NAMED["int4"]
+    assert model.dtype == torch.bfloat16
+    for name, parameter in model.named_parameters():
+        assert name.endswith("norm.weight") and torch.equal(parameter, floats[name])
+    qkv = model.layers[1].attention.qkv.weight
+    expected = round_weight(floats["layers.1.attention.qkv.weight"], FOUR)
+    assert torch.equal(qkv.codes, expected.codes) and torch.equal(qkv.scales, expected.scales)
+    assert model.head.weight is not model.embed.weight
+    assert model.head.weight.bits == model.embed.weight.bits == 8
+
+
+def test_kinds_are_chosen_one_by_one(model):
+    settings = Quantization(None, WeightFormat(8, 32, symmetric=False), None, FOUR)
+    quantize_(model, settings)
+    assert quantization_of(model) == settings
+    block = model.layers[0]
+    assert not isinstance(block.attention.output.weight, QuantizedWeight)
+    assert block.mlp.down.weight.offsets is not None
+    assert torch.isfinite(model(torch.zeros(1, 3, dtype=torch.int64))).all()
+
+
+def test_quantising_twice_is_refused(model):
+    quantize_(model, "int8")
+    with pytest.raises(ConfigError, match=r"quantised already \(int8\)"):
+        quantize_(model, "int4")
+
+
+def test_a_mixture_within_a_kind_is_refused(model):
+    weight = model.layers[1].mlp.down.weight
+    model.layers[1].mlp.down.weight = round_weight(weight, FOUR)
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.down\.weight .*than the mlp weights"):
+        quantization_of(model)
+
+
+def test_a_quantised_model_still_has_a_loss_and_gradients(model):
+    tokens = torch.arange(24).view(2, 12)
+    targets = tokens.roll(-1, 1)
+    targets[0, :5] = -100
+    quantize_(model.float(), "int8")
+    loss = model.loss(tokens, targets)
+    expected = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
+
+
+# --- the demo model ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_pretrained(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def held_out(tokenizer) -> torch.Tensor:
+    data = held_out_data(tokenizer, "combinations", 4096)
+    return data.rows(range(len(data)))[0]
+
+
+@torch.no_grad()
+def log_probabilities(model: Llama, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.cat([model(some).log_softmax(-1) for some in tokens.split(4)])
+
+
+@pytest.fixture(scope="module")
+def expected(held_out) -> torch.Tensor:
+    return log_probabilities(Llama.from_pretrained(FOLDER, device="cpu"), held_out)
+
+
+def divergence(expected: torch.Tensor, model: Llama, tokens: torch.Tensor) -> float:
+    """Mean Kullback-Leibler divergence of a token, in nats."""
+    found = log_probabilities(model, tokens)
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(("name", "most"), [("int8", 1e-3), ("int4", 3e-2)])
+def test_the_demo_model_hardly_changes(name, most, held_out, expected):
+    model = Llama.from_pretrained(FOLDER, device="cpu", quantize=name)
+    assert model.head.weight is model.embed.weight
+    assert isinstance(model.head.weight, QuantizedWeight)
+    assert 1e-5 < divergence(expected, model, held_out) <= most
+
+    other = quantize_(Llama.from_pretrained(FOLDER, device="cpu"), name)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_text_is_the_same_for_a_seed_whatever_the_threads(name, tokenizer):
+    model = Llama.from_pretrained(FOLDER, device="cpu", quantize=name)
+    before = torch.get_num_threads()
+    found = set()
+    try:
+        for threads in (1, 1, 2):
+            torch.set_num_threads(threads)
+            (completion,) = generate(model, tokenizer, "Once upon", max_new_tokens=15, seed=3)
+            found.add(completion.text)
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+
+
+def test_form_of_each_kind_is_part_of_the_settings():
+    fields = [field.name for field in dataclasses.fields(Quantization)]
+    names = {
+        "attention": "layers.3.attention.output.weight",
+        "mlp": "layers.0.mlp.gate_up.weight",
+        "embedding": "embed.weight",
+        "head": "head.weight",
+    }
+    assert fields == list(names)
+    for kind, name in names.items():
+        only = Quantization(**{field: FOUR if field == kind else None for field in fields})
+        assert [key for key in names.values() if only.of_weight(key)] == [name]
+        assert only.of_weight("layers.0.attention_norm.weight") is None
