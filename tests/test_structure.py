@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,10 @@ MODEL = PARTS | {"checkpoint", "model"}
 MAY_IMPORT = {
     "errors": set(),
     "atomic": set(),
+    "environment": set(),
     "registry": set(),
     "ops": BASE,
-    "backends": OPS_LAYER | {"_cpu", "_cuda", "triton_kernels"},
+    "backends": OPS_LAYER | {"environment", "_cpu", "_cuda", "triton_kernels"},
     "config": set(),
     "rope": PARTS,
     "kv_cache": PARTS,
@@ -113,7 +115,7 @@ OP_STEMS = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - OP_HELPERS
 HOUSEKEEPING = {
     "csrc/cpu": {"table", "ceilings"},
     "csrc/cuda": set(),
-    "triton_kernels": {"__init__"},
+    "triton_kernels": {"__init__", "chips", "launch", "rows"},
 }
 
 
@@ -137,6 +139,23 @@ def test_every_op_has_cost_and_cases(stem):
     for name in names:
         assert OPS[name].cost is not None, f"{name} has no cost()"
         assert OPS[name].cases is not None and OPS[name].cases(), f"{name} has no cases()"
+
+
+def test_triton_kernels_import_torch_and_triton_alone():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in (ROOT / "triton_kernels").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom) and node.level != 1
+            else []
+        )
+        if name.split(".")[0] not in sys.stdlib_module_names | {"torch", "triton"}
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_no_torch_in_compiled_code():

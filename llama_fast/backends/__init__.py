@@ -1,6 +1,6 @@
 """The fast implementations of the ops: importing this package registers those that exist here."""
 
 from .. import ops as ops  # every op is declared before its implementations
-from . import cpu
+from . import cpu, triton
 
-__all__ = ["cpu"]
+__all__ = ["cpu", "triton"]

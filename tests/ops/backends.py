@@ -5,15 +5,19 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import pytest
+import torch
 
-from llama_fast.backends import cpu
+from llama_fast.backends import cpu, triton
 from llama_fast.registry import use_backend
 
 from ..cpu_host import emulation
 
 EMULATED = " (emulated)"
 
-# "eager", "cpu-<instruction set>" for those of this CPU, and those that are emulated here.
+GPU = torch.cuda.is_available()
+
+# "eager", "cpu-<instruction set>" for those of this CPU, and those that are emulated here; "triton"
+# on the GPU, or without one in Triton's interpreter.
 BACKENDS = [
     "eager",
     *(f"cpu-{isa}" for isa in cpu.isas()),
@@ -24,7 +28,23 @@ BACKENDS = [
         )
         for isa in emulation.ISAS
     ),
+    pytest.param(
+        "triton",
+        marks=[]
+        if GPU or triton.INTERPRETED
+        else [pytest.mark.skip(reason="this needs a GPU, or Triton's interpreter")],
+    ),
 ]
+
+
+def name_of(backend: object) -> str:
+    """The name in an entry of BACKENDS."""
+    return backend if isinstance(backend, str) else backend.values[0]
+
+
+def device(backend: str) -> str:
+    """Where the tensors lie that `backend`, one of BACKENDS, is tested on."""
+    return "cuda" if GPU and backend in ("triton", "cuda") else "cpu"
 
 
 def on(backend: str) -> ExitStack:

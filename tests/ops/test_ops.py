@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from llama_fast.registry import OPS, use_backend
 
-from .backends import BACKENDS, on
+from .backends import BACKENDS, device, name_of, on
 from .oracle import as_tuple, assert_accurate, copies, references, run_poisoned, to_float64
 
 FORWARD = {name: op for name, op in OPS.items() if op.cases is not None}
@@ -22,20 +23,30 @@ CASES = [
 ]
 
 
-def arguments(case, dtype):
-    return case.make(torch.Generator().manual_seed(0), dtype, "cpu")
+def arguments(case, dtype, backend="cpu"):
+    return case.make(torch.Generator().manual_seed(0), dtype, device(backend))
+
+
+def reasons_not_to(op, args, backend) -> str:
+    with on(backend):
+        reasons = op.explain(*args).reasons[backend.partition("-")[0]]
+    return f"the backend says: {'; '.join(reasons)}" if reasons else ""
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("op", "case", "dtype"), CASES)
 def test_forward(op, case, dtype, backend):
-    args = arguments(case, dtype)
+    args = arguments(case, dtype, backend)
     eager, exact = references(op, args)
+    if backend != "eager" and (reasons := reasons_not_to(op, args, backend)):
+        pytest.skip(reasons)
     with on(backend):
-        if (reasons := op.explain(*args).reasons[backend.partition("-")[0]]) and backend != "eager":
-            pytest.skip(f"the backend says: {'; '.join(reasons)}")
         actual = run_poisoned(op, args)
     assert_accurate(actual, eager, exact, f"{op.name} {case}")
+
+
+# What serves a gradient when nobody asks for a backend: the CPU's kernels and the eager formulas.
+DEFAULT = "default"
 
 
 def differentiable(op, outputs):
@@ -43,14 +54,17 @@ def differentiable(op, outputs):
     return outputs[: len(outputs) - op.auxiliary]
 
 
-@pytest.mark.parametrize(("op", "case", "dtype"), CASES)
-def test_gradient(op, case, dtype):
-    if op.gradient is None:
-        pytest.skip(f"{op.name} writes a cache and has no gradient")
-    args = arguments(case, dtype)
+@pytest.mark.parametrize("backend", [DEFAULT, *(b for b in BACKENDS if name_of(b) == "triton")])
+@pytest.mark.parametrize(
+    ("op", "case", "dtype"), [c for c in CASES if c.values[0].gradient is not None]
+)
+def test_gradient(op, case, dtype, backend):
+    args = arguments(case, dtype, backend)
+    if backend != DEFAULT and (reasons := reasons_not_to(op, args, backend)):
+        pytest.skip(reasons)
     generator = torch.Generator().manual_seed(1)
     outputs = differentiable(op, op.eager(*copies(args)))
-    grads = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    grads = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
 
     schema = op._torch_op._schema.arguments
     constant = [argument.name in op.constants for argument in schema]
@@ -71,8 +85,12 @@ def test_gradient(op, case, dtype):
 
     exact = gradients(op.eager, to_float64(args), [g.double() for g in grads])
     eager = gradients(op.eager, args, grads)
-    assert_accurate(gradients(op, args, grads), eager, exact, f"{op.name} gradient {case}")
-    if dtype == torch.float32:  # the formula itself, where rounding hides nothing
+    with nullcontext() if backend == DEFAULT else on(backend):
+        actual = gradients(op, args, grads)
+    assert_accurate(actual, eager, exact, f"{op.name} gradient {case}")
+    if (
+        backend == DEFAULT and dtype == torch.float32
+    ):  # the formula itself, where rounding hides nothing
         with use_backend("eager"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             formula = gradients(op, to_float64(args), [g.double() for g in grads])

@@ -9,7 +9,7 @@ import torch
 
 from llama_fast import add_rms_norm, rms_norm, swiglu
 
-from .backends import BACKENDS, on
+from .backends import BACKENDS, device, on
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LENGTH = 75  # whole vectors, pairs of them and a rest, whatever the width
@@ -17,7 +17,7 @@ LENGTH = 75  # whole vectors, pairs of them and a rest, whatever the width
 
 @pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request):
-    with on(request.param):
+    with on(request.param), torch.device(device(request.param)):
         yield
 
 

@@ -1,0 +1,130 @@
+"""The Triton kernels of `llama_fast.triton_kernels`: a row for each op, and what it cannot serve.
+
+The launchers stand beside their kernels. Triton takes most of a second to import, so they are
+imported at the first call of an op that a Triton kernel may serve.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from ..environment import triton_interpreter
+from ..registry import Backend, Implementation, register_backend
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = triton_interpreter()
+
+
+@functools.cache
+def kernels(stem: str) -> Any:
+    """The module triton_kernels/<stem>.py."""
+    return import_module(f"llama_fast.triton_kernels.{stem}")
+
+
+def implementation(
+    stem: str, name: str, reasons: Callable[..., list[str]], grads: int = 0
+) -> Implementation:
+    """The launcher `name` of triton_kernels/<stem>.py, with `reasons` beside those of any kernel.
+
+    grads  how many of the first arguments are gradients: autograd makes them of any layout
+    """
+
+    def launch(*args: Any) -> Any:
+        args = (*map(last_dim_contiguous, args[:grads]), *args[grads:])
+        device = args[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return getattr(kernels(stem), name)(*args)
+        return getattr(kernels(stem), name)(*args)
+
+    def unsupported(*args: Any) -> list[str]:
+        return device_reasons(args[0]) or reasons(*args[grads:])
+
+    return Implementation(launch, unsupported)
+
+
+def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def device_reasons(x: torch.Tensor) -> list[str]:
+    reasons = []
+    if not (x.is_cuda or INTERPRETED):
+        reasons.append(
+            f"it is given a tensor on {x.device}; Triton's kernels run on GPUs, and on the CPU "
+            "only in its interpreter: set TRITON_INTERPRET=1 before the program starts"
+        )
+    if x.dtype not in DTYPES:
+        reasons.append(f"{x.dtype} is not one of float32, bfloat16, float16")
+    return reasons
+
+
+def stride_reasons(**tensors: torch.Tensor) -> list[str]:
+    return [
+        f"{name} has stride {x.stride(-1)} in its last dim; it must be 1"
+        for name, x in tensors.items()
+        if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel()
+    ]
+
+
+def rows_reasons(**tensors: torch.Tensor) -> list[str]:
+    """Tensors of one shape that a kernel walks as rows."""
+    if all(x.is_contiguous() for x in tensors.values()):
+        return []
+    return stride_reasons(**tensors) or kernels("rows").too_many_dims(**tensors)
+
+
+def norm_reasons(weight: torch.Tensor, **tensors: torch.Tensor) -> list[str]:
+    C, most = weight.shape[0], kernels("rms_norm").MAX_C
+    reasons = [f"C is {C}; a program keeps whole rows, of at most {most}"] if C > most else []
+    return reasons + stride_reasons(weight=weight) + rows_reasons(**tensors)
+
+
+def _rms_norm(x, weight, eps) -> list[str]:
+    return norm_reasons(weight, x=x)
+
+
+def _add_rms_norm(x, residual, weight, eps) -> list[str]:
+    return norm_reasons(weight, x=x, residual=residual)
+
+
+def _swiglu(gate, up) -> list[str]:
+    return rows_reasons(gate=gate, up=up)
+
+
+def _rope(q, k, cos, sin, interleaved) -> list[str]:
+    return stride_reasons(q=q, k=k, cos=cos, sin=sin)
+
+
+def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> list[str]:
+    return stride_reasons(q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
+
+
+register_backend(
+    Backend(
+        name="triton",
+        unavailable=[]
+        if importlib.util.find_spec("triton")
+        else ["Triton is not installed; on Linux: pip install triton"],
+        implementations={
+            "rms_norm": implementation("rms_norm", "rms_norm", _rms_norm),
+            "rms_norm_backward": implementation(
+                "rms_norm", "rms_norm_backward", _rms_norm, grads=1
+            ),
+            "add_rms_norm": implementation("add_rms_norm", "add_rms_norm", _add_rms_norm),
+            "add_rms_norm_backward": implementation(
+                "add_rms_norm", "add_rms_norm_backward", _rms_norm, grads=2
+            ),
+            "swiglu": implementation("swiglu", "swiglu", _swiglu),
+            "swiglu_backward": implementation("swiglu", "swiglu_backward", _swiglu, grads=1),
+            "rope": implementation("rope", "rope", _rope),
+            "kv_append": implementation("kv_append", "kv_append", _kv_append),
+        },
+    )
+)

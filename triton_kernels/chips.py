@@ -1,0 +1,92 @@
+"""What a launch configuration asks of the chip it is for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Chip:
+    """`arch` is what Triton calls it: 90 for sm_90, "gfx942" for an AMD chip.
+
+    processors     streaming multiprocessors or compute units
+    shared_memory  bytes that one program may use of it
+    registers      32-bit registers of a processor; `warps` it keeps at most
+    warp           threads that run in step
+    """
+
+    name: str
+    arch: int | str
+    processors: int
+    shared_memory: int
+    warp: int = 32
+    registers: int = 65536
+    warps: int = 64
+
+    @property
+    def amd(self) -> bool:
+        return isinstance(self.arch, str)
+
+    @property
+    def roomy(self) -> bool:
+        """Whether it has the shared memory of a data centre's chip; consumer cards have 99 kB."""
+        return self.amd or self.shared_memory > 160 * 1024
+
+
+KB = 1024
+# One chip for each architecture that the kernels are compiled for: NVIDIA, "CUDA C++ Programming
+# Guide", table of technical specifications; AMD, "CDNA 3 white paper".
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("sm_80", 80, 108, 163 * KB),  # A100
+        Chip("sm_86", 86, 84, 99 * KB, warps=48),  # RTX 3090
+        Chip("sm_89", 89, 128, 99 * KB, warps=48),  # RTX 4090
+        Chip("sm_90", 90, 132, 227 * KB),  # H100, H200
+        Chip("sm_100", 100, 148, 227 * KB),  # B200
+        Chip("sm_120", 120, 170, 99 * KB, warps=48),  # RTX 5090
+        Chip("gfx942", "gfx942", 304, 64 * KB, warp=64, registers=131072, warps=32),  # MI300X
+    )
+}
+# Few processors, so that the interpreter has few programs to run.
+INTERPRETER = Chip("interpreter", 80, 8, 163 * KB)
+
+_assumed: Chip | None = None
+
+
+def chip_of(x: torch.Tensor) -> Chip:
+    """The chip that will run a kernel on `x`."""
+    if _assumed is not None:
+        return _assumed
+    return chip_of_device(x.device.index) if x.is_cuda else INTERPRETER
+
+
+@functools.cache
+def chip_of_device(index: int) -> Chip:
+    found = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = found.gcnArchName.split(":")[0]
+        return Chip(arch, arch, found.multi_processor_count, 64 * KB, found.warp_size)
+    arch = found.major * 10 + found.minor
+    return Chip(
+        f"sm_{arch}",
+        arch,
+        found.multi_processor_count,
+        getattr(found, "shared_memory_per_block_optin", 99 * KB),
+    )
+
+
+@contextmanager
+def assume(chip: Chip) -> Iterator[None]:
+    """Inside the block, launch configurations are those of `chip`, whatever is there."""
+    global _assumed
+    before, _assumed = _assumed, chip
+    try:
+        yield
+    finally:
+        _assumed = before

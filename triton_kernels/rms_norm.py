@@ -1,0 +1,221 @@
+"""RMSNorm: y = x · r · weight with r = 1 / sqrt(mean(x²) + eps), over the last dim.
+
+Backward, with g the gradient of y and x̂ = x · r:
+    dx = r · (g·w - x̂ · mean(g·w · x̂))        dw = Σ over rows of g · x̂
+
+Both are bound by memory: a program keeps whole rows in registers, so each byte is read once. The
+weight's gradient is a sum over all rows. Each program of the backward pass walks its own share of
+them and keeps its sum in registers; the programs' sums, some megabytes at most, are added up by a
+second small kernel. Atomics would need no second kernel, but would add in another order each time.
+
+N rows of C elements; x (N, C) with any strides of rows, weight (C,), y (N, C) contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .chips import Chip, chip_of
+from .launch import launch, next_power_of_2
+from .rows import row_offset, rows, sum_rows_kernel
+
+MAX_C = 32768  # a row of float32 then fills half of a processor's registers
+
+
+@triton.jit
+def rms_norm_fwd_kernel(
+    x_ptr,  # (N, C)
+    weight_ptr,  # (C,)
+    y_ptr,  # (N, C) contiguous
+    N,
+    C,
+    n1,
+    n2,
+    stride_x0,
+    stride_x1,
+    stride_x2,
+    eps,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_C)
+    inside = (row[:, None] < N) & (column[None, :] < C)
+    x_row = x_ptr + row_offset(row, n1, n2, stride_x0, stride_x1, stride_x2)
+    x = tl.load(x_row[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+    r = tl.rsqrt(tl.sum(x * x, axis=1) / C + eps)
+    y = x * r[:, None] * weight[None, :]  # in float32 up to here, rounded once
+    y_row = y_ptr + row * C
+    tl.store(y_row[:, None] + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rms_norm_bwd_kernel(
+    grad_ptr,  # (N, C)
+    addend_ptr,  # (N, C), added to dx: the residual stream's own gradient; only if HAS_ADDEND
+    x_ptr,  # (N, C)
+    weight_ptr,  # (C,)
+    dx_ptr,  # (N, C) contiguous
+    partial_ptr,  # (programs, C) float32
+    N,
+    C,
+    n1,
+    n2,
+    stride_g0,
+    stride_g1,
+    stride_g2,
+    stride_a0,
+    stride_a1,
+    stride_a2,
+    stride_x0,
+    stride_x1,
+    stride_x2,
+    eps,
+    HAS_ADDEND: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    program = tl.program_id(0)
+    step = tl.num_programs(0) * BLOCK_N
+    column = tl.arange(0, BLOCK_C)
+    weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+    dw = tl.zeros((BLOCK_C,), tl.float32)
+    for begin in range(program * BLOCK_N, N, step):
+        row = tl.cast(begin, tl.int64) + tl.arange(0, BLOCK_N)
+        inside = (row[:, None] < N) & (column[None, :] < C)
+        x_row = x_ptr + row_offset(row, n1, n2, stride_x0, stride_x1, stride_x2)
+        x = tl.load(x_row[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        g_row = grad_ptr + row_offset(row, n1, n2, stride_g0, stride_g1, stride_g2)
+        g = tl.load(g_row[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        r = tl.rsqrt(tl.sum(x * x, axis=1) / C + eps)[:, None]
+        x_hat = x * r
+        gw = g * weight[None, :]
+        dx = r * (gw - x_hat * (tl.sum(gw * x_hat, axis=1) / C)[:, None])
+        if HAS_ADDEND:
+            a_row = addend_ptr + row_offset(row, n1, n2, stride_a0, stride_a1, stride_a2)
+            dx += tl.load(a_row[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        dx_row = dx_ptr + row * C
+        tl.store(dx_row[:, None] + column[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        dw += tl.sum(g * r * x, axis=0)
+    tl.store(partial_ptr + program * C + column, dw, mask=column < C)
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """block_n rows at a time by num_warps warps; programs a processor, where they walk the rows."""
+
+    block_n: int
+    num_warps: int
+    programs: int = 1
+
+
+def forward_config(C: int) -> NormConfig:
+    """About 4096 elements a program, 32 a thread: enough loads in flight, few registers."""
+    block_c = next_power_of_2(C)
+    block_n = max(1, min(16, 2048 // block_c))
+    return NormConfig(block_n, num_warps=min(16, max(1, block_n * block_c // 1024)))
+
+
+def backward_config(C: int, chip: Chip) -> NormConfig:
+    """Four live rows of float32 (x, g, w, dw): 16 elements of each a thread fill 64 registers."""
+    block_c = next_power_of_2(C)
+    block_n = max(1, min(16, 1024 // block_c))
+    warps = min(16 if chip.amd else 32, max(1, block_n * block_c // (16 * chip.warp)))
+    # Together the programs of a processor have 32 warps: what 64 registers a thread leave room for.
+    return NormConfig(block_n, warps, programs=max(1, min(8, 32 // warps)))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As llama_fast.ops.rms_norm."""
+    C = x.shape[-1]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    N, n1, n2, (stride_x,) = rows(x)
+    config = forward_config(C)
+    launch(
+        rms_norm_fwd_kernel,
+        (-(-N // config.block_n),),
+        x,
+        weight,
+        y,
+        N,
+        C,
+        n1,
+        n2,
+        *stride_x,
+        eps,
+        BLOCK_N=config.block_n,
+        BLOCK_C=next_power_of_2(C),
+        num_warps=config.num_warps,
+    )
+    return y
+
+
+def rms_norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the op rms_norm_backward of llama_fast.ops.rms_norm."""
+    return backward(grad, None, x, weight, eps)
+
+
+def backward(
+    grad: torch.Tensor,
+    addend: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dx + addend, dw); x is what was normalised."""
+    C, chip = x.shape[-1], chip_of(x)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    has_addend = addend is not None
+    N, n1, n2, strides = rows(grad, addend if has_addend else grad, x)
+    config = backward_config(C, chip)
+    programs = max(1, min(config.programs * chip.processors, -(-N // config.block_n)))
+    partial = torch.empty((programs, C), dtype=torch.float32, device=x.device)
+    launch(
+        rms_norm_bwd_kernel,
+        (programs,),
+        grad,
+        addend if has_addend else grad,
+        x,
+        weight,
+        dx,
+        partial,
+        N,
+        C,
+        n1,
+        n2,
+        *strides[0],
+        *strides[1],
+        *strides[2],
+        eps,
+        HAS_ADDEND=has_addend,
+        BLOCK_N=config.block_n,
+        BLOCK_C=next_power_of_2(C),
+        num_warps=config.num_warps,
+    )
+    sum_rows(partial, dw)
+    return dx, dw
+
+
+def sum_rows(partial: torch.Tensor, out: torch.Tensor) -> None:
+    """out (C,) = the sum of partial (P, C) float32 over P."""
+    P, C = partial.shape
+    block_c = min(128, next_power_of_2(C))
+    launch(
+        sum_rows_kernel,
+        (-(-C // block_c),),
+        partial,
+        out,
+        P,
+        C,
+        BLOCK_P=16,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )

@@ -1,0 +1,179 @@
+"""Rotary position embedding: a' = a · cos θ - b · sin θ and b' = b · cos θ + a · sin θ.
+
+(a, b) are elements i and i + D/2 of a head, or 2i and 2i + 1 where INTERLEAVED. Backward is the
+rotation by -θ, so there is no second kernel.
+
+Bound by memory: a program takes one token, loads its row of the tables once and rotates all of its
+heads, of q and then of k, a block of heads at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import launch, next_power_of_2
+
+
+@triton.jit
+def rotate_heads(
+    x_ptr,  # (heads, D), with stride_xh between heads
+    y_ptr,  # (heads, D), with stride_yh between heads
+    stride_xh,
+    stride_yh,
+    heads,
+    known,  # heads of x that are read; the others count as zeros
+    pairs,  # D/2
+    cos,  # (BLOCK_P,) float32
+    sin,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """y = x rotated: the heads of one token. kv_append uses it too."""
+    pair = tl.arange(0, BLOCK_P)
+    for begin in range(0, heads, BLOCK_H):
+        head = (begin + tl.arange(0, BLOCK_H)).to(tl.int64)
+        if INTERLEAVED:
+            # Loaded as it lies in memory, (heads, pairs, 2), and taken apart in registers.
+            inside = tl.broadcast_to((pair < pairs)[None, :, None], (BLOCK_H, BLOCK_P, 2))
+            read = inside & (head[:, None, None] < known)
+            inside &= head[:, None, None] < heads
+            at = 2 * pair[None, :, None] + tl.arange(0, 2)[None, None, :]
+            x_at, y_at = head[:, None, None] * stride_xh + at, head[:, None, None] * stride_yh + at
+            x = tl.load(x_ptr + x_at, mask=read, other=0.0).to(tl.float32)
+            a, b = tl.split(x)
+            y = tl.join(a * cos[None, :] - b * sin[None, :], b * cos[None, :] + a * sin[None, :])
+            tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
+        else:
+            inside = (head[:, None] < heads) & (pair[None, :] < pairs)
+            read = inside & (head[:, None] < known)
+            x_at = head[:, None] * stride_xh + pair[None, :]
+            y_at = head[:, None] * stride_yh + pair[None, :]
+            a = tl.load(x_ptr + x_at, mask=read, other=0.0).to(tl.float32)
+            b = tl.load(x_ptr + x_at + pairs, mask=read, other=0.0).to(tl.float32)
+            ya = a * cos[None, :] - b * sin[None, :]
+            yb = b * cos[None, :] + a * sin[None, :]
+            tl.store(y_ptr + y_at, ya.to(y_ptr.dtype.element_ty), mask=inside)
+            tl.store(y_ptr + y_at + pairs, yb.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rope_fwd_kernel(
+    q_ptr,  # (B, T, H, D)
+    k_ptr,  # (B, T, K, D)
+    cos_ptr,  # (B, T, D/2) float32; stride_cb is 0 where rows share positions
+    sin_ptr,
+    q_out_ptr,  # (B, T, H, D) contiguous
+    k_out_ptr,  # (B, T, K, D) contiguous
+    T,
+    H,
+    K,
+    pairs,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_cb,
+    stride_ct,
+    stride_sb,
+    stride_st,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    b, t = token // T, token % T
+    pair = tl.arange(0, BLOCK_P)
+    cos = tl.load(cos_ptr + b * stride_cb + t * stride_ct + pair, mask=pair < pairs, other=0.0)
+    sin = tl.load(sin_ptr + b * stride_sb + t * stride_st + pair, mask=pair < pairs, other=0.0)
+    D = 2 * pairs
+    rotate_heads(
+        q_ptr + b * stride_qb + t * stride_qt,
+        q_out_ptr + token * H * D,
+        stride_qh,
+        D,
+        H,
+        H,
+        pairs,
+        cos,
+        sin,
+        INTERLEAVED,
+        BLOCK_H,
+        BLOCK_P,
+    )
+    rotate_heads(
+        k_ptr + b * stride_kb + t * stride_kt,
+        k_out_ptr + token * K * D,
+        stride_kh,
+        D,
+        K,
+        K,
+        pairs,
+        cos,
+        sin,
+        INTERLEAVED,
+        BLOCK_K,
+        BLOCK_P,
+    )
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Heads of q and of k that a program rotates at a time, and its warps."""
+
+    block_h: int
+    block_k: int
+    num_warps: int
+
+
+def config_for(H: int, K: int, D: int) -> RopeConfig:
+    """At most 2048 pairs at a time: 16 a thread, 32 registers of float32."""
+    most = max(1, 2048 // next_power_of_2(D // 2))
+    block_h = min(next_power_of_2(H), most)
+    warps = min(4, max(1, block_h * next_power_of_2(D // 2) // 256))
+    return RopeConfig(block_h, min(next_power_of_2(K), most), warps)
+
+
+def rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As llama_fast.ops.rope."""
+    B, T, H, D = q.shape
+    K = k.shape[2]
+    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
+    of_rows = cos.ndim == 3
+    config = config_for(H, K, D)
+    launch(
+        rope_fwd_kernel,
+        (B * T,),
+        q,
+        k,
+        cos,
+        sin,
+        q_out,
+        k_out,
+        T,
+        H,
+        K,
+        D // 2,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        cos.stride(0) if of_rows else 0,
+        cos.stride(-2),
+        sin.stride(0) if of_rows else 0,
+        sin.stride(-2),
+        INTERLEAVED=interleaved,
+        BLOCK_H=config.block_h,
+        BLOCK_K=config.block_k,
+        BLOCK_P=next_power_of_2(D // 2),
+        num_warps=config.num_warps,
+    )
+    return q_out, k_out
