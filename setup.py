@@ -19,11 +19,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 # GCC 12 warns of its own avx512fintrin.h (GCC bug 105593).
-AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -Wno-maybe-uninitialized"
+AVX512 = (
+    "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni "
+    "-Wno-maybe-uninitialized"
+)
 X86_64_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
-    "avx512_bf16": f"{AVX512} -mavx512bf16 -mavx512vnni",
+    "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
 IS_X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {"scalar": "", **(X86_64_FLAGS if IS_X86_64 else {})}

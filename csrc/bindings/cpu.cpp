@@ -31,10 +31,11 @@ std::vector<std::pair<std::string, const KernelTable*>> usable_isas() {
   [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                                        __builtin_cpu_supports("avx512bw") &&
                                        __builtin_cpu_supports("avx512vl") &&
-                                       __builtin_cpu_supports("avx512dq");
+                                       __builtin_cpu_supports("avx512dq") &&
+                                       __builtin_cpu_supports("avx512vnni");
 #endif
 #ifdef LLAMA_FAST_HAS_AVX512_BF16
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+  if (avx512 && __builtin_cpu_supports("avx512bf16"))
     usable.emplace_back("avx512_bf16", &avx512_bf16::kernels);
 #endif
 #ifdef LLAMA_FAST_HAS_AVX512
@@ -203,5 +204,13 @@ PYBIND11_MODULE(_cpu, m) {
                      int64_t C_in, int64_t C_out) {
     launch(&KernelTable::linear, LinearArgs{DType(dtype), pointer<void>(x), pointer<void>(weight),
            pointer<void>(y), rows(layout), C_in, C_out});
+  });
+
+  m.def("linear_quantized", [](int dtype, uintptr_t x, uintptr_t codes, uintptr_t scales,
+                               uintptr_t offsets, uintptr_t y, const Layout& layout, int64_t C_in,
+                               int64_t C_out, int64_t group_size, int bits) {
+    launch(&KernelTable::linear_quantized, LinearQuantizedArgs{DType(dtype), pointer<void>(x),
+           pointer<uint8_t>(codes), pointer<f16>(scales), pointer<f16>(offsets), pointer<void>(y),
+           rows(layout), C_in, C_out, group_size, bits});
   });
 }

@@ -8,6 +8,8 @@
 
 namespace llama_fast {
 
+struct f16;
+
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 // Rows of C elements, contiguous inside, at up to three outer dims of any stride.
@@ -114,6 +116,18 @@ struct LinearArgs {
   int64_t C_in, C_out;
 };
 
+struct LinearQuantizedArgs {
+  DType dtype;
+  const void* x;         // M rows of C_in
+  const uint8_t* codes;  // (blocks, columns · bits / 8, 16) as docs/ops/linear_quantized.md draws it
+  const f16* scales;     // (blocks, groups, 16)
+  const f16* offsets;    // as scales, or null: codes are centred on half their range
+  void* y;               // (M, C_out) contiguous
+  Rows rows;
+  int64_t C_in, C_out, group_size;
+  int bits;
+};
+
 // For measuring the machine itself; each uses what it needs.
 struct CeilingArgs {
   const void* source;  // aligned to 64 bytes
@@ -132,6 +146,7 @@ struct KernelTable {
   void (*rope)(const RopeArgs&);
   void (*kv_append)(const KvAppendArgs&);
   void (*linear)(const LinearArgs&);
+  void (*linear_quantized)(const LinearQuantizedArgs&);
   void (*read_memory)(const CeilingArgs&);
   void (*copy_memory)(const CeilingArgs&);
   void (*multiply_add_f32)(const CeilingArgs&);

@@ -12,6 +12,7 @@ void swiglu(const SwigluArgs&);
 void rope(const RopeArgs&);
 void kv_append(const KvAppendArgs&);
 void linear(const LinearArgs&);
+void linear_quantized(const LinearQuantizedArgs&);
 void read_memory(const CeilingArgs&);
 void copy_memory(const CeilingArgs&);
 void multiply_add_f32(const CeilingArgs&);
@@ -25,6 +26,7 @@ const KernelTable kernels = {
     rope,
     kv_append,
     linear,
+    linear_quantized,
     read_memory,
     copy_memory,
     multiply_add_f32,

@@ -290,6 +290,38 @@ def _linear_unsupported(x: torch.Tensor, weight: torch.Tensor) -> list[str]:
     return _rows_reasons(x=x)
 
 
+def _linear_quantized(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor | None,
+    C_out: int,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    y = torch.empty((*x.shape[:-1], C_out), dtype=x.dtype)
+    if x.shape[-1] == 0:
+        return y.zero_()
+    _cpu.linear_quantized(
+        DTYPES[x.dtype],
+        x.data_ptr(),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        0 if offsets is None else offsets.data_ptr(),
+        y.data_ptr(),
+        _rows(x),
+        x.shape[-1],
+        C_out,
+        group_size,
+        bits,
+    )
+    return y
+
+
+def _linear_quantized_unsupported(x: torch.Tensor, *weight: torch.Tensor | int) -> list[str]:
+    return _rows_reasons(x=x)
+
+
 register_backend(
     Backend(
         name="cpu",
@@ -299,6 +331,10 @@ register_backend(
             "linear": Implementation(_linear, _linear_unsupported),
             "linear_backward_x": Implementation(OPS["linear_backward_x"].eager, nothing),
             "linear_backward_weight": Implementation(OPS["linear_backward_weight"].eager, nothing),
+            "linear_quantized": Implementation(_linear_quantized, _linear_quantized_unsupported),
+            "linear_quantized_backward_x": Implementation(
+                OPS["linear_quantized_backward_x"].eager, nothing
+            ),
             "linear_cross_entropy": Implementation(linear_cross_entropy_in_blocks, nothing),
             "rms_norm": Implementation(_rms_norm, _rms_norm_unsupported),
             "add_rms_norm": Implementation(_add_rms_norm, _add_rms_norm_unsupported),

@@ -6,8 +6,8 @@
 // compiler's own. An intrinsic that is missing here falls through to the compiler's own and fails
 // to compile, since its target flag is absent.
 //
-// intrinsics.cpp compares each one with the instruction itself, on a CPU that has it. The order of
-// terms inside a reduction, which Intel leaves open, is GCC's.
+// test_intrinsics.py compares each one with the instruction itself, on a CPU that has it. The order
+// of terms inside a reduction, which Intel leaves open, is GCC's.
 #pragma once
 #include_next <immintrin.h>
 
@@ -123,6 +123,7 @@ INTS_2(unpacklo_epi16, unpacklo_epi16)
 INTS_2(unpackhi_epi16, unpackhi_epi16)
 INTS_SHIFT(slli_epi32)
 INTS_SHIFT(srli_epi32)
+INTS_SHIFT(srli_epi16)
 
 #undef HALVES
 #undef HALF_F
@@ -228,6 +229,20 @@ static inline __m256i _mm512_cvtepi32_epi16(__m512i a) {
 static inline __m512 _mm512_cvtph_ps(__m256i a) {
   return host::each<__m512, __m256>([&](int h) { return _mm256_cvtph_ps(host::lane<__m128i>(a, h)); });
 }
+// Modulo 2^8.
+static inline __m128i _mm512_cvtepi32_epi8(__m512i a) {
+  return host::each<__m128i, int8_t>([&](int i) { return int8_t(host::lane<int32_t>(a, i)); });
+}
+static inline __m512 _mm512_cvtepi32_ps(__m512i a) {
+  return host::each<__m512, __m256>([&](int h) {
+    return _mm256_cvtepi32_ps(host::lane<__m256i>(a, h));
+  });
+}
+static inline __m512i _mm512_cvtps_epi32(__m512 a) {
+  return host::each<__m512i, __m256i>([&](int h) {
+    return _mm256_cvtps_epi32(host::lane<__m256>(a, h));
+  });
+}
 // Rounds to nearest: `rounding` is 0 wherever it is used.
 static inline __m256i _mm512_cvtps_ph(__m512 a, int rounding) {
   if (rounding != _MM_FROUND_TO_NEAREST_INT) __builtin_trap();
@@ -260,12 +275,13 @@ static inline __m512 _mm512_reduce_ps(__m512 a, int control) {
     return part;
   });
 }
-// a · 2^floor(n), rounded once, subnormal results kept. An infinite n turns even a NaN a into
+// a · 2^floor(n), rounded once, subnormal results kept. An infinite n turns even a quiet NaN a into
 // infinity or zero.
 static inline __m512 _mm512_scalef_ps(__m512 a, __m512 n) {
   return host::floats([&](int i) {
     const float x = a[i], e = n[i], nan = std::numeric_limits<float>::quiet_NaN();
-    if (e != e) return nan;
+    const bool signals = x != x && !(host::bits_of(x) & 0x400000);
+    if (e != e || signals) return nan;
     if (std::isinf(e)) {
       if (x != x) return e > 0 ? e : 0.f;
       if (e > 0) return x == 0 ? nan : std::copysign(e, x);
@@ -280,6 +296,16 @@ static inline __m512 _mm512_rcp14_ps(__m512 a) {
   return host::floats([&](int i) {
     const float r = 1.f / a[i];
     return std::isnormal(r) ? host::float_of(host::bits_of(r) & 0xfffffe00) : r;
+  });
+}
+
+// Lane i: sum[i] + Σ over its four bytes of a (unsigned) · b (signed), modulo 2^32.
+static inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
+  return host::words([&](int i) {
+    uint32_t total = host::lane<uint32_t>(sum, i);
+    for (int j = 4 * i; j < 4 * i + 4; ++j)
+      total += uint32_t(host::lane<uint8_t>(a, j) * host::lane<int8_t>(b, j));
+    return int32_t(total);
   });
 }
 
@@ -334,16 +360,6 @@ static inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
       total = host::flushed(std::fma(x, y, total));
     }
     return total;
-  });
-}
-
-// Lane i: sum[i] + Σ over its four bytes of a (unsigned) · b (signed), modulo 2^32.
-static inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
-  return host::words([&](int i) {
-    uint32_t total = host::lane<uint32_t>(sum, i);
-    for (int j = 4 * i; j < 4 * i + 4; ++j)
-      total += uint32_t(host::lane<uint8_t>(a, j) * host::lane<int8_t>(b, j));
-    return int32_t(total);
   });
 }
 #endif

@@ -124,13 +124,13 @@ static void expect_dot() {
   expect("dot, a subnormal result is zero", dot(least, 0, 0, -0x1p-64f, 0x1p-63f), 0);
   expect("dot, infinity minus infinity", dot(INF, -INF, 1, 1, 1), NOT_A_NUMBER);
 }
+#endif
 
 static void expect_bytes() {
   const __m512i r = _mm512_dpbusd_epi32(_mm512_set1_epi32(7), _mm512_set1_epi32(-1),
                                         _mm512_set1_epi32(int(0x80808080)));
   expect_bits("four times 255 · -128", as<uint32_t>(as<__m512>(r)[0]), 7u - 4 * 255 * 128);
 }
-#endif
 
 // ---- hashes ----
 
@@ -177,6 +177,7 @@ static void add(__m512 a) { add_floats(a); }
 static void add(__m256 a) { add_floats(a); }
 static void add(__m512i a) { add(&a, sizeof(a)); }
 static void add(__m256i a) { add(&a, sizeof(a)); }
+static void add(__m128i a) { add(&a, sizeof(a)); }
 static void add(__mmask16 k) { add(&k, sizeof(k)); }
 
 struct Inputs {
@@ -244,6 +245,7 @@ static void print_hashes() {
   HASH(_mm512_unpackhi_epi16, in.i, in.j);
   HASH(_mm512_slli_epi32, in.i, 16);
   HASH(_mm512_srli_epi32, in.i, 16);
+  HASH(_mm512_srli_epi16, in.i, 4);
 
   HASH(_mm512_set1_ps, in.a[0]);
   HASH(_mm512_setzero_ps);
@@ -286,6 +288,10 @@ static void print_hashes() {
 
   HASH(_mm512_cvtepu16_epi32, in.half);
   HASH(_mm512_cvtepi32_epi16, in.i);
+  HASH(_mm512_cvtepi32_epi8, in.i);
+  HASH(_mm512_cvtepi32_ps, in.i);
+  HASH(_mm512_cvtps_epi32, in.a);
+  HASH(_mm512_dpbusd_epi32, in.i, in.j, in.l);
   HASH(_mm512_cvtph_ps, in.half);
   HASH(_mm512_cvtps_ph, in.a, 0);
 
@@ -311,7 +317,6 @@ static void print_hashes() {
     add(_mm512_dpbf16_ps(in.a, as<__m512bh>(in.b), as<__m512bh>(in.c)));
     add(_mm512_dpbf16_ps(in.a, as<__m512bh>(in.i), as<__m512bh>(in.j)));
   });
-  HASH(_mm512_dpbusd_epi32, in.i, in.j, in.l);
 #endif
 }
 
@@ -326,8 +331,8 @@ int main() {
 #ifdef ISA_AVX512_BF16
   expect_bf16();
   expect_dot();
-  expect_bytes();
 #endif
+  expect_bytes();
   print_hashes();
   return wrong;
 }

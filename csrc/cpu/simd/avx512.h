@@ -1,4 +1,4 @@
-// Sixteen floats: AVX-512 F, BW, VL, DQ; with AVX512_BF16 the conversions to bf16 are instructions.
+// Sixteen floats: AVX-512 F, BW, VL, DQ, VNNI; with AVX512_BF16 the conversions to bf16 are instructions.
 #pragma once
 
 #include <immintrin.h>
