@@ -38,7 +38,11 @@ def arguments(name: str, dtype: torch.dtype, N: int, C: int, F: int, H: int, K: 
         return rows(1, N, C), rows(1, N, C), rows(C), 1e-5
     if name == "swiglu":
         return rows(1, N, 2 * F).chunk(2, dim=-1)
+    if name == "linear":
+        return rows(1, N, C), rows(F, C)
     q, k, v = rows(1, N, H + 2 * K, D).split((H, K, K), dim=2)
+    if name == "attention":
+        return q, k, v, True, None, None
     angle = torch.randn(N, D // 2)
     if name == "rope":
         return q, k, angle.cos(), angle.sin(), False
@@ -46,14 +50,17 @@ def arguments(name: str, dtype: torch.dtype, N: int, C: int, F: int, H: int, K: 
     return q, k, v, angle.cos(), angle.sin(), *caches, torch.tensor([N]), False
 
 
-def call_cost(op: Op, dtype: torch.dtype) -> float:
-    """Seconds of processor time for a call with next to nothing to compute."""
+def call_costs(op: Op, dtype: torch.dtype, repeat: int = 7) -> list[float]:
+    """Seconds of processor time for a call with next to nothing to compute, `repeat` times."""
     args = arguments(op.name, dtype, **SMALL)
-    return min(timeit.repeat(lambda: op(*args), number=2000, repeat=7, timer=process_time)) / 2000
+    seconds = timeit.repeat(lambda: op(*args), number=2000, repeat=repeat, timer=process_time)
+    return [total / 2000 for total in seconds]
 
 
-def contenders(op: Op, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    args = arguments(op.name, dtype, **LARGE)
+def contenders(
+    op: Op, dtype: torch.dtype, sizes: dict[str, int] = LARGE
+) -> dict[str, Callable[[], None]]:
+    args = arguments(op.name, dtype, **sizes)
     source = torch.ones(op.cost(*args).bytes // 2, dtype=torch.uint8)
     target = torch.ones_like(source)
     compiled = torch.compile(op.eager)
@@ -79,7 +86,7 @@ def main() -> None:
     for name in given.ops:
         with torch.no_grad(), use_backend("cpu", strict=True):
             seconds = interleaved(contenders(OPS[name], dtype), given.rounds)
-            call = call_cost(OPS[name], dtype)
+            call = min(call_costs(OPS[name], dtype))
         said = [f"ours {statistics.median(seconds['ours']) * 1e3:.2f} ms"]
         for other in ("compile", "copy"):
             median = statistics.median(seconds[other]) * 1e3

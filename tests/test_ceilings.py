@@ -55,13 +55,11 @@ def test_multiply_add_counts_its_work(isa):
 def test_measure_gives_rates_that_a_machine_can_have(monkeypatch):
     monkeypatch.setattr(ceilings, "BYTES", 2**24)
     monkeypatch.setattr(ceilings, "SECONDS", 0.01)
-    for cached in (ceilings._cpu_read, ceilings._cpu_copy, ceilings._cpu_multiply_add):
-        cached.cache_clear()
+    ceilings.forget()
     try:
         found = ceilings.measure("cpu")
     finally:  # the real ceilings are those of larger memory
-        for cached in (ceilings._cpu_read, ceilings._cpu_copy, ceilings._cpu_multiply_add):
-            cached.cache_clear()
+        ceilings.forget()
     assert found.threads == torch.get_num_threads() and found.isa == _cpu.isa()
     for rate in (found.read, found.copy, found.float32, found.bfloat16):
         assert 1e7 < rate < 1e14

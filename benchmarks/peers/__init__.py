@@ -1,1 +1,1 @@
-"""Whole models of one shape, ours and the peers', behind one interface: see `Contender`."""
+"""Whole models with one set of weights, ours and the peers', behind one interface: `Contender`."""

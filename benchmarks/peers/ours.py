@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import torch
 
+from llama_fast.cli.measure import bytes_per_token
 from llama_fast.model import Llama
+from llama_fast.registry import use_backend
+
+from .contender import Contender
 
 
-class Ours:
-    name = "llama_fast"
+class Ours(Contender):
+    """quantize  as `Llama.from_pretrained` takes it, which raises ConfigError for what it lacks
+    backend   None: the device's usual order, as a user gets it"""
 
-    def __init__(self, model: Llama, context: int) -> None:
-        self.model = model.eval()
-        self.cache = model.new_cache(1, context)
+    def __init__(
+        self,
+        folder: Path,
+        threads: int,
+        context: int,
+        quantize: str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.model = Llama.from_pretrained(folder, device="cpu", quantize=quantize)
+        self.cache = self.model.new_cache(1, context)
+        if backend is not None:
+            use_backend(backend, strict=True).__enter__()  # until the process ends
 
     def prefill(self, tokens: list[int]) -> None:
         self.cache.reset()
-        self.logits = self.model(torch.tensor([tokens]), cache=self.cache, last_only=True)
+        self._run(tokens)
 
-    def decode(self, count: int) -> None:
-        for _ in range(count):
-            token = self.logits[:, -1].argmax(-1, keepdim=True)
-            self.logits = self.model(token, cache=self.cache, last_only=True)
+    def step(self, token: int) -> None:
+        self._run([token])
+
+    def logits(self) -> np.ndarray:
+        return self.out[0, -1].numpy()
+
+    @torch.no_grad()
+    def _run(self, tokens: list[int]) -> None:
+        self.out = self.model(torch.tensor([tokens]), cache=self.cache, last_only=True)
+
+    def bytes_per_token(self, context: float) -> float:
+        return bytes_per_token(self.model, context)

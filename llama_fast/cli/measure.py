@@ -16,13 +16,14 @@ from .terminal import size
 
 def peak_memory(device: torch.device) -> str:
     """The most memory that this process has held, and on a GPU what torch has held there."""
-    text = size(_resident_peak())
+    text = size(resident_peak())
     if device.type == "cuda":
         text += f", {size(torch.cuda.max_memory_allocated(device))} on the GPU"
     return text
 
 
-def _resident_peak() -> int:
+def resident_peak() -> int:
+    """Bytes of the most memory that this process has held."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage counts the parent's memory at the fork, too
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024

@@ -1,0 +1,316 @@
+"""The project's targets on the CPU, measured in one run beside the peers: `make bench-cpu`.
+
+    python -m benchmarks.cpu [--rows NAME ...] [--shape 1b] [--threads N] [--rounds 5] [--8b]
+
+First the machine's own ceilings, then a row for each line of the table: decode and prefill of a
+whole model, ours beside transformers and llama.cpp on the same random weights, attention beside
+SDPA, the memory-bound ops beside torch.compile and a plain copy, and the cost of a call. All
+contenders of a row take turns, round by round, with the same number of threads; a figure is the
+median over the rounds. Everything goes to benchmarks/results/<machine>.json; the rows that were not
+asked for stay there as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import elementwise, kernels, memory, models, record
+from benchmarks.record import OURS, Goal, Row
+from benchmarks.timing import ratio
+from benchmarks.worker import Worker, run_apart
+from llama_fast import ceilings
+from llama_fast.ceilings import Ceilings
+from llama_fast.cli.options import DEMO
+from llama_fast.config import LlamaConfig
+from llama_fast.errors import LlamaFastError
+
+RESULTS = Path(__file__).parent / "results"
+
+# What each row must reach: times as fast as a peer, or the part of a ceiling.
+DECODE = {
+    "bf16": {"transformers": 4.0, "llama.cpp bf16": 1.6, "read": 0.90},
+    "int8": {"llama.cpp q8_0": 1.6, "read": 0.85},
+    "int4": {"llama.cpp q4_0": 1.6, "read": 0.75},
+}
+PREFILL = {
+    "bf16": {"transformers": 1.3, "llama.cpp bf16": 1.5, "bfloat16": 0.75},
+    "int8": {"llama.cpp q8_0": 1.5},
+    "int4": {"llama.cpp q4_0": 1.5},
+}
+COMPILED = {"rms_norm": 1.0, "add_rms_norm": 1.0, "swiglu": 1.2, "rope": 1.2}  # × torch.compile
+COPIED = 0.85  # of the speed of a copy
+CALLED = ("rms_norm", "add_rms_norm", "swiglu", "rope", "kv_append", "attention", "linear")
+MICROSECONDS = 5.0
+RATES = {"read": "GB/s", "copy": "GB/s", "float32": "GFLOP/s", "bfloat16": "GFLOP/s"}
+GIGABYTES = {"bf16": (None, 16.8), "int4": ("int4", 5.5)}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the rows of single ops: Llama 3.1 8B's, or small ones to try the command with."""
+
+    attention: dict[str, int]
+    prompt: int
+    keys: int
+    elementwise: dict[str, int]
+    calls: int  # of a memory-bound op in a sample
+
+
+LARGE = Sizes({"H": 32, "K": 8, "D": 128}, 1024, 8192, elementwise.LARGE, calls=10)
+SMALL = Sizes({"H": 2, "K": 1, "D": 64}, 32, 64, elementwise.SMALL, calls=1)
+
+
+def rows_by_name(
+    made: models.Models, sizes: Sizes, threads: int, rounds: int
+) -> dict[str, Callable[[Ceilings], Row]]:
+    """Every row but those of --8b, in the table's order."""
+    rows: dict[str, Callable[[Ceilings], Row]] = {}
+    for form, goals in DECODE.items():
+        rows[f"decode {form}"] = partial(models.decode, made, form, goals)
+    for form, goals in PREFILL.items():
+        rows[f"prefill {form}"] = partial(models.prefill, made, form, goals)
+    rows["attention prompt"] = partial(attention_of_prompt, sizes, threads, rounds)
+    rows["attention query"] = partial(attention_of_query, sizes, threads, rounds)
+    for name, needed in COMPILED.items():
+        rows[name] = partial(memory_bound, name, needed, sizes, threads, rounds)
+    rows["call"] = partial(cost_of_calls, threads, rounds)
+    return rows
+
+
+def attention_of_prompt(sizes: Sizes, threads: int, rounds: int, ceilings: Ceilings) -> Row:
+    T, heads = sizes.prompt, sizes.attention
+    arguments = (threads, rounds, T, T, heads["H"], heads["K"], heads["D"], 1)
+    found = run_apart(kernels.attention, *arguments, threads=threads)
+    what = f"attention, causal, {T} tokens, heads {heads['H']}/{heads['K']}, D {heads['D']}, bf16"
+    row = Row("attention prompt", what, "GFLOP/s", found.flops / 1e9, found.samples)
+    peak = ceilings.bfloat16
+    share = row.medians()[OURS] * 1e9 / peak if peak else None
+    row.goals = [
+        Goal("× SDPA", 4.0, ratio(found.samples, "SDPA", OURS)),
+        Goal("of the bfloat16 multiply-add rate", 0.6, share),
+    ]
+    return row
+
+
+def attention_of_query(sizes: Sizes, threads: int, rounds: int, ceilings: Ceilings) -> Row:
+    S, heads = sizes.keys, sizes.attention
+    arguments = (threads, rounds, 1, S, heads["H"], heads["K"], heads["D"], kernels.LAYERS)
+    found = run_apart(kernels.attention, *arguments, threads=threads)
+    what = (
+        f"attention, 1 query, {S} keys, heads {heads['H']}/{heads['K']}, D {heads['D']}, bf16, "
+        f"{kernels.LAYERS} caches in turn"
+    )
+    row = Row("attention query", what, "GB/s", found.bytes / 1e9, found.samples)
+    share = row.medians()[OURS] * 1e9 / ceilings.read if ceilings.read else None
+    row.goals = [Goal("of read bandwidth", 0.85, share)]
+    return row
+
+
+def memory_bound(
+    name: str, needed: float, sizes: Sizes, threads: int, rounds: int, ceilings: Ceilings
+) -> Row:
+    arguments = (threads, rounds, name, sizes.elementwise, sizes.calls)
+    found = run_apart(kernels.memory_bound, *arguments, threads=threads)
+    dims = ", ".join(f"{dim} {size}" for dim, size in sizes.elementwise.items())
+    row = Row(name, f"{name}, {dims}, bf16", "GB/s", found.bytes / 1e9, found.samples)
+    row.goals = [
+        Goal("× torch.compile", needed, ratio(found.samples, "torch.compile", OURS)),
+        Goal("× a copy of as many bytes", COPIED, ratio(found.samples, "copy", OURS)),
+    ]
+    return row
+
+
+def cost_of_calls(threads: int, rounds: int, ceilings: Ceilings) -> Row:
+    found = run_apart(kernels.call_costs, threads, rounds, CALLED, threads=threads)
+    row = Row("call", "processor time of a call on tiny tensors, without gradient", "µs")
+    row.samples = found
+    dearest = max(row.medians().values())
+    row.goals = [Goal("µs, the dearest op", MICROSECONDS, dearest, at_most=True)]
+    return row
+
+
+class CeilingsProbe:
+    """Measures the ceilings again and again, in a process of its own, and keeps the highest.
+
+    Other programs can only make one look lower: what slowed the machine down while they were
+    measured must not make a row look better.
+    """
+
+    def __init__(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.highest: dict[str, float] = {}
+
+    def measure(self) -> Ceilings:
+        ceilings.forget()
+        found = ceilings.measure("cpu")
+        for name in RATES:
+            if (rate := getattr(found, name)) is not None:
+                self.highest[name] = max(rate, self.highest.get(name, 0.0))
+        return dataclasses.replace(found, **self.highest)
+
+
+def llama_cpp_says() -> dict[str, str]:
+    import llama_cpp
+
+    from benchmarks.peers.llama_cpp import system_info
+
+    return {"version": llama_cpp.llama_version().decode(), "system_info": system_info()}
+
+
+def shape(name: str) -> LlamaConfig:
+    """A preset's, or with "demo" that of the small model that ships."""
+    if name != "demo":
+        return LlamaConfig.preset(name)
+    from llama_fast.checkpoint import open_checkpoint
+
+    return open_checkpoint(DEMO).config
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu",
+        description="The project's targets on the CPU, measured in one run beside the peers.",
+    )
+    parser.add_argument(
+        "--rows", nargs="+", metavar="NAME", help="some rows only; --list shows them"
+    )
+    parser.add_argument("--list", action="store_true", help="the rows' names, and nothing else")
+    parser.add_argument("--shape", default="1b", help="a preset, or demo for a quick try")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=5, help="samples of each contender")
+    parser.add_argument("--steps", type=int, default=8, help="tokens of one sample of decode")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of one prefill")
+    large = "also peak memory of the 8B shape: needs 17 GB of disk and of memory"
+    parser.add_argument("--8b", dest="large", action="store_true", help=large)
+    parser.add_argument("--json", type=Path, help="results file; else one named by the machine")
+    parser.add_argument("--tmp", type=Path, help="folder for weights, removed at the end")
+    parser.add_argument("--keep", type=Path, help="folder for weights that stay, for another run")
+    given = parser.parse_args(arguments)
+    if given.rounds < 1 or given.threads < 1 or given.steps < 1 or given.prompt < 1:
+        parser.error("--rounds, --threads, --steps and --prompt must be at least 1")
+    return given
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parse(arguments)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    with tempfile.TemporaryDirectory(prefix="llama-fast-bench-", dir=given.tmp) as folder:
+        try:
+            return run(given, given.keep or Path(folder), console)
+        except (LlamaFastError, models.WrongResult, OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+
+def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
+    def of_shape(name: str) -> models.Models:
+        where = folder / name
+        where.mkdir(parents=True, exist_ok=True)
+        numbers = (given.threads, given.rounds, given.prompt, given.steps)
+        return models.Models(shape(name), where, *numbers, say)
+
+    made = of_shape(given.shape)
+    sizes = SMALL if given.shape == "demo" else LARGE
+    rows = rows_by_name(made, sizes, given.threads, given.rounds)
+    if given.large:
+        large = of_shape("8b")
+        for form, (quantize, gigabytes) in GIGABYTES.items():
+            rows[f"memory {form}"] = lambda _, f=form, q=quantize, g=gigabytes: memory.peak(
+                large, f, q, g
+            )
+    if given.list:
+        print("\n".join(rows))
+        return 0
+    names = list(rows) if given.rows is None else given.rows
+    if unknown := [name for name in names if name not in rows]:
+        raise ValueError(f"no row {', '.join(unknown)}; the rows are {', '.join(rows)}")
+
+    installed = importlib.util.find_spec("llama_cpp") is not None
+    facts = run_apart(llama_cpp_says, threads=given.threads) if installed else None
+    versions = record.versions(facts)
+    with Worker(CeilingsProbe, given.threads, threads=given.threads) as probe:
+        say("measuring the ceilings")
+        found: Ceilings = probe.ask("measure")
+        machine = record.machine(found.isa)
+        console.print(_ceilings_line(machine, found), markup=False)
+        path = given.json or RESULTS / f"{record.machine_name(machine, given.threads)}.json"
+        done: list[Row] = []
+        for name in names:
+            found = probe.ask("measure")
+            row = rows[name](found)
+            row.measured_with = {
+                "date": record.today(),
+                "shape": given.shape,
+                "threads": given.threads,
+                "ceilings": dataclasses.asdict(found),
+                "versions": versions,
+            }
+            done.append(row)
+            show(console, row)
+            record.save(path, machine, done)
+    if len(done) > 1:
+        console.print(table_of(done))
+    console.print(f"written to {path}", markup=False)
+    return 0
+
+
+def show(console: Console, row: Row) -> None:
+    console.print(table_of([row]))
+    for absent, why in row.missing.items():
+        console.print(f"  {absent} did not take part: {why}", markup=False)
+    if row.too_noisy:
+        console.print("  too noisy: a contender's samples spread over more than a tenth")
+
+
+def say(text: str) -> None:
+    print(f"… {text}", file=sys.stderr, flush=True)
+
+
+def _ceilings_line(machine: dict[str, Any], ceilings: Ceilings) -> str:
+    said = [f"{machine['cpu']}, {ceilings.threads} threads, {ceilings.isa or 'no C++ kernels'}"]
+    for name, unit in RATES.items():
+        rate = getattr(ceilings, name)
+        said.append(f"{name} {rate / 1e9:.1f} {unit}" if rate else f"{name} not measured")
+    return " · ".join(said)
+
+
+def table_of(rows: list[Row]) -> Table:
+    table = Table("row", "contender", "median", "spread", "goal", "measured", box=box.SIMPLE_HEAD)
+    for row in rows:
+        medians, spreads = row.medians(), row.spreads()
+        left = [
+            (name, f"{median:.4g} {row.unit}", f"{spreads[name]:.0%}")
+            for name, median in medians.items()
+        ]
+        right = [(str(goal), _measured(goal)) for goal in row.goals]
+        for index in range(max(len(left), len(right), 1)):
+            first = row.name if index == 0 else ""
+            cells = left[index] if index < len(left) else ("", "", "")
+            table.add_row(first, *cells, *(right[index] if index < len(right) else ("", "")))
+        table.add_section()
+    return table
+
+
+def _measured(goal: Goal) -> str:
+    if goal.value is None:
+        return "not measured"
+    return f"{goal.value:.3g} {'holds' if goal.holds else 'missed'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Rows of single ops: attention beside SDPA, the memory-bound ops beside torch.compile and a copy,
+and what a call costs. Each function runs in a process of its own and returns what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import llama_fast.ops  # noqa: F401  registers the ops
+from benchmarks import elementwise
+from benchmarks.record import OURS
+from benchmarks.timing import interleaved
+from llama_fast.registry import OPS, use_backend
+
+# Caches that one query visits in turn, as those of a model's layers: more than a cache can hold.
+LAYERS = 16
+
+
+class Found(NamedTuple):
+    """samples  seconds of each contender; work  bytes and FLOPs of one sample of ours"""
+
+    samples: dict[str, list[float]]
+    bytes: int
+    flops: int
+
+
+@contextmanager
+def _ours_only(threads: int) -> Iterator[None]:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    with torch.no_grad(), use_backend("cpu", strict=True):
+        yield
+
+
+def _check(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Raises ArithmeticError unless the results agree: a wrong one has no time."""
+    found, expected = found.double(), expected.double()
+    error = ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
+    if not error <= tolerance:
+        raise ArithmeticError(
+            f"{name} is {error:.2g} of its size away from the eager definition; "
+            f"at most {tolerance} is sound"
+        )
+
+
+def attention(
+    threads: int, rounds: int, T: int, S: int, H: int, K: int, D: int, layers: int
+) -> Found:
+    """bfloat16, causal, T queries that are the last of S keys; a sample visits each layer once."""
+    op = OPS["attention"]
+    with _ours_only(threads):
+        inputs = []
+        for _ in range(layers):
+            q = torch.randn(1, T, H, D, dtype=torch.bfloat16)
+            # Heads apart from each other, as in a KV cache.
+            k, v = (torch.randn(1, K, S, D, dtype=torch.bfloat16).transpose(1, 2) for _ in "kv")
+            inputs.append((q, k, v))
+
+        def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            heads_first = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(*heads_first, is_causal=T > 1, enable_gqa=True)
+
+        def each(call: Callable[..., Any]) -> Callable[[], None]:
+            def visit() -> None:
+                for q, k, v in inputs:
+                    call(q, k, v)
+
+            return visit
+
+        def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return op(q, k, v, True, None, None)
+
+        expected = op.eager(*inputs[0], True, None, None)
+        _check("attention", ours(*inputs[0]), expected, 0.02)
+        _check("SDPA", sdpa(*inputs[0]).transpose(1, 2), expected, 0.02)
+        samples = interleaved({OURS: each(ours), "SDPA": each(sdpa)}, rounds)
+        cost = op.cost(*inputs[0], True, None, None)
+    return Found(samples, layers * cost.bytes, layers * cost.flops)
+
+
+def memory_bound(threads: int, rounds: int, name: str, sizes: dict[str, int], calls: int) -> Found:
+    """bfloat16; a sample is `calls` calls. "copy" moves as many bytes as the op must."""
+    op = OPS[name]
+    with _ours_only(threads):
+        args = elementwise.arguments(name, torch.bfloat16, **sizes)
+        found, expected = op(*args), op.eager(*args)
+        if isinstance(found, torch.Tensor):
+            found, expected = (found,), (expected,)
+        for one, other in zip(found, expected, strict=True):
+            _check(name, one, other, 0.02)
+
+        def repeated(call: Callable[[], Any]) -> Callable[[], None]:
+            def run() -> None:
+                for _ in range(calls):
+                    call()
+
+            return run
+
+        each = elementwise.contenders(op, torch.bfloat16, sizes)
+        samples = interleaved({name: repeated(call) for name, call in each.items()}, rounds)
+        cost = op.cost(*args)
+    named = {"ours": OURS, "compile": "torch.compile", "copy": "copy"}
+    samples = {named[key]: seconds for key, seconds in samples.items()}
+    return Found(samples, calls * cost.bytes, calls * cost.flops)
+
+
+def call_costs(threads: int, rounds: int, names: tuple[str, ...]) -> dict[str, list[float]]:
+    """Microseconds of processor time of a call without gradient, by op."""
+    with _ours_only(threads):
+        found = {}
+        for name in names:
+            seconds = elementwise.call_costs(OPS[name], torch.bfloat16, rounds + 1)[1:]
+            found[name] = [1e6 * x for x in seconds]
+    return found

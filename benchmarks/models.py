@@ -1,0 +1,286 @@
+"""Rows of whole models: decode and prefill of one sequence, ours beside the peers.
+
+All contenders run the same checkpoint of random weights, each in its own process, and the logits of
+each are compared with those of the ops' eager definitions before it is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.record import OURS, Goal, Row
+from benchmarks.timing import interleaved, ratio
+from benchmarks.worker import Worker, WorkerError, run_apart
+from llama_fast.atomic import atomic_file
+from llama_fast.config import LlamaConfig
+
+HOW_TO_INSTALL = "pip install -c constraints.txt '.[bench,peers]'"
+CONTEXT_TOKENS = 16  # what a decoded sequence begins with
+PAUSE = 0.05  # seconds; OpenMP's threads spin for some milliseconds before they sleep
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A form of the weights: how `Llama.from_pretrained` names it, and the peers that have it.
+
+    tolerance  largest error of the logits against the unquantised definition, in units of their
+               own root mean square; between twice and three times what sound contenders show
+    """
+
+    quantize: str | None
+    peers: tuple[str, ...]
+    tolerance: float
+
+
+WEIGHTS = {
+    "bf16": Weights(None, ("transformers", "llama.cpp bf16"), 0.05),
+    "int8": Weights("int8", ("llama.cpp q8_0",), 0.1),
+    "int4": Weights("int4", ("llama.cpp q4_0", "llama.cpp q4_k"), 0.8),
+}
+# Every matrix in the type of its name, which reads the fewest bytes; q4_k as it is published, with
+# some matrices in more bits.
+PURE = {"q8_0": True, "q4_0": True, "q4_k": False}
+
+
+@dataclass
+class Models:
+    """The shape, and what is made of it as it is needed, in a folder that the caller removes."""
+
+    config: LlamaConfig
+    folder: Path
+    threads: int
+    rounds: int
+    prompt: int
+    steps: int
+    say: Callable[[str], None]
+    references: dict[tuple, np.ndarray] = field(default_factory=dict)
+
+    def checkpoint(self) -> Path:
+        path = self.folder / "weights"
+        if not path.exists():
+            self._need_room(2 * self.config.n_params)
+            self.say(f"writing random weights, {2 * self.config.n_params / 1e9:.2f} GB")
+            run_apart(_write_checkpoint, path, self.config, self.threads, threads=self.threads)
+        return path
+
+    def gguf(self, kind: str) -> Path:
+        path = self.folder / f"{kind}.gguf"
+        if path.exists():
+            return path
+        source = self.checkpoint() if kind == "bf16" else self.gguf("bf16")
+        self._need_room(2 * self.config.n_params)
+        self.say(f"writing {path.name}")
+        run_apart(_write_gguf, kind, source, path, self.threads, threads=self.threads)
+        return path
+
+    def _need_room(self, nbytes: int) -> None:
+        if (free := shutil.disk_usage(self.folder).free) < 1.1 * nbytes:
+            raise OSError(
+                f"{self.folder} has {free / 1e9:.1f} GB free and {1.1 * nbytes / 1e9:.1f} are "
+                "needed for weights; give a larger folder with --tmp"
+            )
+
+    def reference(self, tokens: list[int]) -> np.ndarray:
+        """Logits after the tokens by the ops' eager definitions, (V,) float32."""
+        key = tuple(tokens)
+        if key not in self.references:
+            arguments = (self.checkpoint(), self.threads, len(tokens), None, "eager")
+            with Worker(_ours, *arguments, threads=self.threads) as worker:
+                self.references[key] = worker.ask("logits_after", tokens, 0)
+        return self.references[key]
+
+    def start(self, name: str, weights: Weights, context: int) -> Worker:
+        """A worker with the contender of that name. Raises WorkerError, OSError."""
+        if name == OURS:
+            arguments = (_ours, self.checkpoint(), self.threads, context, weights.quantize)
+        elif name == "transformers":
+            arguments = (_hugging_face, self.checkpoint(), self.threads)
+        else:
+            gguf = self.gguf(name.removeprefix("llama.cpp "))
+            arguments = (_llama_cpp, gguf, self.threads, context)
+        return Worker(*arguments, threads=self.threads)
+
+
+def _write_checkpoint(path: Path, config: LlamaConfig, threads: int) -> None:
+    import torch
+
+    from llama_fast.checkpoint import write_random
+
+    torch.set_num_threads(threads)
+    write_random(path, config)
+
+
+def _write_gguf(kind: str, source: Path, path: Path, threads: int) -> None:
+    from benchmarks.peers import gguf_file
+
+    with atomic_file(path) as partial:
+        if kind == "bf16":
+            gguf_file.write_bf16(source, partial)
+        else:
+            gguf_file.quantize(source, partial, kind, threads, pure=PURE[kind])
+
+
+# Contenders import their libraries in their own process.
+def _ours(*arguments: Any) -> Any:
+    from benchmarks.peers.ours import Ours
+
+    return Ours(*arguments)
+
+
+def _hugging_face(*arguments: Any) -> Any:
+    from benchmarks.peers.hugging_face import HuggingFace
+
+    return HuggingFace(*arguments)
+
+
+def _llama_cpp(*arguments: Any) -> Any:
+    from benchmarks.peers.llama_cpp import LlamaCpp
+
+    return LlamaCpp(*arguments)
+
+
+def missing(name: str) -> str | None:
+    """Why a peer cannot take part, or None."""
+    needed = ["transformers"] if name == "transformers" else ["llama_cpp", "gguf"]
+    absent = [module for module in needed if importlib.util.find_spec(module) is None]
+    if not absent or name == OURS:
+        return None
+    return f"{' and '.join(absent)} not installed: {HOW_TO_INSTALL}"
+
+
+@contextlib.contextmanager
+def contenders(models: Models, row: Row, form: str, context: int) -> Iterator[dict[str, Worker]]:
+    """A worker for each contender that can take part; the others go to `row.missing`."""
+    weights = WEIGHTS[form]
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for name in (OURS, *weights.peers):
+            if why := missing(name):
+                row.missing[name] = why
+                continue
+            try:
+                models.say(f"{row.name}: loading {name}")
+                workers[name] = stack.enter_context(models.start(name, weights, context))
+            except WorkerError as error:
+                # What quantised forms exist is our own model's to say; anything else is a fault.
+                if name != OURS or error.kind != "ConfigError":
+                    raise
+                row.missing[name] = f"no {form} weights: {error.text}"
+        yield workers
+
+
+def check(models: Models, row: Row, form: str, worker: Worker, name: str, tokens, steps) -> None:
+    """Raises WrongResult unless the contender's logits are those of the eager definition."""
+    expected = models.reference(tokens)
+    found = worker.ask("logits_after", tokens, steps)
+    error = float(np.sqrt(np.square(found - expected).mean() / np.square(expected).mean()))
+    row.notes.append(f"{name}: error of the logits {error:.2g}")
+    if not error <= WEIGHTS[form].tolerance:
+        raise WrongResult(
+            f"{row.name}: the logits of {name} are {error:.2g} of their size away from the eager "
+            f"definition; at most {WEIGHTS[form].tolerance} is sound, so its time means nothing"
+        )
+
+
+class WrongResult(Exception):
+    """A contender computed something else."""
+
+
+def prompt_of(models: Models, length: int) -> list[int]:
+    """The same random ids in every run."""
+    return random.Random(0).choices(range(models.config.vocab_size), k=length)
+
+
+def decode(models: Models, form: str, goals: dict[str, float], ceilings: Any) -> Row:
+    """Tokens a second of one sequence; a sample is `steps` tokens, going on from the last."""
+    steps, rounds = models.steps, models.rounds
+    row = Row(
+        name=f"decode {form}",
+        what=f"decode of one sequence, {form} weights, {CONTEXT_TOKENS} tokens of context and up",
+        unit="tok/s",
+        work=steps,
+    )
+    context = CONTEXT_TOKENS + steps * (rounds + 2)
+    tokens = prompt_of(models, CONTEXT_TOKENS)
+    with contenders(models, row, form, context) as workers:
+        for name, worker in workers.items():
+            if name.startswith("llama.cpp"):
+                chosen = worker.ask("choose_flash_attention", tokens, steps)
+                row.notes.append(f"{name}: flash attention {chosen}")
+            check(models, row, form, worker, name, tokens, CONTEXT_TOKENS // 2)
+        models.say(f"{row.name}: {rounds} rounds of {steps} tokens")
+        row.samples = interleaved(
+            {n: lambda w=w: w.ask("decode", steps) for n, w in workers.items()}, rounds, PAUSE
+        )
+        share = None
+        if OURS in workers and ceilings.read:
+            nbytes = workers[OURS].ask("bytes_per_token", context / 2)
+            share = nbytes * row.medians()[OURS] / ceilings.read
+    row.goals = peer_goals(row, goals)
+    row.goals.append(Goal("of read bandwidth", goals["read"], share))
+    return row
+
+
+def prefill(models: Models, form: str, goals: dict[str, float], ceilings: Any) -> Row:
+    """Tokens a second of a whole prompt; a sample is one prompt, from an empty cache."""
+    length = models.prompt
+    row = Row(
+        name=f"prefill {form}",
+        what=f"prefill of {length} tokens, {form} weights",
+        unit="tok/s",
+        work=length,
+    )
+    tokens = prompt_of(models, length)
+    with contenders(models, row, form, length) as workers:
+        for name, worker in workers.items():
+            if name.startswith("llama.cpp"):
+                chosen = worker.ask("choose_flash_attention", tokens, 0)
+                row.notes.append(f"{name}: flash attention {chosen}")
+            check(models, row, form, worker, name, tokens, 0)
+        models.say(f"{row.name}: {models.rounds} rounds")
+        row.samples = interleaved(
+            {n: lambda w=w: w.ask("prefill", tokens) for n, w in workers.items()},
+            models.rounds,
+            PAUSE,
+        )
+    row.goals = peer_goals(row, goals)
+    if "bfloat16" in goals:
+        share = None
+        if OURS in row.samples and ceilings.bfloat16:
+            flops = prefill_flops(models.config, length)
+            share = flops * row.medians()[OURS] / length / ceilings.bfloat16
+        row.goals.append(Goal("of the bfloat16 multiply-add rate", goals["bfloat16"], share))
+    return row
+
+
+def peer_goals(row: Row, goals: dict[str, float]) -> list[Goal]:
+    """How many times faster than each peer that has a goal ours is."""
+    return [
+        Goal(
+            f"× {name}",
+            needed,
+            ratio(row.samples, name, OURS) if {name, OURS} <= set(row.samples) else None,
+        )
+        for name, needed in goals.items()
+        if name not in ("read", "bfloat16")
+    ]
+
+
+def prefill_flops(config: LlamaConfig, T: int) -> int:
+    """Multiply-adds twice: all matrices of the layers, the head for the last token alone, and
+    attention to the keys that each token sees."""
+    width = config.n_heads * config.head_dim
+    layer = config.dim * (2 * width + 2 * config.n_kv_heads * config.head_dim)
+    layer += 3 * config.dim * config.hidden_dim
+    attention = 4 * width * (T * (T + 1) // 2)
+    head = 2 * config.dim * config.vocab_size
+    return config.n_layers * (2 * T * layer + attention) + head

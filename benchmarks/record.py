@@ -1,0 +1,181 @@
+"""What a measurement leaves behind: rows with every sample, their goals, and the results file.
+
+A row holds what it was measured with (versions, ceilings, threads, date), so a run of some rows
+may update those rows of a file and keep the others.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import TOO_NOISY, spread
+from llama_fast import __version__
+from llama_fast.atomic import atomic_file
+
+OURS = "llama_fast"
+PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf", "numpy")
+
+
+@dataclass
+class Goal:
+    """One of the project's targets: `value` as measured, None where it could not be."""
+
+    what: str
+    needed: float
+    value: float | None
+    at_most: bool = False
+
+    @property
+    def holds(self) -> bool | None:
+        if self.value is None:
+            return None
+        return self.value <= self.needed if self.at_most else self.value >= self.needed
+
+    def __str__(self) -> str:
+        return f"{'≤' if self.at_most else '≥'} {self.needed:g} {self.what}"
+
+
+@dataclass
+class Row:
+    """One line of the table of targets.
+
+    unit     of the rates: work per second, such as tokens; or of the samples where work is None
+    work     what one sample does, the same for all contenders
+    samples  of each contender: seconds, or already in `unit`
+    missing  who could not take part, and why
+    """
+
+    name: str
+    what: str
+    unit: str
+    work: float | None = None
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    goals: list[Goal] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    measured_with: dict[str, Any] = field(default_factory=dict)
+
+    def medians(self) -> dict[str, float]:
+        """Of each contender, in `unit`."""
+        found = {name: statistics.median(samples) for name, samples in self.samples.items()}
+        return found if self.work is None else {n: self.work / x for n, x in found.items()}
+
+    def spreads(self) -> dict[str, float]:
+        return {name: spread(samples) for name, samples in self.samples.items()}
+
+    @property
+    def too_noisy(self) -> bool:
+        return any(part > TOO_NOISY for part in self.spreads().values())
+
+    def record(self) -> dict[str, Any]:
+        goals = [{**asdict(goal), "text": str(goal), "holds": goal.holds} for goal in self.goals]
+        return {
+            **asdict(self),
+            "goals": goals,
+            "medians": self.medians(),
+            "spreads": self.spreads(),
+            "too_noisy": self.too_noisy,
+        }
+
+
+def versions(llama_cpp: dict[str, str] | None) -> dict[str, Any]:
+    """Of everything that took part; `llama_cpp` is what that library says of itself."""
+    found: dict[str, Any] = {"llama_fast": __version__, "python": platform.python_version()}
+    if commit := _commit():
+        found["commit"] = commit
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    found["llama.cpp"] = llama_cpp
+    return found
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
+    except FileNotFoundError:
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.decode().strip() + (" with changes" if changed.stdout else "")
+
+
+def machine(isa: str | None) -> dict[str, Any]:
+    """The processor and the memory; `isa` is the instruction set that our kernels use."""
+    cpu, flags = platform.processor() or platform.machine(), ""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        text = info.read_text()
+        if match := re.search(r"^model name\s*:\s*(.+)$", text, re.M):
+            cpu = match[1]
+        if match := re.search(r"^flags\s*:\s*(.+)$", text, re.M):
+            flags = match[1]
+    vectors = [flag for flag in flags.split() if re.match(r"avx|amx|fma|f16c", flag)]
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "isa": isa,
+        "flags": vectors,
+        "memory_bytes": pages,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def machine_name(found: dict[str, Any], threads: int) -> str:
+    """A file name: intel-xeon-gold-6330-cpu-2.00ghz-avx512-vnni-2-threads."""
+    cpu = re.sub(r"\((?:r|tm)\)", "", found["cpu"].lower())
+    kind = next((f for f in ("amx_bf16", "avx512_bf16", "avx512_vnni") if f in found["flags"]), "")
+    words = f"{cpu} {kind or found['isa'] or ''} {threads} threads"
+    return re.sub(r"[^a-z0-9.]+", "-", words).strip("-")
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+
+
+def save(path: Path, found: dict[str, Any], rows: list[Row]) -> None:
+    """Writes the results file; rows of an earlier run of other names stay.
+
+    Raises ValueError when the file is of another machine.
+    """
+    kept = {}
+    if path.exists():
+        before = load(path)
+        if before["machine"] != found:
+            raise ValueError(f"{path} holds another machine's results; give another --json")
+        kept = before["rows"]
+    rows_by_name = kept | {row.name: row.record() for row in rows}
+    content = _rounded({"machine": found, "rows": rows_by_name})
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    # A list of numbers or words is one line.
+    text = re.sub(r"\[[^][{}]+\]", lambda match: " ".join(match[0].split()), text)
+    with atomic_file(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to six digits: the rest is noise."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
