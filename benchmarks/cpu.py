@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -94,7 +93,7 @@ def rows_by_name(
 
 def attention_of_prompt(sizes: Sizes, threads: int, rounds: int, ceilings: Ceilings) -> Row:
     T, heads = sizes.prompt, sizes.attention
-    arguments = (threads, rounds, T, T, heads["H"], heads["K"], heads["D"], 1)
+    arguments = (rounds, T, T, heads["H"], heads["K"], heads["D"], 1)
     found = run_apart(kernels.attention, *arguments, threads=threads)
     what = f"attention, causal, {T} tokens, heads {heads['H']}/{heads['K']}, D {heads['D']}, bf16"
     row = Row("attention prompt", what, "GFLOP/s", found.flops / 1e9, found.samples)
@@ -109,7 +108,7 @@ def attention_of_prompt(sizes: Sizes, threads: int, rounds: int, ceilings: Ceili
 
 def attention_of_query(sizes: Sizes, threads: int, rounds: int, ceilings: Ceilings) -> Row:
     S, heads = sizes.keys, sizes.attention
-    arguments = (threads, rounds, 1, S, heads["H"], heads["K"], heads["D"], kernels.LAYERS)
+    arguments = (rounds, 1, S, heads["H"], heads["K"], heads["D"], kernels.LAYERS)
     found = run_apart(kernels.attention, *arguments, threads=threads)
     what = (
         f"attention, 1 query, {S} keys, heads {heads['H']}/{heads['K']}, D {heads['D']}, bf16, "
@@ -124,7 +123,7 @@ def attention_of_query(sizes: Sizes, threads: int, rounds: int, ceilings: Ceilin
 def memory_bound(
     name: str, needed: float, sizes: Sizes, threads: int, rounds: int, ceilings: Ceilings
 ) -> Row:
-    arguments = (threads, rounds, name, sizes.elementwise, sizes.calls)
+    arguments = (rounds, name, sizes.elementwise, sizes.calls)
     found = run_apart(kernels.memory_bound, *arguments, threads=threads)
     dims = ", ".join(f"{dim} {size}" for dim, size in sizes.elementwise.items())
     row = Row(name, f"{name}, {dims}, bf16", "GB/s", found.bytes / 1e9, found.samples)
@@ -136,7 +135,7 @@ def memory_bound(
 
 
 def cost_of_calls(threads: int, rounds: int, ceilings: Ceilings) -> Row:
-    found = run_apart(kernels.call_costs, threads, rounds, CALLED, threads=threads)
+    found = run_apart(kernels.call_costs, rounds, CALLED, threads=threads)
     row = Row("call", "processor time of a call on tiny tensors, without gradient", "µs")
     row.samples = found
     dearest = max(row.medians().values())
@@ -151,8 +150,7 @@ class CeilingsProbe:
     measured must not make a row look better.
     """
 
-    def __init__(self, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self) -> None:
         self.highest: dict[str, float] = {}
 
     def measure(self) -> Ceilings:
@@ -243,7 +241,7 @@ def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
     installed = importlib.util.find_spec("llama_cpp") is not None
     facts = run_apart(llama_cpp_says, threads=given.threads) if installed else None
     versions = record.versions(facts)
-    with Worker(CeilingsProbe, given.threads, threads=given.threads) as probe:
+    with Worker(CeilingsProbe, threads=given.threads) as probe:
         say("measuring the ceilings")
         found: Ceilings = probe.ask("measure")
         machine = record.machine(found.isa)
@@ -251,7 +249,8 @@ def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
         path = given.json or RESULTS / f"{record.machine_name(machine, given.threads)}.json"
         done: list[Row] = []
         for name in names:
-            found = probe.ask("measure")
+            if done:
+                found = probe.ask("measure")
             row = rows[name](found)
             row.measured_with = {
                 "date": record.today(),

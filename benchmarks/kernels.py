@@ -29,8 +29,7 @@ class Found(NamedTuple):
 
 
 @contextmanager
-def _ours_only(threads: int) -> Iterator[None]:
-    torch.set_num_threads(threads)
+def _ours_only() -> Iterator[None]:
     torch.manual_seed(0)
     with torch.no_grad(), use_backend("cpu", strict=True):
         yield
@@ -47,12 +46,10 @@ def _check(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: fl
         )
 
 
-def attention(
-    threads: int, rounds: int, T: int, S: int, H: int, K: int, D: int, layers: int
-) -> Found:
+def attention(rounds: int, T: int, S: int, H: int, K: int, D: int, layers: int) -> Found:
     """bfloat16, causal, T queries that are the last of S keys; a sample visits each layer once."""
     op = OPS["attention"]
-    with _ours_only(threads):
+    with _ours_only():
         inputs = []
         for _ in range(layers):
             q = torch.randn(1, T, H, D, dtype=torch.bfloat16)
@@ -82,10 +79,10 @@ def attention(
     return Found(samples, layers * cost.bytes, layers * cost.flops)
 
 
-def memory_bound(threads: int, rounds: int, name: str, sizes: dict[str, int], calls: int) -> Found:
+def memory_bound(rounds: int, name: str, sizes: dict[str, int], calls: int) -> Found:
     """bfloat16; a sample is `calls` calls. "copy" moves as many bytes as the op must."""
     op = OPS[name]
-    with _ours_only(threads):
+    with _ours_only():
         args = elementwise.arguments(name, torch.bfloat16, **sizes)
         found, expected = op(*args), op.eager(*args)
         if isinstance(found, torch.Tensor):
@@ -108,9 +105,9 @@ def memory_bound(threads: int, rounds: int, name: str, sizes: dict[str, int], ca
     return Found(samples, calls * cost.bytes, calls * cost.flops)
 
 
-def call_costs(threads: int, rounds: int, names: tuple[str, ...]) -> dict[str, list[float]]:
+def call_costs(rounds: int, names: tuple[str, ...]) -> dict[str, list[float]]:
     """Microseconds of processor time of a call without gradient, by op."""
-    with _ours_only(threads):
+    with _ours_only():
         found = {}
         for name in names:
             seconds = elementwise.call_costs(OPS[name], torch.bfloat16, rounds + 1)[1:]

@@ -25,7 +25,6 @@ def peak(models: Models, form: str, quantize: str | None, gigabytes: float) -> R
         value = run_apart(
             _load_and_decode,
             models.checkpoint(),
-            models.threads,
             quantize,
             tokens,
             threads=models.threads,
@@ -43,7 +42,7 @@ def _load_and_decode(folder: Path, threads: int, quantize: str | None, tokens: l
     from benchmarks.peers.ours import Ours
     from llama_fast.cli.measure import resident_peak
 
-    ours = Ours(folder, threads, len(tokens) + TOKENS, quantize)
+    ours = Ours(folder, len(tokens) + TOKENS, quantize)
     ours.prefill(tokens)
     ours.decode(TOKENS)
     return resident_peak() / 1e9

@@ -69,7 +69,7 @@ class Models:
         if not path.exists():
             self._need_room(2 * self.config.n_params)
             self.say(f"writing random weights, {2 * self.config.n_params / 1e9:.2f} GB")
-            run_apart(_write_checkpoint, path, self.config, self.threads, threads=self.threads)
+            run_apart(_write_checkpoint, path, self.config, threads=self.threads)
         return path
 
     def gguf(self, kind: str) -> Path:
@@ -93,7 +93,7 @@ class Models:
         """Logits after the tokens by the ops' eager definitions, (V,) float32."""
         key = tuple(tokens)
         if key not in self.references:
-            arguments = (self.checkpoint(), self.threads, len(tokens), None, "eager")
+            arguments = (self.checkpoint(), len(tokens), None, "eager")
             with Worker(_ours, *arguments, threads=self.threads) as worker:
                 self.references[key] = worker.ask("logits_after", tokens, 0)
         return self.references[key]
@@ -101,21 +101,18 @@ class Models:
     def start(self, name: str, weights: Weights, context: int) -> Worker:
         """A worker with the contender of that name. Raises WorkerError, OSError."""
         if name == OURS:
-            arguments = (_ours, self.checkpoint(), self.threads, context, weights.quantize)
+            arguments = (_ours, self.checkpoint(), context, weights.quantize)
         elif name == "transformers":
-            arguments = (_hugging_face, self.checkpoint(), self.threads)
+            arguments = (_hugging_face, self.checkpoint())
         else:
             gguf = self.gguf(name.removeprefix("llama.cpp "))
             arguments = (_llama_cpp, gguf, self.threads, context)
         return Worker(*arguments, threads=self.threads)
 
 
-def _write_checkpoint(path: Path, config: LlamaConfig, threads: int) -> None:
-    import torch
-
+def _write_checkpoint(path: Path, config: LlamaConfig) -> None:
     from llama_fast.checkpoint import write_random
 
-    torch.set_num_threads(threads)
     write_random(path, config)
 
 

@@ -11,11 +11,17 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-# Read by the OpenMP of each library when it starts, so they are set before a process begins.
+import torch
+
+# Workers fork from a process that has imported torch and nothing else, and started no thread.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch"])
+
+# Read by the OpenMP of each library when it is loaded; torch's own is told in another way.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -35,11 +41,11 @@ class Worker:
     """
 
     def __init__(self, make: Callable[..., Any], *args: Any, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
-        with _environment(dict.fromkeys(THREAD_VARIABLES, str(threads))):
-            self._process.start()
+        self._pipe, theirs = _context.Pipe()
+        self._process = _context.Process(
+            target=_serve, args=(theirs, threads, make, args), daemon=True
+        )
+        self._process.start()
         theirs.close()
         try:
             self._answer()
@@ -91,34 +97,25 @@ class _Call:
         return function(*args)
 
 
-def _serve(pipe: Connection, make: Callable[..., Any], args: tuple) -> None:
+def _serve(pipe: Connection, threads: int, make: Callable[..., Any], args: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    contender = _send_result(pipe, lambda: make(*args), keep=True)
-    while contender is not None:
-        try:
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+    torch.set_num_threads(threads)
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has closed the pipe
+        contender = _send_result(pipe, make, args, keep=True)
+        while contender is not None:
             method, args = pipe.recv()
-        except EOFError:
-            return
-        _send_result(pipe, lambda: getattr(contender, method)(*args))  # noqa: B023
+            _send_result(pipe, getattr(contender, method), args)
 
 
-def _send_result(pipe: Connection, call: Callable[[], Any], keep: bool = False) -> Any:
+def _send_result(
+    pipe: Connection, call: Callable[..., Any], args: tuple, keep: bool = False
+) -> Any:
     """Sends (error, answer); with `keep` the answer stays here."""
     try:
-        answer = call()
+        answer = call(*args)
     except Exception as error:
         pipe.send(((type(error).__name__, str(error), traceback.format_exc()), None))
         return None
     pipe.send((None, None if keep else answer))
     return answer
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

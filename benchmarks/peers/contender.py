@@ -10,7 +10,7 @@ import numpy as np
 class Contender(ABC):
     """A model that decodes one sequence; the weights are random, and the same for all contenders.
 
-    Constructed in a process of its own, with its number of threads as an argument.
+    Each lives in a process of its own, in which torch has been told its number of threads.
     """
 
     @abstractmethod

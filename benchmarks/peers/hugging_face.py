@@ -12,8 +12,7 @@ from .contender import Contender
 
 
 class HuggingFace(Contender):
-    def __init__(self, folder: Path, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, folder: Path) -> None:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

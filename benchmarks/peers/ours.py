@@ -19,14 +19,8 @@ class Ours(Contender):
     backend   None: the device's usual order, as a user gets it"""
 
     def __init__(
-        self,
-        folder: Path,
-        threads: int,
-        context: int,
-        quantize: str | None = None,
-        backend: str | None = None,
+        self, folder: Path, context: int, quantize: str | None = None, backend: str | None = None
     ) -> None:
-        torch.set_num_threads(threads)
         self.model = Llama.from_pretrained(folder, device="cpu", quantize=quantize)
         self.cache = self.model.new_cache(1, context)
         if backend is not None:

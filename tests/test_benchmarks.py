@@ -1,0 +1,209 @@
+"""The CPU benchmark measures what it says, in a tiny shape; figures are not looked at here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+from importlib import metadata
+
+import pytest
+
+from benchmarks import cpu, models, record
+from benchmarks.record import Goal, Row
+from benchmarks.timing import interleaved, ratio, spread
+from benchmarks.worker import Worker, WorkerError
+from llama_fast.checkpoint import write_random
+from llama_fast.config import LlamaConfig, RopeScaling
+
+_cpu = pytest.importorskip("llama_fast._cpu", reason="the C++ kernels are not built")
+PEER = importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf")
+needs_llama_cpp = pytest.mark.skipif(
+    not PEER, reason="llama-cpp-python and gguf are not installed: pip install '.[peers]'"
+)
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Two rows of a run of one round, with every contender that is installed."""
+    path = tmp_path_factory.mktemp("bench") / "results.json"
+    code = cpu.main(
+        [
+            *("--rows", "decode bf16", "call", "--shape", "demo", "--threads", "1"),
+            *("--rounds", "2", "--steps", "2", "--json", str(path)),
+        ]
+    )
+    assert code == 0
+    return path
+
+
+def test_the_results_hold_every_sample_and_what_they_were_measured_with(results):
+    found = json.loads(results.read_text())
+    assert found["machine"]["isa"] == _cpu.isa() and found["machine"]["cores"] >= 1
+    assert list(found["rows"]) == ["decode bf16", "call"]
+    row = found["rows"]["decode bf16"]
+    contenders = {"llama_fast", "transformers"} | ({"llama.cpp bf16"} if PEER else set())
+    assert set(row["samples"]) == contenders
+    assert set(row["missing"]) == {"llama.cpp bf16"} - contenders
+    for name, seconds in row["samples"].items():
+        assert len(seconds) == 2 and min(seconds) > 0
+        assert row["medians"][name] == pytest.approx(2 / statistics.median(seconds), rel=1e-4)
+    goals = {goal["what"]: goal for goal in row["goals"]}
+    assert goals["× transformers"]["needed"] == 4.0
+    assert goals["× transformers"]["value"] == pytest.approx(
+        ratio(row["samples"], "transformers", "llama_fast"), rel=1e-4
+    )
+    assert 0 < goals["of read bandwidth"]["value"] < 100
+    used = row["measured_with"]
+    assert used["shape"] == "demo" and used["threads"] == 1
+    assert used["versions"]["torch"] == metadata.version("torch")
+    assert used["ceilings"]["read"] > 1e8 and used["ceilings"]["bfloat16"] > 1e8
+    assert min(found["rows"]["call"]["medians"].values()) > 0
+
+
+def test_unknown_rows_are_named(capsys):
+    assert cpu.main(["--rows", "decode int3"]) == 1
+    assert "no row decode int3; the rows are decode bf16" in capsys.readouterr().err
+
+
+def test_peers_that_are_missing_are_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert models.missing("transformers").startswith("transformers not installed: pip install")
+    assert models.missing("llama.cpp q8_0").startswith("llama_cpp and gguf not installed")
+    assert models.missing("llama_fast") is None
+
+
+# --- a wrong contender is refused -------------------------------------------------------------
+
+TINY = LlamaConfig(
+    dim=64,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=16,
+    hidden_dim=96,
+    vocab_size=600,
+    max_seq_len=64,
+    rope_scaling=RopeScaling(8.0, original_max_seq_len=32),
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_random(folder / "weights", TINY)
+    return models.Models(TINY, folder, 1, 1, 32, 2, lambda text: None)
+
+
+class Fixed:
+    """Stands for a worker whose contender gives these logits."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def ask(self, method, *arguments):
+        return self.logits
+
+
+def test_wrong_logits_are_refused(tiny):
+    tokens = models.prompt_of(tiny, 8)
+    right = tiny.reference(tokens)
+    row = Row("decode bf16", "", "tok/s")
+    models.check(tiny, row, "bf16", Fixed(right * 1.01), "sound", tokens, 0)
+    with pytest.raises(models.WrongResult, match="its time means nothing"):
+        models.check(tiny, row, "bf16", Fixed(right * 1.1), "wrong", tokens, 0)
+    with pytest.raises(models.WrongResult):
+        models.check(tiny, row, "bf16", Fixed(right * float("nan")), "broken", tokens, 0)
+
+
+@needs_llama_cpp
+def test_llama_cpp_runs_the_same_model(tiny):
+    """Names, rotation, its scaling, norms: all of the GGUF is right when the logits are."""
+    tokens = models.prompt_of(tiny, 40)
+    for kind, form in (("bf16", "bf16"), ("q8_0", "int8")):
+        row = Row("decode", "", "tok/s")
+        with tiny.start(f"llama.cpp {kind}", models.WEIGHTS[form], 64) as worker:
+            models.check(tiny, row, form, worker, kind, tokens, 4)
+    assert not list(tiny.folder.glob("*.partial"))
+
+
+# --- workers ----------------------------------------------------------------------------------
+
+
+class Calculator:
+    def __init__(self, start):
+        if start < 0:
+            raise ValueError("below zero")
+        self.value = start
+
+    def add(self, more):
+        self.value += more
+        return self.value
+
+    def leave(self):
+        import os
+
+        os._exit(3)
+
+
+def test_a_worker_keeps_its_contender():
+    with Worker(Calculator, 1, threads=1) as worker:
+        assert worker.ask("add", 2) == 3 and worker.ask("add", 2) == 5
+        with pytest.raises(WorkerError, match="unsupported operand"):
+            worker.ask("add", "two")
+        assert worker.ask("add", 1) == 6
+        with pytest.raises(WorkerError, match="ended with code 3"):
+            worker.ask("leave")
+    with pytest.raises(WorkerError, match="below zero") as caught:
+        Worker(Calculator, -1, threads=1)
+    assert caught.value.kind == "ValueError"
+
+
+# --- figures ----------------------------------------------------------------------------------
+
+
+def test_every_contender_takes_its_turn():
+    turns = []
+    calls = {name: lambda name=name: turns.append(name) for name in "ab"}
+    seconds = interleaved(calls, rounds=3)
+    assert turns == ["a", "b"] * 4
+    assert {name: len(samples) for name, samples in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_ratio_and_spread():
+    seconds = {"slow": [4.0, 6.0, 100.0], "fast": [2.0, 2.0, 2.0]}
+    assert ratio(seconds, "slow", "fast") == 3.0
+    assert spread([1.0]) == 0.0
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
+    row = Row("x", "", "tok/s", 10.0, {"a": [1.0, 1.01, 1.02]})
+    assert not row.too_noisy
+    row.samples["b"] = [1.0, 2.0, 3.0]
+    assert row.too_noisy and row.medians() == {"a": pytest.approx(10 / 1.01), "b": 5.0}
+
+
+def test_goals_hold_or_not():
+    assert Goal("× peer", 1.6, 1.6).holds and not Goal("× peer", 1.6, 1.59).holds
+    assert Goal("µs", 5.0, 4.0, at_most=True).holds
+    assert Goal("× peer", 1.6, None).holds is None
+    assert str(Goal("µs", 5.0, 4.0, at_most=True)) == "≤ 5 µs"
+
+
+def test_a_run_updates_its_rows_and_keeps_the_others(tmp_path):
+    path, machine = tmp_path / "results.json", {"cpu": "one"}
+    rows = [Row(name, "", "µs", None, {"op": [1.0, 2.0]}) for name in ("a", "b")]
+    record.save(path, machine, rows)
+    record.save(path, machine, [Row("b", "new", "µs", None, {"op": [3.0]})])
+    found = record.load(path)["rows"]
+    assert found["a"]["samples"] == {"op": [1.0, 2.0]} and found["b"]["what"] == "new"
+    with pytest.raises(ValueError, match="another machine"):
+        record.save(path, {"cpu": "other"}, rows)
+
+
+def test_a_machine_has_a_name_for_its_file():
+    machine = {"cpu": "Intel(R) Xeon(R) Gold 6330 CPU @ 2.00GHz", "isa": "avx512"}
+    machine["flags"] = ["avx2", "avx512_vnni"]
+    expected = "intel-xeon-gold-6330-cpu-2.00ghz-avx512-vnni-2-threads"
+    assert record.machine_name(machine, 2) == expected
