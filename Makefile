@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 # The C++ sources too: a change of theirs rebuilds the extension.
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench-cpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/llama-fast generate "Once upon a time" --max-new-tokens 120 --seed 1
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+# ARGS="--rows 'decode bf16'" and the like: see python -m benchmarks.cpu --help
+bench-cpu: $(VENV)/.installed-peers
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -30,6 +34,13 @@ $(VENV)/.installed: $(SOURCES) | $(VENV)/bin/python
 
 $(VENV)/.installed-test: $(SOURCES) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@ $(VENV)/.installed
+
+# The peers are compiled here; without them the benchmark runs, and says who is missing.
+$(VENV)/.installed-peers: $(SOURCES) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]' \
+		|| echo "Not all of the peers could be installed; the benchmark runs without them."
 	touch $@ $(VENV)/.installed
 
 clean:

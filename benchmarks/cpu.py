@@ -96,7 +96,9 @@ def attention_of_prompt(sizes: Sizes, threads: int, rounds: int, ceilings: Ceili
     arguments = (rounds, T, T, heads["H"], heads["K"], heads["D"], 1)
     found = run_apart(kernels.attention, *arguments, threads=threads)
     what = f"attention, causal, {T} tokens, heads {heads['H']}/{heads['K']}, D {heads['D']}, bf16"
-    row = Row("attention prompt", what, "GFLOP/s", found.flops / 1e9, found.samples)
+    row = Row(
+        "attention prompt", what, "GFLOP/s", found.flops / 1e9, found.samples, others=found.others
+    )
     peak = ceilings.bfloat16
     share = row.medians()[OURS] * 1e9 / peak if peak else None
     row.goals = [
@@ -114,7 +116,9 @@ def attention_of_query(sizes: Sizes, threads: int, rounds: int, ceilings: Ceilin
         f"attention, 1 query, {S} keys, heads {heads['H']}/{heads['K']}, D {heads['D']}, bf16, "
         f"{kernels.LAYERS} caches in turn"
     )
-    row = Row("attention query", what, "GB/s", found.bytes / 1e9, found.samples)
+    row = Row(
+        "attention query", what, "GB/s", found.bytes / 1e9, found.samples, others=found.others
+    )
     share = row.medians()[OURS] * 1e9 / ceilings.read if ceilings.read else None
     row.goals = [Goal("of read bandwidth", 0.85, share)]
     return row
@@ -126,7 +130,9 @@ def memory_bound(
     arguments = (rounds, name, sizes.elementwise, sizes.calls)
     found = run_apart(kernels.memory_bound, *arguments, threads=threads)
     dims = ", ".join(f"{dim} {size}" for dim, size in sizes.elementwise.items())
-    row = Row(name, f"{name}, {dims}, bf16", "GB/s", found.bytes / 1e9, found.samples)
+    row = Row(
+        name, f"{name}, {dims}, bf16", "GB/s", found.bytes / 1e9, found.samples, others=found.others
+    )
     row.goals = [
         Goal("× torch.compile", needed, ratio(found.samples, "torch.compile", OURS)),
         Goal("× a copy of as many bytes", COPIED, ratio(found.samples, "copy", OURS)),
@@ -272,8 +278,8 @@ def show(console: Console, row: Row) -> None:
     console.print(table_of([row]))
     for absent, why in row.missing.items():
         console.print(f"  {absent} did not take part: {why}", markup=False)
-    if row.too_noisy:
-        console.print("  too noisy: a contender's samples spread over more than a tenth")
+    for why in row.too_noisy:
+        console.print(f"  too noisy: {why}")
 
 
 def say(text: str) -> None:

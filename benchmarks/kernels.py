@@ -3,6 +3,7 @@ and what a call costs. Each function runs in a process of its own and returns wh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 import llama_fast.ops  # noqa: F401  registers the ops
 from benchmarks import elementwise
 from benchmarks.record import OURS
-from benchmarks.timing import interleaved
+from benchmarks.timing import OtherPrograms, interleaved
 from llama_fast.registry import OPS, use_backend
 
 # Caches that one query visits in turn, as those of a model's layers: more than a cache can hold.
@@ -21,9 +22,12 @@ LAYERS = 16
 
 
 class Found(NamedTuple):
-    """samples  seconds of each contender; work  bytes and FLOPs of one sample of ours"""
+    """samples  seconds of each contender
+    others   part of the processors' time that other programs took meanwhile
+    bytes, flops  of one sample of ours"""
 
     samples: dict[str, list[float]]
+    others: float | None
     bytes: int
     flops: int
 
@@ -74,13 +78,14 @@ def attention(rounds: int, T: int, S: int, H: int, K: int, D: int, layers: int) 
         expected = op.eager(*inputs[0], True, None, None)
         _check("attention", ours(*inputs[0]), expected, 0.02)
         _check("SDPA", sdpa(*inputs[0]).transpose(1, 2), expected, 0.02)
-        samples = interleaved({OURS: each(ours), "SDPA": each(sdpa)}, rounds)
+        with OtherPrograms([os.getpid()]) as others:
+            samples = interleaved({OURS: each(ours), "SDPA": each(sdpa)}, rounds)
         cost = op.cost(*inputs[0], True, None, None)
-    return Found(samples, layers * cost.bytes, layers * cost.flops)
+    return Found(samples, others.share, layers * cost.bytes, layers * cost.flops)
 
 
-def memory_bound(rounds: int, name: str, sizes: dict[str, int], calls: int) -> Found:
-    """bfloat16; a sample is `calls` calls. "copy" moves as many bytes as the op must."""
+def memory_bound(rounds: int, name: str, sizes: dict[str, int], repeat: int) -> Found:
+    """bfloat16; a sample is `repeat` calls. "copy" moves as many bytes as the op must."""
     op = OPS[name]
     with _ours_only():
         args = elementwise.arguments(name, torch.bfloat16, **sizes)
@@ -90,19 +95,23 @@ def memory_bound(rounds: int, name: str, sizes: dict[str, int], calls: int) -> F
         for one, other in zip(found, expected, strict=True):
             _check(name, one, other, 0.02)
 
+        named = {"ours": OURS, "compile": "torch.compile", "copy": "copy"}
+
         def repeated(call: Callable[[], Any]) -> Callable[[], None]:
             def run() -> None:
-                for _ in range(calls):
+                for _ in range(repeat):
                     call()
 
             return run
 
         each = elementwise.contenders(op, torch.bfloat16, sizes)
-        samples = interleaved({name: repeated(call) for name, call in each.items()}, rounds)
+        calls = {named[key]: repeated(call) for key, call in each.items()}
+        for call in calls.values():  # compiling is left out of what is watched
+            call()
+        with OtherPrograms([os.getpid()]) as others:
+            samples = interleaved(calls, rounds)
         cost = op.cost(*args)
-    named = {"ours": OURS, "compile": "torch.compile", "copy": "copy"}
-    samples = {named[key]: seconds for key, seconds in samples.items()}
-    return Found(samples, calls * cost.bytes, calls * cost.flops)
+    return Found(samples, others.share, repeat * cost.bytes, repeat * cost.flops)
 
 
 def call_costs(rounds: int, names: tuple[str, ...]) -> dict[str, list[float]]:

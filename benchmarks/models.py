@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.record import OURS, Goal, Row
-from benchmarks.timing import interleaved, ratio
+from benchmarks.timing import OtherPrograms, interleaved, ratio
 from benchmarks.worker import Worker, WorkerError, run_apart
 from llama_fast.atomic import atomic_file
 from llama_fast.config import LlamaConfig
 
 HOW_TO_INSTALL = "pip install -c constraints.txt '.[bench,peers]'"
 CONTEXT_TOKENS = 16  # what a decoded sequence begins with
+TRIAL = 128  # tokens of a prompt that are enough to check a prefill
 PAUSE = 0.05  # seconds; OpenMP's threads spin for some milliseconds before they sleep
 
 
@@ -188,6 +191,14 @@ def check(models: Models, row: Row, form: str, worker: Worker, name: str, tokens
         )
 
 
+def time_in_turn(models: Models, row: Row, workers: dict[str, Worker], *request: Any) -> None:
+    """Asks the same of all, round by round."""
+    calls = {name: partial(worker.ask, *request) for name, worker in workers.items()}
+    with OtherPrograms([os.getpid(), *(worker.process for worker in workers.values())]) as others:
+        row.samples = interleaved(calls, models.rounds, PAUSE)
+    row.others = others.share
+
+
 class WrongResult(Exception):
     """A contender computed something else."""
 
@@ -215,9 +226,7 @@ def decode(models: Models, form: str, goals: dict[str, float], ceilings: Any) ->
                 row.notes.append(f"{name}: flash attention {chosen}")
             check(models, row, form, worker, name, tokens, CONTEXT_TOKENS // 2)
         models.say(f"{row.name}: {rounds} rounds of {steps} tokens")
-        row.samples = interleaved(
-            {n: lambda w=w: w.ask("decode", steps) for n, w in workers.items()}, rounds, PAUSE
-        )
+        time_in_turn(models, row, workers, "decode", steps)
         share = None
         if OURS in workers and ceilings.read:
             nbytes = workers[OURS].ask("bytes_per_token", context / 2)
@@ -240,15 +249,11 @@ def prefill(models: Models, form: str, goals: dict[str, float], ceilings: Any) -
     with contenders(models, row, form, length) as workers:
         for name, worker in workers.items():
             if name.startswith("llama.cpp"):
-                chosen = worker.ask("choose_flash_attention", tokens, 0)
+                chosen = worker.ask("choose_flash_attention", tokens[:TRIAL], 0)
                 row.notes.append(f"{name}: flash attention {chosen}")
-            check(models, row, form, worker, name, tokens, 0)
+            check(models, row, form, worker, name, tokens[:TRIAL], 0)
         models.say(f"{row.name}: {models.rounds} rounds")
-        row.samples = interleaved(
-            {n: lambda w=w: w.ask("prefill", tokens) for n, w in workers.items()},
-            models.rounds,
-            PAUSE,
-        )
+        time_in_turn(models, row, workers, "prefill", tokens)
     row.goals = peer_goals(row, goals)
     if "bfloat16" in goals:
         share = None

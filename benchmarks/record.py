@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import TOO_NOISY, spread
+from benchmarks.timing import TOO_BUSY, TOO_NOISY, spread
 from llama_fast import __version__
 from llama_fast.atomic import atomic_file
 
@@ -52,6 +52,7 @@ class Row:
     unit     of the rates: work per second, such as tokens; or of the samples where work is None
     work     what one sample does, the same for all contenders
     samples  of each contender: seconds, or already in `unit`
+    others   part of the processors' time that other programs took meanwhile; None: not known
     missing  who could not take part, and why
     """
 
@@ -61,6 +62,7 @@ class Row:
     work: float | None = None
     samples: dict[str, list[float]] = field(default_factory=dict)
     goals: list[Goal] = field(default_factory=list)
+    others: float | None = None
     missing: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     measured_with: dict[str, Any] = field(default_factory=dict)
@@ -74,8 +76,16 @@ class Row:
         return {name: spread(samples) for name, samples in self.samples.items()}
 
     @property
-    def too_noisy(self) -> bool:
-        return any(part > TOO_NOISY for part in self.spreads().values())
+    def too_noisy(self) -> list[str]:
+        """Why these figures say little, in sentences; nothing where they do."""
+        why = [
+            f"the samples of {name} spread over {part:.0%} of their median"
+            for name, part in self.spreads().items()
+            if part > TOO_NOISY
+        ]
+        if self.others is not None and self.others > TOO_BUSY:
+            why.append(f"other programs took {self.others:.0%} of the processors' time")
+        return why
 
     def record(self) -> dict[str, Any]:
         goals = [{**asdict(goal), "text": str(goal), "holds": goal.holds} for goal in self.goals]

@@ -1,4 +1,8 @@
-"""Interleaved timing: every contender once a round, so a machine whose speed drifts is fair."""
+"""Interleaved timing: every contender once a round, so a machine whose speed drifts is fair.
+
+A run that is too noisy says so: by the spread of its samples, and by how busy the processors were
+with other programs, which may slow every sample down alike.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from collections.abc import Callable
 
 # Relative spread beyond which a median says little.
 TOO_NOISY = 0.10
+# Part of the processors' time that other programs may take.
+TOO_BUSY = 0.05
 
 
 def interleaved(
@@ -40,3 +46,44 @@ def spread(values: list[float]) -> float:
         return 0.0
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return (high - low) / middle
+
+
+class OtherPrograms:
+    """Inside the block, watches the processor time that programs other than `processes` take.
+
+    share  afterwards: as a part of all processors' time, with what a hypervisor took for others;
+           None where /proc does not say
+    """
+
+    def __init__(self, processes: list[int]) -> None:
+        self.processes = processes
+        self.share: float | None = None
+
+    def __enter__(self) -> OtherPrograms:
+        self._before = self._ticks()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        after = self._ticks()
+        if self._before is not None and after is not None:
+            elapsed, others = (now - then for now, then in zip(after, self._before, strict=True))
+            self.share = max(0.0, others / elapsed) if elapsed else 0.0
+
+    def _ticks(self) -> tuple[int, int] | None:
+        """Clock ticks of all processors so far, and those of others among them."""
+        try:
+            with open("/proc/stat") as file:
+                user, nice, system, idle, wait, irq, soft, steal = map(
+                    int, file.readline().split()[1:9]
+                )
+            own = sum(_ticks_of(process) for process in self.processes)
+        except (OSError, ValueError):
+            return None
+        busy = user + nice + system + irq + soft + steal
+        return busy + idle + wait, busy - own
+
+
+def _ticks_of(process: int) -> int:
+    with open(f"/proc/{process}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])

@@ -72,6 +72,10 @@ class Worker:
             raise WorkerError(*error)
         return answer
 
+    @property
+    def process(self) -> int:
+        return self._process.pid
+
     def close(self) -> None:
         self._pipe.close()
         self._process.join(10)

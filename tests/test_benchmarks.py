@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import statistics
+import time
 from importlib import metadata
 
 import pytest
 
-from benchmarks import cpu, models, record
+from benchmarks import cpu, models, record, table
 from benchmarks.record import Goal, Row
-from benchmarks.timing import interleaved, ratio, spread
+from benchmarks.timing import OtherPrograms, interleaved, ratio, spread
 from benchmarks.worker import Worker, WorkerError
 from llama_fast.checkpoint import write_random
 from llama_fast.config import LlamaConfig, RopeScaling
@@ -144,8 +146,6 @@ class Calculator:
         return self.value
 
     def leave(self):
-        import os
-
         os._exit(3)
 
 
@@ -181,7 +181,24 @@ def test_ratio_and_spread():
     row = Row("x", "", "tok/s", 10.0, {"a": [1.0, 1.01, 1.02]})
     assert not row.too_noisy
     row.samples["b"] = [1.0, 2.0, 3.0]
-    assert row.too_noisy and row.medians() == {"a": pytest.approx(10 / 1.01), "b": 5.0}
+    assert row.medians() == {"a": pytest.approx(10 / 1.01), "b": 5.0}
+    assert row.too_noisy == ["the samples of b spread over 50% of their median"]
+    row = Row("x", "", "tok/s", 10.0, {"a": [1.0]}, others=0.5)
+    assert row.too_noisy == ["other programs took 50% of the processors' time"]
+
+
+def test_other_programs_are_seen():
+    """Our own work is not counted when it is said to be ours, and is when it is not."""
+    shares = []
+    for processes in ([os.getpid()], []):
+        with OtherPrograms(processes) as others:
+            start = time.process_time()
+            while time.process_time() - start < 0.5:
+                pass
+        shares.append(others.share)
+    if None in shares:
+        pytest.skip("this system has no /proc/stat")
+    assert shares[1] > shares[0] and shares[1] > 0.2 / os.cpu_count()
 
 
 def test_goals_hold_or_not():
@@ -207,3 +224,19 @@ def test_a_machine_has_a_name_for_its_file():
     machine["flags"] = ["avx2", "avx512_vnni"]
     expected = "intel-xeon-gold-6330-cpu-2.00ghz-avx512-vnni-2-threads"
     assert record.machine_name(machine, 2) == expected
+
+
+def test_the_table_is_made_from_the_results(results, tmp_path, capsys):
+    assert table.main([str(results)]) == 0
+    text = capsys.readouterr().out
+    median = json.loads(results.read_text())["rows"]["decode bf16"]["medians"]["llama_fast"]
+    assert f"| {median:.3g} tok/s | transformers " in text and "× transformers (goal ≥ 4" in text
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    assert table.main([str(results), "--write", str(page)]) == 0
+    written = page.read_text()
+    assert written.startswith("before\n") and written.endswith("\nafter\n")
+    assert text.strip() in written and "old" not in written
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="must have one line"):
+        table.main([str(results), "--write", str(page)])
