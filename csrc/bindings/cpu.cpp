@@ -119,7 +119,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   // Returns the first row whose length exceeds S, having done nothing then, or -1.
   m.def("attention", [](int dtype, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
-                        uintptr_t lengths, const std::array<int64_t, 4>& q_shape,
+                        uintptr_t lse, uintptr_t lengths, const std::array<int64_t, 4>& q_shape,
                         const std::array<int64_t, 4>& k_shape, const Strides& q_stride,
                         const Strides& k_stride, const Strides& v_stride, bool causal,
                         float scale) -> int64_t {
@@ -129,7 +129,7 @@ PYBIND11_MODULE(_cpu, m) {
     for (int64_t b = 0; length && b < B; ++b)
       if (length[b] > S) return b;
     launch(&KernelTable::attention, AttentionArgs{DType(dtype), pointer<void>(q), pointer<void>(k),
-           pointer<void>(v), pointer<void>(o), length, B, T, S, H, K, D, heads(q_stride),
+           pointer<void>(v), pointer<void>(o), pointer<float>(lse), length, B, T, S, H, K, D, heads(q_stride),
            heads(k_stride), heads(v_stride), causal, scale});
     return -1;
   });

@@ -64,9 +64,8 @@ template <class T> static void write_few(const AttentionArgs& a, const Row& row,
                                          int64_t head, const Partial& result) {
   const int64_t G = a.H / a.K;
   for (int64_t r = 0; r < row.queries * G; ++r) {
-    T* to = static_cast<T*>(a.o) +
-            ((b * a.T + row.first + r / G) * a.H + head * G + r % G) * a.D;
-    write_result(to, result.sums_of + r * result.stride, a.D, result.total[r]);
+    write_result<T>(a, b, row.first + r / G, head * G + r % G, result.sums_of + r * result.stride,
+                    result.top[r], result.total[r]);
   }
 }
 
@@ -81,6 +80,8 @@ template <class T> static void attend(const AttentionArgs& a) {
     const Row row(a, b);
     std::memset(static_cast<T*>(a.o) + b * a.T * a.H * D, 0,
                 size_t(row.first * a.H * D) * sizeof(T));
+    for (int64_t h = 0; a.lse && h < a.H; ++h)
+      std::fill_n(a.lse + (b * a.H + h) * a.T, row.first, -std::numeric_limits<float>::infinity());
     work += row.queries * row.keys * a.H * D * 2;
     queries += plan.few(row) ? 0 : row.queries;
     partials += plan.partials(row);

@@ -43,6 +43,7 @@ struct AttentionArgs {
   const void* k;           // (B, S, K, D)
   const void* v;           // (B, S, K, D)
   void* o;                 // (B, T, H, D) contiguous
+  float* lse;              // (B, H, T) contiguous, log of the sum of exp(score), or null
   const int64_t* lengths;  // (B,), each at most S, or null for S
   int64_t B, T, S, H, K, D;
   HeadStrides q_stride, k_stride, v_stride;

@@ -232,14 +232,18 @@ def _attention(
     causal: bool,
     scale: float | None,
     lengths: torch.Tensor | None,
-) -> torch.Tensor:
+    need_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     o = _new(q)
+    B, T, H, _ = q.shape
+    lse = torch.empty((B, H, T) if need_lse else 0, dtype=torch.float32)
     bad_row = _cpu.attention(
         DTYPES[q.dtype],
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
         o.data_ptr(),
+        lse.data_ptr(),  # null when it is empty
         0 if lengths is None else lengths.data_ptr(),
         q.shape,
         k.shape,
@@ -251,7 +255,7 @@ def _attention(
     )
     if bad_row >= 0:
         raise too_long(bad_row, int(lengths[bad_row]), k.shape[1])
-    return o
+    return o, lse
 
 
 def _attention_unsupported(
@@ -261,6 +265,7 @@ def _attention_unsupported(
     causal: bool,
     scale: float | None,
     lengths: torch.Tensor | None,
+    need_lse: bool,
 ) -> list[str]:
     reasons = _reasons(q.dtype, q=q, k=k, v=v)
     D = q.shape[-1]

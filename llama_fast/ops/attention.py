@@ -16,6 +16,11 @@ Rounding  q·kᵀ to q's dtype, times scale; softmax in float32; the weights to 
 Gradient, with P the weights and g the gradient of o:
     dv = Pᵀ g      dP = g vᵀ      dS = P ∘ (dP - rowsum(P ∘ dP))      dq = scale dS k
     dk = scale dSᵀ q      summed over the G query heads of a KV head
+
+Beside o the op returns each query's lse = log Σ exp(score), (B, H, T) float32, -inf where it sees
+no key. Backward kernels remake the weights from it without another softmax, exp(score - lse), and take
+rowsum(P ∘ dP) from o and g, to which it is equal. It is empty unless `need_lse`, which the public
+function sets where a gradient is to be recorded.
 """
 
 from __future__ import annotations
@@ -53,7 +58,9 @@ def attention(
     Returns o (B, T, H, D), contiguous, of q's dtype; zeros where a query sees no key. Raises
     ShapeError when the arguments do not fit. On a GPU the values of `lengths` are not checked.
     """
-    return OP(q, k, v, causal, scale, lengths)
+    grad = torch.is_grad_enabled()
+    need_lse = grad and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return OP(q, k, v, causal, scale, lengths, need_lse)[0]
 
 
 def check(
@@ -63,6 +70,7 @@ def check(
     causal: bool,
     scale: float | None,
     lengths: torch.Tensor | None,
+    need_lse: bool = False,
 ) -> None:
     checks.same_kind("attention", "q", q, k=k, v=v)
     checks.ndim("attention", "q", q, 4, "(B, T, H, D)")
@@ -133,7 +141,8 @@ def eager(
     causal: bool,
     scale: float | None,
     lengths: torch.Tensor | None,
-) -> torch.Tensor:
+    need_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     check_lengths(lengths, k.shape[1])
     _, T, H, D = q.shape
     _, S, K, _ = k.shape
@@ -141,8 +150,15 @@ def eager(
     k, v = valid_only(k, lengths), valid_only(v, lengths)
     grouped = q.unflatten(2, (K, H // K))
     scores = torch.einsum("btkgd,bskd->bkgts", grouped, k) * scale
-    weights = softmax_weights(scores, visible(T, S, causal, lengths, q.device)).to(q.dtype)
-    return torch.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape).contiguous()
+    seen = visible(T, S, causal, lengths, q.device)
+    weights = softmax_weights(scores, seen).to(q.dtype)
+    o = torch.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape).contiguous()
+    lse = q.new_empty(0, dtype=accumulate(q.dtype))
+    if need_lse:
+        scores = scores.detach().to(lse.dtype).masked_fill(~seen, float("-inf"))
+        nothing = scores.new_full((*scores.shape[:-1], 1), float("-inf"))  # where there is no key
+        lse = torch.cat((scores, nothing), -1).logsumexp(-1).reshape(q.shape[0], H, T)
+    return o, lse
 
 
 def fake(
@@ -152,8 +168,12 @@ def fake(
     causal: bool,
     scale: float | None,
     lengths: torch.Tensor | None,
-) -> torch.Tensor:
-    return q.new_empty(q.shape)
+    need_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(
+        (B, H, T) if need_lse else 0, dtype=accumulate(q.dtype)
+    )
 
 
 def backward_eager(
@@ -161,11 +181,14 @@ def backward_eager(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
     causal: bool,
     scale: float | None,
     lengths: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Recomputes the weights, a block of queries at a time, so that memory grows with S alone."""
+    """Recomputes the weights with a softmax, a block of queries at a time, so that memory grows
+    with S alone; o and lse are for the kernels."""
     check_lengths(lengths, k.shape[1])
     B, T, H, D = q.shape
     _, S, K, _ = k.shape
@@ -196,13 +219,18 @@ def backward_check(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
     causal: bool,
     scale: float | None,
     lengths: torch.Tensor | None,
 ) -> None:
     check(q, k, v, causal, scale, lengths)
-    checks.same_kind("attention_backward", "q", q, grad=grad)
+    checks.same_kind("attention_backward", "q", q, grad=grad, o=o)
     checks.shape("attention_backward", "grad", grad, q.shape, "q's shape")
+    checks.shape("attention_backward", "o", o, q.shape, "q's shape")
+    B, T, H, _ = q.shape
+    checks.shape("attention_backward", "lse", lse, (B, H, T), "(B, H, T)")
 
 
 def backward_fake(
@@ -210,6 +238,8 @@ def backward_fake(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
     causal: bool,
     scale: float | None,
     lengths: torch.Tensor | None,
@@ -217,14 +247,18 @@ def backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def save(inputs: tuple, output: torch.Tensor) -> tuple:
-    q, k, v, causal, scale, lengths = inputs
-    return (q, k, v, lengths), (causal, scale)
+def save(inputs: tuple, output: tuple) -> tuple:
+    q, k, v, causal, scale, lengths, _ = inputs
+    return (q, k, v, *output, lengths), (causal, scale)
 
 
-def gradient(saved: tuple, rest: tuple, needed: tuple, grad: torch.Tensor) -> tuple:
-    q, k, v, lengths = saved
-    return *BACKWARD(grad, q, k, v, *rest, lengths), None, None, None
+def gradient(
+    saved: tuple, rest: tuple, needed: tuple, grad: torch.Tensor, unused: torch.Tensor
+) -> tuple:
+    q, k, v, o, lse, lengths = saved
+    if lse.ndim != 3:  # the op was called without need_lse, which the public function sets
+        o, lse = OP(q, k, v, *rest, lengths, True)
+    return *BACKWARD(grad, q, k, v, o, lse, *rest, lengths), None, None, None, None
 
 
 def cost(
@@ -234,6 +268,7 @@ def cost(
     causal: bool,
     scale: float | None,
     lengths: torch.Tensor | None,
+    need_lse: bool,
 ) -> Cost:
     """Each tensor once, of k and v the valid keys; 4·D FLOPs for each query and key it sees."""
     B, T, H, D = q.shape
@@ -248,7 +283,7 @@ def cost(
 
 
 def cases() -> list[Case]:
-    def dense(B, T, S, H, K, D, causal=True, scale=None, lengths=None, spread=1.0):
+    def dense(B, T, S, H, K, D, causal=True, scale=None, lengths=None, spread=1.0, need_lse=False):
         def make(g, dtype, device):
             at = {"dtype": dtype, "device": device}
             return (
@@ -258,6 +293,7 @@ def cases() -> list[Case]:
                 causal,
                 scale,
                 None if lengths is None else torch.tensor(lengths, device=device),
+                need_lse,
             )
 
         return make
@@ -266,19 +302,19 @@ def cases() -> list[Case]:
         """transformers' (B, H, T, D) tensors, transposed to this op's order."""
         at = {"dtype": dtype, "device": device}
         q, k, v = (randn(g, 2, heads, 19, 64, **at).transpose(1, 2) for heads in (6, 2, 2))
-        return q, k, v, True, None, None
+        return q, k, v, True, None, None, False
 
     def cache(g, dtype, device):
         """A cache (B, K, S, D) with room to spare, of which each row holds its own length."""
         at = {"dtype": dtype, "device": device}
         k, v = (randn(g, 3, 2, 150, 64, **at).transpose(1, 2) for _ in range(2))
         lengths = torch.tensor([150, 1, 77], device=device)
-        return randn(g, 3, 1, 8, 64, **at), k, v, True, None, lengths
+        return randn(g, 3, 1, 8, 64, **at), k, v, True, None, lengths, False
 
     def fused(g, dtype, device):
         """Slices of one projection (B, T, (H + 2K)·D)."""
         qkv = randn(g, 1, 21, 8, 72, dtype=dtype, device=device)
-        return qkv[:, :, :4], qkv[:, :, 4:6], qkv[:, :, 6:], True, None, None
+        return qkv[:, :, :4], qkv[:, :, 4:6], qkv[:, :, 6:], True, None, None, False
 
     return [
         Case("one key", dense(1, 1, 1, 2, 1, 8)),
@@ -301,6 +337,12 @@ def cases() -> list[Case]:
         Case("not causal", dense(2, 19, 45, 4, 1, 72, causal=False, lengths=[45, 13])),
         Case("not causal, one query", dense(2, 1, 90, 4, 2, 64, causal=False, scale=0.3)),
         Case("sharp", dense(1, 33, 33, 4, 2, 64, spread=8.0)),
+        Case("for a gradient", dense(2, 37, 37, 6, 2, 64, need_lse=True)),
+        Case(
+            "for a gradient, ragged",
+            dense(3, 9, 70, 4, 2, 40, lengths=[70, 3, 0], need_lse=True),
+        ),
+        Case("for a gradient, one query", dense(2, 1, 600, 4, 1, 64, need_lse=True)),
         Case("heads first", heads_first),
         Case("cache", cache),
         Case("slices of a fused projection", fused),
@@ -310,19 +352,20 @@ def cases() -> list[Case]:
 OP = Op(
     name="attention",
     schema="(Tensor q, Tensor k, Tensor v, bool causal=True, float? scale=None, "
-    "Tensor? lengths=None) -> Tensor",
+    "Tensor? lengths=None, bool need_lse=False) -> (Tensor, Tensor)",
     check=check,
     eager=eager,
     fake=fake,
     save=save,
     gradient=gradient,
+    auxiliary=1,
     cost=cost,
     cases=cases,
 )
 BACKWARD = Op(
     name="attention_backward",
-    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, bool causal, float? scale, "
-    "Tensor? lengths) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool causal, "
+    "float? scale, Tensor? lengths) -> (Tensor, Tensor, Tensor)",
     check=backward_check,
     eager=backward_eager,
     fake=backward_fake,

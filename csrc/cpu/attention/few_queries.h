@@ -263,6 +263,7 @@ static inline void combine(float* parts, int64_t count, int64_t rows, int64_t D)
       for (int64_t d = 0; d < D; d += vf::W)
         store(to + d, i == 0 ? load(from + d) * factor : fma(load(from + d), factor, load(to + d)));
     }
+    first.top[r] = top;
     first.total[r] = total;
   }
 }

@@ -198,8 +198,8 @@ static void many_queries(const AttentionArgs& a, const Row& row, int64_t b, int6
   }
 
   for (int64_t r = 0; r < rows; ++r) {
-    T* to = static_cast<T*>(a.o) + ((b * a.T + t_begin + r / G) * a.H + head * G + r % G) * D;
-    write_result(to, m.o + r * m.o_stride, D, m.total[r]);
+    write_result<T>(a, b, t_begin + r / G, head * G + r % G, m.o + r * m.o_stride, m.top[r],
+                    m.total[r]);
   }
 }
 

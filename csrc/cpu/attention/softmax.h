@@ -91,8 +91,16 @@ static float softmax_part(float* s, int64_t count, int64_t padded, float factor,
   return correction;
 }
 
-// One query's result: what was accumulated over the sum of its weights, or zeros without keys.
-template <class T> static void write_result(T* o, const float* sums_of, int64_t D, float total) {
+// The result of query head h of token t: what was accumulated over the sum of its weights, or zeros
+// without keys; and where asked for, the logarithm of that sum. Exponents are of two.
+template <class T>
+static void write_result(const AttentionArgs& a, int64_t b, int64_t t, int64_t h,
+                         const float* sums_of, float top, float total) {
+  const int64_t D = a.D;
+  T* o = static_cast<T*>(a.o) + ((b * a.T + t) * a.H + h) * D;
+  if (a.lse)
+    a.lse[(b * a.H + h) * a.T + t] = total == 0.f ? -std::numeric_limits<float>::infinity()
+                                                  : (top + std::log2(total)) * 0.693147181f;
   const vf inverse = set(total == 0.f ? 0.f : 1.f / total);
   for_each_vector(D, [&](int64_t d, auto width) {
     store(o + d, load(sums_of + d, width) * inverse, width);
