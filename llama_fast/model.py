@@ -19,7 +19,7 @@ from .errors import ConfigError, ShapeError
 from .kv_cache import KVCache
 from .nn import MLP, Attention, Embedding, LayerCache, Linear, RMSNorm, RotaryEmbedding
 from .ops import QuantizedWeight
-from .quantize import Quantization, WeightFormat, round_weight
+from .quantize import Quantization, quantization_of, round_weight
 
 
 class Block(nn.Module):
@@ -159,7 +159,7 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path | checkpoint.Checkpoint,
+        path: str | Path | checkpoint.Checkpoint | checkpoint.QuantizedCheckpoint,
         *,
         device: str | torch.device = "auto",
         dtype: torch.dtype | None = None,
@@ -167,8 +167,8 @@ class Llama(nn.Module):
         max_seq_len: int | None = None,
         progress: checkpoint.Progress | None = None,
     ) -> Llama:
-        """Loads a folder of Meta's (`params.json`) or Hugging Face's (`config.json`) format, or one
-        that `checkpoint.open_checkpoint` has opened.
+        """Loads a folder of Meta's (`params.json`) or Hugging Face's (`config.json`) format, or of
+        quantised weights, or one that `checkpoint.open_checkpoint` has opened.
 
         device       "auto": the GPU when there is one, else the CPU
         dtype        of the weights; None keeps the file's
@@ -177,41 +177,68 @@ class Llama(nn.Module):
         max_seq_len  a shorter context than the model's own: smaller tables and caches
         progress     called as progress(bytes done, bytes in all, name) while the weights stream in
 
-        Weights are streamed: the peak of memory is the model and a few blocks of one weight.
+        Weights are streamed: the peak of memory is the model and a few blocks of one weight, or one
+        weight where they are quantised on the way. Those of a quantised folder are mapped: on the
+        CPU they take no time to load, and of memory the pages that are used.
         Raises CheckpointError or ConfigError, naming the file and the remedy.
         """
         settings = None if quantize is None else Quantization.of(quantize)
-        opened = isinstance(path, checkpoint.Checkpoint)
+        opened = not isinstance(path, str | Path)
         source = path if opened else checkpoint.open_checkpoint(path)
         config = source.config.shortened(max_seq_len)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model = cls(config, device="meta", dtype=dtype or source.dtype)
-        if settings is None:
-            model.to_empty(device=device).tie()
-            source.load_into(model.state_dict(), progress=progress)
+        if isinstance(source, checkpoint.QuantizedCheckpoint):
+            if settings is not None:
+                raise ConfigError(
+                    f"{source.folder} is quantised already ({source.quantization}); leave quantize "
+                    "out, or give the folder that it was made from"
+                )
+            for name, weight in source.tensors().items():
+                if not isinstance(weight, Tensor):
+                    weight = source.quantization.of_weight(name).holding(
+                        weight, checkpoint.state_shapes(config)[name]
+                    )
+                model._store(name, weight.to(device))
+        elif settings is not None:
+            for name, weight in source.tensors(progress=progress):
+                weight = weight.to(device)
+                form = settings.of_weight(name)
+                model._store(name, weight if form is None else round_weight(weight, form))
         else:
-            model.rope.to_empty(device=device)
-            for name, tensor in source.tensors(progress=progress):
-                model._store(name, tensor.to(device), settings.of_weight(name))
+            for name, shape in checkpoint.state_shapes(config).items():
+                model._store(name, torch.empty(shape, device=device, dtype=model.dtype))
             model.tie()
+            source.load_into(model.state_dict(), progress=progress)
+        model.tie()
+        model.rope = RotaryEmbedding(config, device)
         return model.eval()
 
-    def _store(self, name: str, tensor: Tensor, form: WeightFormat | None) -> None:
-        """Makes `tensor` the weight of that name, rounded to `form` where there is one."""
+    def _store(self, name: str, weight: Tensor | QuantizedWeight) -> None:
+        """Puts a weight in the place of the one of that name, in its dtype if it is a float."""
         module = self.get_submodule(name.removesuffix(".weight"))
-        if form is None:
-            module.weight = nn.Parameter(tensor.to(module.weight.dtype))
-        else:
-            module.weight = round_weight(tensor, form)
+        if isinstance(weight, Tensor):
+            weight = nn.Parameter(weight.to(module.weight.dtype))
+        module.weight = weight
 
     def save_pretrained(self, path: str | Path, format: str = "hf") -> None:
-        """Writes the model as a new folder in Hugging Face's ("hf") or Meta's ("meta") format.
+        """Writes the model as a new folder in Hugging Face's ("hf") or Meta's ("meta") format; one
+        that is quantised as `checkpoint.quantized` says, whose config.json is Hugging Face's.
 
         Raises CheckpointError when the folder exists or cannot be written; nothing half-written
         is left behind.
         """
         if format not in ("hf", "meta"):
             raise ConfigError(f'format is {format!r}; it must be "hf" or "meta"')
-        write = checkpoint.write_hf if format == "hf" else checkpoint.write_meta
-        write(path, self.config, self.state_dict())
+        quantization = quantization_of(self)
+        if quantization is None:
+            write = checkpoint.write_hf if format == "hf" else checkpoint.write_meta
+            write(path, self.config, self.state_dict())
+        elif format == "hf":
+            checkpoint.write_quantized(path, self.config, quantization, self.state_dict())
+        else:
+            raise ConfigError(
+                f"the model is quantised ({quantization}), which Meta's format cannot hold; "
+                'leave format="hf"'
+            )

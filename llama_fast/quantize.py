@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .errors import ConfigError
 from .nn import Embedding, Linear
 from .ops import QuantizedWeight
-from .ops.linear_quantized import BITS, GROUP_SIZES
+from .ops.linear_quantized import BITS, GROUP_SIZES, packed_shapes
 from .ops.quantized_weight import enclosing
 
 # The kinds of weights, and how the names of each end.
@@ -48,6 +48,20 @@ class WeightFormat:
                     f"{name} of a quantised weight is {value!r}; it must be one of "
                     f"{', '.join(map(str, allowed))}"
                 )
+
+    def buffers(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each buffer of a QuantizedWeight of `shape`, by name."""
+        codes, scales = packed_shapes(*shape, self.bits, self.group_size)
+        found = {"codes": (codes, torch.uint8), "scales": (scales, torch.float16)}
+        if not self.symmetric:
+            found["offsets"] = found["scales"]
+        return found
+
+    def holding(self, buffers: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
+        """A QuantizedWeight of `shape` that takes these buffers as they are."""
+        made = QuantizedWeight(*shape, self.bits, self.group_size, self.symmetric, "meta")
+        made.load_state_dict(buffers, assign=True)
+        return made
 
     def __str__(self) -> str:
         offsets = "" if self.symmetric else " with offsets"

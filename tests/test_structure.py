@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "ceilings": {"backends", "_cpu"},
     "checkpoint": {"atomic", "config", "quantize", "special_tokens", "tokenizer"},
     "model": MODEL,
+    "quantize_folder": MODEL,
     "sampling": MODEL,
     "hf": MODEL,
     "train": MODEL | {"tokenizer", "tokenizer_files"},

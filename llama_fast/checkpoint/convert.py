@@ -10,6 +10,7 @@ import torch
 from llama_fast.atomic import refuse_existing
 from llama_fast.checkpoint.hf import CONFIG
 from llama_fast.checkpoint.names import state_shapes
+from llama_fast.checkpoint.quantized import QuantizedCheckpoint
 from llama_fast.checkpoint.read import Checkpoint, Format, Progress, open_checkpoint
 from llama_fast.checkpoint.special_tokens import special_token_ids
 from llama_fast.checkpoint.stored import read_json
@@ -58,33 +59,45 @@ def convert(
         raise CheckpointError(f"the format to convert to is {to!r}; it must be 'hf' or 'meta'")
     refuse_existing(target)
     checkpoint = open_checkpoint(source, rope_factor=rope_factor)
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        raise CheckpointError(
+            f"{checkpoint.folder} is quantised ({checkpoint.quantization}), and floats cannot be "
+            "made of it again; convert the folder that it was made from"
+        )
     dtypes = checkpoint.dtypes
     if dtype is not None:
         dtypes = dict.fromkeys(state_shapes(checkpoint.config), dtype)
     tensors = checkpoint.tensors(dtype, check_finite=check_finite, progress=progress)
-    tokenizer = _find_tokenizer(checkpoint.folder)
     if to == "meta":
+        tokenizer = _find_tokenizer(checkpoint.folder)
         stream_meta(target, checkpoint.config, dtypes, tensors, copies=tokenizer, n_files=n_files)
         return
-    generation = None
-    if checkpoint.format == "hf":
-        special = _hf_special(checkpoint)
-        if (checkpoint.folder / GENERATION_CONFIG).is_file():
-            generation = read_json(checkpoint.folder / GENERATION_CONFIG)
-        beside = (checkpoint.folder / name for name in _HF_TOKENIZER_FILES)
-        tokenizer += [path for path in beside if path.is_file()]
-    else:
-        special = special_token_ids(checkpoint.config, tokenizer)
     stream_hf(
         target,
         checkpoint.config,
         dtypes,
         tensors,
-        special=special,
-        generation=generation,
-        copies=tokenizer,
+        **companions(checkpoint),
         max_shard_bytes=max_shard_bytes,
     )
+
+
+def companions(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a folder with a config.json needs besides the weights, as the writers' arguments: the
+    ids of the special tokens, the settings of generation, and the tokenizer's files."""
+    tokenizer = _find_tokenizer(checkpoint.folder)
+    if checkpoint.format == "meta":
+        special = special_token_ids(checkpoint.config, tokenizer)
+        return {"special": special, "copies": tokenizer}
+    generation = None
+    if (checkpoint.folder / GENERATION_CONFIG).is_file():
+        generation = read_json(checkpoint.folder / GENERATION_CONFIG)
+    beside = (checkpoint.folder / name for name in _HF_TOKENIZER_FILES)
+    return {
+        "special": _hf_special(checkpoint),
+        "generation": generation,
+        "copies": tokenizer + [path for path in beside if path.is_file()],
+    }
 
 
 def _find_tokenizer(folder: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from llama_fast.checkpoint.hf import is_hf, open_hf
 from llama_fast.checkpoint.meta import is_meta, open_meta
 from llama_fast.checkpoint.names import EMBED, HEAD, Weight, state_shapes, weights
 from llama_fast.checkpoint.pieces import MAPPED_BYTES, Layout, Piece, equal_bits, row_blocks
+from llama_fast.checkpoint.quantized import QuantizedCheckpoint, is_quantized, open_quantized
 from llama_fast.checkpoint.stored import StoredFile
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import CheckpointError
@@ -35,8 +36,9 @@ Progress = Callable[[int, int, str], None]
 
 def open_checkpoint(
     folder: str | Path, *, format: Format | None = None, rope_factor: float | None = None
-) -> Checkpoint:
-    """Open a folder in Meta's or Hugging Face's format and check it, without loading it.
+) -> Checkpoint | QuantizedCheckpoint:
+    """Open a folder in Meta's or Hugging Face's format, or of quantised weights, and check it,
+    without loading it.
 
     `format` chooses where a folder holds both (the default is then Hugging Face's, with a
     warning). `rope_factor` overrides the RoPE scaling factor that params.json leaves out.
@@ -45,6 +47,8 @@ def open_checkpoint(
     for a config that is no Llama 3's; everything but the values of the weights is checked here.
     """
     folder = Path(folder)
+    if format is None and rope_factor is None and is_quantized(folder):
+        return open_quantized(folder)
     format = _choose_format(folder, format)
     if format == "hf" and rope_factor is not None:
         raise CheckpointError(

@@ -102,27 +102,23 @@ def stream_hf(
     """
     shards = _plan_shards(config, dtypes, max_shard_bytes)
     total = sum(_nbytes(weight, dtypes) for shard in shards for weight in shard)
-    with _writing(folder, total) as partial:
+    with writing(folder, total) as partial:
         names = [SINGLE]
         if len(shards) > 1:
             count = f"{len(shards):05d}"
             names = [f"model-{i:05d}-of-{count}.safetensors" for i in range(1, len(shards) + 1)]
             places = {w.hf: name for shard, name in zip(shards, names, strict=True) for w in shard}
-            _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+            write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
         parts = _parts(config, tensors)
         for shard, name in zip(shards, names, strict=True):
             contents = {weight.hf: (weight.shape, dtypes[weight.ours]) for weight in shard}
             writer = SafetensorsWriter(partial / name, contents)
-            with _closing([writer]):
+            with closing([writer]):
                 for _ in shard:
                     weight, tensor = next(parts)
                     writer.add(weight.hf, tensor)
-        main_dtype = str(dtypes[EMBED]).removeprefix("torch.")
-        _write_json(partial / CONFIG, {**config.to_hf(), **special, "torch_dtype": main_dtype})
-        if generation is None:
-            generation = {**special, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
-        _write_json(partial / GENERATION_CONFIG, generation)
-        _copy_files(copies, partial)
+        write_settings(partial, config.to_hf(), dtypes[EMBED], special, generation)
+        copy_files(copies, partial)
 
 
 def stream_meta(
@@ -140,9 +136,9 @@ def stream_meta(
         _nbytes(weight, dtypes) * (n_files if weight.cut is None else 1)
         for weight in weights(config)
     )
-    with _writing(folder, total) as partial:
+    with writing(folder, total) as partial:
         writers = [PthWriter(partial / f"consolidated.{i:02d}.pth") for i in range(n_files)]
-        with _closing(writers):
+        with closing(writers):
             for weight, tensor in _parts(config, tensors):
                 if weight.heads:
                     tensor = hf_to_meta_rows(tensor, weight.heads)
@@ -155,8 +151,8 @@ def stream_meta(
             if config.tied:
                 for writer in writers:
                     writer.add_again("output.weight", "tok_embeddings.weight")
-        _write_json(partial / PARAMS, config.to_meta())
-        _copy_files(copies, partial)
+        write_json(partial / PARAMS, config.to_meta())
+        copy_files(copies, partial)
 
 
 # --- the plan -------------------------------------------------------------------------------
@@ -237,7 +233,7 @@ def _parts(
 
 
 @contextmanager
-def _writing(folder: str | Path, nbytes: int) -> Iterator[Path]:
+def writing(folder: str | Path, nbytes: int) -> Iterator[Path]:
     """An atomic folder; refuses a disk without nbytes of room, and names it when writing fails."""
     folder = Path(folder)
     try:
@@ -259,7 +255,7 @@ def _writing(folder: str | Path, nbytes: int) -> Iterator[Path]:
 
 
 @contextmanager
-def _closing(writers: list[PthWriter] | list[SafetensorsWriter]) -> Iterator[None]:
+def closing(writers: list[PthWriter] | list[SafetensorsWriter]) -> Iterator[None]:
     try:
         yield
         for writer in writers:
@@ -270,10 +266,25 @@ def _closing(writers: list[PthWriter] | list[SafetensorsWriter]) -> Iterator[Non
         raise
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_settings(
+    folder: Path,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    special: Mapping[str, Any],
+    generation: Mapping[str, Any] | None,
+) -> None:
+    """config.json and generation_config.json."""
+    main_dtype = str(dtype).removeprefix("torch.")
+    write_json(folder / CONFIG, {**config, **special, "torch_dtype": main_dtype})
+    if generation is None:
+        generation = {**special, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    write_json(folder / GENERATION_CONFIG, generation)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_files(files: Iterable[Path], folder: Path) -> None:
+def copy_files(files: Iterable[Path], folder: Path) -> None:
     for path in files:
         shutil.copyfile(path, folder / path.name)

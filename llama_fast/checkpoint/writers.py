@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
-_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_SAFETENSORS_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+}
 _STORAGES = {
     torch.float32: torch.FloatStorage,
     torch.float16: torch.HalfStorage,
@@ -55,7 +60,8 @@ class SafetensorsWriter:
             }
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # so that the tensors are aligned in a mapped file
+        # The tensors are then aligned in a mapped file, as far as their sizes are multiples.
+        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
         self._contents = list(contents)
         self._next = 0
         self._file = open(path, "wb")

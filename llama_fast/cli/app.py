@@ -16,9 +16,10 @@ from .generate import generate
 from .info import info
 from .init import init
 from .options import Debug
+from .quantize import quantize
 from .tokenize import tokenize
 
-COMMANDS = (generate, info, tokenize, convert, init, doctor, bench)
+COMMANDS = (generate, info, tokenize, convert, quantize, init, doctor, bench)
 
 app = typer.Typer(
     add_completion=False,

@@ -134,7 +134,10 @@ def generate(
     source = open_checkpoint(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
     prompts = encode_prompts(tokenizer, text)
-    check_prompts(source.config.shortened(max_seq_len), tokenizer, prompts)
+    config = source.config.shortened(max_seq_len)
+    check_prompts(config, tokenizer, prompts)
+    # No more of the rotary tables than this text can need: those of 131,072 tokens take 34 MB.
+    needed = min(config.max_seq_len, len(prompts[0]) + max_new_tokens)
 
     start = time.perf_counter()
     with weights_bar("Loading the weights") as progress:
@@ -143,7 +146,7 @@ def generate(
             device=where,
             dtype=dtype and dtype.torch,
             quantize=quantize and quantize.value,
-            max_seq_len=max_seq_len,
+            max_seq_len=needed,
             progress=progress,
         )
     loaded = time.perf_counter() - start

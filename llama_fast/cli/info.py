@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..config import LlamaConfig
+    from ..quantize import Quantization
 
 CONTEXTS = (2048, 8192, 32768, 131072)
 
@@ -35,6 +36,7 @@ def info(
     """Show a model's configuration, parameters, files, and the memory it needs."""
     from ..config import LlamaConfig
 
+    quantization = None
     if model is not None and not Path(model).exists():
         try:
             config = LlamaConfig.preset(model)
@@ -46,18 +48,33 @@ def info(
 
         source = open_checkpoint(model_folder(model and Path(model)))
         config = source.config
-        kind = "Meta" if source.format == "meta" else "Hugging Face"
-        show(f"{source.folder} ({kind}'s format)", _config(config, source.dtype))
+        if source.format == "quantized":
+            quantization = source.quantization
+            show(f"{source.folder} (quantised)", _config(config, source.dtype, quantization))
+        else:
+            kind = "Meta" if source.format == "meta" else "Hugging Face"
+            show(f"{source.folder} ({kind}'s format)", _config(config, source.dtype))
         show("Files", _files(source.folder))
-    show("Memory for one sequence: weights and KV cache, by tokens of context", _memory(config))
+    show(
+        "Memory for one sequence: weights and KV cache, by tokens of context",
+        _memory(config, quantization),
+    )
 
 
-def _config(config: LlamaConfig, dtype: torch.dtype | None = None) -> Table:
+def _config(
+    config: LlamaConfig,
+    dtype: torch.dtype | None = None,
+    quantization: Quantization | None = None,
+) -> Table:
     scaling = config.rope_scaling
     rope = f"base {config.rope_theta:g}"
     if scaling is not None:
         rope += f", stretched {scaling.factor:g} times from {scaling.original_max_seq_len:,} tokens"
     stored = f", stored in {str(dtype).removeprefix('torch.')}" if dtype else ""
+    if quantization:
+        stored = f", stored as {quantization}; norms and activations in {dtype}".replace(
+            "torch.", ""
+        )
     head = "the embedding itself" if config.tied else "a matrix of its own"
     rows = table("", "")
     for name, value in (
@@ -86,13 +103,23 @@ def _files(folder: Path) -> Table:
     return rows
 
 
-def _memory(config: LlamaConfig) -> Table:
+def _memory(config: LlamaConfig, quantization: Quantization | None) -> Table:
     import torch
 
+    from ..checkpoint import quantized_bytes
+    from ..quantize import NAMED
+
     contexts = [n for n in CONTEXTS if n < config.max_seq_len] + [config.max_seq_len]
-    rows = table("dtype", "weights", *(f"{n:,}" for n in contexts), numbers=True)
-    for name, dtype in (("float32", torch.float32), ("bfloat16, float16", torch.bfloat16)):
-        weights = config.n_params * dtype.itemsize
+    rows = table("weights", "size", *(f"{n:,}" for n in contexts), numbers=True)
+    kinds = [
+        ("float32", torch.float32, config.n_params * 4),
+        ("bfloat16, float16", torch.bfloat16, config.n_params * 2),
+    ]
+    for name, settings in NAMED.items():
+        kinds.append((name, torch.bfloat16, quantized_bytes(config, settings)))
+    if quantization is not None and quantization not in NAMED.values():
+        kinds.append(("as stored", torch.bfloat16, quantized_bytes(config, quantization)))
+    for name, dtype, weights in kinds:
         cache = config.kv_bytes_per_token(dtype)
         rows.add_row(name, size(weights), *(size(weights + n * cache) for n in contexts))
     return rows

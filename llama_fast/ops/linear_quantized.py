@@ -215,9 +215,14 @@ def eager(
     dtype = accumulate(x.dtype)
     x_hat = x if x.dtype is dtype else rounded(x, group_size)
     x_hat = F.pad(x_hat, (0, -x.shape[-1] % group_size))
-    weights = _dequantized(codes, scales, offsets, bits, group_size, dtype)
-    y = torch.cat([F.linear(x_hat, w) for w in weights], dim=-1)
-    return y[..., :C_out].to(x.dtype).contiguous()
+    # Made beforehand: small results between large temporaries would keep the memory of all of them.
+    y = x_hat.new_empty((*x.shape[:-1], C_out))
+    start = 0
+    for w in _dequantized(codes, scales, offsets, bits, group_size, dtype):
+        part = y[..., start : start + len(w)]
+        part.copy_(F.linear(x_hat, w[: part.shape[-1]]))
+        start += len(w)
+    return y.to(x.dtype)
 
 
 def fake(
