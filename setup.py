@@ -2,7 +2,7 @@
 
 `llama_fast._cpu`: every source in csrc/cpu is compiled once for each instruction set, into a
 namespace of that name, and the best one is chosen by CPUID when the module is imported. Nothing
-here knows of torch, so one build serves every torch version.
+here knows of torch, so one build serves every torch version. `llama_fast._cuda`: see setup_cuda.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT))  # front ends that isolate builds leave this folder out
+
+import setup_cuda  # noqa: E402
 
 # GCC 12 warns of its own avx512fintrin.h (GCC bug 105593).
 AVX512 = (
@@ -37,10 +40,15 @@ CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapp
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 
-class BuildCpu(build_ext):
+class BuildWithNinja(build_ext):
     def build_extension(self, extension: Extension) -> None:
-        folder = ROOT / "build" / f"cpu-{sysconfig.get_platform()}-{sys.version_info.minor}"
-        build_cpu_module((ROOT / self.get_ext_fullpath(extension.name)).resolve(), folder)
+        target = (ROOT / self.get_ext_fullpath(extension.name)).resolve()
+        kind = extension.name.rpartition("_")[2]  # cpu or cuda
+        folder = ROOT / "build" / f"{kind}-{sysconfig.get_platform()}-{sys.version_info.minor}"
+        if kind == "cpu":
+            build_cpu_module(target, folder)
+        else:
+            setup_cuda.build_cuda_module(target, folder, architectures)
 
 
 def build_cpu_module(
@@ -89,6 +97,10 @@ def link_flags() -> str:
 
 
 if __name__ == "__main__":
-    # The sources are listed in the ninja file; the extension names what setuptools must know.
-    extension = Extension("llama_fast._cpu", sources=[])
-    setup(ext_modules=[extension], cmdclass={"build_ext": BuildCpu})
+    architectures = setup_cuda.architectures()
+    # The sources are listed in the ninja files; an extension names what setuptools must know.
+    names = ["llama_fast._cpu", *(["llama_fast._cuda"] if architectures else [])]
+    setup(
+        ext_modules=[Extension(name, sources=[]) for name in names],
+        cmdclass={"build_ext": BuildWithNinja},
+    )

@@ -27,6 +27,10 @@ class BackendError(LlamaFastError):
     """A backend that was asked for by name and cannot serve the call."""
 
 
+class KernelError(LlamaFastError):
+    """A kernel that its device would not run."""
+
+
 class ShapeError(LlamaFastError):
     """A tensor given to an op whose shape, dtype, device or layout does not fit."""
 

@@ -15,6 +15,10 @@ from ..ops.attention import too_long
 from ..ops.cross_entropy import chunked as linear_cross_entropy_in_blocks
 from ..ops.kv_append import too_long as too_long_for_cache
 from ..registry import OPS, Backend, Implementation, nothing, register_backend
+from .layout import DTYPES
+from .layout import reasons as _reasons
+from .layout import rows as _rows
+from .layout import rows_reasons as _rows_reasons
 
 try:
     from .. import _cpu
@@ -29,7 +33,6 @@ else:
 
 # Elements from which an output is worth huge pages.
 LARGE = 2**21
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def isas() -> list[str]:
@@ -51,35 +54,6 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         _cpu.set_isa(before)
-
-
-def _reasons(dtype: torch.dtype, **tensors: torch.Tensor) -> list[str]:
-    """Why a kernel cannot take these: a dtype it has not, or elements apart in the last dim."""
-    reasons = [] if dtype in DTYPES else [f"{dtype} is not one of float32, bfloat16, float16"]
-    for name, x in tensors.items():
-        if x.stride()[-1] != 1 and x.shape[-1] > 1 and x.numel():
-            reasons.append(f"{name} has stride {x.stride(-1)} in its last dim; it must be 1")
-    return reasons
-
-
-def _rows_reasons(**tensors: torch.Tensor) -> list[str]:
-    """Why tensors do not fit into Rows: those have at most three outer dims."""
-    reasons = []
-    for name, x in tensors.items():
-        if x.dtype not in DTYPES or not x.is_contiguous():
-            reasons += _reasons(x.dtype, **{name: x})
-            if x.ndim > 4 and not x.is_contiguous():
-                reasons.append(f"{name} has {x.ndim} dims and is not contiguous; at most 4 then")
-    return reasons
-
-
-def _rows(x: torch.Tensor) -> tuple[int, ...]:
-    """The Rows of csrc/cpu/kernels.h: three outer sizes, then their strides."""
-    if x.is_contiguous():
-        C = x.shape[-1]
-        return (1, 1, x.numel() // C if C else 0, 0, 0, C)
-    padding = (1,) * (4 - x.ndim)
-    return padding + x.shape[:-1] + padding + x.stride()[:-1]
 
 
 def _new(x: torch.Tensor) -> torch.Tensor:

@@ -7,33 +7,41 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from llama_fast.backends import cpu, triton
+from llama_fast.backends import cpu, cuda, triton
 from llama_fast.registry import use_backend
 
 from ..cpu_host import emulation
+from ..cuda_host import host
 
 EMULATED = " (emulated)"
+CUDA_HOST = "cuda-host"
 
 GPU = torch.cuda.is_available()
 
+
+def unless(reason: str) -> list:
+    """Marks that skip for this reason, if there is one."""
+    return [pytest.mark.skip(reason=reason)] if reason else []
+
+
 # "eager", "cpu-<instruction set>" for those of this CPU, and those that are emulated here; "triton"
-# on the GPU, or without one in Triton's interpreter.
+# on the GPU, or without one in Triton's interpreter; "cuda" on the GPU, and its kernels on the host.
 BACKENDS = [
     "eager",
     *(f"cpu-{isa}" for isa in cpu.isas()),
     *(
-        pytest.param(
-            f"cpu-{isa}{EMULATED}",
-            marks=[pytest.mark.skip(reason=reason)] if (reason := emulation.why_not(isa)) else [],
-        )
+        pytest.param(f"cpu-{isa}{EMULATED}", marks=unless(emulation.why_not(isa)))
         for isa in emulation.ISAS
     ),
     pytest.param(
         "triton",
-        marks=[]
-        if GPU or triton.INTERPRETED
-        else [pytest.mark.skip(reason="this needs a GPU, or Triton's interpreter")],
+        marks=unless("" if GPU or triton.INTERPRETED else "this needs a GPU, or its interpreter"),
     ),
+    pytest.param(
+        "cuda",
+        marks=unless("" if GPU and cuda._cuda else "this needs a GPU, and llama_fast._cuda built"),
+    ),
+    pytest.param(CUDA_HOST, marks=unless(host.why_not())),
 ]
 
 
@@ -51,7 +59,9 @@ def on(backend: str) -> ExitStack:
     """Inside the block, ops run on `backend`, one of BACKENDS, or raise."""
     stack = ExitStack()
     name, _, isa = backend.partition("-")
-    if isa.endswith(EMULATED):
+    if backend == CUDA_HOST:
+        stack.enter_context(host.use_host())
+    elif isa.endswith(EMULATED):
         stack.enter_context(emulation.use_isa(isa.removesuffix(EMULATED)))
     elif isa:
         stack.enter_context(cpu.use_isa(isa))

@@ -1,0 +1,79 @@
+// How a kernel is put into a stream, and how its block's shared memory is named.
+//
+// tests/cuda_host/common/launch.cuh is this header's twin on the host: kernels include it in angle
+// brackets, and the include path says which one they get.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+#include <type_traits>
+
+#include "../kernels.h"
+
+namespace llama_fast::cuda {
+
+struct Launch {
+  const char* kernel;  // its name, for messages
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+};
+
+// The block's shared memory, as large as its launch says; its contents are undefined.
+template <class T> __device__ __forceinline__ T& shared_memory() {
+  extern __shared__ __align__(128) unsigned char bytes[];
+  return *reinterpret_cast<T*>(bytes);
+}
+
+inline std::string text(dim3 size) {
+  return std::to_string(size.x) + " x " + std::to_string(size.y) + " x " + std::to_string(size.z);
+}
+
+inline void check(cudaError_t error, const Launch& how) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // reported here; must not be found again by someone else
+  throw LaunchError(std::string("kernel ") + how.kernel + " (grid " + text(how.grid) + ", block " +
+                    text(how.block) + ", " + std::to_string(how.shared_bytes) +
+                    " bytes of shared memory): " + cudaGetErrorName(error) + ": " +
+                    cudaGetErrorString(error));
+}
+
+// Makes a device current for a scope.
+class OnDevice {
+ public:
+  OnDevice(int device, const Launch& how) : device_(device) {
+    check(cudaGetDevice(&before_), how);
+    if (device_ != before_) check(cudaSetDevice(device_), how);
+  }
+  ~OnDevice() {
+    if (device_ != before_) (void)cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int device_, before_;
+};
+
+// A kernel may use this much shared memory without asking.
+constexpr size_t SHARED_WITHOUT_ASKING = 48 * 1024;
+
+template <class... Params>
+void launch(const Target& target, const Launch& how, void (*kernel)(Params...),
+            std::decay_t<Params>... args) {
+  const OnDevice current(target.device, how);
+  if (how.shared_bytes > SHARED_WITHOUT_ASKING) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(how.shared_bytes)),
+          how);
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = how.grid;
+  config.blockDim = how.block;
+  config.dynamicSmemBytes = how.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(target.stream);
+  check(cudaLaunchKernelEx(&config, kernel, args...), how);
+}
+
+}  // namespace llama_fast::cuda

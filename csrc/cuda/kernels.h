@@ -1,0 +1,136 @@
+// Every CUDA kernel's arguments and its launcher.
+//
+// Pointers and sizes only: no torch, no Python, no CUDA header. Strides count elements, never bytes.
+// Dims are the legend of docs/shapes.md. A launcher returns when its kernels are in the stream;
+// it throws LaunchError when they cannot be put there.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace llama_fast::cuda {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Where to run: a device by its index, and a stream of it (cudaStream_t).
+struct Target {
+  int device;
+  void* stream;
+};
+
+struct LaunchError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// "cuda": the tensors that the launchers take; in the tests' host build, "cpu".
+const char* device_type();
+// Streaming multiprocessors of a device.
+int multiprocessors(int device);
+
+// Rows of C elements, contiguous inside, at up to three outer dims of any stride.
+struct Rows {
+  int64_t n0, n1, n2;
+  int64_t stride0, stride1, stride2;
+
+  int64_t count() const { return n0 * n1 * n2; }
+};
+
+struct RmsNormArgs {
+  DType dtype;
+  const void* x;       // rows of C
+  const void* weight;  // (C,)
+  void* y;             // (N, C) contiguous
+  Rows rows;
+  int64_t C;
+  float eps;
+};
+void rms_norm(const Target&, const RmsNormArgs&);
+
+struct AddRmsNormArgs {
+  DType dtype;
+  const void* x;         // rows of C
+  const void* residual;  // rows of C
+  const void* weight;    // (C,)
+  void* y;               // (N, C) contiguous
+  void* total;           // (N, C) contiguous: x + residual
+  Rows x_rows, residual_rows;
+  int64_t C;
+  float eps;
+};
+void add_rms_norm(const Target&, const AddRmsNormArgs&);
+
+// The backward of both norms.
+struct RmsNormBackwardArgs {
+  DType dtype;
+  const void* grad;        // rows of C: the gradient of y
+  const void* grad_total;  // rows of C: the gradient of x itself, added to dx; null for none
+  const void* x;           // rows of C
+  const void* weight;      // (C,)
+  void* dx;                // (N, C) contiguous
+  void* dw;                // (C,)
+  float* dw_parts;         // (parts, C): each block's share of dw; scratch
+  int64_t parts;           // blocks that share the rows, at most N
+  Rows grad_rows, grad_total_rows, x_rows;
+  int64_t C;
+  float eps;
+};
+void rms_norm_backward(const Target&, const RmsNormBackwardArgs&);
+void add_rms_norm_backward(const Target&, const RmsNormBackwardArgs&);
+
+struct SwigluArgs {
+  DType dtype;
+  const void* gate;  // rows of F
+  const void* up;    // rows of F
+  void* h;           // (N, F) contiguous
+  Rows gate_rows, up_rows;
+  int64_t F;
+};
+void swiglu(const Target&, const SwigluArgs&);
+
+struct SwigluBackwardArgs {
+  DType dtype;
+  const void* grad;  // rows of F
+  const void* gate;  // rows of F
+  const void* up;    // rows of F
+  void* d_gate;      // (N, F) contiguous
+  void* d_up;        // (N, F) contiguous
+  Rows grad_rows, gate_rows, up_rows;
+  int64_t F;
+};
+void swiglu_backward(const Target&, const SwigluBackwardArgs&);
+
+// A (B, T, heads, D) tensor, contiguous in D; in a cache T counts the slots.
+struct Heads {
+  void* data;
+  int64_t heads;
+  int64_t stride_b, stride_t, stride_h;
+};
+
+struct RopeArgs {
+  DType dtype;
+  Heads q, k;
+  void* q_out;             // (B, T, H, D) contiguous
+  void* k_out;             // (B, T, K, D) contiguous
+  const float *cos, *sin;  // (B, T, D/2)
+  int64_t cos_stride_b, cos_stride_t, sin_stride_b, sin_stride_t;
+  int64_t B, T, D;
+  bool interleaved;
+};
+void rope(const Target&, const RopeArgs&);
+
+struct KvAppendArgs {
+  DType dtype;
+  Heads q, k, v;
+  void* q_out;             // (B, T, H, D) contiguous
+  const float *cos, *sin;  // (P, D/2)
+  int64_t cos_stride, sin_stride;
+  Heads k_cache, v_cache;  // (B, S, K, D)
+  const int64_t* lengths;  // (B,)
+  int64_t lengths_stride;
+  int64_t B, T, S, P, D;
+  bool interleaved;
+};
+void kv_append(const Target&, const KvAppendArgs&);
+
+}  // namespace llama_fast::cuda

@@ -1,0 +1,395 @@
+"""The CUDA C++ kernels of `llama_fast._cuda`: a launcher and its limits for each op.
+
+The ops have checked shapes, dtypes and devices before a launcher runs. Kernels go into torch's
+current stream of the tensors' device; nothing here waits for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..errors import KernelError
+from ..ops.checks import describe
+from ..registry import Backend, Implementation, register_backend
+from .layout import DTYPES, reasons, rows, rows_reasons
+
+try:
+    from .. import _cuda
+except ImportError as error:
+    _cuda = None
+    _unavailable = [
+        f"the extension module llama_fast._cuda cannot be imported ({error}). It is built where "
+        "the installation finds nvcc and a GPU, or when asked for: "
+        "LLAMA_FAST_CUDA=all pip install . (or LLAMA_FAST_CUDA=90a for one architecture)"
+    ]
+else:
+    _unavailable = []
+
+
+def architectures() -> list[str]:
+    """The GPU architectures of this build, such as ["80", "90a", "120+PTX"]."""
+    return [] if _cuda is None else _cuda.architectures().split(",")
+
+
+def serves(architecture: str, major: int, minor: int) -> bool:
+    """Whether code for `architecture` runs on a GPU of this compute capability.
+
+    Code runs within its major version, on its own minor version and later ones; "a" means on that
+    version alone; PTX is compiled by the driver for any later version. Source: the CUDA C++
+    Programming Guide, "Binary Compatibility" and "PTX Compatibility".
+    """
+    number, suffix, ptx = re.fullmatch(r"(\d+)([af]?)(\+PTX)?", architecture).groups()
+    its_major, its_minor = int(number[:-1]), int(number[-1])
+    if suffix == "a":
+        return (its_major, its_minor) == (major, minor)
+    same = its_major == major and its_minor <= minor
+    return same or (bool(ptx) and (its_major, its_minor) <= (major, minor))
+
+
+@functools.cache
+def _device_reasons(device: torch.device) -> list[str]:
+    """Why this build has no code for the device; nothing where it has."""
+    if device.type != _cuda.device_type():
+        return [f"the tensors are on {device}; the CUDA kernels take those of a GPU"]
+    if device.type != "cuda":
+        return []
+    capability = torch.cuda.get_device_capability(device)
+    if any(serves(built, *capability) for built in architectures()):
+        return []
+    name = torch.cuda.get_device_name(device)
+    wanted = "".join(map(str, capability))
+    if capability < (8, 0):
+        return [f"{name} has compute capability {capability}; the kernels need 8.0 or later"]
+    return [
+        f"llama_fast._cuda was built for {', '.join(architectures())} and {name} is {wanted}: "
+        f"install again with LLAMA_FAST_CUDA={'90a' if wanted == '90' else wanted}"
+    ]
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return _cuda.multiprocessors(index)
+
+
+def forget_device() -> None:
+    """Forgets what was found out about devices; for tests that take another module for _cuda."""
+    _device_reasons.cache_clear()
+    _multiprocessors.cache_clear()
+
+
+def _place(x: torch.Tensor) -> tuple[int, int]:
+    """The index of x's device, and its current stream as an integer."""
+    if not x.is_cuda:
+        return 0, 0
+    index = x.get_device()
+    # torch.cuda.current_stream(index).cuda_stream, at a tenth of its cost.
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def _new(x: torch.Tensor) -> torch.Tensor:
+    """A fresh contiguous tensor of x's shape and dtype."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _dense(grad: torch.Tensor) -> torch.Tensor:
+    """A gradient as kernels can read it: that of a sum, say, has stride 0 in every dim."""
+    return grad if grad.stride(-1) == 1 and grad.ndim <= 4 else grad.contiguous()
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    y = _new(x)
+    _cuda.rms_norm(
+        _place(x),
+        DTYPES[x.dtype],
+        x.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        rows(x),
+        x.shape[-1],
+        eps,
+    )
+    return y
+
+
+def _rms_norm_unsupported(x: torch.Tensor, weight: torch.Tensor, eps: float) -> list[str]:
+    return rows_reasons(x=x, weight=weight)
+
+
+def _weight_gradient(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """dw, and the parts of it that the blocks of a norm's backward leave: two blocks for each
+    multiprocessor share the rows."""
+    C = x.shape[-1]
+    N = x.numel() // C if C else 0
+    parts = min(N, 2 * _multiprocessors(x.get_device() if x.is_cuda else 0))
+    return torch.empty_like(weight), x.new_empty((parts, C), dtype=torch.float32)
+
+
+def _rms_norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grad = _dense(grad)
+    dx = _new(x)
+    dw, parts = _weight_gradient(x, weight)
+    _cuda.rms_norm_backward(
+        _place(x),
+        DTYPES[x.dtype],
+        grad.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        dx.data_ptr(),
+        dw.data_ptr(),
+        parts.data_ptr(),
+        len(parts),
+        rows(grad),
+        rows(x),
+        x.shape[-1],
+        eps,
+    )
+    return dx, dw
+
+
+def _rms_norm_backward_unsupported(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> list[str]:
+    return rows_reasons(x=x, weight=weight)
+
+
+def _add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y, total = _new(x), _new(x)
+    _cuda.add_rms_norm(
+        _place(x),
+        DTYPES[x.dtype],
+        x.data_ptr(),
+        residual.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        total.data_ptr(),
+        rows(x),
+        rows(residual),
+        x.shape[-1],
+        eps,
+    )
+    return y, total
+
+
+def _add_rms_norm_unsupported(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> list[str]:
+    return rows_reasons(x=x, residual=residual, weight=weight)
+
+
+def _add_rms_norm_backward(
+    grad_y: torch.Tensor,
+    grad_total: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_y, grad_total = _dense(grad_y), _dense(grad_total)
+    dx = _new(total)
+    dw, parts = _weight_gradient(total, weight)
+    _cuda.add_rms_norm_backward(
+        _place(total),
+        DTYPES[total.dtype],
+        grad_y.data_ptr(),
+        grad_total.data_ptr(),
+        total.data_ptr(),
+        weight.data_ptr(),
+        dx.data_ptr(),
+        dw.data_ptr(),
+        parts.data_ptr(),
+        len(parts),
+        rows(grad_y),
+        rows(grad_total),
+        rows(total),
+        total.shape[-1],
+        eps,
+    )
+    return dx, dw
+
+
+def _add_rms_norm_backward_unsupported(
+    grad_y: torch.Tensor,
+    grad_total: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+) -> list[str]:
+    return rows_reasons(total=total, weight=weight)
+
+
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    h = _new(gate)
+    _cuda.swiglu(
+        _place(gate),
+        DTYPES[gate.dtype],
+        gate.data_ptr(),
+        up.data_ptr(),
+        h.data_ptr(),
+        rows(gate),
+        rows(up),
+        gate.shape[-1],
+    )
+    return h
+
+
+def _swiglu_unsupported(gate: torch.Tensor, up: torch.Tensor) -> list[str]:
+    return rows_reasons(gate=gate, up=up)
+
+
+def _swiglu_backward(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grad = _dense(grad)
+    d_gate, d_up = _new(gate), _new(up)
+    _cuda.swiglu_backward(
+        _place(gate),
+        DTYPES[gate.dtype],
+        grad.data_ptr(),
+        gate.data_ptr(),
+        up.data_ptr(),
+        d_gate.data_ptr(),
+        d_up.data_ptr(),
+        rows(grad),
+        rows(gate),
+        rows(up),
+        gate.shape[-1],
+    )
+    return d_gate, d_up
+
+
+def _swiglu_backward_unsupported(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> list[str]:
+    return rows_reasons(gate=gate, up=up)
+
+
+def _rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    B, T, H, D = q.shape
+    of_rows = cos.ndim == 3
+    q_out, k_out = _new(q), _new(k)
+    _cuda.rope(
+        _place(q),
+        DTYPES[q.dtype],
+        q.data_ptr(),
+        q.stride(),
+        k.data_ptr(),
+        k.stride(),
+        q_out.data_ptr(),
+        k_out.data_ptr(),
+        cos.data_ptr(),
+        cos.stride(0) if of_rows else 0,
+        cos.stride(-2),
+        sin.data_ptr(),
+        sin.stride(0) if of_rows else 0,
+        sin.stride(-2),
+        B,
+        T,
+        H,
+        k.shape[2],
+        D,
+        interleaved,
+    )
+    return q_out, k_out
+
+
+def _rope_unsupported(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> list[str]:
+    return reasons(q.dtype, q=q, k=k, cos=cos, sin=sin)
+
+
+def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> torch.Tensor:
+    B, T, H, D = q.shape
+    q_out = _new(q)
+    _cuda.kv_append(
+        _place(q),
+        DTYPES[q.dtype],
+        q.data_ptr(),
+        q.stride(),
+        k.data_ptr(),
+        k.stride(),
+        v.data_ptr(),
+        v.stride(),
+        q_out.data_ptr(),
+        cos.data_ptr(),
+        cos.stride(0),
+        sin.data_ptr(),
+        sin.stride(0),
+        k_cache.data_ptr(),
+        k_cache.stride(),
+        v_cache.data_ptr(),
+        v_cache.stride(),
+        lengths.data_ptr(),
+        lengths.stride(0),
+        B,
+        T,
+        k_cache.shape[1],
+        cos.shape[0],
+        H,
+        k.shape[2],
+        D,
+        interleaved,
+    )
+    return q_out
+
+
+def _kv_append_unsupported(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> list[str]:
+    return reasons(q.dtype, q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
+
+
+def _row(
+    op: str, launch: Callable[..., Any], unsupported: Callable[..., list[str]]
+) -> Implementation:
+    """A row of the table: the device is asked first, and a failed launch is told in words."""
+
+    def guarded_launch(*args: Any) -> Any:
+        try:
+            return launch(*args)
+        except RuntimeError as error:
+            if not isinstance(error, _cuda.LaunchError):
+                raise
+            raise _failure(op, error, args) from error
+
+    def guarded_unsupported(*args: Any) -> list[str]:
+        return _device_reasons(args[0].device) or unsupported(*args)
+
+    return Implementation(guarded_launch, guarded_unsupported)
+
+
+def _failure(op: str, error: RuntimeError, args: tuple) -> KernelError:
+    given = ", ".join(describe(a) if isinstance(a, torch.Tensor) else repr(a) for a in args)
+    return KernelError(
+        f"{op}: {error}. It was given {given}. An error of an earlier kernel comes up at the next "
+        "launch: run with CUDA_LAUNCH_BLOCKING=1 to see which one it was, or under "
+        "compute-sanitizer; use_backend('eager') does without these kernels"
+    )
+
+
+BACKEND = Backend(
+    name="cuda",
+    unavailable=_unavailable,
+    implementations={
+        name: _row(name, launch, unsupported)
+        for name, launch, unsupported in [
+            ("rms_norm", _rms_norm, _rms_norm_unsupported),
+            ("rms_norm_backward", _rms_norm_backward, _rms_norm_backward_unsupported),
+            ("add_rms_norm", _add_rms_norm, _add_rms_norm_unsupported),
+            ("add_rms_norm_backward", _add_rms_norm_backward, _add_rms_norm_backward_unsupported),
+            ("swiglu", _swiglu, _swiglu_unsupported),
+            ("swiglu_backward", _swiglu_backward, _swiglu_backward_unsupported),
+            ("rope", _rope, _rope_unsupported),
+            ("kv_append", _kv_append, _kv_append_unsupported),
+        ]
+    },
+)
+register_backend(BACKEND)

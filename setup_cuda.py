@@ -1,0 +1,144 @@
+"""Builds `llama_fast._cuda` from csrc/cuda with nvcc, for setup.py. Nothing here knows of torch.
+
+The environment variable LLAMA_FAST_CUDA says for which GPUs:
+    auto       those of this machine, and nothing where there is none (the default)
+    off        nothing
+    all        every architecture that the kernels serve and nvcc knows, and PTX for later ones
+    80,90a,…   these compute capabilities without the dot; +PTX behind one adds its PTX
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).parent.resolve()
+VARIABLE = "LLAMA_FAST_CUDA"
+OLDEST = 80  # cp.async and bfloat16 matrix products
+ALL = ("80", "86", "89", "90a", "100", "120")
+NVCC_FLAGS = (
+    "-O3 -std=c++17 -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden --Werror=all-warnings"
+)
+
+
+class NoCuda(Exception):
+    """The module was asked for and cannot be built; the text says why and what to do."""
+
+
+def architectures(asked: str | None = None) -> list[str]:
+    """The architectures to build for, such as ["80", "90a", "120+PTX"]; none: build nothing."""
+    asked = (os.environ.get(VARIABLE) or "auto") if asked is None else asked
+    if asked == "off":
+        return []
+    if asked == "auto":
+        found = gpus() if find_nvcc() else []
+        return sorted({"90a" if gpu == "90" else gpu for gpu in found if int(gpu) >= OLDEST})
+    known = known_architectures(need_nvcc())
+    if asked == "all":
+        chosen = [name for name in ALL if number(name) in known]
+        return [*chosen[:-1], f"{chosen[-1]}+PTX"]
+    chosen = [name.strip() for name in asked.split(",")]
+    for name in chosen:
+        if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", name) or number(name) not in known:
+            raise NoCuda(
+                f"{VARIABLE}={asked}: {name!r} is no architecture that this nvcc knows. Give auto, "
+                f"off, all, or some of {', '.join(map(str, sorted(known)))} (90a for Hopper)"
+            )
+        if number(name) < OLDEST:
+            raise NoCuda(f"{VARIABLE}={asked}: the kernels need compute capability 8.0 or later")
+    return chosen
+
+
+def number(name: str) -> int:
+    return int(re.match(r"\d+", name)[0])
+
+
+def gpus() -> list[str]:
+    """The compute capabilities of this machine's GPUs, such as ["90"]."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [major + minor for major, minor in re.findall(r"^(\d+)\.(\d)\s*$", text, re.M)]
+
+
+def find_nvcc() -> Path | None:
+    """nvcc of CUDA_HOME, of PATH, or of a toolkit that pip installed."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home and (nvcc := Path(home) / "bin" / "nvcc").is_file():
+        return nvcc
+    if found := shutil.which("nvcc"):
+        return Path(found)
+    for folder in (*sys.path, sysconfig.get_path("purelib")):
+        for nvcc in sorted(Path(folder or ".").glob("nvidia/*/bin/nvcc"), reverse=True):
+            return nvcc
+    return None
+
+
+def need_nvcc() -> Path:
+    if (nvcc := find_nvcc()) is None:
+        raise NoCuda(
+            f"{VARIABLE}={os.environ.get(VARIABLE)} asks for the CUDA kernels, and no nvcc was "
+            "found: set CUDA_HOME to a CUDA toolkit (12.4 or later), put its nvcc on PATH, or "
+            f"pip install nvidia-cuda-nvcc; {VARIABLE}=off installs without them"
+        )
+    return nvcc
+
+
+def known_architectures(nvcc: Path) -> set[int]:
+    text = subprocess.run(
+        [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
+    ).stdout
+    return {int(name) for name in re.findall(r"compute_(\d+)", text)}
+
+
+def build_cuda_module(target: Path, folder: Path, chosen: list[str]) -> None:
+    """Compiles with ninja in `folder`, in parallel and incrementally, and links one module."""
+    import ninja
+
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(ninja_file(target, chosen))
+    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder, "--quiet"], check=True)
+
+
+def ninja_file(target: Path, chosen: list[str]) -> str:
+    import pybind11
+
+    nvcc = need_nvcc()
+    cxx = sysconfig.get_config_var("CXX").split()[0]
+    includes = [sysconfig.get_path("include"), pybind11.get_include()]
+    binding = " ".join([
+        f"-O2 -std=c++17 -fPIC -fvisibility=hidden -Wall -I{ROOT}/csrc",
+        *(f"-isystem {path}" for path in includes),
+        f"'-DLLAMA_FAST_CUDA_ARCHITECTURES=\"{','.join(chosen)}\"'",
+    ])
+    nvcc_flags = " ".join([NVCC_FLAGS, f"-I{ROOT}/csrc/cuda", *map(generate, chosen)])
+    lines = [
+        f"rule cxx\n  command = {cxx} -MMD -MF $out.d {binding} -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc",
+        f"rule nvcc\n  command = {nvcc} -ccbin {cxx} -MMD -MF $out.d {nvcc_flags} -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc",
+        # nvcc knows where its static runtime is.
+        f"rule link\n  command = {nvcc} -ccbin {cxx} -shared --cudart static $in -o $out",
+        f"build binding.o: cxx {ROOT}/csrc/bindings/cuda.cpp",
+    ]
+    objects = ["binding.o"]
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        objects.append(f"{source.stem}.o")
+        lines.append(f"build {objects[-1]}: nvcc {source}")
+    lines.append(f"build {target}: link {' '.join(objects)}\ndefault {target}\n")
+    return "\n".join(lines)
+
+
+def generate(architecture: str) -> str:
+    """nvcc's option for one architecture."""
+    name, _, ptx = architecture.partition("+")
+    code = f"sm_{name}" if not ptx else f"[sm_{name},compute_{name}]"
+    return f"-gencode 'arch=compute_{name},code={code}'"

@@ -1,0 +1,147 @@
+"""The CUDA kernels run without a GPU: csrc/cuda/*.cu compiled by the host's compiler against the
+headers beside this file, as a module that stands for `llama_fast._cuda` and takes CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+from llama_fast.backends import cuda
+from llama_fast.registry import register_backend
+
+from ..cpu_host.emulation import load_module
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CXX = sysconfig.get_config_var("CXX").split()[0]
+CXX_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wno-unknown-pragmas"
+
+HOST_ARCHITECTURE = "'-DLLAMA_FAST_CUDA_ARCHITECTURES=\"host\"'"
+
+# How the module can be built: flags of the kernels, of the rest, of the link.
+RACES = "races"
+ADDRESS = "address"
+BUILDS = {
+    # No library of ThreadSanitizer is linked: races.cpp takes the calls that the flag makes.
+    RACES: ("-O1 -fsanitize=thread", "-O2 -DCUDA_HOST_RACES", ""),
+    ADDRESS: (*["-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"] * 2,
+              "-fsanitize=address,undefined"),
+}  # fmt: skip
+
+
+class LaunchRecord(NamedTuple):
+    """One launch: the kernel's name, its blocks, the threads of each, their shared memory."""
+
+    kernel: str
+    blocks: int
+    threads: int
+    shared_bytes: int
+
+
+def why_not() -> str:
+    """The reason why the kernels cannot be run here, or nothing."""
+    if not re.search(r"(^|-)g\+\+", Path(CXX).name) or shutil.which(CXX) is None:
+        return f"the CUDA kernels run on the host with g++; the compiler here is {CXX}"
+    return ""
+
+
+@contextmanager
+def use_host(*, order: int = 0) -> Iterator[None]:
+    """Inside the block, the backend "cuda" runs on CPU tensors, its blocks and threads in order,
+    or in reverse with order=1."""
+    real = cuda._cuda, cuda.BACKEND.unavailable
+    library().cuda_host_set_order(order)
+    _take(module(), [])
+    try:
+        yield
+    finally:
+        _take(*real)
+
+
+def _take(extension: ModuleType | None, unavailable: list[str]) -> None:
+    cuda._cuda, cuda.BACKEND.unavailable = extension, unavailable
+    cuda.forget_device()
+    register_backend(cuda.BACKEND)
+
+
+def take_launches() -> list[LaunchRecord]:
+    """The launches since this was last asked, in order."""
+    ask = library().cuda_host_take_launches
+    ask.restype = ctypes.c_char_p
+    rows = [line.split("\t") for line in ask().decode().splitlines()]
+    return [LaunchRecord(name, *map(int, numbers)) for name, *numbers in rows]
+
+
+@functools.cache
+def module() -> ModuleType:
+    return load_module("cuda_host._cuda", build())
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(build()))
+
+
+@functools.cache
+def build() -> Path:
+    """Builds the module that this process can load, incrementally; returns its file."""
+    return build_as(ADDRESS if address_sanitizer_is_loaded() else RACES)
+
+
+def address_sanitizer_is_loaded() -> bool:
+    return hasattr(ctypes.CDLL(None), "__asan_init")
+
+
+def build_as(kind: str) -> Path:
+    import ninja
+
+    folder = ROOT / "build" / f"cuda-host-{kind}"
+    target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(ninja_file(target, *BUILDS[kind]))
+    command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        pytest.fail(f"the CUDA kernels do not compile on the host:\n{result.stdout}", pytrace=False)
+    return target
+
+
+def ninja_file(target: Path, kernel_flags: str, other_flags: str, link_flags: str) -> str:
+    import pybind11
+
+    python = " ".join(
+        f"-isystem {path}" for path in (sysconfig.get_path("include"), pybind11.get_include())
+    )
+    sources = {
+        "binding": (ROOT / "csrc" / "bindings" / "cuda.cpp", f"-O1 -I{ROOT}/csrc {HOST_ARCHITECTURE}"),
+        **{path.stem: (path, other_flags) for path in HERE.glob("*.cpp")},
+        # Its twin is device.cpp beside this file.
+        **{
+            path.stem: (path, kernel_flags)
+            for path in (ROOT / "csrc" / "cuda").glob("*.cu")
+            if path.stem != "device"
+        },
+    }
+    includes = f"-I{HERE} -I{ROOT}/csrc/cuda {python}"
+    lines = [
+        f"rule cxx\n  command = {CXX} -MMD -MF $out.d {CXX_FLAGS} {includes} $flags "
+        "-x c++ -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = {CXX} -shared {link_flags} $in -o $out",
+    ]
+    for name, (source, flags) in sources.items():
+        lines.append(f"build {name}.o: cxx {source}\n  flags = {flags}")
+    objects = " ".join(f"{name}.o" for name in sources)
+    lines.append(f"build {target}: link {objects}\n")
+    return "\n".join(lines)
