@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # The C++ sources too: a change of theirs rebuilds the extension.
-SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py setup_cuda.py constraints.txt $(shell find csrc -type f)
 
 .PHONY: demo test bench-cpu lint format clean
 

@@ -21,9 +21,7 @@ ROOT = Path(__file__).parent.resolve()
 VARIABLE = "LLAMA_FAST_CUDA"
 OLDEST = 80  # cp.async and bfloat16 matrix products
 ALL = ("80", "86", "89", "90a", "100", "120")
-NVCC_FLAGS = (
-    "-O3 -std=c++17 -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden --Werror=all-warnings"
-)
+NVCC_FLAGS = "-O3 -std=c++17 -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden --Werror=all-warnings"
 
 
 class NoCuda(Exception):
@@ -114,11 +112,13 @@ def ninja_file(target: Path, chosen: list[str]) -> str:
     nvcc = need_nvcc()
     cxx = sysconfig.get_config_var("CXX").split()[0]
     includes = [sysconfig.get_path("include"), pybind11.get_include()]
-    binding = " ".join([
-        f"-O2 -std=c++17 -fPIC -fvisibility=hidden -Wall -I{ROOT}/csrc",
-        *(f"-isystem {path}" for path in includes),
-        f"'-DLLAMA_FAST_CUDA_ARCHITECTURES=\"{','.join(chosen)}\"'",
-    ])
+    binding = " ".join(
+        [
+            f"-O2 -std=c++17 -fPIC -fvisibility=hidden -Wall -I{ROOT}/csrc",
+            *(f"-isystem {path}" for path in includes),
+            f"'-DLLAMA_FAST_CUDA_ARCHITECTURES=\"{','.join(chosen)}\"'",
+        ]
+    )
     nvcc_flags = " ".join([NVCC_FLAGS, f"-I{ROOT}/csrc/cuda", *map(generate, chosen)])
     lines = [
         f"rule cxx\n  command = {cxx} -MMD -MF $out.d {binding} -c $in -o $out",

@@ -115,7 +115,7 @@ OP_STEMS = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - OP_HELPERS
 # Files that belong to no op, with what they are for.
 HOUSEKEEPING = {
     "csrc/cpu": {"table", "ceilings"},
-    "csrc/cuda": set(),
+    "csrc/cuda": {"device"},
     "triton_kernels": {"__init__", "chips", "launch", "rows"},
 }
 

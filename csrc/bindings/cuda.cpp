@@ -35,7 +35,7 @@ RmsNormBackwardArgs norm_backward(int dtype, uintptr_t grad, uintptr_t grad_tota
                                   const Layout& grad_total_layout, const Layout& x_layout,
                                   int64_t C, float eps) {
   return {DType(dtype), pointer<void>(grad), pointer<void>(grad_total), pointer<void>(x),
-          pointer<void>(weight), pointer<void>(dx), pointer<void>(dw), pointer<float>(dw_parts),
+          pointer<void>(weight), pointer<void>(dx), pointer<void>(dw), pointer<void>(dw_parts),
           parts, rows(grad_layout), rows(grad_total_layout), rows(x_layout), C, eps};
 }
 
@@ -122,5 +122,21 @@ PYBIND11_MODULE(_cuda, m) {
                pointer<float>(sin), cos_stride, sin_stride, heads(k_cache, K, k_cache_strides),
                heads(v_cache, K, v_cache_strides), pointer<int64_t>(lengths), lengths_stride, B, T,
                S, P, D, interleaved});
+  });
+
+  m.def("linear", [](const Place& place, int dtype, uintptr_t x, uintptr_t weight, uintptr_t y,
+                     const Layout& layout, int64_t C_in, int64_t C_out) {
+    linear(target(place), {DType(dtype), pointer<void>(x), pointer<void>(weight),
+                           pointer<void>(y), rows(layout), C_in, C_out});
+  });
+
+  m.def("linear_quantized", [](const Place& place, int dtype, uintptr_t x, uintptr_t codes,
+                               uintptr_t scales, uintptr_t offsets, uintptr_t y,
+                               const Layout& layout, int64_t C_in, int64_t C_out, int64_t bits,
+                               int64_t group_size) {
+    linear_quantized(target(place), {DType(dtype), pointer<void>(x), pointer<void>(codes),
+                                     pointer<void>(scales), pointer<void>(offsets),
+                                     pointer<void>(y), rows(layout), C_in, C_out, bits,
+                                     group_size});
   });
 }

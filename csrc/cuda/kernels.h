@@ -69,7 +69,7 @@ struct RmsNormBackwardArgs {
   const void* weight;      // (C,)
   void* dx;                // (N, C) contiguous
   void* dw;                // (C,)
-  float* dw_parts;         // (parts, C): each block's share of dw; scratch
+  void* dw_parts;          // (parts, C) float, or double for float32 rows: each block's dw; scratch
   int64_t parts;           // blocks that share the rows, at most N
   Rows grad_rows, grad_total_rows, x_rows;
   int64_t C;
@@ -132,5 +132,28 @@ struct KvAppendArgs {
   bool interleaved;
 };
 void kv_append(const Target&, const KvAppendArgs&);
+
+struct LinearArgs {
+  DType dtype;         // bf16 or f16
+  const void* x;       // M <= 16 rows of C_in
+  const void* weight;  // (C_out, C_in) contiguous
+  void* y;             // (M, C_out) contiguous
+  Rows rows;
+  int64_t C_in, C_out;
+};
+void linear(const Target&, const LinearArgs&);
+
+// The layout of llama_fast/ops/linear_quantized.py.
+struct LinearQuantizedArgs {
+  DType dtype;          // bf16 or f16
+  const void* x;        // M <= 16 rows of C_in
+  const void* codes;    // uint8
+  const void* scales;   // float16
+  const void* offsets;  // float16, or null
+  void* y;              // (M, C_out) contiguous
+  Rows rows;
+  int64_t C_in, C_out, bits, group_size;
+};
+void linear_quantized(const Target&, const LinearQuantizedArgs&);
 
 }  // namespace llama_fast::cuda

@@ -6,7 +6,8 @@
 //
 // A row belongs to blockDim.x threads and lies in their registers between the sum and its use, so
 // that memory is read once; rows that are too long, or not of whole 16-byte vectors, are read twice,
-// the second time mostly from a cache.
+// the second time mostly from a cache. Sums are in float, and in double for float32 rows,
+// whose results would else be a unit or two from what a sum in another order gives.
 #pragma once
 
 #include <common/launch.cuh>
@@ -19,6 +20,9 @@ namespace llama_fast::cuda {
 
 // PER_THREAD value of the kernels that take rows of any length and keep none of it.
 constexpr int ANY_LENGTH = 0;
+
+// In what is summed.
+template <class T> using Wide = std::conditional_t<std::is_same_v<T, float>, double, float>;
 
 template <class T, int VEC, bool ADD>
 __device__ __forceinline__ Pack<T, VEC> row_element(const T* x, const T* residual, T* total,
@@ -34,9 +38,12 @@ __device__ __forceinline__ Pack<T, VEC> row_element(const T* x, const T* residua
 }
 
 template <class T, int VEC>
-__device__ __forceinline__ void add_squares(const Pack<T, VEC>& x, float& sum) {
+__device__ __forceinline__ void add_squares(const Pack<T, VEC>& x, Wide<T>& sum) {
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) sum += to_float(x.v[i]) * to_float(x.v[i]);
+  for (int i = 0; i < VEC; ++i) {
+    const Wide<T> xw = to_float(x.v[i]);
+    sum = fma(xw, xw, sum);
+  }
 }
 
 template <class T, int VEC>
@@ -52,10 +59,10 @@ __device__ __forceinline__ Pack<T, VEC> normalised(const Pack<T, VEC>& x, float 
 // blockDim (threads of a row, rows of a block); C is a multiple of VEC and, unless PER_THREAD is
 // ANY_LENGTH, at most blockDim.x · PER_THREAD · VEC.
 template <class T, int VEC, int PER_THREAD, bool ADD>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(PER_THREAD == 1 || PER_THREAD == 2 ? 256 : 1024)
 rms_norm_fwd_kernel(const T* x, const T* residual, const T* __restrict__ weight, T* y, T* total,
                     Rows x_rows, Rows residual_rows, int64_t N, int64_t C, float eps) {
-  auto& parts = shared_memory<SumParts<1>>();
+  auto& parts = shared_memory<SumParts<Wide<T>, 1>>();
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= N) return;
   x += offset(x_rows, row);
@@ -65,12 +72,12 @@ rms_norm_fwd_kernel(const T* x, const T* residual, const T* __restrict__ weight,
     total += row * C;
   }
   const int64_t first = int64_t(threadIdx.x) * VEC, step = int64_t(blockDim.x) * VEC;
-  float sum[1] = {0.0f};
+  Wide<T> sum[1] = {};
   if constexpr (PER_THREAD == ANY_LENGTH) {
     for (int64_t c = first; c < C; c += step)
       add_squares(row_element<T, VEC, ADD>(x, residual, total, c), sum[0]);
     block_sum(sum, parts, 0);
-    const float r = rsqrtf(sum[0] / C + eps);
+    const float r = 1 / sqrt(sum[0] / C + eps);
     const T* kept = ADD ? total : x;  // the thread's own elements of total
     for (int64_t c = first; c < C; c += step)
       store(y + c, normalised(load<VEC>(kept + c), r, load<VEC>(weight + c)));
@@ -84,7 +91,7 @@ rms_norm_fwd_kernel(const T* x, const T* residual, const T* __restrict__ weight,
       add_squares(kept[i], sum[0]);
     }
     block_sum(sum, parts, 0);
-    const float r = rsqrtf(sum[0] / C + eps);
+    const float r = 1 / sqrt(sum[0] / C + eps);
 #pragma unroll
     for (int i = 0; i < PER_THREAD; ++i) {
       const int64_t c = first + i * step;
@@ -96,12 +103,12 @@ rms_norm_fwd_kernel(const T* x, const T* residual, const T* __restrict__ weight,
 
 template <class T, int VEC>
 __device__ __forceinline__ void add_products(const Pack<T, VEC>& x, const Pack<T, VEC>& g,
-                                             const Pack<T, VEC>& w, float (&sums)[2]) {
+                                             const Pack<T, VEC>& w, Wide<T> (&sums)[2]) {
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
-    const float xf = to_float(x.v[i]);
-    sums[0] += xf * xf;
-    sums[1] += to_float(g.v[i]) * to_float(w.v[i]) * xf;
+    const Wide<T> xw = to_float(x.v[i]), gw = to_float(g.v[i]);
+    sums[0] = fma(xw, xw, sums[0]);
+    sums[1] = fma(gw * to_float(w.v[i]), xw, sums[1]);
   }
 }
 
@@ -113,7 +120,7 @@ __device__ __forceinline__ Pack<T, VEC> row_gradient(const Pack<T, VEC>& x, cons
   if constexpr (ADD) more = load<VEC>(grad_total + c);
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
-    float d = r * (to_float(g.v[i]) * to_float(w.v[i])) - to_float(x.v[i]) * s;
+    float d = fmaf(-to_float(x.v[i]), s, r * (to_float(g.v[i]) * to_float(w.v[i])));
     if constexpr (ADD) d += to_float(more.v[i]);
     dx.v[i] = from_float<T>(d);
   }
@@ -124,14 +131,14 @@ __device__ __forceinline__ Pack<T, VEC> row_gradient(const Pack<T, VEC>& x, cons
 template <class T, int VEC, int PER_THREAD, bool ADD>
 __global__ void __launch_bounds__(512)
 rms_norm_bwd_kernel(const T* grad, const T* grad_total, const T* x, const T* __restrict__ weight,
-                    T* dx, float* dw_parts, Rows grad_rows, Rows grad_total_rows, Rows x_rows,
+                    T* dx, Wide<T>* dw_parts, Rows grad_rows, Rows grad_total_rows, Rows x_rows,
                     int64_t N, int64_t C, float eps) {
-  auto& parts = shared_memory<SumParts<2>>();
+  auto& parts = shared_memory<SumParts<Wide<T>, 2>>();
   constexpr int KEPT = PER_THREAD == ANY_LENGTH ? 1 : PER_THREAD;
   const int64_t first = int64_t(threadIdx.x) * VEC, step = int64_t(blockDim.x) * VEC;
-  float* dw = dw_parts + blockIdx.x * C;
+  Wide<T>* dw = dw_parts + blockIdx.x * C;
   Pack<T, VEC> w[KEPT], x_kept[KEPT], g_kept[KEPT];
-  float dw_kept[KEPT][VEC] = {};
+  Wide<T> dw_kept[KEPT][VEC] = {};
   if constexpr (PER_THREAD != ANY_LENGTH) {
 #pragma unroll
     for (int i = 0; i < KEPT; ++i)
@@ -144,7 +151,7 @@ rms_norm_bwd_kernel(const T* grad, const T* grad_total, const T* x, const T* __r
     const T* total_row = nullptr;
     if constexpr (ADD) total_row = grad_total + offset(grad_total_rows, row);
     T* dx_row = dx + row * C;
-    float sums[2] = {0.0f, 0.0f};
+    Wide<T> sums[2] = {};
     if constexpr (PER_THREAD == ANY_LENGTH) {
       for (int64_t c = first; c < C; c += step)
         add_products(load<VEC>(x_row + c), load<VEC>(g_row + c), load<VEC>(weight + c), sums);
@@ -159,15 +166,17 @@ rms_norm_bwd_kernel(const T* grad, const T* grad_total, const T* x, const T* __r
       }
     }
     block_sum(sums, parts, turn);
-    const float r = rsqrtf(sums[0] / C + eps);
-    const float s = r * r * r * (sums[1] / C);
+    const Wide<T> wide_r = 1 / sqrt(sums[0] / C + eps);
+    const float r = wide_r;
+    const float s = wide_r * wide_r * wide_r * (sums[1] / C);
     if constexpr (PER_THREAD == ANY_LENGTH) {
       for (int64_t c = first; c < C; c += step) {
         const auto xs = load<VEC>(x_row + c), g = load<VEC>(g_row + c), ws = load<VEC>(weight + c);
         store(dx_row + c, row_gradient<T, VEC, ADD>(xs, g, ws, r, s, total_row, c));
 #pragma unroll
         for (int i = 0; i < VEC; ++i)
-          dw[c + i] = (turn ? dw[c + i] : 0.0f) + to_float(g.v[i]) * (to_float(xs.v[i]) * r);
+          dw[c + i] = fma(Wide<T>(to_float(g.v[i])), to_float(xs.v[i]) * wide_r,
+                          turn ? dw[c + i] : Wide<T>(0));
       }
     } else {
 #pragma unroll
@@ -178,7 +187,8 @@ rms_norm_bwd_kernel(const T* grad, const T* grad_total, const T* x, const T* __r
               row_gradient<T, VEC, ADD>(x_kept[i], g_kept[i], w[i], r, s, total_row, c));
 #pragma unroll
         for (int j = 0; j < VEC; ++j)
-          dw_kept[i][j] += to_float(g_kept[i].v[j]) * (to_float(x_kept[i].v[j]) * r);
+          dw_kept[i][j] = fma(Wide<T>(to_float(g_kept[i].v[j])),
+                              to_float(x_kept[i].v[j]) * wide_r, dw_kept[i][j]);
       }
     }
   }
@@ -197,17 +207,17 @@ constexpr int SLICES = 8;
 
 template <class T>
 __global__ void __launch_bounds__(WARP * SLICES)
-rms_norm_bwd_sum_kernel(const float* __restrict__ dw_parts, T* dw, int64_t parts, int64_t C) {
-  auto& sums = shared_memory<float[SLICES][WARP]>();
+rms_norm_bwd_sum_kernel(const Wide<T>* __restrict__ dw_parts, T* dw, int64_t parts, int64_t C) {
+  auto& sums = shared_memory<Wide<T>[SLICES][WARP]>();
   const int64_t c = int64_t(blockIdx.x) * WARP + threadIdx.x;
-  float sum = 0.0f;
+  Wide<T> sum = 0;
   if (c < C)
     for (int64_t p = threadIdx.y; p < parts; p += SLICES) sum += dw_parts[p * C + c];
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y != 0 || c >= C) return;
   for (int i = 1; i < SLICES; ++i) sum += sums[i][threadIdx.x];
-  dw[c] = from_float<T>(sum);
+  dw[c] = from_float<T>(float(sum));
 }
 
 // ---- on the host ----
@@ -247,7 +257,7 @@ void launch_norm(const Target& target, const char* name, DType dtype, const void
     using T = typename decltype(type)::type;
     const auto run = [&](auto kernel, unsigned threads) {
       const unsigned rows = threads == WARP ? 4 : 1;
-      const Launch how{name, {unsigned(ceil_div(N, rows))}, {threads, rows}, sizeof(SumParts<1>)};
+      const Launch how{name, {unsigned(ceil_div(N, rows))}, {threads, rows}, sizeof(SumParts<Wide<T>, 1>)};
       launch(target, how, kernel, static_cast<const T*>(x), static_cast<const T*>(residual),
              static_cast<const T*>(weight), static_cast<T*>(y), static_cast<T*>(total), x_rows,
              residual_rows, N, C, eps);
@@ -273,10 +283,11 @@ void launch_norm_backward(const Target& target, const char* name, const char* su
   with_type(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto run = [&](auto kernel, unsigned threads) {
-      const Launch how{name, {unsigned(a.parts)}, {threads}, sizeof(SumParts<2>)};
+      const Launch how{name, {unsigned(a.parts)}, {threads}, sizeof(SumParts<Wide<T>, 2>)};
       launch(target, how, kernel, static_cast<const T*>(a.grad),
              static_cast<const T*>(a.grad_total), static_cast<const T*>(a.x),
-             static_cast<const T*>(a.weight), static_cast<T*>(a.dx), a.dw_parts, a.grad_rows,
+             static_cast<const T*>(a.weight), static_cast<T*>(a.dx),
+             static_cast<Wide<T>*>(a.dw_parts), a.grad_rows,
              a.grad_total_rows, a.x_rows, N, C, a.eps);
     };
     constexpr int VEC = VECTOR<T>;
@@ -293,8 +304,9 @@ void launch_norm_backward(const Target& target, const char* name, const char* su
       run(rms_norm_bwd_kernel<T, 1, ANY_LENGTH, ADD>, C <= 256 ? 64 : 256);
     }
     const Launch how{sum_name, {unsigned(ceil_div(C, WARP))}, {WARP, SLICES},
-                     sizeof(float[SLICES][WARP])};
-    launch(target, how, rms_norm_bwd_sum_kernel<T>, a.dw_parts, static_cast<T*>(a.dw), a.parts, C);
+                     sizeof(Wide<T>[SLICES][WARP])};
+    launch(target, how, rms_norm_bwd_sum_kernel<T>, static_cast<const Wide<T>*>(a.dw_parts),
+           static_cast<T*>(a.dw), a.parts, C);
   });
 }
 

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import KernelError
 from ..ops.checks import describe
-from ..registry import Backend, Implementation, register_backend
+from ..registry import OPS, Backend, Implementation, nothing, register_backend
 from .layout import DTYPES, reasons, rows, rows_reasons
 
 try:
@@ -126,7 +127,8 @@ def _weight_gradient(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tenso
     C = x.shape[-1]
     N = x.numel() // C if C else 0
     parts = min(N, 2 * _multiprocessors(x.get_device() if x.is_cuda else 0))
-    return torch.empty_like(weight), x.new_empty((parts, C), dtype=torch.float32)
+    wide = torch.float64 if x.dtype is torch.float32 else torch.float32
+    return torch.empty_like(weight), x.new_empty((parts, C), dtype=wide)
 
 
 def _rms_norm_backward(
@@ -347,6 +349,76 @@ def _kv_append_unsupported(q, k, v, cos, sin, k_cache, v_cache, lengths, interle
     return reasons(q.dtype, q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
 
 
+# Rows of x up to which the linears are limited by reading the weight, and our kernels serve them.
+FEW_ROWS = 16
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    C_out, C_in = weight.shape
+    if x.dtype is torch.float32 or x.numel() > FEW_ROWS * C_in or C_in == 0:
+        return F.linear(x, weight).contiguous()
+    y = x.new_empty((*x.shape[:-1], C_out))
+    _cuda.linear(
+        _place(x),
+        DTYPES[x.dtype],
+        x.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        rows(x),
+        C_in,
+        C_out,
+    )
+    return y
+
+
+def _linear_unsupported(x: torch.Tensor, weight: torch.Tensor) -> list[str]:
+    return rows_reasons(x=x)
+
+
+def _linear_quantized(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor | None,
+    C_out: int,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    y = x.new_empty((*x.shape[:-1], C_out))
+    _cuda.linear_quantized(
+        _place(x),
+        DTYPES[x.dtype],
+        x.data_ptr(),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        0 if offsets is None else offsets.data_ptr(),
+        y.data_ptr(),
+        rows(x) if x.shape[-1] else (1, 1, y.numel() // C_out if C_out else 0, 0, 0, 0),
+        x.shape[-1],
+        C_out,
+        bits,
+        group_size,
+    )
+    return y
+
+
+def _linear_quantized_unsupported(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor | None,
+    C_out: int,
+    bits: int,
+    group_size: int,
+) -> list[str]:
+    found = rows_reasons(x=x)
+    if x.dtype is torch.float32:
+        found.append("x is torch.float32; it must be bfloat16 or float16")
+    if (M := x.shape[:-1].numel()) > FEW_ROWS:
+        found.append(f"x has {M} rows; at most {FEW_ROWS}")
+    return found
+
+
 def _row(
     op: str, launch: Callable[..., Any], unsupported: Callable[..., list[str]]
 ) -> Implementation:
@@ -375,6 +447,11 @@ def _failure(op: str, error: RuntimeError, args: tuple) -> KernelError:
     )
 
 
+def _of_torch(op: str) -> tuple[str, Callable[..., Any], Callable[..., list[str]]]:
+    """An op that is a product of matrices, which torch leaves to the vendor's library."""
+    return op, OPS[op].eager, nothing
+
+
 BACKEND = Backend(
     name="cuda",
     unavailable=_unavailable,
@@ -389,6 +466,10 @@ BACKEND = Backend(
             ("swiglu_backward", _swiglu_backward, _swiglu_backward_unsupported),
             ("rope", _rope, _rope_unsupported),
             ("kv_append", _kv_append, _kv_append_unsupported),
+            ("linear", _linear, _linear_unsupported),
+            _of_torch("linear_backward_x"),
+            _of_torch("linear_backward_weight"),
+            ("linear_quantized", _linear_quantized, _linear_quantized_unsupported),
         ]
     },
 )

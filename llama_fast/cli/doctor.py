@@ -90,7 +90,7 @@ def _backends() -> list[str]:
         elif backend.unavailable:
             rows.add_row(name, f"not available{_devices(name)}: {'; '.join(backend.unavailable)}")
         else:
-            rows.add_row(name, "available" + (_isas() if name == "cpu" else _devices(name)))
+            rows.add_row(name, "available" + BUILT.get(name, _devices)(name))
         if name == "cpu" and (backend is None or backend.unavailable):
             problems.append("the C++ kernels cannot be used; install the package again: see above")
     show("Backends", rows)
@@ -103,13 +103,23 @@ def _devices(name: str) -> str:
     return f" (for {', '.join(device for device in ORDER if name in ORDER[device])} tensors)"
 
 
-def _isas() -> str:
+def _architectures(name: str) -> str:
+    from ..backends import cuda
+
+    return f"{_devices(name)}: CUDA C++ kernels, built for {', '.join(cuda.architectures())}"
+
+
+def _isas(name: str) -> str:
     from .. import _cpu
 
     built, usable = _cpu.built_isas(), _cpu.isas()
     missing = [isa for isa in built if isa not in usable]
     text = f": C++ kernels, {_cpu.isa()} in use; built for {', '.join(built)}"
     return text + (f" (this CPU lacks {', '.join(missing)})" if missing else "")
+
+
+# What is said of the kernels of a backend that was compiled.
+BUILT = {"cpu": _isas, "cuda": _architectures}
 
 
 def _gpu_ops() -> list[str]:

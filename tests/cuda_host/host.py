@@ -104,44 +104,53 @@ def address_sanitizer_is_loaded() -> bool:
 
 
 def build_as(kind: str) -> Path:
+    """Builds the module of one kind, whether this process can load it or not."""
+    kernels = [
+        path
+        for path in (ROOT / "csrc" / "cuda").glob("*.cu")
+        if path.stem != "device"  # its twin is device.cpp beside this file
+    ]
+    sources = [ROOT / "csrc" / "bindings" / "cuda.cpp", *kernels, *HERE.glob("*.cpp")]
+    name = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return build_with_ninja(f"cuda-host-{kind}", name, sources, kind)
+
+
+def build_with_ninja(folder: str, name: str, sources: list[Path], kind: str = RACES) -> Path:
+    """Compiles the sources in build/`folder`, incrementally, and links them to the file `name`."""
     import ninja
 
-    folder = ROOT / "build" / f"cuda-host-{kind}"
-    target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text(ninja_file(target, *BUILDS[kind]))
-    command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder]
+    path = ROOT / "build" / folder
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "build.ninja").write_text(ninja_file(name, sources, *BUILDS[kind]))
+    command = [Path(ninja.BIN_DIR) / "ninja", "-C", path]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         pytest.fail(f"the CUDA kernels do not compile on the host:\n{result.stdout}", pytrace=False)
-    return target
+    return path / name
 
 
-def ninja_file(target: Path, kernel_flags: str, other_flags: str, link_flags: str) -> str:
+def ninja_file(
+    name: str, sources: list[Path], kernel_flags: str, other_flags: str, link_flags: str
+) -> str:
     import pybind11
 
-    python = " ".join(
-        f"-isystem {path}" for path in (sysconfig.get_path("include"), pybind11.get_include())
-    )
-    sources = {
-        "binding": (ROOT / "csrc" / "bindings" / "cuda.cpp", f"-O1 -I{ROOT}/csrc {HOST_ARCHITECTURE}"),
-        **{path.stem: (path, other_flags) for path in HERE.glob("*.cpp")},
-        # Its twin is device.cpp beside this file.
-        **{
-            path.stem: (path, kernel_flags)
-            for path in (ROOT / "csrc" / "cuda").glob("*.cu")
-            if path.stem != "device"
-        },
-    }
-    includes = f"-I{HERE} -I{ROOT}/csrc/cuda {python}"
+    python = (sysconfig.get_path("include"), pybind11.get_include())
+    includes = [f"-I{HERE}", f"-I{ROOT}/csrc/cuda", *(f"-isystem {path}" for path in python)]
+    common = " ".join([CXX_FLAGS, *includes])
     lines = [
-        f"rule cxx\n  command = {CXX} -MMD -MF $out.d {CXX_FLAGS} {includes} $flags "
-        "-x c++ -c $in -o $out",
+        f"rule cxx\n  command = {CXX} -MMD -MF $out.d {common} $flags -x c++ -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = {CXX} -shared {link_flags} $in -o $out",
     ]
-    for name, (source, flags) in sources.items():
-        lines.append(f"build {name}.o: cxx {source}\n  flags = {flags}")
-    objects = " ".join(f"{name}.o" for name in sources)
-    lines.append(f"build {target}: link {objects}\n")
+    objects = []
+    for source in sources:
+        if source.suffix == ".cu":
+            flags = kernel_flags
+        elif source.parent.name == "bindings":
+            flags = f"-O1 -I{ROOT}/csrc {HOST_ARCHITECTURE}"
+        else:
+            flags = other_flags
+        objects.append(f"{source.name}.o")
+        lines.append(f"build {objects[-1]}: cxx {source}\n  flags = {flags}")
+    lines.append(f"build {name}: link {' '.join(objects)}\n")
     return "\n".join(lines)

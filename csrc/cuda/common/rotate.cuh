@@ -26,8 +26,8 @@ __device__ __forceinline__ void rotate(const T* x, T* y, const float* __restrict
     const T own_b = !interleaved ? b.v[i] : j + 1 < PAIRS ? a.v[(j + 1) % PAIRS]
                                                           : b.v[(j + 1) % PAIRS];
     const float af = to_float(own_a), bf = to_float(own_b);
-    const T new_a = from_float<T>(af * c.v[i] - bf * s.v[i]);
-    const T new_b = from_float<T>(bf * c.v[i] + af * s.v[i]);
+    const T new_a = from_float<T>(fmaf(af, c.v[i], -bf * s.v[i]));
+    const T new_b = from_float<T>(fmaf(bf, c.v[i], af * s.v[i]));
     if (!interleaved) {
       rotated_a.v[i] = new_a;
       rotated_b.v[i] = new_b;

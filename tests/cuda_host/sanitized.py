@@ -1,0 +1,66 @@
+"""Runs the CUDA kernels on the ops' cases under AddressSanitizer and UBSan: tests/test_cuda.py starts
+this in a process into which their libraries are loaded. A finding ends the process.
+
+Inputs lie at the ends of allocations of their own, so that an access beyond them is one of memory
+that nobody has.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from llama_fast.registry import OPS, use_backend
+
+from ..ops.oracle import as_tuple, assert_accurate, references
+from . import host
+
+
+def exact_copy(x: torch.Tensor) -> torch.Tensor:
+    """`x`, strides kept, in an allocation that ends with its last element."""
+    if not x.numel():
+        return x.clone()
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return torch.empty(span, dtype=x.dtype).as_strided(x.shape, x.stride()).copy_(x)
+
+
+def run(op, args: tuple, name: str) -> bool:
+    """Whether the op's kernel took these arguments; its results are judged as everywhere."""
+    own = tuple(exact_copy(a) if isinstance(a, torch.Tensor) else a for a in args)
+    if op.explain(*own).reasons["cuda"]:
+        return False
+    eager, exact = references(op, args)
+    with torch.no_grad():
+        actual = as_tuple(op(*own))
+    assert_accurate(actual, eager[: len(actual)], exact[: len(actual)], name)
+    return True
+
+
+def backward_arguments(op, args: tuple) -> tuple[str, tuple] | None:
+    """The backward op of `op` that has a kernel, and arguments for it."""
+    if op.name in ("rms_norm", "swiglu"):
+        grad = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1))
+        return f"{op.name}_backward", (grad.to(args[0].dtype), *args)
+    if op.name == "add_rms_norm":
+        grads = torch.randn(2, *args[0].shape, generator=torch.Generator().manual_seed(1))
+        return "add_rms_norm_backward", (*grads.to(args[0].dtype), args[0], *args[2:])
+    return None
+
+
+def main() -> None:
+    assert host.address_sanitizer_is_loaded(), "start this as tests/test_cuda.py does"
+    taken = 0
+    with host.use_host(order=1), use_backend("cuda", strict=True):
+        for name, op in OPS.items():
+            for case in op.cases() if op.cases else []:
+                for dtype in case.dtypes:
+                    args = case.make(torch.Generator().manual_seed(0), dtype, "cpu")
+                    taken += run(op, args, f"{name} {case} {dtype}")
+                    if backward := backward_arguments(op, args):
+                        taken += run(OPS[backward[0]], backward[1], f"{backward[0]} {case}")
+    print(f"{taken} cases")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Building llama_fast._cuda, what it is built for, and what it says when it cannot run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import llama_fast
+from llama_fast import rms_norm, use_backend
+from llama_fast.backends import cuda
+from llama_fast.errors import BackendError, KernelError
+
+from .cpu_host.emulation import load_module
+from .cuda_host import host
+
+ROOT = Path(__file__).parent.parent
+setup_cuda = load_module("llama_fast_setup_cuda", ROOT / "setup_cuda.py")
+on_host = pytest.mark.skipif(bool(host.why_not()), reason=host.why_not() or "it runs")
+
+
+@pytest.fixture
+def toolkit(monkeypatch):
+    """A toolkit that knows these architectures, whatever this machine has."""
+    known = {75, 80, 86, 89, 90, 100, 120}
+    monkeypatch.setattr(setup_cuda, "find_nvcc", lambda: Path("nvcc"))
+    monkeypatch.setattr(setup_cuda, "known_architectures", lambda nvcc: known)
+    return known
+
+
+def test_architectures_that_are_asked_for(toolkit):
+    assert setup_cuda.architectures("off") == []
+    assert setup_cuda.architectures("80,90a") == ["80", "90a"]
+    assert setup_cuda.architectures("120+PTX") == ["120+PTX"]
+    assert setup_cuda.architectures("all") == ["80", "86", "89", "90a", "100", "120+PTX"]
+    toolkit -= {100, 120}
+    assert setup_cuda.architectures("all") == ["80", "86", "89", "90a+PTX"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [("75", "8.0 or later"), ("95", "'95' is no architecture"), ("hopper", "'hopper' is no arch")],
+)
+def test_architectures_that_cannot_be(toolkit, asked, says):
+    with pytest.raises(setup_cuda.NoCuda, match=says):
+        setup_cuda.architectures(asked)
+
+
+def test_auto_builds_for_the_gpus_of_the_machine(toolkit, monkeypatch):
+    monkeypatch.delenv("LLAMA_FAST_CUDA", raising=False)
+    for gpus, expected in [([], []), (["90", "90"], ["90a"]), (["75", "86"], ["86"])]:
+        monkeypatch.setattr(setup_cuda, "gpus", lambda gpus=gpus: gpus)
+        assert setup_cuda.architectures() == expected
+    monkeypatch.setattr(setup_cuda, "find_nvcc", lambda: None)
+    assert setup_cuda.architectures() == []
+
+
+def test_without_nvcc_the_remedy_is_named(monkeypatch):
+    monkeypatch.setattr(setup_cuda, "find_nvcc", lambda: None)
+    with pytest.raises(setup_cuda.NoCuda, match=r"CUDA_HOME.*LLAMA_FAST_CUDA=off"):
+        setup_cuda.architectures("all")
+
+
+def test_nvcc_is_found_in_cuda_home_first(monkeypatch, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(mode=0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert setup_cuda.find_nvcc() == nvcc
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(nvcc.parent))
+    assert setup_cuda.find_nvcc() == nvcc
+    pip = tmp_path / "site" / "nvidia" / "cu13" / "bin" / "nvcc"
+    pip.parent.mkdir(parents=True)
+    pip.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(setup_cuda.sys, "path", [str(tmp_path / "site")])
+    assert setup_cuda.find_nvcc() == pip
+
+
+@pytest.mark.parametrize(
+    ("built", "gpu", "runs"),
+    [
+        ("80", (8, 0), True),
+        ("80", (8, 9), True),
+        ("86", (8, 0), False),
+        ("80", (9, 0), False),
+        ("80+PTX", (9, 0), True),
+        ("90a", (9, 0), True),
+        ("90a", (10, 0), False),
+        ("90a+PTX", (12, 0), False),
+        ("100", (10, 3), True),
+        ("120+PTX", (12, 1), True),
+    ],
+)
+def test_which_gpus_a_build_serves(built, gpu, runs):
+    assert cuda.serves(built, *gpu) is runs
+
+
+def modules() -> list[Path]:
+    return sorted(Path(llama_fast.__file__).parent.glob("_c*.so"))
+
+
+@pytest.mark.skipif(not shutil.which("readelf"), reason="this needs readelf, of binutils")
+def test_compiled_modules_link_to_no_torch_and_no_cuda_library():
+    assert modules()
+    for module in modules():
+        text = subprocess.run(["readelf", "-d", module], capture_output=True, text=True).stdout
+        needed = re.findall(r"NEEDED.*\[(.*)\]", text)
+        assert needed and not [name for name in needed if re.search("torch|c10|cuda", name)]
+
+
+@pytest.mark.skipif(cuda._cuda is not None, reason="llama_fast._cuda is built here")
+def test_without_the_module_it_is_said_how_to_build_it():
+    with use_backend("cuda", strict=True), pytest.raises(BackendError, match="LLAMA_FAST_CUDA=all"):
+        rms_norm(torch.ones(2, 8), torch.ones(8))
+
+
+@pytest.mark.skipif(cuda._cuda is None, reason="llama_fast._cuda is not built here")
+def test_the_module_refuses_tensors_that_are_on_no_gpu():
+    with use_backend("cuda", strict=True), pytest.raises(BackendError, match="tensors are on cpu"):
+        rms_norm(torch.ones(2, 8), torch.ones(8))
+
+
+@on_host
+def test_a_launch_that_fails_names_kernel_shapes_and_remedy(monkeypatch):
+    with host.use_host():
+        error = cuda._cuda.LaunchError("kernel rms_norm_fwd (grid …): out of memory")
+
+        def fail(*args):
+            raise error
+
+        class Failing:
+            LaunchError, device_type = cuda._cuda.LaunchError, cuda._cuda.device_type
+            rms_norm = staticmethod(fail)
+
+        monkeypatch.setattr(cuda, "_cuda", Failing)
+        with use_backend("cuda", strict=True), pytest.raises(KernelError) as raised:
+            rms_norm(torch.ones(2, 8), torch.ones(8))
+    for part in ("rms_norm_fwd", r"torch.float32 (2, 8) on cpu", "CUDA_LAUNCH_BLOCKING=1"):
+        assert part in str(raised.value)
+
+
+@on_host
+def test_a_gpu_of_another_architecture_is_told_what_to_do(monkeypatch):
+    monkeypatch.setattr(cuda, "architectures", lambda: ["80"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+
+    class Real:
+        device_type = staticmethod(lambda: "cuda")
+
+    monkeypatch.setattr(cuda, "_cuda", Real)
+    reasons = cuda._device_reasons.__wrapped__
+    for capability, says in [((9, 0), "LLAMA_FAST_CUDA=90a"), ((7, 5), "8.0 or later")]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert says in reasons(torch.device("cuda"))[0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert reasons(torch.device("cuda")) == []
+
+
+@on_host
+def test_under_address_and_undefined_behaviour_sanitizers():
+    """The kernels' cases once more, in a process of its own into which the sanitizer is loaded."""
+    library = subprocess.run(
+        [host.CXX, "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
+    if not Path(library).is_absolute():
+        pytest.skip(f"this needs AddressSanitizer's library, which {host.CXX} does not have")
+    environment = {
+        "LD_PRELOAD": f"{library} {library.replace('libasan', 'libubsan')}",
+        # Python and torch keep what they allocate; their own code is not what is tested.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    command = [sys.executable, "-m", "tests.cuda_host.sanitized"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert re.search(r"^\d{2,} cases", done.stdout, re.M), done.stdout
