@@ -1,14 +1,14 @@
-"""What nvcc makes of the kernels, read from the compiled module: registers, spills, shared memory and
-matrix instructions of every kernel for every architecture that is tested here."""
+"""What nvcc makes of the kernels, read from the compiled module: registers, spills, shared memory
+and matrix instructions of every kernel for every architecture that is tested here."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import sys
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,7 +88,7 @@ def test_it_builds_and_imports_without_a_gpu():
 def test_every_kernel_is_there_for_every_architecture():
     sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").rglob("*.cu*"))
     names = set(re.findall(r"(\w+_kernel)\(", sources))
-    assert len(names) > 8
+    assert "linear_fwd_kernel" in names
     for architecture in ARCHITECTURES:
         compiled = " ".join(k.name for k in kernels() if k.architecture == architecture)
         missing = [name for name in names if name not in compiled]

@@ -9,7 +9,7 @@ template <class T> struct DenseWeight {
   bool aligned_columns;  // every row begins at a multiple of 16 bytes
 
   struct Raw { Pairs low, high; };
-  static constexpr int steps(int) { return 4; }
+  static constexpr __host__ __device__ int steps(int) { return 4; }
 
   // The lane's rows: g and g + 8 of the block's.
   const T* low_row = nullptr;

@@ -72,7 +72,7 @@ template <int TILES> struct LinearShared { float sums[WARPS][TILES][8][WEIGHT_RO
 //     load(c)     the lane's Raw of columns c … c + 7, for its rows; zeros behind the last column
 //     multiply(sum, raw, x, c)    sum[TILES][4] += the products of a step with x[TILES]
 template <class T, class Source, int TILES>
-__global__ void __launch_bounds__(WARPS * WARP)
+__global__ void __launch_bounds__(WARPS * WARP, 2)
 linear_fwd_kernel(const T* x, Rows x_rows, Source source, T* y, int M, int64_t C_in, int64_t C_out,
                   bool wide) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;

@@ -74,7 +74,7 @@ template <class T, int BITS, bool OFFSETS> struct PackedWeight {
     __half low_scale, high_scale, low_offset, high_offset;
   };
 
-  static constexpr int steps(int tiles) { return tiles == 1 ? 4 : 2; }
+  static constexpr __host__ __device__ int steps(int tiles) { return tiles == 1 ? 4 : 2; }
 
   const uint32_t* low_word = nullptr;
   int64_t first_scale = 0;

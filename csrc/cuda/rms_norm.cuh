@@ -129,7 +129,7 @@ __device__ __forceinline__ Pack<T, VEC> row_gradient(const Pack<T, VEC>& x, cons
 
 // Block p takes the rows p, p + gridDim.x, … and leaves its share of dw in dw_parts[p, :].
 template <class T, int VEC, int PER_THREAD, bool ADD>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(256, 1)
 rms_norm_bwd_kernel(const T* grad, const T* grad_total, const T* x, const T* __restrict__ weight,
                     T* dx, Wide<T>* dw_parts, Rows grad_rows, Rows grad_total_rows, Rows x_rows,
                     int64_t N, int64_t C, float eps) {
@@ -296,7 +296,7 @@ void launch_norm_backward(const Target& target, const char* name, const char* su
     } else if (C % VEC == 0 && whole(VEC, a.x_rows) && whole(VEC, a.grad_rows) &&
                (!ADD || whole(VEC, a.grad_total_rows)) &&
                aligned({a.grad, a.grad_total, a.x, a.weight, a.dx})) {
-      const RowShape shape = row_shape(C / VEC, 512);
+      const RowShape shape = row_shape(C / VEC, 256);
       with_per_thread(shape.per_thread, [&](auto per_thread) {
         run(rms_norm_bwd_kernel<T, VEC, per_thread(), ADD>, shape.threads);
       });

@@ -25,7 +25,7 @@ def unless(reason: str) -> list:
 
 
 # "eager", "cpu-<instruction set>" for those of this CPU, and those that are emulated here; "triton"
-# on the GPU, or without one in Triton's interpreter; "cuda" on the GPU, and its kernels on the host.
+# on the GPU, or without one in its interpreter; "cuda" on the GPU, and its kernels on the host.
 BACKENDS = [
     "eager",
     *(f"cpu-{isa}" for isa in cpu.isas()),
