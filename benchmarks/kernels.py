@@ -114,11 +114,11 @@ def memory_bound(rounds: int, name: str, sizes: dict[str, int], repeat: int) -> 
     return Found(samples, others.share, repeat * cost.bytes, repeat * cost.flops)
 
 
-def call_costs(rounds: int, names: tuple[str, ...]) -> dict[str, list[float]]:
-    """Microseconds of processor time of a call without gradient, by op."""
-    with _ours_only():
-        found = {}
+def call_costs(rounds: int, names: tuple[str, ...]) -> tuple[dict[str, list[float]], float | None]:
+    """Microseconds of processor time of a call without gradient, by op; and `others` as above."""
+    found = {}
+    with _ours_only(), OtherPrograms([os.getpid()]) as others:
         for name in names:
             seconds = elementwise.call_costs(OPS[name], torch.bfloat16, rounds + 1)[1:]
             found[name] = [1e6 * x for x in seconds]
-    return found
+    return found, others.share
