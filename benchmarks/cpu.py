@@ -30,13 +30,14 @@ from rich.table import Table
 
 from benchmarks import elementwise, kernels, memory, models, record
 from benchmarks.record import OURS, Goal, Row
-from benchmarks.timing import ratio
 from benchmarks.worker import Worker, run_apart
 from llama_fast import ceilings
 from llama_fast.ceilings import Ceilings
 from llama_fast.cli.options import DEMO
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import LlamaFastError
+from llama_fast.timing import ratio
+from llama_fast.workloads import Work
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -63,15 +64,15 @@ GIGABYTES = {"bf16": (None, 16.8), "int4": ("int4", 5.5)}
 class Sizes:
     """Of the rows of single ops: Llama 3.1 8B's, or small ones to try the command with."""
 
-    attention: dict[str, int]
-    prompt: int
-    keys: int
-    elementwise: dict[str, int]
+    config: LlamaConfig
+    prompt: int  # tokens of causal attention
+    keys: int  # that one query sees
+    tokens: int  # of the memory-bound ops
     calls: int  # of a memory-bound op in a sample
 
 
-LARGE = Sizes({"H": 32, "K": 8, "D": 128}, 1024, 8192, elementwise.LARGE, calls=10)
-SMALL = Sizes({"H": 2, "K": 1, "D": 64}, 32, 64, elementwise.SMALL, calls=1)
+LARGE = Sizes(elementwise.LARGE[0], 1024, 8192, elementwise.LARGE[1], calls=10)
+SMALL = Sizes(elementwise.SMALL[0], 32, 64, elementwise.SMALL[1], calls=1)
 
 
 def rows_by_name(
@@ -92,13 +93,10 @@ def rows_by_name(
 
 
 def attention_of_prompt(sizes: Sizes, threads: int, rounds: int, ceilings: Ceilings) -> Row:
-    T, heads = sizes.prompt, sizes.attention
-    arguments = (rounds, T, T, heads["H"], heads["K"], heads["D"], 1)
-    found = run_apart(kernels.attention, *arguments, threads=threads)
-    what = f"attention, causal, {T} tokens, heads {heads['H']}/{heads['K']}, D {heads['D']}, bf16"
-    row = Row(
-        "attention prompt", what, "GFLOP/s", found.flops / 1e9, found.samples, others=found.others
-    )
+    work = Work.prefill(sizes.prompt)
+    found = run_apart(kernels.attention, rounds, sizes.config, work, 1, threads=threads)
+    what = f"attention, causal, {sizes.prompt} tokens, {_heads(sizes)}, bf16"
+    row = Row("attention prompt", what, "GFLOP/s", found.flops / 1e9, found.samples, found.others)
     peak = ceilings.bfloat16
     share = row.medians()[OURS] * 1e9 / peak if peak else None
     row.goals = [
@@ -109,30 +107,30 @@ def attention_of_prompt(sizes: Sizes, threads: int, rounds: int, ceilings: Ceili
 
 
 def attention_of_query(sizes: Sizes, threads: int, rounds: int, ceilings: Ceilings) -> Row:
-    S, heads = sizes.keys, sizes.attention
-    arguments = (rounds, 1, S, heads["H"], heads["K"], heads["D"], kernels.LAYERS)
-    found = run_apart(kernels.attention, *arguments, threads=threads)
-    what = (
-        f"attention, 1 query, {S} keys, heads {heads['H']}/{heads['K']}, D {heads['D']}, bf16, "
-        f"{kernels.LAYERS} caches in turn"
-    )
-    row = Row(
-        "attention query", what, "GB/s", found.bytes / 1e9, found.samples, others=found.others
-    )
+    work, layers = Work.decode(sizes.keys), kernels.LAYERS
+    found = run_apart(kernels.attention, rounds, sizes.config, work, layers, threads=threads)
+    what = f"attention, 1 query, {sizes.keys} keys, {_heads(sizes)}, bf16, {layers} caches in turn"
+    row = Row("attention query", what, "GB/s", found.bytes / 1e9, found.samples, found.others)
     share = row.medians()[OURS] * 1e9 / ceilings.read if ceilings.read else None
     row.goals = [Goal("of read bandwidth", 0.85, share)]
     return row
 
 
+def _heads(sizes: Sizes) -> str:
+    return f"heads {sizes.config.n_heads}/{sizes.config.n_kv_heads}, D {sizes.config.head_dim}"
+
+
+WIDTHS = {"swiglu": "hidden_dim", "rms_norm": "dim", "add_rms_norm": "dim"}
+
+
 def memory_bound(
     name: str, needed: float, sizes: Sizes, threads: int, rounds: int, ceilings: Ceilings
 ) -> Row:
-    arguments = (rounds, name, sizes.elementwise, sizes.calls)
-    found = run_apart(kernels.memory_bound, *arguments, threads=threads)
-    dims = ", ".join(f"{dim} {size}" for dim, size in sizes.elementwise.items())
-    row = Row(
-        name, f"{name}, {dims}, bf16", "GB/s", found.bytes / 1e9, found.samples, others=found.others
-    )
+    size = (sizes.config, sizes.tokens)
+    found = run_apart(kernels.memory_bound, rounds, name, size, sizes.calls, threads=threads)
+    width = getattr(sizes.config, WIDTHS[name]) if name in WIDTHS else _heads(sizes)
+    what = f"{name}, {sizes.tokens} × {width}, bf16"
+    row = Row(name, what, "GB/s", found.bytes / 1e9, found.samples, found.others)
     row.goals = [
         Goal("× torch.compile", needed, ratio(found.samples, "torch.compile", OURS)),
         Goal("× a copy of as many bytes", COPIED, ratio(found.samples, "copy", OURS)),

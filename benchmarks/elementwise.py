@@ -18,49 +18,37 @@ from time import process_time
 import torch
 
 import llama_fast.ops  # noqa: F401  registers the ops
-from benchmarks.timing import interleaved, ratio
+from llama_fast.config import LlamaConfig
 from llama_fast.registry import OPS, Op, use_backend
+from llama_fast.timing import interleaved, ratio
+from llama_fast.workloads import Work, workloads
 
-N, C, F, H, K, D = 2048, 4096, 14336, 32, 8, 128
-SMALL = {"N": 1, "C": 64, "F": 64, "H": 2, "K": 1, "D": 16}
-LARGE = {"N": N, "C": C, "F": F, "H": H, "K": K, "D": D}
+# The shape and the number of tokens.
+Size = tuple[LlamaConfig, int]
+LARGE: Size = (LlamaConfig.preset("8b"), 2048)
+SMALL: Size = (
+    LlamaConfig(
+        dim=64, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, hidden_dim=64, vocab_size=64
+    ),
+    1,
+)
 
 
-def arguments(name: str, dtype: torch.dtype, N: int, C: int, F: int, H: int, K: int, D: int):
-    """The op's arguments, as the model gives them."""
-
-    def rows(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape).to(dtype)
-
-    if name == "rms_norm":
-        return rows(1, N, C), rows(C), 1e-5
-    if name == "add_rms_norm":
-        return rows(1, N, C), rows(1, N, C), rows(C), 1e-5
-    if name == "swiglu":
-        return rows(1, N, 2 * F).chunk(2, dim=-1)
-    if name == "linear":
-        return rows(1, N, C), rows(F, C)
-    q, k, v = rows(1, N, H + 2 * K, D).split((H, K, K), dim=2)
-    if name == "attention":
-        return q, k, v, True, None, None
-    angle = torch.randn(N, D // 2)
-    if name == "rope":
-        return q, k, angle.cos(), angle.sin(), False
-    caches = [torch.zeros(1, K, N, D, dtype=dtype).transpose(1, 2) for _ in "kv"]
-    return q, k, v, angle.cos(), angle.sin(), *caches, torch.tensor([N]), False
+def arguments(name: str, dtype: torch.dtype, size: Size) -> tuple:
+    """The op's arguments, as the model gives them; of its first layer where there are several."""
+    config, tokens = size
+    return next(iter(workloads(name, config, Work.prefill(tokens), dtype=dtype).values()))(0)
 
 
 def call_costs(op: Op, dtype: torch.dtype, repeat: int = 7) -> list[float]:
     """Seconds of processor time for a call with next to nothing to compute, `repeat` times."""
-    args = arguments(op.name, dtype, **SMALL)
+    args = arguments(op.name, dtype, SMALL)
     seconds = timeit.repeat(lambda: op(*args), number=2000, repeat=repeat, timer=process_time)
     return [total / 2000 for total in seconds]
 
 
-def contenders(
-    op: Op, dtype: torch.dtype, sizes: dict[str, int] = LARGE
-) -> dict[str, Callable[[], None]]:
-    args = arguments(op.name, dtype, **sizes)
+def contenders(op: Op, dtype: torch.dtype, size: Size = LARGE) -> dict[str, Callable[[], None]]:
+    args = arguments(op.name, dtype, size)
     source = torch.ones(op.cost(*args).bytes // 2, dtype=torch.uint8)
     target = torch.ones_like(source)
     compiled = torch.compile(op.eager)

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 import llama_fast.ops  # noqa: F401  registers the ops
 from benchmarks import elementwise
 from benchmarks.record import OURS
-from benchmarks.timing import OtherPrograms, interleaved
+from llama_fast.config import LlamaConfig
 from llama_fast.registry import OPS, use_backend
+from llama_fast.timing import OtherPrograms, interleaved
+from llama_fast.workloads import Work, workloads
 
 # Caches that one query visits in turn, as those of a model's layers: more than a cache can hold.
 LAYERS = 16
@@ -50,45 +52,39 @@ def _check(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: fl
         )
 
 
-def attention(rounds: int, T: int, S: int, H: int, K: int, D: int, layers: int) -> Found:
-    """bfloat16, causal, T queries that are the last of S keys; a sample visits each layer once."""
+def attention(rounds: int, config: LlamaConfig, work: Work, layers: int) -> Found:
+    """bfloat16, causal; a sample visits each layer once."""
     op = OPS["attention"]
     with _ours_only():
-        inputs = []
-        for _ in range(layers):
-            q = torch.randn(1, T, H, D, dtype=torch.bfloat16)
-            # Heads apart from each other, as in a KV cache.
-            k, v = (torch.randn(1, K, S, D, dtype=torch.bfloat16).transpose(1, 2) for _ in "kv")
-            inputs.append((q, k, v))
+        make = workloads("attention", config, work)["attention"]
+        inputs = [make(layer) for layer in range(layers)]
 
-        def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
             heads_first = (x.transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(*heads_first, is_causal=T > 1, enable_gqa=True)
+            causal = work.tokens > 1
+            return F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=True)
 
         def each(call: Callable[..., Any]) -> Callable[[], None]:
             def visit() -> None:
-                for q, k, v in inputs:
-                    call(q, k, v)
+                for args in inputs:
+                    call(*args)
 
             return visit
 
-        def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return op(q, k, v, True, None, None)
-
-        expected = op.eager(*inputs[0], True, None, None)
-        _check("attention", ours(*inputs[0]), expected, 0.02)
+        expected = op.eager(*inputs[0])[0]
+        _check("attention", op(*inputs[0])[0], expected, 0.02)
         _check("SDPA", sdpa(*inputs[0]).transpose(1, 2), expected, 0.02)
         with OtherPrograms([os.getpid()]) as others:
-            samples = interleaved({OURS: each(ours), "SDPA": each(sdpa)}, rounds)
-        cost = op.cost(*inputs[0], True, None, None)
+            samples = interleaved({OURS: each(op), "SDPA": each(sdpa)}, rounds)
+        cost = op.cost(*inputs[0])
     return Found(samples, others.share, layers * cost.bytes, layers * cost.flops)
 
 
-def memory_bound(rounds: int, name: str, sizes: dict[str, int], repeat: int) -> Found:
+def memory_bound(rounds: int, name: str, size: elementwise.Size, repeat: int) -> Found:
     """bfloat16; a sample is `repeat` calls. "copy" moves as many bytes as the op must."""
     op = OPS[name]
     with _ours_only():
-        args = elementwise.arguments(name, torch.bfloat16, **sizes)
+        args = elementwise.arguments(name, torch.bfloat16, size)
         found, expected = op(*args), op.eager(*args)
         if isinstance(found, torch.Tensor):
             found, expected = (found,), (expected,)
@@ -104,7 +100,7 @@ def memory_bound(rounds: int, name: str, sizes: dict[str, int], repeat: int) -> 
 
             return run
 
-        each = elementwise.contenders(op, torch.bfloat16, sizes)
+        each = elementwise.contenders(op, torch.bfloat16, size)
         calls = {named[key]: repeated(call) for key, call in each.items()}
         for call in calls.values():  # compiling is left out of what is watched
             call()

@@ -18,9 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import TOO_BUSY, TOO_NOISY, spread
 from llama_fast import __version__
 from llama_fast.atomic import atomic_file
+from llama_fast.timing import TOO_BUSY, TOO_NOISY, spread
 
 OURS = "llama_fast"
 PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf", "numpy")
@@ -61,8 +61,8 @@ class Row:
     unit: str
     work: float | None = None
     samples: dict[str, list[float]] = field(default_factory=dict)
-    goals: list[Goal] = field(default_factory=list)
     others: float | None = None
+    goals: list[Goal] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     measured_with: dict[str, Any] = field(default_factory=dict)

@@ -13,10 +13,10 @@ import pytest
 
 from benchmarks import cpu, models, record, table
 from benchmarks.record import Goal, Row
-from benchmarks.timing import OtherPrograms, interleaved, ratio, spread
 from benchmarks.worker import Worker, WorkerError
 from llama_fast.checkpoint import write_random
 from llama_fast.config import LlamaConfig, RopeScaling
+from llama_fast.timing import OtherPrograms, interleaved, ratio, spread
 
 _cpu = pytest.importorskip("llama_fast._cpu", reason="the C++ kernels are not built")
 PEER = importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf")
@@ -30,11 +30,20 @@ needs_llama_cpp = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Two rows of a run of one round, with every contender that is installed."""
+    """Some rows of a run of two rounds, with every contender that is installed."""
     path = tmp_path_factory.mktemp("bench") / "results.json"
     code = cpu.main(
         [
-            *("--rows", "decode bf16", "call", "--shape", "demo", "--threads", "1"),
+            *(
+                "--rows",
+                "decode bf16",
+                "attention query",
+                "call",
+                "--shape",
+                "demo",
+                "--threads",
+                "1",
+            ),
             *("--rounds", "2", "--steps", "2", "--json", str(path)),
         ]
     )
@@ -45,7 +54,8 @@ def results(tmp_path_factory):
 def test_the_results_hold_every_sample_and_what_they_were_measured_with(results):
     found = json.loads(results.read_text())
     assert found["machine"]["isa"] == _cpu.isa() and found["machine"]["cores"] >= 1
-    assert list(found["rows"]) == ["decode bf16", "call"]
+    assert list(found["rows"]) == ["decode bf16", "attention query", "call"]
+    assert set(found["rows"]["attention query"]["samples"]) == {"llama_fast", "SDPA"}
     row = found["rows"]["decode bf16"]
     contenders = {"llama_fast", "transformers"} | ({"llama.cpp bf16"} if PEER else set())
     assert set(row["samples"]) == contenders

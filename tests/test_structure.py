@@ -33,6 +33,8 @@ MAY_IMPORT = {
     "quantize": PARTS,
     "nn": PARTS,
     "ceilings": {"backends", "_cpu"},
+    "timing": set(),
+    "workloads": PARTS,
     "checkpoint": {"atomic", "config", "quantize", "special_tokens", "tokenizer"},
     "model": MODEL,
     "quantize_folder": MODEL,

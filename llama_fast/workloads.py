@@ -1,0 +1,183 @@
+"""What a model's shape gives each op: one registry of arguments for benchmarks and profiles.
+
+Legend of dims: B batch, T query tokens, S key tokens, H query heads, K KV heads, D head dim,
+C model dim, F hidden dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import LlamaConfig
+from .errors import ConfigError
+from .ops.linear_quantized import packed_shapes
+from .rope import rope_tables
+
+# Forms of quantised weights: bits, columns that share a scale.
+QUANTIZED = {"int8": (8, 64), "int4": (4, 32)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model is asked for: T new tokens of each of B sequences, which are the last of S."""
+
+    name: str
+    batch: int
+    tokens: int
+    keys: int
+
+    @classmethod
+    def decode(cls, keys: int) -> Work:
+        return cls("decode", 1, 1, keys)
+
+    @classmethod
+    def prefill(cls, tokens: int) -> Work:
+        return cls("prefill", 1, tokens, tokens)
+
+    def __str__(self) -> str:
+        of = f", {self.keys} keys" if self.keys != self.tokens else ""
+        return f"{self.name}, {self.batch * self.tokens} token{'s' * (self.tokens > 1)}{of}"
+
+
+class _Maker:
+    """Draws the arguments of one call after another."""
+
+    def __init__(
+        self, config: LlamaConfig, work: Work, dtype: torch.dtype, device: str, seed: int
+    ) -> None:
+        self.config, self.work, self.dtype, self.device = config, work, dtype, device
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
+        # Drawn in their own dtype: a head of float32 numbers would take a gigabyte more.
+        x = torch.empty(shape, dtype=self.dtype).normal_(0, scale, generator=self.generator)
+        return x.to(self.device)
+
+    def rows(self, width: int) -> Tensor:
+        """(B, T, width)"""
+        return self.randn(self.work.batch, self.work.tokens, width)
+
+    def heads(self) -> tuple[Tensor, ...]:
+        """q (B,T,H,D), k and v (B,T,K,D): slices of the fused projection."""
+        c = self.config
+        counts = (c.n_heads, c.n_kv_heads, c.n_kv_heads)
+        qkv = self.rows(sum(counts) * c.head_dim).unflatten(-1, (-1, c.head_dim))
+        return qkv.split(counts, dim=-2)
+
+    def cache(self) -> Tensor:
+        """(B,S,K,D), of which what one head reads is contiguous."""
+        c = self.config
+        shape = (self.work.batch, c.n_kv_heads, self.work.keys, c.head_dim)
+        return self.randn(*shape).transpose(1, 2)
+
+    def lengths(self) -> Tensor:
+        return torch.full((self.work.batch,), self.work.keys, device=self.device)
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(C_out, C_in) of each linear layer, as `llama_fast.nn` fuses them."""
+        c = self.config
+        width = c.n_heads * c.head_dim
+        return {
+            "qkv": (width + 2 * c.n_kv_heads * c.head_dim, c.dim),
+            "output": (c.dim, width),
+            "gate_up": (2 * c.hidden_dim, c.dim),
+            "down": (c.dim, c.hidden_dim),
+            "head": (c.vocab_size, c.dim),
+        }
+
+
+def _rms_norm(m: _Maker) -> tuple:
+    return m.rows(m.config.dim), m.randn(m.config.dim), m.config.norm_eps
+
+
+def _add_rms_norm(m: _Maker) -> tuple:
+    C = m.config.dim
+    return m.rows(C), m.rows(C), m.randn(C), m.config.norm_eps
+
+
+def _swiglu(m: _Maker) -> tuple:
+    return m.rows(2 * m.config.hidden_dim).chunk(2, dim=-1)
+
+
+def _rope(m: _Maker) -> tuple:
+    q, k, _ = m.heads()
+    cos, sin = rope_tables(m.config, m.work.keys, device=m.device)
+    return q, k, cos[-m.work.tokens :], sin[-m.work.tokens :], False
+
+
+def _kv_append(m: _Maker) -> tuple:
+    tables = rope_tables(m.config, m.work.keys, device=m.device)
+    return (*m.heads(), *tables, m.cache(), m.cache(), m.lengths(), False)
+
+
+def _attention(m: _Maker) -> tuple:
+    return m.heads()[0], m.cache(), m.cache(), True, None, m.lengths(), False
+
+
+def _linear(m: _Maker, C_out: int, C_in: int) -> tuple:
+    return m.rows(C_in), m.randn(C_out, C_in, scale=C_in**-0.5)
+
+
+def _linear_quantized(m: _Maker, C_out: int, C_in: int, bits: int, group_size: int) -> tuple:
+    codes, scales = packed_shapes(C_out, C_in, bits, group_size)
+    packed = torch.randint(256, codes, dtype=torch.uint8, generator=m.generator)
+    sizes = 0.5 + torch.rand(scales, generator=m.generator)
+    sizes = (sizes * C_in**-0.5 / 2 ** (bits - 1)).half()
+    return m.rows(C_in), packed.to(m.device), sizes.to(m.device), None, C_out, bits, group_size
+
+
+def _linear_cross_entropy(m: _Maker) -> tuple:
+    V, C = m.matrices()["head"]
+    N = m.work.batch * m.work.tokens
+    targets = torch.randint(V, (N,), generator=m.generator).to(m.device)
+    return m.randn(N, C), m.randn(V, C, scale=C**-0.5), targets, -100, False, False
+
+
+_SINGLE = {
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "swiglu": _swiglu,
+    "rope": _rope,
+    "kv_append": _kv_append,
+    "attention": _attention,
+    "linear_cross_entropy": _linear_cross_entropy,
+}
+NAMES = (*_SINGLE, "linear", "linear_quantized")
+
+
+def workloads(
+    op: str,
+    config: LlamaConfig,
+    work: Work,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+) -> dict[str, Callable[[int], tuple[Any, ...]]]:
+    """What a model of this shape calls an op with.
+
+    op  one of NAMES
+    Returns, by a name such as "linear head", a function of a seed that makes the arguments of one
+    call in the order of the op's schema: normal numbers, never zeros, laid out as in the model.
+    Raises ConfigError for another op.
+    """
+
+    def maker(function: Callable[..., tuple], *sizes: int) -> Callable[[int], tuple[Any, ...]]:
+        return lambda seed=0: function(_Maker(config, work, dtype, device, seed), *sizes)
+
+    if op in _SINGLE:
+        return {op: maker(_SINGLE[op])}
+    matrices = _Maker(config, work, dtype, device, 0).matrices()
+    if op == "linear":
+        return {f"linear {name}": maker(_linear, *shape) for name, shape in matrices.items()}
+    if op == "linear_quantized":
+        return {
+            f"linear_quantized {name} {form}": maker(_linear_quantized, *shape, *sizes)
+            for form, sizes in QUANTIZED.items()
+            for name, shape in matrices.items()
+        }
+    raise ConfigError(f"no model calls an op named {op!r}; there are {', '.join(NAMES)}")

@@ -1,0 +1,69 @@
+"""Every op can be called with what the registry of workloads makes for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import llama_fast.ops  # noqa: F401  declares the ops
+from llama_fast.config import LlamaConfig
+from llama_fast.errors import ConfigError
+from llama_fast.registry import OPS
+from llama_fast.workloads import NAMES, Work, workloads
+
+TINY = LlamaConfig(
+    dim=64, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, vocab_size=160
+)
+WORK = [Work.decode(24), Work.prefill(5)]
+
+
+def test_every_op_of_a_model_has_workloads():
+    assert set(NAMES) == {name for name, op in OPS.items() if op.cost is not None}
+
+
+@pytest.mark.parametrize("work", WORK, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_op_takes_them(name, dtype, work):
+    op = OPS[name]
+    for make in workloads(name, TINY, work, dtype=dtype).values():
+        args = make(0)
+        schema = getattr(torch.ops.llama_fast, name).default._schema
+        assert len(args) == len(schema.arguments)
+        found = op(*args)
+        first = found if isinstance(found, torch.Tensor) else found[0]
+        assert first.numel() and first.isfinite().all() and first.count_nonzero()
+        assert min(op.cost(*args)) > 0
+        floats = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        assert all(x.count_nonzero() > 0.5 * x.numel() for x in floats)
+
+
+def test_seeds_give_other_numbers_in_the_same_layout():
+    make = workloads("attention", TINY, Work.prefill(7))["attention"]
+    one, same, other = make(0), make(0), make(1)
+    assert torch.equal(one[0], same[0]) and not torch.equal(one[0], other[0])
+    assert one[1].stride() == other[1].stride()
+    q, k = one[:2]
+    assert q.shape == (1, 7, 4, 32) and k.shape == (1, 7, 2, 32)
+
+
+def test_matrices_are_those_of_the_model():
+    found = workloads("linear", TINY, Work.decode(8))
+    shapes = {name: tuple(make(0)[1].shape) for name, make in found.items()}
+    assert shapes == {
+        "linear qkv": (256, 64),
+        "linear output": (64, 128),
+        "linear gate_up": (192, 64),
+        "linear down": (64, 96),
+        "linear head": (160, 64),
+    }
+
+
+def test_other_ops_are_named():
+    with pytest.raises(ConfigError, match="no model calls an op named 'conv'"):
+        workloads("conv", TINY, Work.decode(8))
+
+
+def test_work_says_what_it_is():
+    assert str(Work.decode(8192)) == "decode, 1 token, 8192 keys"
+    assert str(Work.prefill(512)) == "prefill, 512 tokens"
