@@ -200,26 +200,27 @@ class Llama(nn.Module):
                     weight = source.quantization.of_weight(name).holding(
                         weight, checkpoint.state_shapes(config)[name]
                     )
-                model._store(name, weight.to(device))
+                model.set_weight(name, weight.to(device))
         elif settings is not None:
             for name, weight in source.tensors(progress=progress):
                 weight = weight.to(device)
                 form = settings.of_weight(name)
-                model._store(name, weight if form is None else round_weight(weight, form))
+                model.set_weight(name, weight if form is None else round_weight(weight, form))
         else:
             for name, shape in checkpoint.state_shapes(config).items():
-                model._store(name, torch.empty(shape, device=device, dtype=model.dtype))
+                model.set_weight(name, torch.empty(shape, device=device, dtype=model.dtype))
             model.tie()
             source.load_into(model.state_dict(), progress=progress)
         model.tie()
         model.rope = RotaryEmbedding(config, device)
         return model.eval()
 
-    def _store(self, name: str, weight: Tensor | QuantizedWeight) -> None:
-        """Puts a weight in the place of the one of that name, in its dtype if it is a float."""
+    def set_weight(self, name: str, weight: Tensor | QuantizedWeight) -> None:
+        """Puts a weight in the place of the one of that name ("layers.0.mlp.down.weight"); a float
+        in the model's dtype, and without a copy where it has it."""
         module = self.get_submodule(name.removesuffix(".weight"))
         if isinstance(weight, Tensor):
-            weight = nn.Parameter(weight.to(module.weight.dtype))
+            weight = nn.Parameter(weight.to(self.dtype))
         module.weight = weight
 
     def save_pretrained(self, path: str | Path, format: str = "hf") -> None:

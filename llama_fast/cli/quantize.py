@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..atomic import atomic_file
+from ..errors import PromptError
 from .convert import report_written
 from .options import Debug, DType, Threads, example, set_threads
-from .terminal import weights_bar
+from .terminal import show, table, weights_bar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..checkpoint import Checkpoint
+
+REPORT = "quantization_report.json"
+ROW, CALIBRATION_TOKENS, REPORT_TOKENS = 512, 16384, 4096
 
 
 @example("llama-fast quantize Llama-3.2-1B Llama-3.2-1B-int4 --bits 4")
@@ -36,6 +48,35 @@ def quantize(
             metavar="4|8|16", help="Bits of the embedding and the head; 16 keeps them as they are."
         ),
     ] = 8,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="A text: the layers are rounded so that what they make of it changes least. Takes "
+            "minutes for a billion weights.",
+            show_default="to the nearest",
+        ),
+    ] = None,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            help="Compare with the model in SRC on a text: errors of each layer, perplexity and "
+            f"divergence. Also written to {REPORT} in DST.",
+        ),
+    ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="The text for --report.",
+            show_default="stories of the model that ships",
+        ),
+    ] = None,
     dtype: Annotated[
         DType | None,
         typer.Option(help="Compute in this dtype.", show_default="that of the weights in SRC"),
@@ -49,8 +90,10 @@ def quantize(
     a time is in memory. The tokenizer's files are copied. The folder appears whole, or not at all.
     """
     set_threads(threads)
+    if text is not None and not report:
+        raise typer.BadParameter("it needs --report", param_hint="--text")
     from ..quantize import NAMED, Quantization, WeightFormat
-    from ..quantize_folder import quantize_folder
+    from ..quantize_folder import open_float_checkpoint, quantize_folder
 
     default = {4: NAMED["int4"].mlp, 8: NAMED["int8"].mlp}
     if bits not in default:
@@ -66,7 +109,92 @@ def quantize(
         of_head = WeightFormat(head_bits, default[head_bits].group_size, not offsets)
     settings = Quantization(form, form, of_head, of_head)
 
+    checkpoint = open_float_checkpoint(source)
+    calibration = judged = None
+    if calibrate is not None:
+        calibration = _tokens(checkpoint, [_read(calibrate)], CALIBRATION_TOKENS)
+    if report:
+        judged = _tokens(checkpoint, [_read(text)] if text else _stories(), REPORT_TOKENS)
     start = time.perf_counter()
     with weights_bar(f"Writing {target.name}") as progress:
-        quantize_folder(source, target, settings, dtype=dtype and dtype.torch, progress=progress)
+        quantize_folder(
+            source,
+            target,
+            settings,
+            calibration=calibration,
+            dtype=dtype and dtype.torch,
+            progress=progress,
+        )
     report_written(target, start)
+    if judged is not None:
+        _report(checkpoint, target, judged)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{path} is not UTF-8 (byte {error.start}); convert it, for example with iconv"
+        ) from None
+
+
+def _stories() -> Iterator[str]:
+    """Texts of the small model's world, of a kind that it was not trained on."""
+    from ..demo.recipe import SEED
+    from ..demo.texts import documents
+
+    return documents(SEED, "combinations")
+
+
+def _tokens(checkpoint: Checkpoint, documents: Iterable[str], most: int) -> Tensor:
+    """Documents one after another, in rows of one length: (B,T) int64, at most `most` tokens."""
+    import torch
+
+    from ..tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_pretrained(checkpoint.folder)
+    ids: list[int] = []
+    for document in documents:
+        ids += tokenizer.encode(document, bos=True, eos=True)
+        if len(ids) >= most:
+            break
+    if len(ids) < 4:
+        raise PromptError(f"the text has {len(ids) - 2} tokens; give one of some hundreds or more")
+    T = min(len(ids), ROW, checkpoint.config.max_seq_len)
+    return torch.tensor(ids[: min(len(ids), most) // T * T]).view(-1, T)
+
+
+def _report(checkpoint: Checkpoint, target: Path, tokens: Tensor) -> None:
+    from ..model import Llama
+    from ..quantize import WeightFormat
+    from ..quantize_report import compare
+
+    quantized = Llama.from_pretrained(target, device="cpu", max_seq_len=tokens.shape[1])
+    with weights_bar("Comparing with the float model") as progress:
+        found = compare(checkpoint, quantized, tokens, progress=progress)
+    with atomic_file(target / REPORT) as path:
+        path.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    rows = table("", "", numbers=True)
+    for name, value in (
+        ("tokens", f"{found.tokens:,}"),
+        ("perplexity of the float model", f"{found.perplexity:.4f}"),
+        ("perplexity of the quantised", f"{found.perplexity_quantized:.4f}"),
+        ("divergence, nats a token", f"{found.divergence:.2e}"),
+        ("largest divergence", f"{found.divergence_largest:.2e}"),
+        ("same likeliest token", f"{found.same_guess:.2%}"),
+    ):
+        rows.add_row(name, value)
+    show("The text as both models see it", rows)
+
+    rows = table("weight", "form", "weights", "outputs", "after the layer", numbers=True)
+    for at, error in enumerate(found.weights):
+        form = WeightFormat(error.bits, error.group_size, error.symmetric)
+        layer, following = (
+            e.name.split(".")[1] if e and e.name.startswith("layers.") else None
+            for e in (error, found.weights[at + 1] if at + 1 < len(found.weights) else None)
+        )
+        after = f"{found.layers[int(layer)]:.3%}" if layer and layer != following else ""
+        rows.add_row(error.name, str(form), f"{error.weights:.3%}", f"{error.outputs:.3%}", after)
+    show("Errors, root mean square over the size of what was there", rows)
