@@ -130,6 +130,8 @@ class Quantization:
         kinds: dict[WeightFormat | None, list[str]] = {}
         for kind in KINDS:
             kinds.setdefault(getattr(self, kind), []).append(kind)
+        if len(kinds) == 1:
+            return str(self.mlp or "as stored")
         return "; ".join(
             f"{', '.join(names)}: {'as stored' if form is None else form}"
             for form, names in kinds.items()
