@@ -129,7 +129,7 @@ PYBIND11_MODULE(_cpu, m) {
     for (int64_t b = 0; length && b < B; ++b)
       if (length[b] > S) return b;
     launch(&KernelTable::attention, AttentionArgs{DType(dtype), pointer<void>(q), pointer<void>(k),
-           pointer<void>(v), pointer<void>(o), pointer<float>(lse), length, B, T, S, H, K, D, heads(q_stride),
+           pointer<void>(v), pointer<void>(o), pointer<void>(lse), length, B, T, S, H, K, D, heads(q_stride),
            heads(k_stride), heads(v_stride), causal, scale});
     return -1;
   });

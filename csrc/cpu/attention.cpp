@@ -81,7 +81,8 @@ template <class T> static void attend(const AttentionArgs& a) {
     std::memset(static_cast<T*>(a.o) + b * a.T * a.H * D, 0,
                 size_t(row.first * a.H * D) * sizeof(T));
     for (int64_t h = 0; a.lse && h < a.H; ++h)
-      std::fill_n(a.lse + (b * a.H + h) * a.T, row.first, -std::numeric_limits<float>::infinity());
+      for (int64_t t = 0; t < row.first; ++t)
+        write_lse<T>(a, b, t, h, -std::numeric_limits<double>::infinity());
     work += row.queries * row.keys * a.H * D * 2;
     queries += plan.few(row) ? 0 : row.queries;
     partials += plan.partials(row);

@@ -43,7 +43,8 @@ struct AttentionArgs {
   const void* k;           // (B, S, K, D)
   const void* v;           // (B, S, K, D)
   void* o;                 // (B, T, H, D) contiguous
-  float* lse;              // (B, H, T) contiguous, log of the sum of exp(score), or null
+  void* lse;               // (B, H, T) contiguous, log of the sum of exp(score), or null; float,
+                           // or double beside F32
   const int64_t* lengths;  // (B,), each at most S, or null for S
   int64_t B, T, S, H, K, D;
   HeadStrides q_stride, k_stride, v_stride;

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from ..ops.attention import too_long
+from ..ops.attention import lse_dtype, too_long
 from ..ops.cross_entropy import chunked as linear_cross_entropy_in_blocks
 from ..ops.kv_append import too_long as too_long_for_cache
 from ..registry import OPS, Backend, Implementation, nothing, register_backend
@@ -210,7 +210,7 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     o = _new(q)
     B, T, H, _ = q.shape
-    lse = torch.empty((B, H, T) if need_lse else 0, dtype=torch.float32)
+    lse = torch.empty((B, H, T) if need_lse else 0, dtype=lse_dtype(q.dtype))
     bad_row = _cpu.attention(
         DTYPES[q.dtype],
         q.data_ptr(),

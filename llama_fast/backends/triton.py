@@ -106,6 +106,26 @@ def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> lis
     return stride_reasons(q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
 
 
+def _attention(q, k, v, causal, scale, lengths, need_lse) -> list[str]:
+    return attention_reasons(q, k, v, scale, lengths)
+
+
+def _attention_backward(q, k, v, o, lse, causal, scale, lengths) -> list[str]:
+    return attention_reasons(q, k, v, scale, lengths) + stride_reasons(o=o)
+
+
+def attention_reasons(q, k, v, scale, lengths) -> list[str]:
+    reasons = stride_reasons(q=q, k=k, v=v)
+    D = q.shape[-1]
+    if D % 8 or D > 256:
+        reasons.append(f"D is {D}; it must be a multiple of 8 up to 256")
+    if scale is not None and not scale > 0:
+        reasons.append(f"scale is {scale}; it must be positive")
+    if lengths is not None and not lengths.is_contiguous():
+        reasons.append("lengths is not contiguous")
+    return reasons
+
+
 register_backend(
     Backend(
         name="triton",
@@ -124,6 +144,10 @@ register_backend(
             "swiglu": implementation("swiglu", "swiglu", _swiglu),
             "swiglu_backward": implementation("swiglu", "swiglu_backward", _swiglu, grads=1),
             "rope": implementation("rope", "rope", _rope),
+            "attention": implementation("attention", "attention", _attention),
+            "attention_backward": implementation(
+                "attention", "attention_backward", _attention_backward, grads=1
+            ),
             "kv_append": implementation("kv_append", "kv_append", _kv_append),
         },
     )

@@ -17,10 +17,11 @@ Gradient, with P the weights and g the gradient of o:
     dv = Pᵀ g      dP = g vᵀ      dS = P ∘ (dP - rowsum(P ∘ dP))      dq = scale dS k
     dk = scale dSᵀ q      summed over the G query heads of a KV head
 
-Beside o the op returns each query's lse = log Σ exp(score), (B, H, T) float32, -inf where it sees
-no key. Backward kernels remake the weights from it without another softmax, exp(score - lse), and take
-rowsum(P ∘ dP) from o and g, to which it is equal. It is empty unless `need_lse`, which the public
-function sets where a gradient is to be recorded.
+Beside o the op returns each query's lse = log Σ exp(score), (B, H, T), -inf where it sees no key.
+Backward kernels remake the weights from it without another softmax, exp(score - lse), and take
+rowsum(P ∘ dP) from o and g, to which it is equal. An error of lse is one of every weight, so it is
+float32 beside the half types and float64 beside float32. It is empty unless `need_lse`, which the
+public function sets where a gradient is to be recorded.
 """
 
 from __future__ import annotations
@@ -128,6 +129,10 @@ def valid_only(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
     return x.masked_fill(behind[:, :, None, None], 0)
 
 
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize == 2 else torch.float64
+
+
 def softmax_weights(scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """Softmax over the keys seen, in float32; zeros for the others and for a query without keys."""
     scores = scores.to(accumulate(scores.dtype)).masked_fill(~seen, float("-inf"))
@@ -153,11 +158,12 @@ def eager(
     seen = visible(T, S, causal, lengths, q.device)
     weights = softmax_weights(scores, seen).to(q.dtype)
     o = torch.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape).contiguous()
-    lse = q.new_empty(0, dtype=accumulate(q.dtype))
+    lse = q.new_empty(0, dtype=lse_dtype(q.dtype))
     if need_lse:
-        scores = scores.detach().to(lse.dtype).masked_fill(~seen, float("-inf"))
+        scores = scores.detach().to(accumulate(q.dtype)).masked_fill(~seen, float("-inf"))
         nothing = scores.new_full((*scores.shape[:-1], 1), float("-inf"))  # where there is no key
-        lse = torch.cat((scores, nothing), -1).logsumexp(-1).reshape(q.shape[0], H, T)
+        lse = torch.cat((scores, nothing), -1).logsumexp(-1)
+        lse = lse.reshape(q.shape[0], H, T).to(lse_dtype(q.dtype))
     return o, lse
 
 
@@ -171,9 +177,8 @@ def fake(
     need_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(
-        (B, H, T) if need_lse else 0, dtype=accumulate(q.dtype)
-    )
+    lse = q.new_empty((B, H, T) if need_lse else 0, dtype=lse_dtype(q.dtype))
+    return q.new_empty(q.shape), lse
 
 
 def backward_eager(

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "../kernels.h"
 #include "../simd/simd.h"
@@ -91,6 +92,13 @@ static float softmax_part(float* s, int64_t count, int64_t padded, float factor,
   return correction;
 }
 
+// An error of lse is one of every weight that the backward pass makes from it: not in float itself.
+template <class T>
+static void write_lse(const AttentionArgs& a, int64_t b, int64_t t, int64_t h, double lse) {
+  using Lse = typename std::conditional<std::is_same<T, float>::value, double, float>::type;
+  static_cast<Lse*>(a.lse)[(b * a.H + h) * a.T + t] = Lse(lse);
+}
+
 // The result of query head h of token t: what was accumulated over the sum of its weights, or zeros
 // without keys; and where asked for, the logarithm of that sum. Exponents are of two.
 template <class T>
@@ -98,9 +106,8 @@ static void write_result(const AttentionArgs& a, int64_t b, int64_t t, int64_t h
                          const float* sums_of, float top, float total) {
   const int64_t D = a.D;
   T* o = static_cast<T*>(a.o) + ((b * a.T + t) * a.H + h) * D;
-  if (a.lse)
-    a.lse[(b * a.H + h) * a.T + t] = total == 0.f ? -std::numeric_limits<float>::infinity()
-                                                  : (top + std::log2(total)) * 0.693147181f;
+  // log 0 is -infinity.
+  if (a.lse) write_lse<T>(a, b, t, h, (top + std::log2(double(total))) * 0.6931471805599453);
   const vf inverse = set(total == 0.f ? 0.f : 1.f / total);
   for_each_vector(D, [&](int64_t d, auto width) {
     store(o + d, load(sums_of + d, width) * inverse, width);

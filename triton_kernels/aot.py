@@ -1,0 +1,215 @@
+"""Compiles every kernel in every configuration that ships, for chips that need not be here.
+
+The launchers are called on tensors of the meta device, with the shapes of the published models, for
+an assumed chip: what they would launch is compiled for that chip, and its registers, spills, shared
+memory and matrix instructions are read from the result.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .chips import CHIPS, Chip, assume
+from .launch import Launch, record
+
+HALF, FULL = torch.bfloat16, torch.float32
+# H, K, D, C, F of the published models whose dims differ (docs/shapes.md), by preset.
+MODELS = {
+    "1b": (32, 8, 64, 2048, 8192),
+    "8b": (32, 8, 128, 4096, 14336),
+    "405b": (128, 8, 128, 16384, 53248),
+}
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+MATRIX = ("tcgen05.mma", "wgmma", "mma.sync", "v_mfma")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a program of a kernel takes of a chip. `registers` of a thread, `spilled` bytes of a
+    thread, `shared` bytes, `matrix` the instruction found, or nothing; `occupancy` an estimate:
+    programs that a processor holds."""
+
+    chip: str
+    kernel: str
+    config: str
+    registers: int
+    spilled: int
+    shared: int
+    matrix: str
+    occupancy: int
+
+
+def calls() -> Iterator[tuple[str, str, tuple]]:
+    """(stem, launcher, arguments) that cover the configurations: of the published models, training
+    and decoding, and of attention's other head dims and float32."""
+
+    def empty(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    B, T = 2, 2048
+    for H, K, D, C, F in MODELS.values():
+        x, weight = empty(B, T, C), empty(C)
+        yield "rms_norm", "rms_norm", (x, weight, 1e-5)
+        yield "rms_norm", "rms_norm_backward", (x, x, weight, 1e-5)
+        yield "add_rms_norm", "add_rms_norm", (x, x, weight, 1e-5)
+        yield "add_rms_norm", "add_rms_norm_backward", (x, x, x, weight, 1e-5)
+        gate, up = empty(B, T, 2 * F).chunk(2, dim=-1)
+        yield "swiglu", "swiglu", (gate, up)
+        yield "swiglu", "swiglu_backward", (empty(B, T, F), gate, up)
+        q, k, v = empty(B, T, H + 2 * K, D).split((H, K, K), dim=2)
+        table = empty(T, D // 2, dtype=FULL)
+        for interleaved in (False, True):
+            yield "rope", "rope", (q, k, table, table, interleaved)
+        caches = [empty(B, K, T, D).transpose(1, 2) for _ in "kv"]
+        lengths = empty(B, dtype=torch.int64)
+        yield "kv_append", "kv_append", (q, k, v, table, table, *caches, lengths, False)
+        yield from attention(q, k, v)
+        step = empty(B, 1, H, D)
+        yield "attention", "attention", (step, *caches, True, None, lengths, False)
+    x, weight = empty(B, T, 4096, dtype=FULL), empty(4096, dtype=FULL)
+    yield "rms_norm", "rms_norm", (x, weight, 1e-5)
+    yield "rms_norm", "rms_norm_backward", (x, x, weight, 1e-5)
+    for D, dtype in ((96, HALF), (256, HALF), (64, FULL), (128, FULL), (256, FULL)):
+        q, k, v = (empty(B, T, heads, D, dtype=dtype) for heads in (8, 2, 2))
+        yield from attention(q, k, v)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple]:
+    B, T, H, _ = q.shape
+    exact = torch.float64 if q.dtype == FULL else FULL
+    lse = torch.empty((B, H, T), dtype=exact, device="meta")
+    yield "attention", "attention", (q, k, v, True, None, None, True)
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    yield "attention", "attention_backward", (o, q, k, v, o, lse, True, None, None)
+
+
+def launches(chip: Chip, stems: tuple[str, ...] = ()) -> list[Launch]:
+    """What the calls would launch on `chip`, each configuration once."""
+    found = {}
+    with assume(chip):
+        for stem, launcher, args in calls():
+            if not stems or stem in stems:
+                module = import_module(f".{stem}", __package__)
+                with record() as recorded:
+                    getattr(module, launcher)(*args)
+                for launch in recorded:
+                    found.setdefault(str(specialise(launch)) + str(launch.options), launch)
+    return list(found.values())
+
+
+def specialise(launch: Launch) -> tuple[str, dict, dict, dict]:
+    """(kernel, signature, constants, attributes) as Triton makes them of a call's arguments: an
+    argument that is 1 is a constant, and one that 16 divides is known to be."""
+    names = launch.kernel.arg_names
+    values = dict(zip(names, launch.args, strict=False))
+    values |= {name: launch.options[name] for name in names if name in launch.options}
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(names):
+        value = values[name]
+        divisible = False
+        if isinstance(value, torch.Tensor):
+            signature[name], divisible = "*" + TYPES[value.dtype], True
+        elif name in launch.options or value is None or (type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[name] = value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = value % 16 == 0
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return launch.kernel.__name__, signature, constants, attributes
+
+
+def compile_for(chip: Chip, launch: Launch) -> Any:
+    """Triton's compiled kernel."""
+    _, signature, constants, attributes = specialise(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    target = GPUTarget("hip" if chip.amd else "cuda", chip.arch, chip.warp)
+    options = {name: launch.options[name] for name in ("num_warps", "num_stages") if name in
+               launch.options}  # fmt: skip
+    return triton.compile(source, target=target, options=options)
+
+
+def resources(chip: Chip, launch: Launch) -> Resources:
+    """Compiles what would be launched and reads what it takes."""
+    compiled = compile_for(chip, launch)
+    if chip.amd:
+        text = compiled.asm["amdgcn"]
+
+        def count(name: str) -> int:
+            return int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))
+
+        registers = count("vgpr_count") + count("agpr_count")
+        spilled = 4 * (count("vgpr_spill_count") + count("sgpr_spill_count"))
+        spilled = max(spilled, count("private_segment_fixed_size"))
+    else:
+        text = compiled.asm["ptx"]
+        usage = usage_of(compiled.asm["cubin"])
+        registers, spilled = usage["REG"], max(usage["STACK"], usage["LOCAL"])
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    per_program = max(registers, 1) * chip.warp * warps
+    fits = [chip.registers // per_program, chip.warps // warps]
+    if shared:
+        fits.append(chip.shared_memory // shared)
+    dtype = next((TYPES[a.dtype] for a in launch.args if isinstance(a, torch.Tensor)), "")
+    named = {n: v for n, v in launch.options.items() if n.startswith("BLOCK") or n == "num_warps"}
+    config = " ".join(f"{name.lower().removeprefix('block_')}={v}" for name, v in named.items())
+    return Resources(
+        chip.name,
+        launch.kernel.__name__.removesuffix("_kernel"),
+        f"{dtype} {config}",
+        registers,
+        spilled,
+        shared,
+        next((name for name in MATRIX if name in text), ""),
+        min(fits),
+    )
+
+
+def usage_of(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack and local memory of a thread, as cuobjdump says."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", said)}
+
+
+def problems(row: Resources) -> list[str]:
+    """What forbids to ship it."""
+    found = []
+    if row.spilled:
+        found.append(f"spills {row.spilled} bytes a thread")
+    if row.shared > CHIPS[row.chip].shared_memory:
+        found.append(
+            f"takes {row.shared} bytes of shared memory, of {CHIPS[row.chip].shared_memory}"
+        )
+    products = ("attention_fwd", "attention_bwd_dq", "attention_bwd_dk_dv")
+    if row.kernel in products and not row.config.startswith("fp32") and not row.matrix:
+        found.append("multiplies without matrix instructions")
+    return [f"{row.chip} {row.kernel} {row.config}: {text}" for text in found]

@@ -1,0 +1,907 @@
+"""Flash attention: o = softmax(scale · q kᵀ) v, tile by tile, without ever storing the scores.
+
+**Online softmax.** A softmax over keys that come in tiles keeps, for each query, the largest
+score so far (`top`), the sum of the weights (`total`) and the weighted sum of values (`acc`):
+
+    p = exp(s - top')        top' = max(top, max s)        c = exp(top - top')
+    total' = c · total + Σ p                               acc' = c · acc + p v
+
+and ends with o = acc / total. Exponents are of two: exp(scale · s) = 2^(s · factor), with factor
+= scale · log2 e, is one multiply-add and one instruction.
+
+**Rows.** The G query heads of a KV head see the same keys, so they share a tile: row r of the T·G
+rows of a KV head is token r // G and query head r % G of the group. Keys and values are then read
+once for all of them, in decoding as in training.
+
+**Which keys.** Token t of a row of `length` keys sees the first `length - T + t + 1` of them if
+causal (`visible`), else all. The tiles that every query of a program sees whole need no mask, and
+come first; only those on the diagonal, and the last of a length, are masked.
+
+**Few queries.** A decoding step has B·K tiles of queries, which would leave most of a GPU idle,
+so the keys are cut into parts, one program each, and `attention_combine_kernel` adds them up.
+
+**Backward.** P = exp(s - lse) is made again from the lse of the forward pass, tile by tile:
+
+    delta = Σ_d o · g        dP = g vᵀ        dS = P ∘ (dP - delta)
+    dv = Pᵀ g                dk = scale · dSᵀ q                  dq = scale · dS k
+
+Two kernels: one owns a tile of queries and walks the keys (dq), one owns a tile of keys and walks
+the queries (dk, dv). It multiplies twice what one kernel could share, but each element is summed
+by one program in one order: no atomics, the same bits each time.
+
+Shapes: q, o (B, T, H, D), k, v (B, S, K, D), lse (B, H, T) float32, or float64 beside float32;
+delta (B, H, T) float32; G = H / K.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .chips import Chip, chip_of
+from .launch import launch, next_power_of_2
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def load_length(lengths_ptr, b, T, S, HAS_LENGTHS: tl.constexpr):
+    """Valid keys of row b; within what k holds, whatever was given."""
+    if HAS_LENGTHS:
+        return tl.minimum(tl.maximum(tl.load(lengths_ptr + b), -T), S).to(tl.int32)
+    else:
+        return S
+
+
+@triton.jit
+def visible(t, length, T, CAUSAL: tl.constexpr):
+    """How many keys token t sees; zero or less where it sees none."""
+    if CAUSAL:
+        return length - T + t + 1
+    else:
+        return length + 0 * t
+
+
+@triton.jit
+def load_tile(
+    ptr, rows, columns, row_count, column_count, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """A tile (rows, columns) whose rows lie `stride` apart, zeros outside of it. ROWS and COLUMNS
+    say which of the two counts can be passed at all."""
+    at = ptr + rows[:, None] * stride + columns[None, :]
+    if ROWS and COLUMNS:
+        inside = (rows[:, None] < row_count) & (columns[None, :] < column_count)
+        return tl.load(at, mask=inside, other=0.0)
+    elif ROWS:
+        return tl.load(at, mask=rows[:, None] < row_count, other=0.0)
+    elif COLUMNS:
+        return tl.load(at, mask=columns[None, :] < column_count, other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def load_queries(ptr, row, d, row_count, D, stride_t, stride_h, G: tl.constexpr):
+    """Rows of q, or of a tensor of its shape: (row, d), zeros outside."""
+    at = (row // G).to(tl.int64) * stride_t + (row % G).to(tl.int64) * stride_h
+    inside = (row[:, None] < row_count) & (d[None, :] < D)
+    return tl.load(ptr + at[:, None] + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_lse(ptr, inside):
+    """lse · log2 e as a sum of two float32. Where q is float32, lse is float64: its error is one of
+    every weight of the row, and one rounding at the size of an exponent would exceed theirs."""
+    lse = tl.load(ptr, mask=inside, other=1e30) * LOG2_E  # weights of zero for the rows outside
+    high = lse.to(tl.float32)
+    if lse.dtype == tl.float64:
+        return high, (lse - high).to(tl.float32)
+    else:
+        return high, tl.zeros_like(high)
+
+
+@triton.jit
+def attend(
+    acc,  # (BLOCK_M, BLOCK_D)
+    total,  # (BLOCK_M,)
+    top,  # (BLOCK_M,)
+    q,  # (BLOCK_M, BLOCK_D)
+    k_ptr,  # (S, D), of this row of the batch and this KV head
+    v_ptr,
+    stride_ks,
+    stride_vs,
+    begin,
+    end,
+    seen,  # (BLOCK_M,): the keys that each query sees
+    D,
+    factor,
+    MASKED: tl.constexpr,
+    ODD_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The online softmax over the keys [begin, end), a tile at a time."""
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    for start in range(begin, end, BLOCK_N):
+        tile = tl.cast(start, tl.int64)
+        k = load_tile(k_ptr + tile * stride_ks, n, d, end - start, D, stride_ks, MASKED, ODD_D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            s = tl.where(start + n[None, :] < seen[:, None], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, axis=1) * factor)
+        if MASKED:  # a query that has seen no key yet: -inf - -inf would be NaN
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        else:
+            base = new_top
+        p = tl.exp2(s * factor - base[:, None])
+        correction = tl.exp2(top - base)
+        total = total * correction + tl.sum(p, axis=1)
+        acc = acc * correction[:, None]
+        v = load_tile(v_ptr + tile * stride_vs, n, d, end - start, D, stride_vs, MASKED, ODD_D)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        top = new_top
+    return acc, total, top
+
+
+@triton.jit
+def attention_fwd_kernel(
+    q_ptr,  # (B, T, H, D)
+    k_ptr,  # (B, S, K, D)
+    v_ptr,  # (B, S, K, D)
+    lengths_ptr,  # (B,) int64
+    o_ptr,  # (B, T, H, D) contiguous; where SPLIT, (parts, B, T, H, D) float32
+    lse_ptr,  # (B, H, T); where SPLIT, (parts, B, H, T)
+    factor,
+    T,
+    S,
+    K,
+    D,
+    part,  # keys of a part, a multiple of BLOCK_N
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    G: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    NEED_LSE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ODD_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # The last queries see the most keys: they go first, so that the programs end together.
+    m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    b, kv_head = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
+    length = load_length(lengths_ptr, b, T, S, HAS_LENGTHS)
+    rows = T * G
+    row, d = m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    t = tl.minimum(row // G, T - 1)
+    seen = visible(t, length, T, CAUSAL)
+    least = tl.maximum(visible(m // G, length, T, CAUSAL), 0)
+    most = tl.maximum(visible(tl.minimum((m + BLOCK_M - 1) // G, T - 1), length, T, CAUSAL), 0)
+
+    begin = 0
+    if SPLIT:
+        begin = tl.program_id(2) * part
+        least = tl.minimum(tl.maximum(least, begin), begin + part)
+        most = tl.minimum(tl.maximum(most, begin), begin + part)
+    whole = begin + (least - begin) // BLOCK_N * BLOCK_N  # every query sees the keys before it
+
+    q_row = q_ptr + b * stride_qb + kv_head * G * stride_qh
+    q = load_queries(q_row, row, d, rows, D, stride_qt, stride_qh, G)
+    k_row = k_ptr + b * stride_kb + kv_head * stride_kh
+    v_row = v_ptr + b * stride_vb + kv_head * stride_vh
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    acc, total, top = attend(
+        acc,
+        total,
+        top,
+        q,
+        k_row,
+        v_row,
+        stride_ks,
+        stride_vs,
+        begin,
+        whole,
+        seen,
+        D,
+        factor,
+        False,
+        ODD_D,
+        BLOCK_N,
+        BLOCK_D,
+    )
+    acc, total, top = attend(
+        acc,
+        total,
+        top,
+        q,
+        k_row,
+        v_row,
+        stride_ks,
+        stride_vs,
+        whole,
+        most,
+        seen,
+        D,
+        factor,
+        True,
+        ODD_D,
+        BLOCK_N,
+        BLOCK_D,
+    )
+
+    o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    H = K * G
+    h = kv_head * G + row % G
+    batch = b
+    if SPLIT:
+        batch += tl.program_id(2).to(tl.int64) * (tl.num_programs(1) // K)
+    o_at = ((batch * T + t) * H + h) * D
+    inside = (row[:, None] < rows) & (d[None, :] < D)
+    tl.store(o_ptr + o_at[:, None] + d[None, :], o.to(o_ptr.dtype.element_ty), mask=inside)
+    if NEED_LSE or SPLIT:
+        dtype = lse_ptr.dtype.element_ty
+        lse = (top.to(dtype) + tl.log2(total.to(dtype))) * LN_2  # -inf without a key, as log 0 is
+        tl.store(lse_ptr + (batch * H + h) * T + t, lse, mask=row < rows)
+
+
+@triton.jit
+def attention_combine_kernel(
+    part_o_ptr,  # (parts, N·D) float32
+    part_lse_ptr,  # (parts, N)
+    o_ptr,  # (B, T, H, D) contiguous
+    lse_ptr,  # (B, H, T)
+    parts,
+    N,  # B·T·H
+    T,
+    H,
+    D,
+    NEED_LSE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """o = Σ_i w_i o_i / Σ_i w_i with w_i = exp(lse_i): a program for each query."""
+    query = tl.program_id(0).to(tl.int64)  # of the (B, T, H) queries
+    b, t, h = query // H // T, query // H % T, query % H
+    lse_at = (b * H + h) * T + t
+    i, d = tl.arange(0, BLOCK_P).to(tl.int64), tl.arange(0, BLOCK_D)
+    lse = tl.load(part_lse_ptr + i * N + lse_at, mask=i < parts, other=float("-inf"))
+    top = tl.max(lse, axis=0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp2(((lse - base) * LOG2_E).to(tl.float32))
+    total = tl.sum(weight, axis=0)
+    inside = (i[:, None] < parts) & (d[None, :] < D)
+    o_at = (i * N + query) * D
+    part_o = tl.load(part_o_ptr + o_at[:, None] + d[None, :], mask=inside, other=0.0)
+    o = tl.sum(part_o * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(o_ptr + query * D + d, o.to(o_ptr.dtype.element_ty), mask=d < D)
+    if NEED_LSE:
+        tl.store(lse_ptr + lse_at, top + tl.log2(total.to(lse.dtype)) * LN_2)
+
+
+@triton.jit
+def attention_delta_kernel(
+    o_ptr,  # (B, T, H, D) contiguous
+    grad_ptr,  # (B, T, H, D)
+    delta_ptr,  # (B, H, T)
+    N,  # B·T·H
+    T,
+    H,
+    D,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """delta = Σ_d o · grad, which is rowsum(P ∘ dP)."""
+    query = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    b, t, h = query // H // T, query // H % T, query % H
+    inside = (query[:, None] < N) & (d[None, :] < D)
+    o = tl.load(o_ptr + (query * D)[:, None] + d[None, :], mask=inside, other=0.0)
+    g_at = b * stride_gb + t * stride_gt + h * stride_gh
+    g = tl.load(grad_ptr + g_at[:, None] + d[None, :], mask=inside, other=0.0)
+    delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), axis=1)
+    tl.store(delta_ptr + (b * H + h) * T + t, delta, mask=query < N)
+
+
+@triton.jit
+def gather_dk_dv(
+    dk,  # (BLOCK_N, BLOCK_D)
+    dv,
+    k,
+    v,
+    n,  # (BLOCK_N,): the keys of the tile
+    q_ptr,  # (T, G, D), of this row of the batch and this KV head
+    grad_ptr,
+    lse_ptr,  # (G, T)
+    delta_ptr,
+    stride_qt,
+    stride_qh,
+    stride_gt,
+    stride_gh,
+    begin,
+    end,
+    length,
+    T,
+    D,
+    factor,
+    G: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Adds what the query rows [begin, end) give to the gradients of a tile of keys and values."""
+    d = tl.arange(0, BLOCK_D)
+    for start in range(begin, end, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        q = load_queries(q_ptr, row, d, T * G, D, stride_qt, stride_qh, G)
+        g = load_queries(grad_ptr, row, d, T * G, D, stride_gt, stride_gh, G)
+        at = (row % G) * T + row // G
+        lse, lse_low = load_lse(lse_ptr + at, row < T * G)
+        delta = tl.load(delta_ptr + at, mask=row < T * G, other=0.0)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
+        p = tl.exp2(s * factor - lse[None, :] - lse_low[None, :])
+        if MASKED:
+            seen = tl.minimum(visible(row // G, length, T, CAUSAL), length)
+            p = tl.where(n[:, None] < seen[None, :], p, 0.0)
+        dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(g), input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def attention_bwd_dk_dv_kernel(
+    q_ptr,  # (B, T, H, D)
+    k_ptr,  # (B, S, K, D)
+    v_ptr,  # (B, S, K, D)
+    grad_ptr,  # (B, T, H, D)
+    lse_ptr,  # (B, H, T)
+    delta_ptr,  # (B, H, T)
+    lengths_ptr,  # (B,) int64
+    dk_ptr,  # (B, S, K, D) contiguous
+    dv_ptr,  # (B, S, K, D) contiguous
+    scale,
+    T,
+    S,
+    K,
+    D,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    G: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK_N  # the first keys are seen by the most queries: they go first
+    b, kv_head = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
+    length = load_length(lengths_ptr, b, T, S, HAS_LENGTHS)
+    n, d = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    # Queries before `some` see no key of the tile; those from `all` on see each of them.
+    some, whole = 0, 0
+    if CAUSAL:
+        some = tl.maximum(first - (length - T), 0)
+        whole = tl.maximum(first + BLOCK_N - 1 - (length - T), 0)
+    rows = T * G
+    some = tl.minimum(some, T) * G // BLOCK_M * BLOCK_M
+    whole = (tl.minimum(whole, T) * G + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    if first + BLOCK_N > length:  # the tile ends behind the length: each query needs the mask
+        whole = rows
+    if first >= length:
+        some = rows
+    whole = tl.minimum(tl.maximum(whole, some), rows)
+
+    inside = (n[:, None] < length) & (d[None, :] < D)
+    key = n.to(tl.int64)[:, None]
+    k_row = k_ptr + b * stride_kb + kv_head * stride_kh
+    v_row = v_ptr + b * stride_vb + kv_head * stride_vh
+    k = tl.load(k_row + key * stride_ks + d[None, :], mask=inside, other=0.0)
+    v = tl.load(v_row + key * stride_vs + d[None, :], mask=inside, other=0.0)
+    q_row = q_ptr + b * stride_qb + kv_head * G * stride_qh
+    g_row = grad_ptr + b * stride_gb + kv_head * G * stride_gh
+    of_heads = (b * K + kv_head) * G * T
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dk, dv = gather_dk_dv(
+        dk,
+        dv,
+        k,
+        v,
+        n,
+        q_row,
+        g_row,
+        lse_ptr + of_heads,
+        delta_ptr + of_heads,
+        stride_qt,
+        stride_qh,
+        stride_gt,
+        stride_gh,
+        some,
+        whole,
+        length,
+        T,
+        D,
+        scale * LOG2_E,
+        G,
+        CAUSAL,
+        True,
+        BLOCK_M,
+        BLOCK_D,
+    )
+    dk, dv = gather_dk_dv(
+        dk,
+        dv,
+        k,
+        v,
+        n,
+        q_row,
+        g_row,
+        lse_ptr + of_heads,
+        delta_ptr + of_heads,
+        stride_qt,
+        stride_qh,
+        stride_gt,
+        stride_gh,
+        whole,
+        rows,
+        length,
+        T,
+        D,
+        scale * LOG2_E,
+        G,
+        CAUSAL,
+        False,
+        BLOCK_M,
+        BLOCK_D,
+    )
+    inside = (n[:, None] < S) & (d[None, :] < D)
+    at = ((b * S + n.to(tl.int64)) * K + kv_head) * D
+    tl.store(
+        dk_ptr + at[:, None] + d[None, :], (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside
+    )
+    tl.store(dv_ptr + at[:, None] + d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gather_dq(
+    dq,  # (BLOCK_M, BLOCK_D)
+    delta,  # (BLOCK_M,)
+    q,
+    g,
+    lse,  # (BLOCK_M,), from load_lse
+    lse_low,
+    k_ptr,  # (S, D)
+    v_ptr,
+    stride_ks,
+    stride_vs,
+    begin,
+    end,
+    seen,
+    D,
+    factor,
+    SUM_DELTA: tl.constexpr,
+    MASKED: tl.constexpr,
+    ODD_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Adds what the keys [begin, end) give to the gradient of a tile of queries, or to delta."""
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    for start in range(begin, end, BLOCK_N):
+        tile = tl.cast(start, tl.int64)
+        k = load_tile(k_ptr + tile * stride_ks, n, d, end - start, D, stride_ks, MASKED, ODD_D)
+        v = load_tile(v_ptr + tile * stride_vs, n, d, end - start, D, stride_vs, MASKED, ODD_D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        p = tl.exp2(s * factor - lse[:, None] - lse_low[:, None])
+        if MASKED:
+            p = tl.where(start + n[None, :] < seen[:, None], p, 0.0)
+        dp = tl.dot(g, tl.trans(v), input_precision="ieee")
+        if SUM_DELTA:
+            delta += tl.sum(p * dp, axis=1)
+        else:
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq, delta
+
+
+@triton.jit
+def attention_bwd_dq_kernel(
+    q_ptr,  # (B, T, H, D)
+    k_ptr,  # (B, S, K, D)
+    v_ptr,  # (B, S, K, D)
+    grad_ptr,  # (B, T, H, D)
+    lse_ptr,  # (B, H, T)
+    delta_ptr,  # (B, H, T)
+    lengths_ptr,  # (B,) int64
+    dq_ptr,  # (B, T, H, D) contiguous
+    scale,
+    T,
+    S,
+    K,
+    D,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    G: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    SUM_DELTA: tl.constexpr,  # whether this kernel makes delta, rather than reads it
+    ODD_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    b, kv_head = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
+    length = load_length(lengths_ptr, b, T, S, HAS_LENGTHS)
+    rows = T * G
+    row, d = m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    t = tl.minimum(row // G, T - 1)
+    seen = visible(t, length, T, CAUSAL)
+    least = tl.maximum(visible(m // G, length, T, CAUSAL), 0)
+    most = tl.maximum(visible(tl.minimum((m + BLOCK_M - 1) // G, T - 1), length, T, CAUSAL), 0)
+    whole = least // BLOCK_N * BLOCK_N
+
+    q_row = q_ptr + b * stride_qb + kv_head * G * stride_qh
+    g_row = grad_ptr + b * stride_gb + kv_head * G * stride_gh
+    q = load_queries(q_row, row, d, rows, D, stride_qt, stride_qh, G)
+    g = load_queries(g_row, row, d, rows, D, stride_gt, stride_gh, G)
+    at = (b * K + kv_head) * G * T + (row % G) * T + t
+    lse, lse_low = load_lse(lse_ptr + at, row < rows)
+    delta = tl.zeros((BLOCK_M,), tl.float32)
+    if not SUM_DELTA:
+        delta = tl.load(delta_ptr + at, mask=row < rows, other=0.0)
+    k_row = k_ptr + b * stride_kb + kv_head * stride_kh
+    v_row = v_ptr + b * stride_vb + kv_head * stride_vh
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if SUM_DELTA:
+        dq, delta = gather_dq(
+            dq,
+            delta,
+            q,
+            g,
+            lse,
+            lse_low,
+            k_row,
+            v_row,
+            stride_ks,
+            stride_vs,
+            0,
+            whole,
+            seen,
+            D,
+            scale * LOG2_E,
+            True,
+            False,
+            ODD_D,
+            BLOCK_N,
+            BLOCK_D,
+        )
+        dq, delta = gather_dq(
+            dq,
+            delta,
+            q,
+            g,
+            lse,
+            lse_low,
+            k_row,
+            v_row,
+            stride_ks,
+            stride_vs,
+            whole,
+            most,
+            seen,
+            D,
+            scale * LOG2_E,
+            True,
+            True,
+            ODD_D,
+            BLOCK_N,
+            BLOCK_D,
+        )
+        tl.store(delta_ptr + at, delta, mask=row < rows)
+    dq, delta = gather_dq(
+        dq,
+        delta,
+        q,
+        g,
+        lse,
+        lse_low,
+        k_row,
+        v_row,
+        stride_ks,
+        stride_vs,
+        0,
+        whole,
+        seen,
+        D,
+        scale * LOG2_E,
+        False,
+        False,
+        ODD_D,
+        BLOCK_N,
+        BLOCK_D,
+    )
+    dq, delta = gather_dq(
+        dq,
+        delta,
+        q,
+        g,
+        lse,
+        lse_low,
+        k_row,
+        v_row,
+        stride_ks,
+        stride_vs,
+        whole,
+        most,
+        seen,
+        D,
+        scale * LOG2_E,
+        False,
+        True,
+        ODD_D,
+        BLOCK_N,
+        BLOCK_D,
+    )
+    H = K * G
+    at = ((b * T + t) * H + kv_head * G + row % G) * D
+    inside = (row[:, None] < rows) & (d[None, :] < D)
+    tl.store(
+        dq_ptr + at[:, None] + d[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside
+    )
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Rows of queries and of keys of a tile, the warps that share it, and tiles on the way."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+FEW_ROWS = 16  # the fewest rows of a matrix instruction's tile
+MAX_PARTS = 64
+LEAST_PART = 256  # keys, below which a part costs more than it helps
+
+
+def forward_config(chip: Chip, rows: int, D: int, dtype: torch.dtype) -> AttentionConfig:
+    """`rows` is T·G, of one KV head.
+
+    A tile of queries stays in registers or shared memory while tiles of k and v stream by, so its
+    size decides how often k and v are read from L2, and the accumulator (block_m × D float32) how
+    many registers are left: 8 warps for 128 × 128.
+    """
+    wide = D > 128
+    if rows <= FEW_ROWS:  # bound by memory: small tiles, several on the way
+        block_n = 32 if wide else 64
+        return AttentionConfig(FEW_ROWS, block_n, num_warps=4, num_stages=3 if chip.roomy else 2)
+    if dtype == torch.float32:  # multiply-adds without matrix instructions
+        return AttentionConfig(32, 32, num_warps=4, num_stages=1)
+    if rows <= 64:
+        return AttentionConfig(64, 32 if wide else 64, num_warps=4, num_stages=2)
+    if not chip.roomy or chip.amd:
+        return AttentionConfig(64, 32 if wide else 64, num_warps=4, num_stages=2)
+    if wide:
+        return AttentionConfig(128, 64, num_warps=8, num_stages=2)
+    return AttentionConfig(128, 128, num_warps=8, num_stages=2)
+
+
+def backward_configs(
+    chip: Chip, D: int, dtype: torch.dtype
+) -> tuple[AttentionConfig, AttentionConfig]:
+    """Of the dk, dv kernel, which holds two accumulators of block_n × D, and of the dq kernel."""
+    wide = D > 128
+    if dtype == torch.float32:
+        small = AttentionConfig(16 if wide else 32, 16 if wide else 32, 4, num_stages=1)
+        return small, small
+    if not chip.roomy or chip.amd:
+        block = 32 if wide else 64
+        return AttentionConfig(32, block, 4, num_stages=1), AttentionConfig(block, 32, 4, 1)
+    if wide:
+        return AttentionConfig(32, 64, 8, num_stages=1), AttentionConfig(64, 32, 8, num_stages=1)
+    return AttentionConfig(64, 128, 8, num_stages=2), AttentionConfig(128, 64, 8, num_stages=2)
+
+
+def parts_for(chip: Chip, programs: int, S: int, block_n: int) -> tuple[int, int]:
+    """(parts, keys of each): as many parts as two programs a processor need, of LEAST_PART or more
+    keys. It depends on S, not on lengths: those are not known here."""
+    wanted = 2 * chip.processors // max(programs, 1)
+    parts = max(1, min(wanted, MAX_PARTS, S // LEAST_PART))
+    tiles = -(-S // block_n)
+    part = -(-tiles // parts) * block_n
+    return (-(-S // part) if part else 1), part
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    lengths: torch.Tensor | None,
+    need_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the op attention of llama_fast.ops.attention: (o, lse)."""
+    B, T, H, D = q.shape
+    _, S, K, _ = k.shape
+    G, chip = H // K, chip_of(q)
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    exact = torch.float64 if q.dtype == torch.float32 else torch.float32
+    lse = torch.empty((B, H, T) if need_lse else 0, dtype=exact, device=q.device)
+    scale = D**-0.5 if scale is None else scale
+    block_d = max(16, next_power_of_2(D))
+    config = forward_config(chip, T * G, block_d, q.dtype)
+    tiles = -(-T * G // config.block_m)
+    parts, part = parts_for(chip, tiles * B * K, S, config.block_n)
+    split = parts > 1
+    if split:
+        part_o = torch.empty((parts, B, T, H, D), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((parts, B, H, T), dtype=exact, device=q.device)
+    launch(
+        attention_fwd_kernel,
+        (tiles, B * K, parts),
+        q,
+        k,
+        v,
+        lengths,
+        part_o if split else o,
+        part_lse if split else lse,
+        scale * LOG2_E.value,
+        T,
+        S,
+        K,
+        D,
+        part,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        G=G,
+        CAUSAL=causal,
+        HAS_LENGTHS=lengths is not None,
+        NEED_LSE=need_lse,
+        SPLIT=split,
+        ODD_D=D != block_d,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_D=block_d,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if split:
+        launch(
+            attention_combine_kernel,
+            (B * T * H,),
+            part_o,
+            part_lse,
+            o,
+            lse,
+            parts,
+            B * T * H,
+            T,
+            H,
+            D,
+            NEED_LSE=need_lse,
+            BLOCK_P=next_power_of_2(parts),
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
+    return o, lse
+
+
+def attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    lengths: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the op attention_backward of llama_fast.ops.attention: (dq, dk, dv)."""
+    B, T, H, D = q.shape
+    _, S, K, _ = k.shape
+    G, chip = H // K, chip_of(q)
+    scale = D**-0.5 if scale is None else scale
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    delta = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    block_d = max(16, next_power_of_2(D))
+    # Σ_d o · g and Σ P ∘ dP are equal but for their rounding. In float32, where that would be
+    # the largest error (dS of a query that sees a single key is 0), the dq kernel sums the latter.
+    sum_delta = q.dtype == torch.float32
+    if not sum_delta:
+        delta_rows = max(1, 4096 // block_d)
+        launch(
+            attention_delta_kernel,
+            (-(-B * T * H // delta_rows),),
+            o,
+            grad,
+            delta,
+            B * T * H,
+            T,
+            H,
+            D,
+            *grad.stride()[:3],
+            BLOCK_N=delta_rows,
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
+    given = (q, k, v, grad, lse, delta, lengths)
+    sizes = (scale, T, S, K, D)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
+    same = {"G": G, "CAUSAL": causal, "HAS_LENGTHS": lengths is not None, "BLOCK_D": block_d}
+    of_keys, of_queries = backward_configs(chip, block_d, q.dtype)
+    launch(
+        attention_bwd_dq_kernel,
+        (-(-T * G // of_queries.block_m), B * K),
+        *given,
+        dq,
+        *sizes,
+        *strides,
+        **same,
+        SUM_DELTA=sum_delta,
+        ODD_D=D != block_d,
+        BLOCK_M=of_queries.block_m,
+        BLOCK_N=of_queries.block_n,
+        num_warps=of_queries.num_warps,
+        num_stages=of_queries.num_stages,
+    )
+    launch(
+        attention_bwd_dk_dv_kernel,
+        (-(-S // of_keys.block_n), B * K),
+        *given,
+        dk,
+        dv,
+        *sizes,
+        *strides,
+        **same,
+        BLOCK_M=of_keys.block_m,
+        BLOCK_N=of_keys.block_n,
+        num_warps=of_keys.num_warps,
+        num_stages=of_keys.num_stages,
+    )
+    return dq, dk, dv
