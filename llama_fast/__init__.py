@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .config import LlamaConfig as LlamaConfig
     from .generate import generate as generate
     from .generate import stream as stream
+    from .hf import Patch as Patch
+    from .hf import patch as patch
     from .kv_cache import KVCache as KVCache
     from .model import Llama as Llama
     from .ops import *  # noqa: F403
@@ -37,11 +39,13 @@ _HOME = {
     "stream": ".generate",
     "use_backend": ".registry",
 }
+# Those that need transformers, so no part of `from llama_fast import *`.
+_FOR_TRANSFORMERS = {"Patch": ".hf", "patch": ".hf"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(import_module(_HOME[name], __name__), name)
+    if home := _HOME.get(name) or _FOR_TRANSFORMERS.get(name):
+        value = getattr(import_module(home, __name__), name)
     elif name == "__all__":
         value = [*_HOME, *import_module(".ops", __name__).__all__]
     else:

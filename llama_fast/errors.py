@@ -41,3 +41,7 @@ class GradientError(LlamaFastError):
 
 class FallbackWarning(UserWarning):
     """An op ran on a slower backend than the one that was first in line; the text says why."""
+
+
+class PatchError(LlamaFastError):
+    """A model that cannot be patched, or a patch that cannot be taken back; the text says why."""
