@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .config import LlamaConfig
+from .decode import DecodeStep
 from .errors import PromptError
 from .kv_cache import KVCache
 from .model import Llama
@@ -176,6 +177,7 @@ class _Rows:
         counts = [0] * len(self.prompts)
         active = set(range(len(self.prompts)))
         cache, logits = self._prefill()
+        step = DecodeStep(self.model, cache)
         while True:
             tokens = sampling.sample(logits, self.generators)
             scores = logprobs(logits, tokens).tolist()
@@ -190,7 +192,7 @@ class _Rows:
                 yield Chunk(index, token, scores[index], text, reason)
             if not active:
                 return
-            logits = self.model(tokens.unsqueeze(1), cache=cache, last_only=True)[:, -1]
+            logits = step(tokens)
 
     def _prefill(self) -> tuple[KVCache, torch.Tensor]:
         longest = max(map(len, self.prompts))

@@ -8,7 +8,8 @@ no token is fed twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -48,6 +49,7 @@ class KVCache:
         self._v = torch.empty(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, device=device, dtype=torch.int64)
         self._lengths = [0] * batch
+        self._whole = False
 
     @property
     def used(self) -> int:
@@ -80,14 +82,36 @@ class KVCache:
 
     def advance(self, T: int) -> torch.Tensor:
         """Makes room for T more tokens in every row; returns the lengths after them."""
+        self.count(T)
+        self.lengths += T
+        return self.lengths
+
+    def count(self, T: int) -> None:
+        """The host's part of `advance`: a captured step does the device's part itself."""
         if self.used + T > self.max_seq_len:
             raise PromptError(
                 f"the cache holds {self.max_seq_len} tokens a row; {self.used} are taken and "
                 f"{T} more were given. Make it larger, or shorten the prompt"
             )
-        self.lengths += T
         self._lengths = [length + T for length in self._lengths]
-        return self.lengths
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside the block, `layer` gives all slots: the same memory however long the rows are."""
+        self._whole = True
+        try:
+            yield
+        finally:
+            self._whole = False
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """After the block, the host's lengths are what they were before."""
+        before = self._lengths
+        try:
+            yield
+        finally:
+            self._lengths = before
 
     def _set_lengths(self, lengths: list[int]) -> None:
         self._lengths = lengths
@@ -95,6 +119,6 @@ class KVCache:
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, (B,S,K,D) views of the slots in use."""
-        used = max(self.used, 0)
+        used = self.max_seq_len if self._whole else max(self.used, 0)
         k, v = self._k[index, :, :, :used], self._v[index, :, :, :used]
         return k.transpose(1, 2), v.transpose(1, 2)

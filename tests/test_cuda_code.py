@@ -107,4 +107,4 @@ def test_matrix_instructions_are_where_they_should_be():
     for function in dump("-sass").split("Function : ")[1:]:
         if re.search(r"\b(HMMA|HGMMA)\.", function):
             with_matrices.add(re.search(r"\d([a-z_]+?)_kernel", function.split("\n", 1)[0])[1])
-    assert with_matrices == {"linear_fwd"}
+    assert with_matrices == {"linear_fwd", "attention_few", "attention_many"}

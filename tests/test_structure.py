@@ -47,7 +47,8 @@ MAY_IMPORT = {
     "tokenizer_files": {"special_tokens"},
     "tokenizer": {"atomic", "special_tokens", "tokenizer_files"},
     "chat": {"tokenizer"},
-    "generate": MODEL | {"sampling", "tokenizer", "chat"},
+    "decode": MODEL,
+    "generate": MODEL | {"decode", "sampling", "tokenizer", "chat"},
 }
 WITHOUT_TORCH = {"errors", "atomic", "tokenizer", "chat"}
 FREE = {"__init__", "__main__", "cli", "demo"}  # the top of the house

@@ -156,4 +156,29 @@ struct LinearQuantizedArgs {
 };
 void linear_quantized(const Target&, const LinearQuantizedArgs&);
 
+// Outer strides of a (B, T, heads, D) tensor; the last dim has stride 1.
+struct HeadStrides { int64_t b, t, h; };
+
+struct AttentionArgs {
+  DType dtype;             // bf16 or f16
+  const void* q;           // (B, T, H, D), D 64 or 128; rows of q, k and v aligned to 16 bytes
+  const void* k;           // (B, S, K, D)
+  const void* v;           // (B, S, K, D)
+  void* o;                 // (B, T, H, D) contiguous
+  float* lse;              // (B, H, T), or null
+  const int64_t* lengths;  // (B,), each at most S, or null for S
+  int64_t B, T, S, H, K, D;
+  HeadStrides q_stride, k_stride, v_stride;
+  bool causal;
+  float scale;
+  // For at most 16 queries to a KV head: blocks that share its keys; if more than one, scratch of
+  // attention_part_bytes(D) for each of (B, K, splits, T · H / K), and counts (B, K) that are zero
+  // before and after.
+  int64_t splits;
+  void* parts;
+  int* arrived;
+};
+void attention(const Target&, const AttentionArgs&);
+int64_t attention_part_bytes(int64_t D);
+
 }  // namespace llama_fast::cuda

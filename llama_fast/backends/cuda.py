@@ -349,6 +349,94 @@ def _kv_append_unsupported(q, k, v, cos, sin, k_cache, v_cache, lengths, interle
     return reasons(q.dtype, q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
 
 
+# Queries of a KV head that one tile of the matrix instructions holds: their keys are split.
+FEW_QUERIES = 16
+# Keys that are worth a block of their own.
+KEYS_OF_A_SPLIT = 128
+
+
+def splits(B: int, K: int, S: int, multiprocessors: int) -> int:
+    """Blocks that share the keys of a KV head: as many as make one wave of two blocks to a
+    multiprocessor, for a second wave would cost as much as the first."""
+    most = -(-S // KEYS_OF_A_SPLIT)
+    return max(1, min(2 * multiprocessors // max(1, B * K), most))
+
+
+@functools.cache
+def _arrived(place: tuple[int, int], count: int, device: torch.device) -> torch.Tensor:
+    """Zeros that the blocks of a call count in and leave as zeros, for each stream its own."""
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    lengths: torch.Tensor | None,
+    need_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    o = _new(q)
+    B, T, H, D = q.shape
+    S, K = k.shape[1:3]
+    lse = q.new_empty((B, H, T) if need_lse else 0, dtype=torch.float32)
+    place = _place(q)
+    count, parts, arrived = 1, None, None
+    if T * (H // K) <= FEW_QUERIES:
+        count = splits(B, K, S, _multiprocessors(place[0]))
+    if count > 1:
+        size = B * H * T * count * _cuda.attention_part_bytes(D)
+        parts = torch.empty(size, dtype=torch.uint8, device=q.device)
+        # What is made during a capture belongs to its graph, and must not be kept for others.
+        capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+        make = _arrived.__wrapped__ if capturing else _arrived
+        arrived = make(place, B * K, q.device)
+    _cuda.attention(
+        place,
+        DTYPES[q.dtype],
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        o.data_ptr(),
+        lse.data_ptr(),  # null when it is empty
+        0 if lengths is None else lengths.data_ptr(),
+        q.shape,
+        k.shape,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        causal,
+        D**-0.5 if scale is None else scale,
+        count,
+        0 if parts is None else parts.data_ptr(),
+        0 if arrived is None else arrived.data_ptr(),
+    )
+    return o, lse
+
+
+def _attention_unsupported(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    lengths: torch.Tensor | None,
+    need_lse: bool,
+) -> list[str]:
+    found = reasons(q.dtype, q=q, k=k, v=v)
+    if q.dtype is torch.float32:
+        found.append("q is torch.float32; it must be bfloat16 or float16")
+    if q.shape[-1] not in (64, 128):
+        found.append(f"D is {q.shape[-1]}; it must be 64 or 128")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:-1]):
+            found.append(f"the heads of {name} do not all begin at multiples of 16 bytes")
+    if lengths is not None and not lengths.is_contiguous():
+        found.append("lengths is not contiguous")
+    return found
+
+
 # Rows of x up to which the linears are limited by reading the weight, and our kernels serve them.
 FEW_ROWS = 16
 
@@ -466,6 +554,7 @@ BACKEND = Backend(
             ("swiglu_backward", _swiglu_backward, _swiglu_backward_unsupported),
             ("rope", _rope, _rope_unsupported),
             ("kv_append", _kv_append, _kv_append_unsupported),
+            ("attention", _attention, _attention_unsupported),
             ("linear", _linear, _linear_unsupported),
             _of_torch("linear_backward_x"),
             _of_torch("linear_backward_weight"),

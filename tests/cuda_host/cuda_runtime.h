@@ -1,6 +1,7 @@
 // The part of CUDA C++ that the kernels use, on the host: see machine.h.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -24,6 +25,8 @@ struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 
+using std::max;
+using std::min;
 inline float __expf(float x) { return std::exp(x); }
 
 #define CUDA_HOST_HERE(WHAT) \

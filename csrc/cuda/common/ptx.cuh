@@ -106,6 +106,13 @@ __device__ __forceinline__ uint32_t add_pairs<__nv_bfloat16>(uint32_t a, uint32_
   return sum;
 }
 
+// 2^x, within 2 units in the last place; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two floats rounded to a pair, `first` in the lower half.
 template <class T> __device__ __forceinline__ uint32_t pack(float first, float second);
 template <> __device__ __forceinline__ uint32_t pack<__half>(float first, float second) {

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -112,6 +113,8 @@ inline void copy_async(void* shared, const void* global, bool valid) {
 }
 inline void close_copy_group() { cuda_host::close_group(); }
 template <int OPEN> void wait_for_copies() { cuda_host::wait_for_groups(OPEN); }
+
+inline float exp2_fast(float x) { return std::exp2(x); }
 
 inline uint4 load_once(const void* p) { return *static_cast<const uint4*>(p); }
 inline uint32_t load_once(const uint32_t* p) { return *p; }

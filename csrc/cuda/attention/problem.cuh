@@ -1,0 +1,60 @@
+// What a block of attention works on: the query heads of one KV head of one row of the batch.
+//
+// The T·G queries that share a KV head are packed as rows of one matrix: row r is query r / G of query
+// head (KV head · G + r % G). Keys and values are then read once for all of them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../kernels.h"
+
+namespace llama_fast::cuda {
+
+template <class T> struct Problem {
+  const T *q, *k, *v;  // of this row of the batch and KV head
+  int tokens, G, H;
+  int64_t q_stride_t, q_stride_h, k_stride, v_stride;
+  int length;  // valid keys, at most S
+  int shift;   // query t sees the keys below t + shift, if causal
+  bool causal;
+
+  __device__ __forceinline__ Problem(const AttentionArgs& a, int kv, int b)
+      : q(static_cast<const T*>(a.q) + b * a.q_stride.b + kv * (a.H / a.K) * a.q_stride.h),
+        k(static_cast<const T*>(a.k) + b * a.k_stride.b + kv * a.k_stride.h),
+        v(static_cast<const T*>(a.v) + b * a.v_stride.b + kv * a.v_stride.h),
+        tokens(int(a.T)),
+        G(int(a.H / a.K)),
+        H(int(a.H)),
+        q_stride_t(a.q_stride.t),
+        q_stride_h(a.q_stride.h),
+        k_stride(a.k_stride.t),
+        v_stride(a.v_stride.t),
+        causal(a.causal) {
+    const int64_t given = a.lengths ? a.lengths[b] : a.S;
+    length = int(given < a.S ? given : a.S);
+    shift = int(given - a.T) + 1;
+  }
+
+  __device__ __forceinline__ int rows() const { return tokens * G; }
+
+  // Row r sees the keys below this; none where there is no such row.
+  __device__ __forceinline__ int limit(int r) const {
+    if (r >= rows()) return 0;
+    const int end = causal ? min(length, r / G + shift) : length;
+    return max(end, 0);
+  }
+
+  __device__ __forceinline__ const T* query(int r) const {
+    return r < rows() ? q + r / G * q_stride_t + r % G * q_stride_h : nullptr;
+  }
+
+  // Where row r of the output lies: (b, t, h) of (B, T, H), and of (B, H, T).
+  __device__ __forceinline__ int64_t out_row(int r, int kv, int b) const {
+    return (int64_t(b) * tokens + r / G) * H + kv * G + r % G;
+  }
+  __device__ __forceinline__ int64_t lse_at(int r, int kv, int b) const {
+    return (int64_t(b) * H + kv * G + r % G) * tokens + r / G;
+  }
+};
+
+}  // namespace llama_fast::cuda

@@ -1,0 +1,84 @@
+// The online softmax of a warp's 16 rows, in base 2: what has been summed is corrected when a larger
+// score comes. A lane has the rows g and g + 8, and of each the columns of its quad.
+#pragma once
+
+#include <common/ptx.cuh>
+
+#include "../common/reduce.cuh"
+
+namespace llama_fast::cuda {
+
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+constexpr float MINUS_INFINITY = -__builtin_inff();
+
+struct Softmax {
+  float max[2] = {MINUS_INFINITY, MINUS_INFINITY};
+  float sum[2] = {0.0f, 0.0f};  // of the lane's columns only, until finish()
+};
+
+// Of a row: over the four lanes that hold it.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(WHOLE_WARP, x, 1));
+  return fmaxf(x, __shfl_xor_sync(WHOLE_WARP, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(WHOLE_WARP, x, 1);
+  return x + __shfl_xor_sync(WHOLE_WARP, x, 2);
+}
+
+// What is subtracted from scores: their largest, or 0 where no key has been seen.
+__device__ __forceinline__ float base_of(float max) { return max == MINUS_INFINITY ? 0.0f : max; }
+
+// Scales the scores of the keys first + 8n + …, and hides those from limit[i] on from row g + 8i.
+template <int N>
+__device__ __forceinline__ void scale_and_mask(float (&scores)[N][4], float scale, int first,
+                                               const int (&limit)[2], int t) {
+  const bool all = first + 8 * N <= min(limit[0], limit[1]);
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int key = first + 8 * n + 2 * t + j % 2;
+      scores[n][j] = all || key < limit[j / 2] ? scores[n][j] * scale : MINUS_INFINITY;
+    }
+}
+
+// Turns scores into weights, and brings `softmax` and the output up to date.
+template <int N, int COLUMNS>
+__device__ __forceinline__ void take_scores(Softmax& softmax, float (&scores)[N][4],
+                                            float (&o)[COLUMNS][4]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float max = softmax.max[i];
+#pragma unroll
+    for (int n = 0; n < N; ++n) max = fmaxf(max, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
+    max = quad_max(max);
+    const float base = base_of(max), correction = exp2_fast(softmax.max[i] - base);
+    softmax.max[i] = max;
+    softmax.sum[i] *= correction;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int j = 2 * i; j < 2 * i + 2; ++j) {
+        scores[n][j] = exp2_fast(scores[n][j] - base);
+        softmax.sum[i] += scores[n][j];
+      }
+#pragma unroll
+    for (int n = 0; n < COLUMNS; ++n) {
+      o[n][2 * i] *= correction;
+      o[n][2 * i + 1] *= correction;
+    }
+  }
+}
+
+__device__ __forceinline__ void finish(Softmax& softmax) {
+  softmax.sum[0] = quad_sum(softmax.sum[0]);
+  softmax.sum[1] = quad_sum(softmax.sum[1]);
+}
+
+// log Σ exp(score), to base e; -infinity where there was no key.
+__device__ __forceinline__ float log_sum(float max, float sum) {
+  return sum == 0.0f ? MINUS_INFINITY : (max + log2f(sum)) * LN_2;
+}
+
+}  // namespace llama_fast::cuda

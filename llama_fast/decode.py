@@ -1,0 +1,106 @@
+"""One decode step of a batch: a token for every row → logits. On a GPU it is captured as a CUDA
+graph and replayed: a step launches hundreds of kernels, and many are shorter than their launch.
+
+A captured step is given the same memory every time: tokens are copied to where it reads them,
+lengths grow where they lie, and attention is given all slots of the cache, of which it reads those
+below each row's length. So nothing is captured anew as the lengths grow.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import FallbackWarning
+from .kv_cache import KVCache
+from .model import Llama
+
+
+class Capturer(Protocol):
+    """Something that records what a function does on the device."""
+
+    def warm_up(self, step: Callable[[], Tensor]) -> Tensor:
+        """Runs `step` as it will be captured, and returns its result."""
+
+    def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Records `step` without running it → what replays it, and where its result will lie."""
+
+
+class CudaGraphs:
+    """Captures on a stream of its own, as CUDA asks for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def warm_up(self, step: Callable[[], Tensor]) -> Tensor:
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            result = step()
+        current.wait_stream(self.stream)
+        return result
+
+    def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self.stream):
+            result = step()
+        return graph.replay, result
+
+
+class DecodeStep:
+    """`step(tokens)`: appends tokens (B,) int64 to the cache → logits (B,V) float32.
+
+    The logits are valid until the next step. `capturer` is None for a step that is run as it is,
+    the default on a CPU. The first step warms up, the second is captured, all later ones are replays;
+    where a capture fails, a FallbackWarning says why and the steps are run as they are.
+    """
+
+    def __init__(self, model: Llama, cache: KVCache, capturer: Capturer | None = None) -> None:
+        device = cache.lengths.device
+        if capturer is None and device.type == "cuda":
+            capturer = CudaGraphs(device)
+        self.model = model
+        self.cache = cache
+        self.capturer = capturer
+        self.tokens = torch.zeros(cache.batch, 1, dtype=torch.int64, device=device)
+        self.warm = False
+        self.replay: Callable[[], None] | None = None
+        self.logits: Tensor | None = None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self.tokens.copy_(tokens.unsqueeze(1))
+        if self.capturer is None:
+            return self._run()
+        if not self.warm:
+            self.warm = True
+            with self.cache.whole():
+                return self.capturer.warm_up(self._run)
+        if self.replay is None and not self._capture():
+            return self._run()
+        self.cache.count(1)
+        self.replay()
+        return self.logits
+
+    def _run(self) -> Tensor:
+        return self.model(self.tokens, cache=self.cache, last_only=True)[:, -1]
+
+    def _capture(self) -> bool:
+        """Captures a step; the device has not run it yet, nor has the host counted it."""
+        try:
+            with self.cache.whole(), self.cache.uncounted():
+                self.replay, self.logits = self.capturer.capture(self._run)
+        except RuntimeError as error:
+            self.capturer = None
+            warnings.warn(
+                f"decoding runs without a CUDA graph, because a step cannot be captured: {error}. "
+                "An op that runs on the eager backend may be the reason: see llama-fast doctor",
+                FallbackWarning,
+                stacklevel=3,
+            )
+            return False
+        return True

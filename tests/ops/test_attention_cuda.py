@@ -1,0 +1,96 @@
+"""How the CUDA kernels split keys over blocks, on the host: the ops' cases have few splits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llama_fast.backends import cuda
+from llama_fast.errors import FallbackWarning
+from llama_fast.ops.attention import OP
+from llama_fast.registry import use_backend
+
+from ..cuda_host import host
+from .oracle import assert_accurate, references, run_poisoned
+
+pytestmark = pytest.mark.skipif(bool(host.why_not()), reason=host.why_not() or "it runs")
+
+
+def arguments(B, T, S, H, K, D, lengths=None, causal=True, dtype=torch.bfloat16, need_lse=True):
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(B, T, H, D, generator=g).to(dtype)
+    k, v = (torch.randn(B, S, K, D, generator=g).to(dtype) for _ in "kv")
+    lengths = None if lengths is None else torch.tensor(lengths)
+    return q, k, v, causal, None, lengths, need_lse
+
+
+def launches_of(args, order=0):
+    """Runs the op as the oracle wants it; the blocks of each launch."""
+    eager, exact = references(OP, args)
+    with host.use_host(order=order), use_backend("cuda", strict=True):
+        host.take_launches()
+        actual = run_poisoned(OP, args)
+        launches = host.take_launches()
+    assert_accurate(actual, eager, exact, "attention")
+    return [(launch.kernel, launch.blocks) for launch in launches]
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "options", "blocks"),
+    [
+        ((1, 1, 700, 4, 1, 128), {}, 6),  # as many keys as the last split needs, and fewer
+        ((1, 1, 700, 8, 2, 64), {}, 6),
+        ((3, 1, 500, 4, 1, 64), {"lengths": [500, 3, 0]}, 6),  # splits without keys
+        ((1, 4, 400, 4, 1, 128), {"lengths": [390]}, 4),  # later queries see more
+        ((1, 2, 300, 16, 2, 64), {"causal": False}, 6),
+        ((1, 1, 128, 1, 1, 64), {}, 1),
+    ],
+)
+def test_keys_are_split(shape, options, blocks, dtype, order):
+    args = arguments(*shape, **options, dtype=dtype)
+    assert launches_of(args, order) == [("attention_few", blocks)]
+
+
+def test_counts_are_left_at_zero_for_the_next_call():
+    args = arguments(1, 1, 700, 4, 1, 64)
+    for _ in range(3):
+        launches_of(args)
+    counts = cuda._arrived((0, 0), 1, torch.device("cpu"))
+    assert not counts.any()
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize(
+    ("shape", "options", "blocks"),
+    [
+        ((1, 17, 17, 1, 1, 64), {}, 1),  # one block of 64 rows
+        ((2, 65, 150, 4, 2, 128), {"lengths": [150, 20]}, 8),
+        ((1, 130, 130, 2, 2, 64), {}, 4),
+        ((1, 200, 70, 1, 1, 128), {}, 2),  # the first queries see nothing
+    ],
+)
+def test_many_queries(shape, options, blocks, order):
+    assert launches_of(arguments(*shape, **options), order) == [("attention_many", blocks)]
+
+
+@pytest.mark.parametrize(
+    ("B", "K", "S", "multiprocessors", "expected"),
+    [
+        (1, 8, 8192, 132, 33),  # 8B, one sequence: 264 blocks are one wave
+        (1, 8, 300, 132, 3),
+        (64, 8, 8192, 132, 1),
+        (1, 8, 1, 132, 1),
+        (0, 8, 10, 132, 1),
+    ],
+)
+def test_how_many_splits(B, K, S, multiprocessors, expected):
+    assert cuda.splits(B, K, S, multiprocessors) == expected
+
+
+def test_heads_that_are_not_aligned_are_left_to_others():
+    q, k, v, *rest = arguments(1, 1, 9, 2, 1, 64)
+    wide = torch.zeros(1, 9, 1, 68, dtype=k.dtype)
+    with host.use_host(), use_backend("cuda"), pytest.warns(FallbackWarning, match="16 bytes"):
+        OP(q, wide[..., 2:66], v, *rest)

@@ -1,0 +1,162 @@
+"""The captured decode step, on the CPU: a recorder stands for CUDA graphs and replays as they do,
+the device's operations alone on the memory that they were recorded with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llama_fast.config import LlamaConfig
+from llama_fast.decode import DecodeStep
+from llama_fast.errors import FallbackWarning, PromptError
+from llama_fast.model import Llama
+
+B, SLOTS = 3, 40
+
+
+class Recorder(TorchDispatchMode):
+    """Records every operation with its arguments and results. A replay does them again and puts the
+    results where they were; what Python did around them is not repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, result in self.operations:
+            again = function(*args, **kwargs)
+            for old, new in zip(tensors(result), tensors(again), strict=True):
+                if old.numel() and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def tensors(result) -> list[Tensor]:
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    return [x for x in results if isinstance(x, Tensor)]
+
+
+class RecordedGraphs:
+    """Captures by running, and undoes what the device did: a capture runs nothing."""
+
+    def __init__(self, cache) -> None:
+        self.cache = cache
+        self.captures = self.warm_ups = 0
+
+    def warm_up(self, step: Callable[[], Tensor]) -> Tensor:
+        self.warm_ups += 1
+        return step()
+
+    def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.captures += 1
+        kept = [x.clone() for x in (self.cache.lengths, self.cache._k, self.cache._v)]
+        recorder = Recorder()
+        with recorder:
+            result = step()
+        for x, before in zip((self.cache.lengths, self.cache._k, self.cache._v), kept, strict=True):
+            x.copy_(before)
+        return recorder.replay, result
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=96, vocab_size=50,
+        max_seq_len=64,
+    )  # fmt: skip
+    return Llama(config, device="cpu").eval()
+
+
+def prefilled(model: Llama):
+    cache = model.new_cache(B, SLOTS)
+    cache._k.fill_(float("nan"))  # what no row holds is never read
+    cache._v.fill_(float("nan"))
+    cache.reset([0, 3, 1])
+    tokens = torch.randint(50, (B, 7), generator=torch.Generator().manual_seed(1))
+    model(tokens, cache=cache, last_only=True)
+    return cache
+
+
+def run(model: Llama, steps: int, captured: bool, restart: bool = False):
+    cache = prefilled(model)
+    graphs = RecordedGraphs(cache) if captured else None
+    step = DecodeStep(model, cache, graphs)
+    tokens, found = torch.tensor([1, 2, 3]), []
+    for i in range(steps):
+        logits = step(tokens)
+        found.append(logits.clone())
+        tokens = logits.argmax(-1)
+        if restart and i == 4:
+            cache.restart(1)
+    return torch.stack(found), cache, graphs
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_replayed_steps_are_the_steps(model, restart):
+    expected, plain, _ = run(model, 20, captured=False, restart=restart)
+    found, cache, graphs = run(model, 20, captured=True, restart=restart)
+    assert torch.isfinite(expected).all()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    assert (graphs.warm_ups, graphs.captures) == (1, 1)  # whatever the lengths
+    assert cache._lengths == plain._lengths == cache.lengths.tolist()
+
+
+def test_the_end_of_the_cache_is_refused_before_a_replay(model):
+    _, cache, graphs = run(model, SLOTS - 7, captured=True)
+    step = DecodeStep(model, cache, graphs)
+    with pytest.raises(PromptError, match="the cache holds 40 tokens"):
+        step(torch.tensor([1, 2, 3]))
+    assert cache.lengths.tolist() == cache._lengths
+
+
+def test_a_step_that_cannot_be_captured_is_run(model):
+    class Failing(RecordedGraphs):
+        def capture(self, step):
+            super().capture(step)
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    expected, plain, _ = run(model, 5, captured=False)
+    cache = prefilled(model)
+    step = DecodeStep(model, cache, Failing(cache))
+    tokens, found = torch.tensor([1, 2, 3]), []
+    for i in range(5):
+        if i == 1:
+            with pytest.warns(FallbackWarning, match=r"not permitted.*llama-fast doctor"):
+                logits = step(tokens)
+        else:
+            logits = step(tokens)
+        found.append(logits.clone())
+        tokens = logits.argmax(-1)
+    torch.testing.assert_close(torch.stack(found), expected, rtol=1e-5, atol=1e-5)
+    assert cache.lengths.tolist() == plain.lengths.tolist()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this needs a GPU")
+def test_cuda_graphs_give_the_same_tokens(model):
+    on_gpu = Llama(model.config, device="cuda", dtype=torch.bfloat16).eval()
+    on_gpu.load_state_dict(model.state_dict())
+
+    def tokens_of(captured: bool) -> Tensor:
+        cache = on_gpu.new_cache(B, SLOTS)
+        step = DecodeStep(on_gpu, cache)
+        if not captured:
+            step.capturer = None
+        tokens, found = torch.tensor([1, 2, 3], device="cuda"), []
+        for _ in range(30):
+            tokens = step(tokens).argmax(-1)
+            found.append(tokens)
+        assert (step.replay is not None) is captured
+        return torch.stack(found)
+
+    assert torch.equal(tokens_of(True), tokens_of(False))
