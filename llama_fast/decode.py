@@ -56,7 +56,7 @@ class DecodeStep:
     """`step(tokens)`: appends tokens (B,) int64 to the cache → logits (B,V) float32.
 
     The logits are valid until the next step. `capturer` is None for a step that is run as it is,
-    the default on a CPU. The first step warms up, the second is captured, all later ones are replays;
+    the default on a CPU. The first step warms up, the second is captured, later ones are replays;
     where a capture fails, a FallbackWarning says why and the steps are run as they are.
     """
 
