@@ -130,7 +130,10 @@ static void add_runs(const float* weights, Tile<T> v, int64_t d, Width width, fl
       for (int i = 0; i < C * V; ++i) total[r][i] = Unit<T>::madd(w, x[i / V][i % V], total[r][i]);
     }
   }
+  // Without the pragmas GCC 12 takes the sums out of the registers for these loops.
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
     for (int i = 0; i < C * V; ++i) {
       float* at = o + r * o_stride + i * W;
       store(at, fma(load(at), set(correction[r]), total[r][i]));

@@ -35,7 +35,10 @@ static void multiply(const float* a, int64_t a_stride, const float* b, int64_t s
       for (int i = 0; i < N; ++i) total[r][i] = Unit<T>::madd(y, x[i], total[r][i]);
     }
   }
+  // Without the pragmas GCC 12 takes the sums out of the registers for these loops.
+#pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       float* at = c + r * c_stride + i * W;
       store(at, correction ? fma(load(at), set(correction[r]), total[r][i]) : total[r][i]);
@@ -96,7 +99,7 @@ static void pack_values(const T* v, int64_t stride, int64_t count, int64_t D, fl
 }
 
 // How many query heads a block holds at most: its working memory stays in L2.
-static inline int64_t many_rows(int64_t D) { return D <= 128 ? 8 * STRIP : 4 * STRIP; }
+static inline int64_t many_rows(int64_t D) { return (vf::W == 16 ? 16 : 8) * STRIP / (D <= 128 ? 1 : 2); }
 
 struct ManyMemory {
   float *q, *o, *k, *v, *s, *top, *total, *correction;
