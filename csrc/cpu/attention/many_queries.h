@@ -99,7 +99,10 @@ static void pack_values(const T* v, int64_t stride, int64_t count, int64_t D, fl
 }
 
 // How many query heads a block holds at most: its working memory stays in L2.
-static inline int64_t many_rows(int64_t D) { return (vf::W == 16 ? 16 : 8) * STRIP / (D <= 128 ? 1 : 2); }
+static inline int64_t many_rows(int64_t D) {
+  const int64_t rows = (vf::W == 16 ? 16 : 8) * STRIP;  // AVX-512 comes with 1 MB and more
+  return D <= 128 ? rows : rows / 2;
+}
 
 struct ManyMemory {
   float *q, *o, *k, *v, *s, *top, *total, *correction;
