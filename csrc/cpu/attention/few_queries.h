@@ -82,6 +82,7 @@ static void score_tile(const float* q, int64_t q_stride, Tile<T> k, int64_t D, f
     vf total[GROUPS][W];
     for (auto& group : total)
       for (vf& t : group) t = zero();
+    vf earlier[R][KEYS] = {};  // of a scalar build, which sums one by one: two levels keep it exact
     const T* row[KEYS];  // behind the last key, the last one again
     for (int i = 0; i < KEYS; ++i) row[i] = k.row(std::min(j + i, k.count - 1));
     for_each_run<Key::size>(D, [&](int64_t e, auto width) {
@@ -98,7 +99,17 @@ static void score_tile(const float* q, int64_t q_stride, Tile<T> k, int64_t D, f
       }
       for (int i = 0; i < KEYS && j + i < ahead.count; ++i)
         __builtin_prefetch(ahead.row(j + i) + e * Key::size);
+      if constexpr (W == 1) {
+        if (e % 16 == 15) {
+          for (int r = 0; r < R; ++r) {
+            earlier[r][0] = earlier[r][0] + total[r][0];
+            total[r][0] = zero();
+          }
+        }
+      }
     });
+    if constexpr (W == 1)
+      for (int r = 0; r < R; ++r) total[r][0] = earlier[r][0] + total[r][0];
     float sums_of[GROUPS * W];
     for (int g = 0; g < GROUPS; ++g) store(sums_of + g * W, sums(total[g]));
     for (int r = 0; r < R; ++r)
