@@ -30,6 +30,7 @@ from .inputs import randn
 from .linear import BACKWARD_X
 from .linear import OP as LINEAR
 from .linear import check as check_linear
+from .quantized_weight import QuantizedWeight
 from .rms_norm import accumulate
 
 
@@ -45,6 +46,11 @@ def linear_cross_entropy(
     Returns the loss, a float32 scalar; NaN when every row is ignored. Raises ShapeError when the
     arguments do not fit, and on the CPU when a target is out of range.
     """
+    if isinstance(weight, QuantizedWeight):
+        raise ShapeError(
+            "linear_cross_entropy: weight is a QuantizedWeight; give it a float weight, or take "
+            "torch.nn.functional.cross_entropy of linear(x, weight).float()"
+        )
     grad = torch.is_grad_enabled()
     need_x, need_weight = grad and x.requires_grad, grad and weight.requires_grad
     return OP(x, weight, targets, ignore_index, need_x, need_weight)[0]
