@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 # The C++ sources too: a change of theirs rebuilds the extension.
 SOURCES := pyproject.toml setup.py setup_cuda.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench-cpu lint format clean
+.PHONY: demo test bench bench-cpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/llama-fast generate "Once upon a time" --max-new-tokens 120 --seed 1
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+# ARGS="-k rms_norm --benchmark-json=out.json" and all else that pytest-benchmark takes
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 # ARGS="--rows 'decode bf16'" and the like: see python -m benchmarks.cpu --help
 bench-cpu: $(VENV)/.installed-peers

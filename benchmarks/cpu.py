@@ -30,8 +30,8 @@ from rich.table import Table
 
 from benchmarks import elementwise, kernels, memory, models, record
 from benchmarks.record import OURS, Goal, Row
-from benchmarks.worker import Worker, run_apart
-from llama_fast import ceilings
+from benchmarks.worker import Worker, WorkerError, run_apart
+from llama_fast import ceilings, machine
 from llama_fast.ceilings import Ceilings
 from llama_fast.cli.options import DEMO
 from llama_fast.config import LlamaConfig
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="llama-fast-bench-", dir=given.tmp) as folder:
         try:
             return run(given, given.keep or Path(folder), console)
-        except (LlamaFastError, models.WrongResult, OSError, ValueError) as error:
+        except (LlamaFastError, WorkerError, OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
 
@@ -248,9 +248,9 @@ def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
     with Worker(CeilingsProbe, threads=given.threads) as probe:
         say("measuring the ceilings")
         found: Ceilings = probe.ask("measure")
-        machine = record.machine(found.isa)
-        console.print(_ceilings_line(machine, found), markup=False)
-        path = given.json or RESULTS / f"{record.machine_name(machine, given.threads)}.json"
+        where = machine.describe(found.isa)
+        console.print(_ceilings_line(where, found), markup=False)
+        path = given.json or RESULTS / f"{machine.file_name(where, given.threads)}.json"
         done: list[Row] = []
         for name in names:
             if done:
@@ -265,7 +265,7 @@ def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
             }
             done.append(row)
             show(console, row)
-            record.save(path, machine, done)
+            record.save(path, where, done)
     if len(done) > 1:
         console.print(table_of(done))
     console.print(f"written to {path}", markup=False)
@@ -284,8 +284,8 @@ def say(text: str) -> None:
     print(f"… {text}", file=sys.stderr, flush=True)
 
 
-def _ceilings_line(machine: dict[str, Any], ceilings: Ceilings) -> str:
-    said = [f"{machine['cpu']}, {ceilings.threads} threads, {ceilings.isa or 'no C++ kernels'}"]
+def _ceilings_line(where: dict[str, Any], ceilings: Ceilings) -> str:
+    said = [f"{where['cpu']}, {ceilings.threads} threads, {ceilings.isa or 'no C++ kernels'}"]
     for name, unit in RATES.items():
         rate = getattr(ceilings, name)
         said.append(f"{name} {rate / 1e9:.1f} {unit}" if rate else f"{name} not measured")

@@ -15,7 +15,9 @@ import llama_fast.ops  # noqa: F401  registers the ops
 from benchmarks import elementwise
 from benchmarks.record import OURS
 from llama_fast.config import LlamaConfig
-from llama_fast.registry import OPS, use_backend
+from llama_fast.errors import WrongResultError
+from llama_fast.registry import OPS, Op, use_backend
+from llama_fast.speed import TOLERANCE, distance, outputs
 from llama_fast.timing import OtherPrograms, interleaved
 from llama_fast.workloads import Work, workloads
 
@@ -41,14 +43,13 @@ def _ours_only() -> Iterator[None]:
         yield
 
 
-def _check(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Raises ArithmeticError unless the results agree: a wrong one has no time."""
-    found, expected = found.double(), expected.double()
-    error = ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
-    if not error <= tolerance:
-        raise ArithmeticError(
+def _check(name: str, found: Any, expected: tuple[torch.Tensor, ...], op: Op) -> None:
+    """Raises WrongResultError unless the results agree: a wrong one has no time."""
+    error, bound = distance(outputs(op, found), expected), TOLERANCE[torch.bfloat16]
+    if not error <= bound:
+        raise WrongResultError(
             f"{name} is {error:.2g} of its size away from the eager definition; "
-            f"at most {tolerance} is sound"
+            f"at most {bound} is rounding"
         )
 
 
@@ -71,9 +72,9 @@ def attention(rounds: int, config: LlamaConfig, work: Work, layers: int) -> Foun
 
             return visit
 
-        expected = op.eager(*inputs[0])[0]
-        _check("attention", op(*inputs[0])[0], expected, 0.02)
-        _check("SDPA", sdpa(*inputs[0]).transpose(1, 2), expected, 0.02)
+        expected = outputs(op, op.eager(*inputs[0]))
+        _check("attention", op(*inputs[0]), expected, op)
+        _check("SDPA", sdpa(*inputs[0]).transpose(1, 2), expected, op)
         with OtherPrograms([os.getpid()]) as others:
             samples = interleaved({OURS: each(op), "SDPA": each(sdpa)}, rounds)
         cost = op.cost(*inputs[0])
@@ -85,12 +86,7 @@ def memory_bound(rounds: int, name: str, size: elementwise.Size, repeat: int) ->
     op = OPS[name]
     with _ours_only():
         args = elementwise.arguments(name, torch.bfloat16, size)
-        found, expected = op(*args), op.eager(*args)
-        if isinstance(found, torch.Tensor):
-            found, expected = (found,), (expected,)
-        for one, other in zip(found, expected, strict=True):
-            _check(name, one, other, 0.02)
-
+        _check(name, op(*args), outputs(op, op.eager(*args)), op)
         named = {"ours": OURS, "compile": "torch.compile", "copy": "copy"}
 
         def repeated(call: Callable[[], Any]) -> Callable[[], None]:

@@ -23,6 +23,7 @@ from benchmarks.record import OURS, Goal, Row
 from benchmarks.worker import Worker, WorkerError, run_apart
 from llama_fast.atomic import atomic_file
 from llama_fast.config import LlamaConfig
+from llama_fast.errors import WrongResultError
 from llama_fast.timing import OtherPrograms, interleaved, ratio
 
 HOW_TO_INSTALL = "pip install -c constraints.txt '.[bench,peers]'"
@@ -180,13 +181,13 @@ def contenders(models: Models, row: Row, form: str, context: int) -> Iterator[di
 
 
 def check(models: Models, row: Row, form: str, worker: Worker, name: str, tokens, steps) -> None:
-    """Raises WrongResult unless the contender's logits are those of the eager definition."""
+    """Raises WrongResultError unless the contender's logits are those of the eager definition."""
     expected = models.reference(tokens)
     found = worker.ask("logits_after", tokens, steps)
     error = float(np.sqrt(np.square(found - expected).mean() / np.square(expected).mean()))
     row.notes.append(f"{name}: error of the logits {error:.2g}")
     if not error <= WEIGHTS[form].tolerance:
-        raise WrongResult(
+        raise WrongResultError(
             f"{row.name}: the logits of {name} are {error:.2g} of their size away from the eager "
             f"definition; at most {WEIGHTS[form].tolerance} is sound, so its time means nothing"
         )
@@ -198,10 +199,6 @@ def time_in_turn(models: Models, row: Row, workers: dict[str, Worker], *request:
     with OtherPrograms([os.getpid(), *(worker.process for worker in workers.values())]) as others:
         row.samples = interleaved(calls, models.rounds, PAUSE)
     row.others = others.share
-
-
-class WrongResult(Exception):
-    """A contender computed something else."""
 
 
 def prompt_of(models: Models, length: int) -> list[int]:

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llama_fast import __version__
+from llama_fast import machine
 from llama_fast.atomic import atomic_file
 from llama_fast.timing import TOO_BUSY, TOO_NOISY, spread
 
 OURS = "llama_fast"
-PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf", "numpy")
+PEERS = ("transformers", "llama-cpp-python", "gguf", "numpy")
 
 
 @dataclass
@@ -100,16 +97,7 @@ class Row:
 
 def versions(llama_cpp: dict[str, str] | None) -> dict[str, Any]:
     """Of everything that took part; `llama_cpp` is what that library says of itself."""
-    found: dict[str, Any] = {"llama_fast": __version__, "python": platform.python_version()}
-    if commit := _commit():
-        found["commit"] = commit
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    found["llama.cpp"] = llama_cpp
-    return found
+    return {**machine.versions(*PEERS), "commit": _commit(), "llama.cpp": llama_cpp}
 
 
 def _commit() -> str | None:
@@ -122,36 +110,6 @@ def _commit() -> str | None:
     if head.returncode:
         return None
     return head.stdout.decode().strip() + (" with changes" if changed.stdout else "")
-
-
-def machine(isa: str | None) -> dict[str, Any]:
-    """The processor and the memory; `isa` is the instruction set that our kernels use."""
-    cpu, flags = platform.processor() or platform.machine(), ""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        text = info.read_text()
-        if match := re.search(r"^model name\s*:\s*(.+)$", text, re.M):
-            cpu = match[1]
-        if match := re.search(r"^flags\s*:\s*(.+)$", text, re.M):
-            flags = match[1]
-    vectors = [flag for flag in flags.split() if re.match(r"avx|amx|fma|f16c", flag)]
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "isa": isa,
-        "flags": vectors,
-        "memory_bytes": pages,
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def machine_name(found: dict[str, Any], threads: int) -> str:
-    """A file name: intel-xeon-gold-6330-cpu-2.00ghz-avx512-vnni-2-threads."""
-    cpu = re.sub(r"\((?:r|tm)\)", "", found["cpu"].lower())
-    kind = next((f for f in ("amx_bf16", "avx512_bf16", "avx512_vnni") if f in found["flags"]), "")
-    words = f"{cpu} {kind or found['isa'] or ''} {threads} threads"
-    return re.sub(r"[^a-z0-9.]+", "-", words).strip("-")
 
 
 def today() -> str:

@@ -31,6 +31,10 @@ class KernelError(LlamaFastError):
     """A kernel that its device would not run."""
 
 
+class WrongResultError(LlamaFastError):
+    """What was to be timed computed something else than its definition says."""
+
+
 class ShapeError(LlamaFastError):
     """A tensor given to an op whose shape, dtype, device or layout does not fit."""
 

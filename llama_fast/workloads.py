@@ -147,6 +147,8 @@ _SINGLE = {
     "attention": _attention,
     "linear_cross_entropy": _linear_cross_entropy,
 }
+# How many flags end the arguments of an op, of results that only its gradient needs.
+_FOR_GRADIENT = {"attention": 1, "linear_cross_entropy": 2}
 NAMES = (*_SINGLE, "linear", "linear_quantized")
 
 
@@ -157,17 +159,24 @@ def workloads(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
+    gradient: bool = False,
 ) -> dict[str, Callable[[int], tuple[Any, ...]]]:
     """What a model of this shape calls an op with.
 
-    op  one of NAMES
+    op        one of NAMES
+    gradient  with what the public function asks for where a gradient is to be recorded
     Returns, by a name such as "linear head", a function of a seed that makes the arguments of one
     call in the order of the op's schema: normal numbers, never zeros, laid out as in the model.
     Raises ConfigError for another op.
     """
 
     def maker(function: Callable[..., tuple], *sizes: int) -> Callable[[int], tuple[Any, ...]]:
-        return lambda seed=0: function(_Maker(config, work, dtype, device, seed), *sizes)
+        def make(seed: int = 0) -> tuple[Any, ...]:
+            args = function(_Maker(config, work, dtype, device, seed), *sizes)
+            flags = _FOR_GRADIENT.get(op, 0)
+            return (*args[: len(args) - flags], *(gradient,) * flags)
+
+        return make
 
     if op in _SINGLE:
         return {op: maker(_SINGLE[op])}

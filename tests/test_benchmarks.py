@@ -14,8 +14,10 @@ import pytest
 from benchmarks import cpu, models, record, table
 from benchmarks.record import Goal, Row
 from benchmarks.worker import Worker, WorkerError
+from llama_fast import machine
 from llama_fast.checkpoint import write_random
 from llama_fast.config import LlamaConfig, RopeScaling
+from llama_fast.errors import WrongResultError
 from llama_fast.timing import OtherPrograms, interleaved, ratio, spread
 
 _cpu = pytest.importorskip("llama_fast._cpu", reason="the C++ kernels are not built")
@@ -125,9 +127,9 @@ def test_wrong_logits_are_refused(tiny):
     right = tiny.reference(tokens)
     row = Row("decode bf16", "", "tok/s")
     models.check(tiny, row, "bf16", Fixed(right * 1.01), "sound", tokens, 0)
-    with pytest.raises(models.WrongResult, match="its time means nothing"):
+    with pytest.raises(WrongResultError, match="its time means nothing"):
         models.check(tiny, row, "bf16", Fixed(right * 1.1), "wrong", tokens, 0)
-    with pytest.raises(models.WrongResult):
+    with pytest.raises(WrongResultError):
         models.check(tiny, row, "bf16", Fixed(right * float("nan")), "broken", tokens, 0)
 
 
@@ -219,10 +221,10 @@ def test_goals_hold_or_not():
 
 
 def test_a_run_updates_its_rows_and_keeps_the_others(tmp_path):
-    path, machine = tmp_path / "results.json", {"cpu": "one"}
+    path, where = tmp_path / "results.json", {"cpu": "one"}
     rows = [Row(name, "", "µs", None, {"op": [1.0, 2.0]}) for name in ("a", "b")]
-    record.save(path, machine, rows)
-    record.save(path, machine, [Row("b", "new", "µs", None, {"op": [3.0]})])
+    record.save(path, where, rows)
+    record.save(path, where, [Row("b", "new", "µs", None, {"op": [3.0]})])
     found = record.load(path)["rows"]
     assert found["a"]["samples"] == {"op": [1.0, 2.0]} and found["b"]["what"] == "new"
     with pytest.raises(ValueError, match="another machine"):
@@ -230,10 +232,10 @@ def test_a_run_updates_its_rows_and_keeps_the_others(tmp_path):
 
 
 def test_a_machine_has_a_name_for_its_file():
-    machine = {"cpu": "Intel(R) Xeon(R) Gold 6330 CPU @ 2.00GHz", "isa": "avx512"}
-    machine["flags"] = ["avx2", "avx512_vnni"]
+    found = {"cpu": "Intel(R) Xeon(R) Gold 6330 CPU @ 2.00GHz", "isa": "avx512"}
+    found["flags"] = ["avx2", "avx512_vnni"]
     expected = "intel-xeon-gold-6330-cpu-2.00ghz-avx512-vnni-2-threads"
-    assert record.machine_name(machine, 2) == expected
+    assert machine.file_name(found, 2) == expected
 
 
 def test_the_table_is_made_from_the_results(results, tmp_path, capsys):

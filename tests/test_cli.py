@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -277,7 +278,10 @@ BAD = {
     ),
     "init unknown": (["init", "{tmp}/new", "--preset", "9b"], 1, "there is no preset '9b'"),
     "init onto": (["init", "{tiny}", "--preset", "1b"], 1, "not empty"),
-    "bench nothing": (["bench"], 2, "--ceilings"),
+    "bench unknown": (["bench", "conv"], 1, "no op conv; there are rms_norm"),
+    "bench work": (["bench", "--work", "chat"], 2, "decode or prefill"),
+    "bench shape": (["bench", "--shapes", "9b"], 1, "there is no preset '9b'"),
+    "bench device": (["bench", "--device", "tpu"], 1, "no device 'tpu'"),
 }
 
 
@@ -510,3 +514,29 @@ def test_bench_shows_the_ceilings(run, monkeypatch):
     words = " ".join(out.split())
     assert "memory read 1.5 GB/s" in words and "float32 multiply-add 3.5 GFLOP/s" in words
     assert "bfloat16" not in words
+
+
+def test_bench_times_the_ops(run, monkeypatch, tmp_path):
+    from llama_fast import ceilings, speed
+
+    found = ceilings.Ceilings("cpu", 1, "avx9", 1e9, 2e9, 3e9, None)
+    monkeypatch.setattr(ceilings, "measure", lambda device: found)
+    monkeypatch.setattr(config.LlamaConfig, "preset", lambda name: TINY)
+    monkeypatch.setattr(speed, "SAMPLE", 1e-4)
+    file = tmp_path / "speed.json"
+    code, out, err = run(
+        *("bench", "swiglu", "linear_quantized", "--work", "decode,prefill", "--tokens", 5),
+        *("--keys", 9, "--rounds", 2, "--backends", "eager,cpu,cuda", "--json", file),
+    )
+    assert code == 0
+    assert re.search(r"swiglu +1b +decode, 1 token, 9 keys +eager +[\d.,]+ µs", out)
+    assert re.search(r"linear_quantized head int4 +1b +prefill, 5 tokens +cpu ", out)
+    assert "swiglu: cuda cannot serve it: " in err
+    content = json.loads(file.read_text())
+    assert content["machine"]["isa"] == "avx9" and content["versions"]["torch"]
+    assert len(content["results"]) == 2 * 2 * (1 + 10)
+    for row in content["results"]:
+        assert len(row["samples"]) == 2 and row["median"] > 0 and row["error"] < 0.02
+        assert row["share"] is None or row["share"] > 0
+    eager = [row["times_eager"] for row in content["results"] if row["backend"] == "eager"]
+    assert eager == pytest.approx([1.0] * len(eager))

@@ -35,6 +35,8 @@ MAY_IMPORT = {
     "ceilings": {"backends", "_cpu"},
     "timing": set(),
     "workloads": PARTS,
+    "machine": set(),
+    "speed": OPS_LAYER | {"ceilings", "timing", "workloads"},
     "checkpoint": {"atomic", "config", "quantize", "special_tokens", "tokenizer"},
     "model": MODEL,
     "gptq": PARTS,

@@ -11,6 +11,7 @@ from ..errors import PromptError
 from . import unwind_when_stopped
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 # As llama_fast.checkpoint.Progress, which is not imported here because it would import torch.
@@ -42,14 +43,29 @@ def table(*header: str, numbers: bool = False) -> Table:
     return made
 
 
-def show(*things: object) -> None:
-    """Prints texts and tables to stdout; wide and without colour where that is no terminal."""
+def _stdout() -> Console:
+    """Wide and without colour where stdout is no terminal."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 160
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def show(*things: object) -> None:
+    """Prints texts and tables to stdout."""
+    console = _stdout()
     for thing in things:
         console.print(thing, soft_wrap=isinstance(thing, str))
+
+
+@contextlib.contextmanager
+def growing(rows: Table) -> Iterator[Table]:
+    """Shows a table while rows are added to it; where stdout is no terminal, when it is whole."""
+    from rich.live import Live
+
+    unwind_when_stopped()
+    with Live(rows, console=_stdout(), vertical_overflow="visible"):
+        yield rows
 
 
 @contextlib.contextmanager
