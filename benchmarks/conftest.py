@@ -20,7 +20,7 @@ from llama_fast import ceilings, machine
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("llama_fast")
     group.addoption("--shapes", default="1b", help="models whose sizes the ops get: 1b,8b …")
-    group.addoption("--tokens", type=int, default=128, help="of a prefill")
+    group.addoption("--tokens", type=int, default=64, help="of a prefill")
     group.addoption("--keys", type=int, default=8192, help="that a decoded token sees")
     group.addoption("--threads", type=int, help="CPU threads; else all cores")
 

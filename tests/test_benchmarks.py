@@ -6,8 +6,11 @@ import importlib.util
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -252,3 +255,35 @@ def test_the_table_is_made_from_the_results(results, tmp_path, capsys):
     page.write_text("no marks")
     with pytest.raises(ValueError, match="must have one line"):
         table.main([str(results), "--write", str(page)])
+
+
+# --- pytest benchmarks/ -----------------------------------------------------------------------
+
+
+def test_the_pytest_suite_writes_its_fields(tmp_path):
+    """In a process of its own: pytest-benchmark lets a session be measured once."""
+    path = tmp_path / "out.json"
+    chosen = "rms_norm and decode and not add and (cpu or eager)"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "benchmarks", "-k", chosen, "--threads", "1"),
+            *("--benchmark-json", str(path)),
+        ],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(path.read_text())
+    where = found["machine_info"]["llama_fast"]
+    assert where["ceilings"]["read"] > 1e8 and where["versions"]["torch"]
+    entries = {entry["extra_info"]["contender"]: entry for entry in found["benchmarks"]}
+    assert set(entries) == {"cpu", "eager"}
+    for entry in entries.values():
+        info, median = entry["extra_info"], entry["stats"]["median"]
+        assert entry["group"] == "rms_norm, 1b, decode, 1 token, 8192 keys, forward"
+        assert info["bytes"] == 3 * 2048 * 2 and info["threads"] == 1
+        assert info["gigabytes_per_second"] == pytest.approx(info["bytes"] / median / 1e9)
+        assert info["teraflops"] == pytest.approx(info["flops"] / median / 1e12)
+        assert info["ceiling"] == "copy" and 0 < info["part_of_ceiling"] < 2
+        assert 0 < info["error_against_float64"] < 0.02
