@@ -35,10 +35,12 @@ class Implementation(NamedTuple):
 
     `launch` takes the op's arguments and returns its outputs. `unsupported` takes the same
     arguments and returns sentences that say why it cannot serve them; an empty list means it can.
+    `how`, where there is a choice of ways, says in a few words which one it takes.
     """
 
     launch: Callable[..., Any]
     unsupported: Callable[..., list[str]]
+    how: Callable[..., str] | None = None
 
 
 @dataclass
@@ -77,18 +79,22 @@ class Request(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Which backend serves a call, and for every other one in line the reasons why not."""
+    """Which backend serves a call, and for every other one in line the reasons why not; how, where
+    the backend has several ways."""
 
     op: str
     device: str
     chosen: str
     reasons: dict[str, list[str]]
+    how: str = ""
 
     def __str__(self) -> str:
         lines = [f"{self.op} on {self.device}: {self.chosen}"]
         for backend, reasons in self.reasons.items():
             said = "; ".join(reasons) if reasons else "would serve this call"
-            lines.append(f"  {backend}: {'serves this call' if backend == self.chosen else said}")
+            if backend == self.chosen:
+                said = " ".join(filter(None, ("serves this call", self.how)))
+            lines.append(f"  {backend}: {said}")
         return "\n".join(lines)
 
 
@@ -203,7 +209,11 @@ class Op:
             if name is not None and name not in reasons:
                 reasons[name] = self._reasons(name, args)
         chosen = next(name for name, why in reasons.items() if not why)
-        return Decision(self.name, device, chosen, reasons)
+        implementation = None
+        if chosen != "eager":
+            implementation = backends()[chosen].implementations[self.name]
+        how = implementation.how(*args) if implementation and implementation.how else ""
+        return Decision(self.name, device, chosen, reasons, how)
 
     def forget_order(self) -> None:
         self._orders.clear()
@@ -391,8 +401,8 @@ class _Recorder(TorchDispatchMode):
 def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
     """Says which backend would serve `op(*args)` now, and why each other one does not.
 
-    `print(llama_fast.explain("attention", q, k, v))` shows it; the result's fields are `chosen` and
-    `reasons` (backend → list of sentences).
+    `print(llama_fast.explain("attention", q, k, v))` shows it; the result's fields are `chosen`,
+    `reasons` (backend → list of sentences) and `how` (a few words, or none).
     """
     backends()  # importing them declares the ops
     if op not in OPS:

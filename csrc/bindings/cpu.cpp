@@ -213,4 +213,14 @@ PYBIND11_MODULE(_cpu, m) {
            pointer<uint8_t>(codes), pointer<f16>(scales), pointer<f16>(offsets), pointer<void>(y),
            rows(layout), C_in, C_out, group_size, bits});
   });
+
+  m.def("matmul", [](int dtype, uintptr_t rows_data, const Layout& rows_layout,
+                     bool rows_transposed, uintptr_t lanes_data, const Layout& lanes_layout,
+                     bool lanes_transposed, uintptr_t out, bool out_transposed, int64_t R,
+                     int64_t L, int64_t K) {
+    launch(&KernelTable::matmul, MatmulArgs{DType(dtype),
+           {pointer<void>(rows_data), rows(rows_layout), rows_transposed},
+           {pointer<void>(lanes_data), rows(lanes_layout), lanes_transposed},
+           pointer<void>(out), out_transposed, R, L, K});
+  });
 }

@@ -111,7 +111,7 @@ struct KvAppendArgs {
 
 struct LinearArgs {
   DType dtype;
-  const void* x;       // M <= 16 rows of C_in
+  const void* x;       // M <= 28 rows of C_in
   const void* weight;  // (C_out, C_in) contiguous
   void* y;             // (M, C_out) contiguous
   Rows rows;
@@ -128,6 +128,24 @@ struct LinearQuantizedArgs {
   Rows rows;
   int64_t C_in, C_out, group_size;
   int bits;
+};
+
+// One side of a matrix product: vectors of K elements. They are rows of memory; or columns of it,
+// where `transposed`, and the K rows of memory then have one stride, rows.stride2.
+struct MatrixSide {
+  const void* data;
+  Rows rows;
+  bool transposed;
+};
+
+// out[r][l] = Σ_k rows[r][k] · lanes[l][k], for half types
+struct MatmulArgs {
+  DType dtype;
+  MatrixSide rows;   // R of them
+  MatrixSide lanes;  // L of them
+  void* out;         // (R, L) contiguous; (L, R) where transposed
+  bool out_transposed;
+  int64_t R, L, K;   // K > 0
 };
 
 // For measuring the machine itself; each uses what it needs.
@@ -149,6 +167,7 @@ struct KernelTable {
   void (*kv_append)(const KvAppendArgs&);
   void (*linear)(const LinearArgs&);
   void (*linear_quantized)(const LinearQuantizedArgs&);
+  void (*matmul)(const MatmulArgs&);
   void (*read_memory)(const CeilingArgs&);
   void (*copy_memory)(const CeilingArgs&);
   void (*multiply_add_f32)(const CeilingArgs&);

@@ -11,6 +11,7 @@
 
 #include "dispatch.h"
 #include "kernels.h"
+#include "linear/many_rows.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "simd/dot.h"
@@ -18,7 +19,7 @@
 namespace llama_fast {
 namespace ISA {
 
-static constexpr int MAX_M = 16;  // rows of x, at most
+static constexpr int MAX_M = 28;  // rows of x, at most
 static constexpr int MAX_MT = 6;
 static constexpr int BLOCK = 12;  // rows of W that a thread walks together, at most
 // 2 KB of a bf16 row. A scalar build sums one by one, so it needs the short chunks for exactness.
@@ -168,6 +169,11 @@ template <class T> static void few_rows(const LinearArgs& a) {
 
 void linear(const LinearArgs& a) {
   with_type(a.dtype, [&](auto t) { few_rows<decltype(t)>(a); });
+}
+
+void matmul(const MatmulArgs& a) {
+  if (a.dtype == DType::bf16) many_rows<bf16>(a);
+  else many_rows<f16>(a);
 }
 
 }  // namespace ISA

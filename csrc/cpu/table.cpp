@@ -13,6 +13,7 @@ void rope(const RopeArgs&);
 void kv_append(const KvAppendArgs&);
 void linear(const LinearArgs&);
 void linear_quantized(const LinearQuantizedArgs&);
+void matmul(const MatmulArgs&);
 void read_memory(const CeilingArgs&);
 void copy_memory(const CeilingArgs&);
 void multiply_add_f32(const CeilingArgs&);
@@ -27,6 +28,7 @@ const KernelTable kernels = {
     kv_append,
     linear,
     linear_quantized,
+    matmul,
     read_memory,
     copy_memory,
     multiply_add_f32,

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 
 from ..ops.attention import lse_dtype, too_long
 from ..ops.cross_entropy import chunked as linear_cross_entropy_in_blocks
@@ -62,6 +61,11 @@ def _new(x: torch.Tensor) -> torch.Tensor:
         y = torch.empty_like(x)
     else:
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _reserve(y)
+
+
+def _reserve(y: torch.Tensor) -> torch.Tensor:
+    """y, its fresh memory in huge pages where it is large."""
     if y.numel() >= LARGE:
         _cpu.prefer_huge_pages(y.data_ptr(), y.nbytes)
     return y
@@ -250,14 +254,97 @@ def _attention_unsupported(
     return reasons
 
 
-# Rows of x up to which `linear` is limited by reading the weight, and our kernel serves it.
-FEW_ROWS = 16
+# Rows of x up to which `linear` reads the weight once and is limited by that: torch's product is no
+# faster up to the first number, our own up to the second. Both were measured; see docs/log.md.
+FEW_ROWS, FEW_ROWS_BESIDE_OWN = 16, 28
+# Rows from which our own product is the faster one for the gradients.
+GRADIENT_ROWS = 8
+
+
+def few_rows(dtype: torch.dtype) -> int:
+    """The most rows of x that the kernel for few rows takes, in the instruction set in use."""
+    return FEW_ROWS_BESIDE_OWN if _own_product(dtype) else FEW_ROWS
+
+
+def _own_product(dtype: torch.dtype) -> bool:
+    """Whether products of many rows are made here rather than by torch, in the instruction set in
+    use: for the half types, where torch (MKL, oneDNN) converts them a slow way. With AVX512_BF16
+    oneDNN has bfloat16 instructions to use, if torch was built with it; and no vector instructions
+    of ours means that torch's are better."""
+    isa = _cpu.isa()
+    if isa == "scalar" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    onednn = isa == "avx512_bf16" and torch.backends.mkldnn.is_available()
+    return dtype is torch.float16 or not onednn
+
+
+def _product(
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    K: int,
+    rows: tuple,
+    lanes: tuple,
+    transposed: bool = False,
+) -> torch.Tensor:
+    """rows · lanesᵀ as a new tensor of `shape`, (R, L) or with `transposed` (L, R) when flattened.
+
+    A side is (tensor, Rows, transposed): MatrixSide of csrc/cpu/kernels.h, which says what `rows`
+    and `lanes` are.
+    """
+    out = _reserve(torch.empty(shape, dtype=dtype))
+    R, L = out.shape[-1], out.shape[:-1].numel()
+    if not transposed:
+        R, L = L, R
+    if out.numel():
+        (a, a_rows, a_transposed), (b, b_rows, b_transposed) = rows, lanes
+        _cpu.matmul(
+            DTYPES[dtype],
+            a.data_ptr(),
+            a_rows,
+            a_transposed,
+            b.data_ptr(),
+            b_rows,
+            b_transposed,
+            out.data_ptr(),
+            transposed,
+            R,
+            L,
+            K,
+        )
+    return out
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x Wᵀ for many rows of x, of a half type. W's rows are read as they lie."""
+    C_out, C_in = weight.shape
+    shape = (*x.shape[:-1], C_out)
+    rows, lanes = (weight, _rows(weight), False), (x, _rows(x), False)
+    return _product(x.dtype, shape, C_in, rows, lanes, transposed=True)
+
+
+def multiply_backward_x(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """g W."""
+    grad, weight = grad.contiguous(), weight.contiguous()
+    C_out, C_in = weight.shape
+    shape = (*grad.shape[:-1], C_in)
+    rows, lanes = (grad, _rows(grad), False), (weight, _rows(weight), True)
+    return _product(grad.dtype, shape, C_out, rows, lanes)
+
+
+def multiply_backward_weight(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """gᵀ x."""
+    grad, x = grad.contiguous(), x.contiguous()
+    shape = torch.Size((grad.shape[-1], x.shape[-1]))
+    rows, lanes = (grad, _rows(grad), True), (x, _rows(x), True)
+    return _product(grad.dtype, shape, grad.shape[:-1].numel(), rows, lanes)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     C_out, C_in = weight.shape
-    if x.numel() > FEW_ROWS * C_in or C_in == 0:
-        return F.linear(x, weight).contiguous()
+    if C_in == 0:
+        return OPS["linear"].eager(x, weight)
+    if x.numel() > FEW_ROWS * C_in and x.numel() > few_rows(x.dtype) * C_in:
+        return (multiply if _own_product(x.dtype) else OPS["linear"].eager)(x, weight)
     y = torch.empty((*x.shape[:-1], C_out), dtype=x.dtype)
     _cpu.linear(
         DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), y.data_ptr(), _rows(x), C_in, C_out
@@ -267,6 +354,34 @@ def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _linear_unsupported(x: torch.Tensor, weight: torch.Tensor) -> list[str]:
     return _rows_reasons(x=x)
+
+
+def _linear_how(x: torch.Tensor, weight: torch.Tensor) -> str:
+    if 0 < x.numel() <= few_rows(x.dtype) * weight.shape[1]:
+        return "by the kernel for few rows"
+    return _product_how(_own_product(x.dtype))
+
+
+def _own_gradient(grad: torch.Tensor) -> bool:
+    return grad.shape[:-1].numel() >= GRADIENT_ROWS and _own_product(grad.dtype)
+
+
+def _linear_backward_x(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    own = _own_gradient(grad) and weight.shape[0]
+    return (multiply_backward_x if own else OPS["linear_backward_x"].eager)(grad, weight)
+
+
+def _linear_backward_weight(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    own = _own_gradient(grad)
+    return (multiply_backward_weight if own else OPS["linear_backward_weight"].eager)(grad, x)
+
+
+def _gradient_how(grad: torch.Tensor, other: torch.Tensor) -> str:
+    return _product_how(_own_gradient(grad))
+
+
+def _product_how(own: bool) -> str:
+    return "by the matrix product of C++" if own else "by torch's own matrix product"
 
 
 def _linear_quantized(
@@ -307,9 +422,11 @@ register_backend(
         unavailable=_unavailable,
         implementations={
             "attention": Implementation(_attention, _attention_unsupported),
-            "linear": Implementation(_linear, _linear_unsupported),
-            "linear_backward_x": Implementation(OPS["linear_backward_x"].eager, nothing),
-            "linear_backward_weight": Implementation(OPS["linear_backward_weight"].eager, nothing),
+            "linear": Implementation(_linear, _linear_unsupported, _linear_how),
+            "linear_backward_x": Implementation(_linear_backward_x, nothing, _gradient_how),
+            "linear_backward_weight": Implementation(
+                _linear_backward_weight, nothing, _gradient_how
+            ),
             "linear_quantized": Implementation(_linear_quantized, _linear_quantized_unsupported),
             "linear_quantized_backward_x": Implementation(
                 OPS["linear_quantized_backward_x"].eager, nothing

@@ -157,22 +157,24 @@ def chunked(
     target = targets.where(kept, 0)[:, None]
     loss = x.new_zeros((), dtype=accumulate(x.dtype))
     share = (kept.to(loss.dtype) / count.clamp(min=1))[:, None]
-    minus_one = loss.new_full(target.shape, -1.0)
     dx = x.new_empty(rows.shape if need_x else 0)
     dw = weight.new_zeros(weight.shape if need_weight else 0, dtype=loss.dtype)
     blocks = -(-N // max(ROWS, LOGITS // max(V, 1)))
     for i in range(blocks):  # of even sizes: a short last one would multiply at a poor rate
         block = slice(N * i // blocks, N * (i + 1) // blocks)
-        log_p = LINEAR.run(rows[block], weight).to(loss.dtype).log_softmax(-1)
-        loss -= log_p.gather(1, target[block])[:, 0].where(kept[block], 0.0).sum()
+        # In place from here on: logits - max, then P, then (P - Y) / n.
+        logits = LINEAR.run(rows[block], weight).to(loss.dtype)
+        logits -= logits.amax(-1, keepdim=True)
+        at_target = logits.gather(1, target[block])
+        total = logits.exp_().sum(-1, keepdim=True)
+        loss += (total.log() - at_target).where(kept[block, None], 0.0).sum()
         if need_x or need_weight:
-            d_logits = log_p.exp_()
-            d_logits.scatter_add_(1, target[block], minus_one[block])
-            d_logits.mul_(share[block])
+            logits.mul_(share[block] / total)
+            logits.scatter_add_(1, target[block], -share[block])
         if need_x:
-            dx[block] = BACKWARD_X.run(d_logits.to(x.dtype), weight)
+            dx[block] = BACKWARD_X.run(logits.to(x.dtype), weight)
         if need_weight:
-            dw.addmm_(d_logits.t(), rows[block].to(dw.dtype))
+            dw.addmm_(logits.t(), rows[block].to(dw.dtype))
     return loss / count, dx.view(x.shape) if need_x else dx, dw.to(weight.dtype)
 
 

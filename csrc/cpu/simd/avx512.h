@@ -200,6 +200,10 @@ static inline vf load_pairs(const bf16* p, int n) { return bits(load16(p, n)); }
 static inline vf dot_pairs(vf a, vf b, vf c) {
   return {_mm512_dpbf16_ps(c.v, (__m512bh)bits(a), (__m512bh)bits(b))};
 }
+// What was widened from bf16, as pairs again: lane i holds first[i] and second[i].
+static inline vf pair_up(vf first, vf second) {
+  return bits(_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(bits(first), 16), bits(second)));
+}
 // Two rows of 32 bf16 → 32 pairs (one of each row) in two vectors, in an order that `in_order`
 // puts right, for these pairs or for what was accumulated from them.
 static inline void pair_rows(vf row0, vf row1, vf& a, vf& b) {

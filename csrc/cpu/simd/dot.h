@@ -4,6 +4,8 @@
 // free, as long as weights and activations agree; so a type takes the order that costs least.
 #pragma once
 
+#include <type_traits>
+
 #include "pair.h"
 
 namespace llama_fast {
@@ -12,6 +14,12 @@ namespace ISA {
 template <class T> struct Dot {
   using Packed = float;
   static constexpr int PARTS = 2, STEP = 2 * vf::W;
+  // Elements in the 4 bytes of a packed unit, and the first of them: where load2 put it.
+  static constexpr int UNIT = 1;
+  static constexpr int element(int unit) {
+    if (!std::is_same_v<T, bf16>) return unit;
+    return unit < vf::W ? 2 * unit : 2 * (unit - vf::W) + 1;
+  }
 
   template <int PART> static vf weights(const T* w) { return PART ? load2(w).b : load2(w).a; }
   static vf activations(const float* x) { return load(x); }
@@ -36,6 +44,8 @@ template <> template <> inline vf Dot<bf16>::weights<1>(const bf16* w) {
 template <> struct Dot<bf16> {
   using Packed = bf16;
   static constexpr int PARTS = 1, STEP = 2 * vf::W;
+  static constexpr int UNIT = 2;
+  static constexpr int element(int unit) { return 2 * unit; }
 
   template <int PART> static vf weights(const bf16* w) { return load_pairs(w); }
   static vf activations(const bf16* x) { return load_pairs(x); }

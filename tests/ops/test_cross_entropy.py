@@ -1,0 +1,191 @@
+"""linear_cross_entropy: which rows count, bad targets, blocks of rows, gradients, memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llama_fast import linear_cross_entropy
+from llama_fast.errors import ShapeError
+from llama_fast.ops import cross_entropy
+
+from .backends import on
+from .oracle import assert_accurate
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["eager", "cpu"])
+def backend(request):
+    with on(request.param):
+        yield request.param
+
+
+def problem(N: int, C: int, V: int, dtype: torch.dtype = torch.float32, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, C, generator=g).to(dtype)
+    weight = (torch.randn(V, C, generator=g) * C**-0.5).to(dtype)
+    return x, weight, torch.randint(V, (N,), generator=g)
+
+
+def with_gradients(function, x, weight, targets, scale: float = 1.0, **options):
+    """(loss, dx, dw) of scale · loss."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    loss = function(x, weight, targets, **options)
+    return (loss.detach(), *torch.autograd.grad(loss * scale, (x, weight)))
+
+
+def materialised(x, weight, targets, ignore_index=-100):
+    return F.cross_entropy(F.linear(x, weight), targets, ignore_index=ignore_index)
+
+
+def exact(x, weight, targets, scale: float = 1.0, **options):
+    return with_gradients(materialised, x.double(), weight.double(), targets, scale, **options)
+
+
+def small_blocks(monkeypatch, rows: int) -> None:
+    monkeypatch.setattr(cross_entropy, "ROWS", rows)
+    monkeypatch.setattr(cross_entropy, "LOGITS", 1)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0, 31, 10**6])
+def test_ignored_rows_do_not_count(backend, ignore_index):
+    x, weight, targets = problem(40, 24, 50)
+    targets[torch.arange(0, 40, 3)] = ignore_index
+    actual = with_gradients(linear_cross_entropy, x, weight, targets, ignore_index=ignore_index)
+    expected = exact(x, weight, targets, ignore_index=ignore_index)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-6)
+    ignored = targets == ignore_index
+    assert not actual[1][ignored].any() and actual[1][~ignored].any(-1).all()
+    x[ignored] = 1e3  # what it is does not matter
+    again = with_gradients(linear_cross_entropy, x, weight, targets, ignore_index=ignore_index)
+    torch.testing.assert_close(again[0], actual[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(again[2], actual[2], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_a_kept_row_the_loss_is_nan_and_the_gradients_zero(backend, dtype):
+    x, weight, targets = problem(9, 8, 20, dtype)
+    loss, dx, dw = with_gradients(linear_cross_entropy, x, weight, torch.full_like(targets, -100))
+    assert math.isnan(loss) and not dx.any() and not dw.any()
+    assert torch.isnan(F.cross_entropy(F.linear(x, weight).float(), targets * 0 - 100))
+
+
+@pytest.mark.parametrize("target", [-1, -101, 20, 2**40, -(2**63)])
+def test_a_target_out_of_range_is_refused_by_its_place(backend, target):
+    x, weight, targets = problem(12, 8, 20)
+    targets = targets.view(3, 4)
+    targets[1, 2] = target
+    said = rf"targets\[1, 2\] is {target}; it must be in \[0, 20\).*ignore_index = -100"
+    with pytest.raises(ShapeError, match=said):
+        linear_cross_entropy(x.view(3, 4, 8), weight, targets)
+
+
+@pytest.mark.parametrize("target", [0, 19])
+def test_the_first_and_the_last_class(backend, target):
+    x, weight, targets = problem(5, 8, 20)
+    actual = linear_cross_entropy(x, weight, torch.full_like(targets, target))
+    expected = materialised(x.double(), weight.double(), torch.full_like(targets, target))
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", [1, 7, 8, 9, 16, 17, 63, 64, 65])
+def test_block_boundaries(monkeypatch, dtype, N):
+    small_blocks(monkeypatch, 8)
+    x, weight, targets = problem(N, 40, 90, dtype)
+    targets[N // 2] = -100 if N > 1 else targets[0]
+    eager = with_gradients(
+        lambda x, w, t: cross_entropy.eager(x, w, t, -100, False, False)[0], x, weight, targets
+    )
+    with on("cpu"):
+        actual = with_gradients(linear_cross_entropy, x, weight, targets)
+    assert_accurate(actual, eager, exact(x, weight, targets), f"{N} rows")
+
+
+def test_every_row_is_in_one_block(monkeypatch):
+    """A row's share of dx is its own: rows lost or counted twice would show."""
+    x, weight, targets = problem(77, 16, 30)
+    whole = with_gradients(linear_cross_entropy, x, weight, targets)
+    for rows in (1, 2, 5, 76, 77, 78):
+        small_blocks(monkeypatch, rows)
+        parts = with_gradients(linear_cross_entropy, x, weight, targets)
+        for w, p in zip(whole, parts, strict=True):
+            torch.testing.assert_close(p, w, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_are_exact():
+    """Against float64, in float32: what is left is rounding. The two passes of one graph, the
+    gradient from above and unneeded gradients included."""
+    x, weight, targets = problem(300, 64, 500)
+    loss, dx, dw = exact(x, weight, targets, scale=3.0)
+    actual = with_gradients(linear_cross_entropy, x, weight, targets, scale=3.0)
+    for a, e in zip(actual, (loss, dx, dw), strict=True):
+        assert (a.double() - e).abs().max() <= 2e-6 * e.abs().max()
+
+    for need_x, need_weight in ((True, False), (False, True)):
+        a = x.detach().requires_grad_(need_x)
+        b = weight.detach().requires_grad_(need_weight)
+        (linear_cross_entropy(a, b, targets) * 3).backward()
+        assert (a.grad is not None, b.grad is not None) == (need_x, need_weight)
+        torch.testing.assert_close(a.grad if need_x else b.grad, actual[1 if need_x else 2])
+
+    a, b = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    total = linear_cross_entropy(a, b, targets) * 3
+    total.backward(retain_graph=True)
+    total.backward()
+    torch.testing.assert_close(a.grad, 2 * actual[1])
+    torch.testing.assert_close(b.grad, 2 * actual[2])
+
+
+MEASURE = """
+import json, sys
+import torch
+from llama_fast import linear_cross_entropy
+
+N, C, V = 16384, 64, 32768
+dtype = getattr(torch, sys.argv[1])
+torch.manual_seed(0)
+
+def status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+def step(N):
+    x = torch.randn(N, C).to(dtype).requires_grad_()
+    weight = torch.randn(V, C).to(dtype).requires_grad_()
+    targets = torch.randint(V, (N,))
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak so far is forgotten
+    before = status("VmRSS")
+    loss = linear_cross_entropy(x, weight, targets)
+    results = x.nbytes + weight.nbytes  # of dx and dw, which the forward pass makes
+    forward = status("VmHWM") - before - results
+    loss.backward()
+    return {"forward": forward, "both": status("VmHWM") - before - results,
+            "logits": N * V * x.element_size(), "finite": bool(x.grad.isfinite().all())}
+
+step(8)  # what the libraries keep for themselves is there already
+print(json.dumps(step(N)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="this reads the peak of memory in /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_logits_are_never_held(dtype):
+    """Beyond results the peak of memory is at most 5 % of the logits, forward and backward."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, dtype], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["finite"]
+    assert found["forward"] <= 0.05 * found["logits"], found
+    assert found["both"] <= 0.05 * found["logits"], found
