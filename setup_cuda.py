@@ -97,13 +97,17 @@ def known_architectures(nvcc: Path) -> set[int]:
 
 
 def build_cuda_module(target: Path, folder: Path, chosen: list[str]) -> None:
-    """Compiles with ninja in `folder`, in parallel and incrementally, and links one module."""
+    """Compiles with ninja in `folder`, in parallel and incrementally, and links one module.
+
+    MAX_JOBS limits how many compilers run at a time: each may take 2 GB.
+    """
     import ninja
 
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(ninja_file(target, chosen))
-    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder, "--quiet"], check=True)
+    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder, "--quiet", *jobs], check=True)
 
 
 def ninja_file(target: Path, chosen: list[str]) -> str:

@@ -24,7 +24,7 @@ static void launch_many(const Target& target, const AttentionArgs& a) {
   static_assert(sizeof(Shared) <= MOST_SHARED, "fits every GPU");
   const int64_t rows = a.T * (a.H / a.K);
   const Launch how{"attention_many",
-                   {unsigned(ceil_div(rows, WARPS * 16)), unsigned(a.K), unsigned(a.B)},
+                   {unsigned(a.K), unsigned(ceil_div(rows, WARPS * 16)), unsigned(a.B)},
                    {WARPS * WARP},
                    sizeof(Shared)};
   launch(target, how, attention_many_kernel<T, D, WARPS>, a);

@@ -2,7 +2,7 @@
 //
 // A block has 16 rows for each warp, as many queries as a GPU's registers hold, and walks over the keys
 // in tiles of 64: while one is multiplied, cp.async brings the next. Scores never leave the registers.
-// Blocks that see the most keys come first.
+// Blocks that see the most keys come first, those of all heads side by side.
 #pragma once
 
 #include "problem.cuh"
@@ -21,9 +21,9 @@ attention_many_kernel(AttentionArgs a) {
   constexpr int ROWS = WARPS * 16, THREADS = WARPS * WARP;
   auto& shared = shared_memory<ManyQueriesShared<T, D>>();
   const int thread = threadIdx.x, lane = thread % WARP, g = lane / 4, t = lane % 4;
-  const int kv = blockIdx.y, b = blockIdx.z;
+  const int kv = blockIdx.x, b = blockIdx.z;
   const Problem<T> problem(a, kv, b);
-  const int block_row = int(gridDim.x - 1 - blockIdx.x) * ROWS;
+  const int block_row = int(gridDim.y - 1 - blockIdx.y) * ROWS;
   const int row[2] = {block_row + thread / WARP * 16 + g, block_row + thread / WARP * 16 + g + 8};
   const int limit[2] = {problem.limit(row[0]), problem.limit(row[1])};
   const int end = problem.limit(min(block_row + ROWS, problem.rows()) - 1);
