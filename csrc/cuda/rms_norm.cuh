@@ -114,15 +114,16 @@ __device__ __forceinline__ void add_products(const Pack<T, VEC>& x, const Pack<T
 
 template <class T, int VEC, bool ADD>
 __device__ __forceinline__ Pack<T, VEC> row_gradient(const Pack<T, VEC>& x, const Pack<T, VEC>& g,
-                                                     const Pack<T, VEC>& w, float r, float s,
+                                                     const Pack<T, VEC>& w, Wide<T> r, Wide<T> s,
                                                      const T* grad_total, int64_t c) {
   Pack<T, VEC> dx, more;
   if constexpr (ADD) more = load<VEC>(grad_total + c);
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
-    float d = fmaf(-to_float(x.v[i]), s, r * (to_float(g.v[i]) * to_float(w.v[i])));
+    const Wide<T> gw = Wide<T>(to_float(g.v[i])) * to_float(w.v[i]);
+    Wide<T> d = fma(Wide<T>(-to_float(x.v[i])), s, r * gw);  // the terms may nearly cancel
     if constexpr (ADD) d += to_float(more.v[i]);
-    dx.v[i] = from_float<T>(d);
+    dx.v[i] = from_float<T>(float(d));
   }
   return dx;
 }
@@ -166,16 +167,15 @@ rms_norm_bwd_kernel(const T* grad, const T* grad_total, const T* x, const T* __r
       }
     }
     block_sum(sums, parts, turn);
-    const Wide<T> wide_r = 1 / sqrt(sums[0] / C + eps);
-    const float r = wide_r;
-    const float s = wide_r * wide_r * wide_r * (sums[1] / C);
+    const Wide<T> r = 1 / sqrt(sums[0] / C + eps);
+    const Wide<T> s = r * r * r * (sums[1] / C);
     if constexpr (PER_THREAD == ANY_LENGTH) {
       for (int64_t c = first; c < C; c += step) {
         const auto xs = load<VEC>(x_row + c), g = load<VEC>(g_row + c), ws = load<VEC>(weight + c);
         store(dx_row + c, row_gradient<T, VEC, ADD>(xs, g, ws, r, s, total_row, c));
 #pragma unroll
         for (int i = 0; i < VEC; ++i)
-          dw[c + i] = fma(Wide<T>(to_float(g.v[i])), to_float(xs.v[i]) * wide_r,
+          dw[c + i] = fma(Wide<T>(to_float(g.v[i])), to_float(xs.v[i]) * r,
                           turn ? dw[c + i] : Wide<T>(0));
       }
     } else {
@@ -188,7 +188,7 @@ rms_norm_bwd_kernel(const T* grad, const T* grad_total, const T* x, const T* __r
 #pragma unroll
         for (int j = 0; j < VEC; ++j)
           dw_kept[i][j] = fma(Wide<T>(to_float(g_kept[i].v[j])),
-                              to_float(x_kept[i].v[j]) * wide_r, dw_kept[i][j]);
+                              to_float(x_kept[i].v[j]) * r, dw_kept[i][j]);
       }
     }
   }
