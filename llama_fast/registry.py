@@ -25,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .errors import BackendError, FallbackWarning, GradientError
 
 ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
+# Kinds of calls that an op remembers at most.
+KNOWN_CALLS = 1024
 BACKENDS = ("cpu", "cuda", "triton", "eager")
 
 _library = torch.library.Library("llama_fast", "DEF")
@@ -154,6 +156,7 @@ class Op:
     cost: Callable[..., Cost] | None = None
     cases: Callable[[], list[Case]] | None = None
     _orders: dict[tuple, list[tuple[str, Implementation]]] = field(default_factory=dict)
+    _known: dict[tuple, Callable[..., Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         OPS[self.name] = self
@@ -184,22 +187,41 @@ class Op:
         if interposed():
             return self._torch_op(*args)
         grad = torch.is_grad_enabled()
+        kind_of_call = [_request.get()]
         for arg in args:
             kind = type(arg)
             if kind is Tensor or kind is Parameter:
                 if grad and arg.requires_grad:
                     return self._torch_op(*args)
+                kind_of_call += (arg.is_cpu or arg.device, arg.dtype, arg.shape, arg.stride())
             elif isinstance(arg, Tensor):
                 return self._torch_op(*args)
+            else:
+                kind_of_call.append(arg)
         if self._written:
             self._count_writes(args)
-        self.check(*args)
-        return self._choose(args).launch(*args)
+        key = tuple(kind_of_call)
+        launch = self._known.get(key)
+        if launch is None:
+            launch = self._learn(key, args)
+        return launch(*args)
 
     def run(self, *args: Any) -> Any:
         """Checks the arguments, chooses an implementation and launches it; no autograd."""
         self.check(*args)
         return self._choose(args).launch(*args)
+
+    def _learn(self, key: tuple, args: tuple) -> Callable[..., Any]:
+        """The launcher for a kind of call that `check` lets pass. It is kept: checks and limits
+        depend on shapes, strides, dtypes, devices and the request alone, and a model repeats few
+        kinds of calls. A fallback is not kept, so that it warns as it should."""
+        self.check(*args)
+        implementation = self._choose(args)
+        if len(self._known) >= KNOWN_CALLS:
+            self._known.clear()
+        if implementation is self._orders[_device_type(args), _request.get()][0][1]:
+            self._known[key] = implementation.launch
+        return implementation.launch
 
     def explain(self, *args: Any) -> Decision:
         self.check(*args)
@@ -217,6 +239,7 @@ class Op:
 
     def forget_order(self) -> None:
         self._orders.clear()
+        self._known.clear()
 
     def _choose(self, args: tuple) -> Implementation:
         request = _request.get()

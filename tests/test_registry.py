@@ -1,0 +1,74 @@
+"""What the registry remembers of calls changes no answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llama_fast import attention, registry, rms_norm, use_backend
+from llama_fast.errors import FallbackWarning, ShapeError
+from llama_fast.ops.attention import OP as ATTENTION
+from llama_fast.ops.rms_norm import OP as RMS_NORM
+
+
+@pytest.fixture(autouse=True)
+def nothing_known():
+    RMS_NORM.forget_order()
+    ATTENTION.forget_order()
+    yield
+    RMS_NORM.forget_order()
+    ATTENTION.forget_order()
+
+
+def test_a_call_is_checked_again_when_it_differs():
+    x, weight = torch.ones(3, 8), torch.ones(8)
+    rms_norm(x, weight)
+    rms_norm(x, weight)
+    for bad in (weight[:7], weight.half(), weight.to("meta")):
+        for _ in range(2):
+            with pytest.raises(ShapeError):
+                rms_norm(x, bad)
+
+
+def test_a_view_of_a_known_shape_is_read_by_its_own_strides():
+    whole, weight = torch.randn(6, 8), torch.ones(8)
+    expected = rms_norm(whole, weight)
+    assert torch.equal(rms_norm(whole[:3], weight), expected[:3])
+    assert torch.equal(rms_norm(whole[::2], weight), expected[::2])
+
+
+def test_a_request_is_heeded_after_the_call_is_known(monkeypatch):
+    ran = []
+    eager = RMS_NORM.eager
+    monkeypatch.setattr(RMS_NORM, "eager", lambda *args: (ran.append(1), eager(*args))[1])
+    x, weight = torch.ones(3, 8), torch.ones(8)
+    rms_norm(x, weight)
+    assert not ran
+    for _ in range(2):
+        with use_backend("eager"):
+            rms_norm(x, weight)
+    assert len(ran) == 2
+    rms_norm(x, weight)
+    assert len(ran) == 2
+
+
+def test_a_gradient_is_recorded_after_the_call_is_known():
+    x, weight = torch.ones(3, 8), torch.ones(8)
+    rms_norm(x, weight)
+    assert rms_norm(x.requires_grad_(), weight).requires_grad
+
+
+def test_the_memory_of_calls_is_bounded(monkeypatch):
+    monkeypatch.setattr(registry, "KNOWN_CALLS", 3)
+    for rows in range(1, 9):
+        rms_norm(torch.ones(rows, 8), torch.ones(8))
+        assert 1 <= len(RMS_NORM._known) <= 3
+
+
+def test_a_fallback_is_not_remembered(monkeypatch):
+    q = torch.ones(1, 2, 1, 12)  # a head dim that the kernels have not
+    for _ in range(2):
+        monkeypatch.setattr(registry, "_warned", set())
+        with pytest.warns(FallbackWarning, match="D is 12"):
+            attention(q, q, q)
+    assert not ATTENTION._known
