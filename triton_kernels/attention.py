@@ -708,41 +708,38 @@ LEAST_PART = 256  # keys, below which a part costs more than it helps
 
 
 def forward_config(chip: Chip, rows: int, D: int, dtype: torch.dtype) -> AttentionConfig:
-    """`rows` is T·G, of one KV head.
+    """`rows` is T·G, of one KV head; D is rounded up to a power of two.
 
     A tile of queries stays in registers or shared memory while tiles of k and v stream by, so its
     size decides how often k and v are read from L2, and the accumulator (block_m × D float32) how
-    many registers are left: 8 warps for 128 × 128.
+    many registers are left: 128 × 128 takes 64 of each thread of 8 warps.
     """
-    wide = D > 128
     if rows <= FEW_ROWS:  # bound by memory: small tiles, several on the way
-        block_n = 32 if wide else 64
-        return AttentionConfig(FEW_ROWS, block_n, num_warps=4, num_stages=3 if chip.roomy else 2)
-    if dtype == torch.float32:  # multiply-adds without matrix instructions
-        return AttentionConfig(32, 32, num_warps=4, num_stages=1)
-    if rows <= 64:
-        return AttentionConfig(64, 32 if wide else 64, num_warps=4, num_stages=2)
-    if not chip.roomy or chip.amd:
-        return AttentionConfig(64, 32 if wide else 64, num_warps=4, num_stages=2)
-    if wide:
-        return AttentionConfig(128, 64, num_warps=8, num_stages=2)
-    return AttentionConfig(128, 128, num_warps=8, num_stages=2)
+        return AttentionConfig(FEW_ROWS, 32 if D > 128 else 64, 4, 3 if chip.roomy else 2)
+    if dtype == torch.float32:  # multiply-adds without matrix instructions, which hold whole rows
+        if D > 128:
+            return AttentionConfig(16, 16, num_warps=8, num_stages=1)
+        return AttentionConfig(16 if D > 64 else 32, 32, num_warps=4, num_stages=1)
+    if D > 128:
+        return AttentionConfig(128 if chip.hopper and rows > 64 else 64, 32, 8, num_stages=2)
+    if rows <= 64 or not chip.roomy or chip.amd:
+        # ptxas finds too few registers for 64 × 64 on sm_120.
+        return AttentionConfig(64, 32 if chip.arch == 120 and D > 64 else 64, 4, num_stages=2)
+    return AttentionConfig(128, 64, num_warps=8, num_stages=3)
 
 
 def backward_configs(
     chip: Chip, D: int, dtype: torch.dtype
 ) -> tuple[AttentionConfig, AttentionConfig]:
     """Of the dk, dv kernel, which holds two accumulators of block_n × D, and of the dq kernel."""
-    wide = D > 128
     if dtype == torch.float32:
-        small = AttentionConfig(16 if wide else 32, 16 if wide else 32, 4, num_stages=1)
-        return small, small
-    if not chip.roomy or chip.amd:
-        block = 32 if wide else 64
-        return AttentionConfig(32, block, 4, num_stages=1), AttentionConfig(block, 32, 4, 1)
-    if wide:
-        return AttentionConfig(32, 64, 8, num_stages=1), AttentionConfig(64, 32, 8, num_stages=1)
-    return AttentionConfig(64, 128, 8, num_stages=2), AttentionConfig(128, 64, 8, num_stages=2)
+        return AttentionConfig(16, 16, 4, 1), AttentionConfig(16, 16, 8 if D > 64 else 4, 1)
+    if D > 128:
+        return AttentionConfig(32, 32, 4, num_stages=1), AttentionConfig(32, 32, 4, num_stages=1)
+    if not chip.hopper:
+        return AttentionConfig(32, 64, 4, num_stages=1), AttentionConfig(64, 32, 4, num_stages=1)
+    block_m = 32 if D > 64 else 64
+    return AttentionConfig(block_m, 128, 8, num_stages=2), AttentionConfig(128, 64, 8, num_stages=2)
 
 
 def parts_for(chip: Chip, programs: int, S: int, block_n: int) -> tuple[int, int]:

@@ -33,6 +33,12 @@ class Chip:
         return isinstance(self.arch, str)
 
     @property
+    def hopper(self) -> bool:
+        """Hopper's and Blackwell's data centre chips: matrix instructions of four warps together,
+        which read their right side from shared memory and so leave registers free."""
+        return not self.amd and self.roomy and self.arch >= 90
+
+    @property
     def roomy(self) -> bool:
         """Whether it has the shared memory of a data centre's chip; consumer cards have 99 kB."""
         return self.amd or self.shared_memory > 160 * 1024

@@ -24,6 +24,7 @@ from .launch import launch, next_power_of_2
 from .rows import row_offset, rows, sum_rows_kernel
 
 MAX_C = 32768  # a row of float32 then fills half of a processor's registers
+MAX_C_BACKWARD = 8192  # four of them are live there, and would be spilled beyond
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..environment import triton_interpreter
-from ..registry import Backend, Implementation, register_backend
+from ..registry import OPS, Backend, Implementation, register_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = triton_interpreter()
@@ -80,18 +80,22 @@ def rows_reasons(**tensors: torch.Tensor) -> list[str]:
     return stride_reasons(**tensors) or kernels("rows").too_many_dims(**tensors)
 
 
-def norm_reasons(weight: torch.Tensor, **tensors: torch.Tensor) -> list[str]:
-    C, most = weight.shape[0], kernels("rms_norm").MAX_C
+def norm_reasons(weight: torch.Tensor, limit: str, **tensors: torch.Tensor) -> list[str]:
+    C, most = weight.shape[0], getattr(kernels("rms_norm"), limit)
     reasons = [f"C is {C}; a program keeps whole rows, of at most {most}"] if C > most else []
     return reasons + stride_reasons(weight=weight) + rows_reasons(**tensors)
 
 
 def _rms_norm(x, weight, eps) -> list[str]:
-    return norm_reasons(weight, x=x)
+    return norm_reasons(weight, "MAX_C", x=x)
+
+
+def _rms_norm_backward(x, weight, eps) -> list[str]:
+    return norm_reasons(weight, "MAX_C_BACKWARD", x=x)
 
 
 def _add_rms_norm(x, residual, weight, eps) -> list[str]:
-    return norm_reasons(weight, x=x, residual=residual)
+    return norm_reasons(weight, "MAX_C", x=x, residual=residual)
 
 
 def _swiglu(gate, up) -> list[str]:
@@ -111,7 +115,10 @@ def _attention(q, k, v, causal, scale, lengths, need_lse) -> list[str]:
 
 
 def _attention_backward(q, k, v, o, lse, causal, scale, lengths) -> list[str]:
-    return attention_reasons(q, k, v, scale, lengths) + stride_reasons(o=o)
+    reasons = attention_reasons(q, k, v, scale, lengths) + stride_reasons(o=o)
+    if q.dtype == torch.float32 and q.shape[-1] > 128:
+        reasons.append(f"D is {q.shape[-1]}; in float32 it must be at most 128, or registers spill")
+    return reasons
 
 
 def attention_reasons(q, k, v, scale, lengths) -> list[str]:
@@ -126,6 +133,19 @@ def attention_reasons(q, k, v, scale, lengths) -> list[str]:
     return reasons
 
 
+def _linear_quantized(x, codes, scales, offsets, C_out, bits, group_size) -> list[str]:
+    return rows_reasons(x=x)
+
+
+def _linear_cross_entropy(x, weight, targets, ignore_index, need_x, need_weight) -> list[str]:
+    return stride_reasons(x=x)
+
+
+def products(name: str) -> Implementation:
+    """A matrix product, which torch's libraries serve best."""
+    return Implementation(OPS[name].eager, lambda *args: device_reasons(args[0]))
+
+
 register_backend(
     Backend(
         name="triton",
@@ -135,11 +155,11 @@ register_backend(
         implementations={
             "rms_norm": implementation("rms_norm", "rms_norm", _rms_norm),
             "rms_norm_backward": implementation(
-                "rms_norm", "rms_norm_backward", _rms_norm, grads=1
+                "rms_norm", "rms_norm_backward", _rms_norm_backward, grads=1
             ),
             "add_rms_norm": implementation("add_rms_norm", "add_rms_norm", _add_rms_norm),
             "add_rms_norm_backward": implementation(
-                "add_rms_norm", "add_rms_norm_backward", _rms_norm, grads=2
+                "add_rms_norm", "add_rms_norm_backward", _rms_norm_backward, grads=2
             ),
             "swiglu": implementation("swiglu", "swiglu", _swiglu),
             "swiglu_backward": implementation("swiglu", "swiglu_backward", _swiglu, grads=1),
@@ -148,6 +168,16 @@ register_backend(
             "attention_backward": implementation(
                 "attention", "attention_backward", _attention_backward, grads=1
             ),
+            "linear": products("linear"),
+            "linear_backward_x": products("linear_backward_x"),
+            "linear_backward_weight": products("linear_backward_weight"),
+            "linear_cross_entropy": implementation(
+                "cross_entropy", "linear_cross_entropy", _linear_cross_entropy
+            ),
+            "linear_quantized": implementation(
+                "linear_quantized", "linear_quantized", _linear_quantized
+            ),
+            "linear_quantized_backward_x": products("linear_quantized_backward_x"),
             "kv_append": implementation("kv_append", "kv_append", _kv_append),
         },
     )

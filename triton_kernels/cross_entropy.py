@@ -1,0 +1,111 @@
+"""Cross entropy of a linear head: loss = mean over the kept rows of lse(logits) - logits[target].
+
+The logits of a block of rows come from a matrix product. One kernel then reads them twice, the
+second time from L2: first for each row's lse = log Σ exp(logit), in one pass with an online
+softmax, and then to put the gradient in their place,
+
+    d_logits = (exp(logits - lse) - onehot(target)) / n        n kept rows
+
+of which two matrix products make the block's share of dx and dw. So the logits are never whole, and
+their gradient takes no memory at all. Everything but the logits and d_logits is float32.
+
+Shapes: x (N, C), weight (V, C), targets (N,) int64.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from .launch import launch, next_power_of_2
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits_ptr,  # (R, V) contiguous; d_logits afterwards, where NEED_GRAD
+    targets_ptr,  # (R,) int64
+    loss_ptr,  # (R,) float32: each row's own, 0 where it is ignored
+    count_ptr,  # () float32: kept rows, at least 1
+    V,
+    ignore_index,
+    NEED_GRAD: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    kept = tl.where(target == ignore_index, 0.0, 1.0)
+    logits_row = logits_ptr + row * V
+    column = tl.arange(0, BLOCK_V)
+
+    top = tl.full((BLOCK_V,), float("-inf"), tl.float32)  # of each column of the block
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    for begin in range(0, V, BLOCK_V):
+        at = begin + column
+        x = tl.load(logits_row + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        new_top = tl.maximum(top, x)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
+        total = total * tl.exp(top - base) + tl.exp(x - base)
+        top = new_top
+    largest = tl.max(top, axis=0)
+    lse = largest + tl.log(tl.sum(total * tl.exp(top - largest), axis=0))
+    # A target that is no row of the weight reads nothing, and makes the loss infinite.
+    known = tl.where((target >= 0) & (target < V), target, 0)
+    logit = tl.load(logits_row + known).to(tl.float32)
+    logit = tl.where(known == target, logit, float("-inf"))
+    tl.store(loss_ptr + row, tl.where(kept > 0, lse - logit, 0.0))
+
+    if NEED_GRAD:
+        share = kept / tl.load(count_ptr)
+        for begin in range(0, V, BLOCK_V):
+            at = begin + column
+            x = tl.load(logits_row + at, mask=at < V, other=float("-inf")).to(tl.float32)
+            d = (tl.exp(x - lse) - tl.where(at == target, 1.0, 0.0)) * share
+            tl.store(logits_row + at, d.to(logits_ptr.dtype.element_ty), mask=at < V)
+
+
+# A block of rows is a 20th of them, so that its logits are 5 % of all; but enough of them for the
+# products to be worth their passes over weight.
+PART, LEAST_ROWS = 20, 256
+
+
+def linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the op linear_cross_entropy of llama_fast.ops.cross_entropy: (loss, dx, dw)."""
+    (V, C), N = weight.shape, targets.numel()
+    rows, flat = x.reshape(N, C), targets.reshape(N).contiguous()
+    kept = (flat != ignore_index).sum().float()
+    count = kept.clamp(min=1)
+    losses = torch.empty(N, dtype=torch.float32, device=x.device)
+    dx = x.new_empty(rows.shape if need_x else 0)
+    dw = torch.zeros(weight.shape if need_weight else 0, dtype=torch.float32, device=weight.device)
+    step = max(LEAST_ROWS, N // PART // 128 * 128)
+    for begin in range(0, N, step):
+        block = slice(begin, min(begin + step, N))
+        logits = F.linear(rows[block], weight)
+        launch(
+            cross_entropy_kernel,
+            (logits.shape[0],),
+            logits,
+            flat[block],
+            losses[block],
+            count,
+            V,
+            ignore_index,
+            NEED_GRAD=need_x or need_weight,
+            BLOCK_V=min(4096, next_power_of_2(V)),
+            num_warps=8,
+        )
+        if need_x:
+            torch.mm(logits, weight, out=dx[block])
+        if need_weight:
+            # Each block's product is rounded, their sum is not: in all about the error of one.
+            dw += torch.mm(logits.t(), rows[block])
+    return losses.sum() / kept, dx.view(x.shape) if need_x else dx, dw.to(weight.dtype)

@@ -1,0 +1,141 @@
+"""Linear layer whose weight is 8-bit or 4-bit integers: y = x Wᵀ, dequantised on the way.
+
+    y[m, o] = Σ over groups of scale[o] · (Σ_i x[m, i] · (code[o, i] - centre))
+                            (or scale · Σ x · code + offset · Σ x, where there are offsets)
+
+Bound by reading the codes while rows are few: a program owns 16 to 64 rows of W and walks their
+groups. A code is a whole number of at most 8 bits, which the half types hold exactly, so a group is
+one matrix product of x with the codes themselves, and its scale multiplies 16 sums rather than
+16 · group_size weights. x is not rounded to 8 bits, as the CPU's kernels do: sums are in float32.
+
+Layout: codes uint8 (NB, C_pad/4, 16, 4) for 8 bits and (NB, C_pad/8, 16, 4) for 4, scales and
+offsets float16 (NB, C_pad/group_size, 16), as llama_fast.ops.linear_quantized describes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .chips import Chip, chip_of
+from .launch import launch, next_power_of_2
+from .rows import row_offset, rows
+
+
+@triton.jit
+def linear_quantized_kernel(
+    x_ptr,  # (M, C_in)
+    codes_ptr,
+    scales_ptr,
+    offsets_ptr,
+    y_ptr,  # (M, C_out) contiguous
+    M,
+    C_in,
+    C_out,
+    groups,
+    n1,
+    n2,
+    stride_x0,
+    stride_x1,
+    stride_x2,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = tl.arange(0, GROUP)
+    block, r = (o // 16).to(tl.int64), o % 16
+    x_row = x_ptr + row_offset(row, n1, n2, stride_x0, stride_x1, stride_x2)
+    RUN: tl.constexpr = 32 // BITS  # columns of the four bytes that lie together
+    # Bytes from a block's start to (row r, column i) of its first group.
+    byte = r[:, None] * 4 + (i // RUN)[None, :] * 64 + (i % 4)[None, :]
+    code_row = codes_ptr + (block * groups * (GROUP // RUN * 64))[:, None] + byte
+    scale_at = block * groups * 16 + r
+    acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+    for group in range(0, groups):
+        column = group * GROUP + i
+        inside = (row[:, None] < M) & (column[None, :] < C_in)
+        x = tl.load(x_row[:, None] + column[None, :], mask=inside, other=0.0)
+        valid = o < C_out
+        code = tl.load(code_row + group * (GROUP // RUN * 64), mask=valid[:, None], other=0)
+        if BITS == 4:  # the second four columns of a run are the high halves
+            code = (code >> (i % RUN // 4 * 4)[None, :].to(tl.uint8)) & 15
+        scale = tl.load(scales_ptr + scale_at + group * 16, mask=valid, other=0.0).to(tl.float32)
+        w = code.to(tl.float32)
+        if not HAS_OFFSETS:
+            w -= 1 << (BITS - 1)
+        s = tl.dot(x, tl.trans(w.to(x.dtype)), input_precision="ieee")
+        acc += s * scale[None, :]
+        if HAS_OFFSETS:
+            offset = tl.load(offsets_ptr + scale_at + group * 16, mask=valid, other=0.0)
+            acc += tl.sum(x.to(tl.float32), axis=1)[:, None] * offset.to(tl.float32)[None, :]
+    inside = (row[:, None] < M) & (o[None, :] < C_out)
+    y_at = row[:, None] * C_out + o[None, :]
+    tl.store(y_ptr + y_at, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class QuantizedConfig:
+    """Rows of x and of the weight of a program, and its warps."""
+
+    block_m: int
+    block_o: int
+    num_warps: int
+
+
+def config_for(chip: Chip, M: int, C_out: int) -> QuantizedConfig:
+    """Few rows: as many rows of the weight as leave each processor four programs."""
+    block_m = max(16, min(64, next_power_of_2(M)))
+    if block_m > 16:
+        return QuantizedConfig(block_m, 64, num_warps=4)
+    for block_o in (64, 32):
+        if C_out >= block_o * 4 * chip.processors:
+            return QuantizedConfig(block_m, block_o, num_warps=block_o // 16)
+    return QuantizedConfig(block_m, 16, num_warps=1)
+
+
+def linear_quantized(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor | None,
+    C_out: int,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    """As llama_fast.ops.linear_quantized."""
+    C_in = x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], C_out))
+    M, n1, n2, (stride_x,) = rows(x)
+    if C_in == 0:
+        return y.zero_()
+    config = config_for(chip_of(x), M, C_out)
+    launch(
+        linear_quantized_kernel,
+        (-(-C_out // config.block_o), -(-M // config.block_m)),
+        x,
+        codes,
+        scales,
+        offsets,
+        y,
+        M,
+        C_in,
+        C_out,
+        scales.shape[1],
+        n1,
+        n2,
+        *stride_x,
+        BITS=bits,
+        GROUP=group_size,
+        HAS_OFFSETS=offsets is not None,
+        BLOCK_M=config.block_m,
+        BLOCK_O=config.block_o,
+        num_warps=config.num_warps,
+    )
+    return y
