@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The C++ sources too: a change of theirs rebuilds the extension.
 SOURCES := pyproject.toml setup.py setup_cuda.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench bench-cpu lint format clean
+.PHONY: demo test bench bench-cpu lint format clean gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/llama-fast generate "Once upon a time" --max-new-tokens 120 --seed 1
@@ -20,6 +20,11 @@ bench: $(VENV)/.installed-test
 # ARGS="--rows 'decode bf16'" and the like: see python -m benchmarks.cpu --help
 bench-cpu: $(VENV)/.installed-peers
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+# On a machine with a GPU, without a network: the Python that is there, and nothing is installed.
+# ARGS="--parts attention,decode" and the like: see python3 -m benchmarks.gpu --help
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import __version__
 from .options import DEMO, Debug, example
+from .resources import show_resources
 from .terminal import show, size, table
 
 if TYPE_CHECKING:
@@ -18,7 +19,16 @@ if TYPE_CHECKING:
 
 
 @example("llama-fast doctor")
-def doctor(debug: Debug = False) -> None:
+def doctor(
+    resources: Annotated[
+        bool,
+        typer.Option(
+            "--resources",
+            help="Compile the Triton kernels for every chip, with or without one: some minutes.",
+        ),
+    ] = False,
+    debug: Debug = False,
+) -> None:
     """Check this installation: versions, what was built, and which backend serves which op.
 
     Exits with 0 when the package is usable here, and with 1 when it is not.
@@ -26,6 +36,8 @@ def doctor(debug: Debug = False) -> None:
     problems = _versions()
     if not problems:
         problems = [*_machine(), *_backends(), *_ops("cpu"), *_gpu_ops()]
+        if resources:
+            problems += show_resources()
     for problem in problems:
         show(f"PROBLEM: {problem}")
     if problems:

@@ -1,0 +1,118 @@
+"""The whole model on the Triton backend, beside the eager one; in the interpreter without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from llama_fast.backends import triton
+from llama_fast.config import LlamaConfig
+from llama_fast.model import Llama
+from llama_fast.registry import OPS, use_backend
+from tests.ops.oracle import as_tuple
+from tests.ops.test_library import FORWARD, leaves, small
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+pytestmark = pytest.mark.skipif(
+    not (GPU or triton.INTERPRETED), reason="this needs a GPU, or Triton's interpreter"
+)
+CONFIG = LlamaConfig(
+    dim=64,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=16,
+    hidden_dim=96,
+    vocab_size=97,
+    max_seq_len=64,
+)
+
+
+def model_and_tokens() -> tuple[Llama, torch.Tensor]:
+    torch.manual_seed(0)
+    model = Llama(CONFIG).to(DEVICE)
+    return model, torch.randint(CONFIG.vocab_size, (2, 19), device=DEVICE)
+
+
+def loss_and_gradients(model: Llama, tokens: torch.Tensor, backend: str) -> tuple:
+    model.zero_grad()
+    with use_backend(backend, strict=True):
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+    return loss.item(), [p.grad.clone() for p in model.parameters()]
+
+
+def test_loss_and_gradients_of_the_model():
+    model, tokens = model_and_tokens()
+    loss, gradients = loss_and_gradients(model, tokens, "triton")
+    expected_loss, expected = loss_and_gradients(model, tokens, "eager")
+    assert abs(loss - expected_loss) < 1e-5
+    for actual, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_the_same_bits_each_time():
+    model, tokens = model_and_tokens()
+    first = loss_and_gradients(model, tokens, "triton")[1]
+    second = loss_and_gradients(model, tokens, "triton")[1]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_decoding_with_a_cache():
+    model, tokens = model_and_tokens()
+    with torch.no_grad():
+        with use_backend("eager"):
+            expected = model(tokens)
+        cache = model.new_cache(2, 32)
+        with use_backend("triton", strict=True):
+            prefill = model(tokens[:, :17], cache=cache)
+            steps = [model(tokens[:, t : t + 1], cache=cache) for t in (17, 18)]
+    torch.testing.assert_close(torch.cat((prefill, *steps), 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_activation_checkpointing():
+    model, tokens = model_and_tokens()
+    cos, sin = model.rope(tokens.shape[1])
+    block, x = model.layers[0], model.embed(tokens).detach()
+
+    def gradient(through) -> torch.Tensor:
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with use_backend("triton", strict=True):
+            update, residual = through(leaf)
+            (update.sum() + residual.square().sum()).backward()
+        return leaf.grad
+
+    plain = gradient(lambda leaf: block(None, leaf, cos, sin, None))
+    again = gradient(
+        lambda leaf: checkpoint(block, None, leaf, cos, sin, None, use_reentrant=False)
+    )
+    assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "swiglu", "rope", "attention", "linear_cross_entropy"]
+)
+def test_opcheck(name):
+    args = tuple(a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in small(FORWARD[name]))
+    with use_backend("triton", strict=True):
+        torch.library.opcheck(OPS[name]._torch_op, leaves(OPS[name], args))
+
+
+def test_rows_without_keys_and_nan_behind_the_length():
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 5, 6, 64, generator=g).to(DEVICE)
+    k, v = (torch.randn(3, 40, 2, 64, generator=g).to(DEVICE) for _ in "kv")
+    lengths = torch.tensor([40, 0, 17], device=DEVICE)
+    for x in (k, v):
+        x[1], x[2, 17:] = float("nan"), float("nan")
+    op = OPS["attention"]
+    with use_backend("triton", strict=True), torch.no_grad():
+        o, lse = op(q, k, v, True, None, lengths, True)
+        dq, dk, dv = as_tuple(OPS["attention_backward"](q, q, k, v, o, lse, True, None, lengths))
+    assert not o[1].any() and (lse[1] == -float("inf")).all() and torch.isfinite(o).all()
+    for gradient in (dq, dk, dv):
+        assert torch.isfinite(gradient).all() and not gradient[1].any()
+    assert not dk[2, 17:].any() and not dv[2, 17:].any()

@@ -1,0 +1,48 @@
+"""The Triton kernels compile for every chip, and fit it: no spills, and matrix instructions."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="this compiles Triton's kernels")
+
+# In a process of its own: here, Triton may be its interpreter, which compiles nothing.
+COMPILE = """
+import json, sys
+from llama_fast.triton_kernels.aot import launches, problems, resources
+from llama_fast.triton_kernels.chips import CHIPS
+
+chip, stems = CHIPS[sys.argv[1]], tuple(sys.argv[2].split())
+for launch in launches(chip, stems, brief=True):
+    row = resources(chip, launch)
+    print(json.dumps([row.kernel, row.config, row.matrix, problems(row)]))
+"""
+# The rest of the table, other models, dtypes and kernels: llama-fast doctor --resources.
+ALL = "rms_norm add_rms_norm swiglu rope kv_append attention cross_entropy linear_quantized"
+MATRIX = {"sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+
+
+@pytest.mark.parametrize(
+    ("chip", "stems"),
+    [("sm_90", ALL)]
+    + [(c, "attention") for c in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942")],
+)
+def test_the_configurations_of_the_8b_model(chip, stems, tmp_path):
+    environment = dict(os.environ, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, chip, stems],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row[0].split("_")[0] for row in rows} >= {"attention"}
+    assert not [problem for row in rows for problem in row[3]]
+    training = [row for row in rows if row[0] == "attention_fwd" and " m=16 " not in row[1]]
+    assert all(row[2] == MATRIX.get(chip, "mma.sync") for row in training), training
