@@ -36,7 +36,7 @@ def folder(pytestconfig):
 
 def test_with_the_oldest_supported_transformers(folder):
     run = subprocess.run(
-        [sys.executable, "-c", RUN, VERSION, "tests/test_hf.py"],
+        [sys.executable, "-c", RUN, VERSION, "tests/test_hf.py", "tests/test_hf_around.py"],
         env={**os.environ, "PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
