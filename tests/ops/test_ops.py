@@ -56,6 +56,8 @@ def differentiable(op, outputs):
 
 
 WITH_GRADIENTS = ("triton", "cuda", CUDA_HOST)
+# Why a backend that serves the forward pass may leave the gradient to the next one.
+MAY_REFUSE_A_GRADIENT = ("backend has no", "registers spill")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_gradient(op, case, dtype, backend):
         with nullcontext() if backend == DEFAULT else on(backend):
             actual = gradients(op, args, grads)
     except BackendError as error:
-        if "backend has no" not in str(error):
+        if not any(reason in str(error) for reason in MAY_REFUSE_A_GRADIENT):
             raise
         pytest.skip(str(error))
     assert_accurate(actual, eager, exact, f"{op.name} gradient {case}")
