@@ -201,7 +201,10 @@ class Op:
         if self._written:
             self._count_writes(args)
         key = tuple(kind_of_call)
-        launch = self._known.get(key)
+        try:
+            launch = self._known.get(key)
+        except TypeError:  # an argument that cannot be hashed is of no type that an op takes
+            launch = None
         if launch is None:
             launch = self._learn(key, args)
         return launch(*args)
@@ -213,8 +216,10 @@ class Op:
 
     def _learn(self, key: tuple, args: tuple) -> Callable[..., Any]:
         """The launcher for a kind of call that `check` lets pass. It is kept: checks and limits
-        depend on shapes, strides, dtypes, devices and the request alone, and a model repeats few
-        kinds of calls. A fallback is not kept, so that it warns as it should."""
+        depend on shapes, strides, dtypes, devices and the request alone (not on addresses or
+        values), and a model repeats few kinds of calls. A fallback is not kept, so that it warns as
+        it should."""
+        self._check_tensors(args)
         self.check(*args)
         implementation = self._choose(args)
         if len(self._known) >= KNOWN_CALLS:
@@ -224,6 +229,7 @@ class Op:
         return implementation.launch
 
     def explain(self, *args: Any) -> Decision:
+        self._check_tensors(args)
         self.check(*args)
         device = _device_type(args)
         reasons = {}
@@ -236,6 +242,16 @@ class Op:
             implementation = backends()[chosen].implementations[self.name]
         how = implementation.how(*args) if implementation and implementation.how else ""
         return Decision(self.name, device, chosen, reasons, how)
+
+    def _check_tensors(self, args: tuple) -> None:
+        """Tensors stand where the schema has them; torch's dispatcher sees to it for itself."""
+        for arg, argument in zip(args, self._torch_op._schema.arguments, strict=True):
+            absent = arg is None and str(argument.type) == "Optional[Tensor]"
+            if "Tensor" in str(argument.type) and not (isinstance(arg, Tensor) or absent):
+                raise TypeError(
+                    f"{self.name}: {argument.name} is a {type(arg).__name__}; it must be a "
+                    "torch.Tensor: make one with torch.as_tensor"
+                )
 
     def forget_order(self) -> None:
         self._orders.clear()

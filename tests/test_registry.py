@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from llama_fast import attention, registry, rms_norm, use_backend
+from llama_fast import attention, explain, registry, rms_norm, use_backend
 from llama_fast.errors import FallbackWarning, ShapeError
 from llama_fast.ops.attention import OP as ATTENTION
 from llama_fast.ops.rms_norm import OP as RMS_NORM
@@ -28,6 +29,16 @@ def test_a_call_is_checked_again_when_it_differs():
         for _ in range(2):
             with pytest.raises(ShapeError):
                 rms_norm(x, bad)
+
+
+@pytest.mark.parametrize("bad", [[1.0, 2.0], np.ones(8), None, 3], ids=repr)
+def test_what_is_no_tensor_is_named(bad):
+    weight = torch.ones(8)
+    for given, name in (((bad, weight), "x"), ((weight, bad), "weight")):
+        with pytest.raises(TypeError, match=f"rms_norm: {name} is a .*torch.Tensor"):
+            rms_norm(*given)
+        with pytest.raises(TypeError, match=f"rms_norm: {name} is a .*torch.Tensor"):
+            explain("rms_norm", *given, 1e-5)
 
 
 def test_a_view_of_a_known_shape_is_read_by_its_own_strides():
