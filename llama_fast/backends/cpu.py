@@ -14,10 +14,9 @@ from ..ops.attention import lse_dtype, too_long
 from ..ops.cross_entropy import chunked as linear_cross_entropy_in_blocks
 from ..ops.kv_append import too_long as too_long_for_cache
 from ..registry import OPS, Backend, Implementation, nothing, register_backend
+from . import limits
 from .layout import DTYPES
-from .layout import reasons as _reasons
 from .layout import rows as _rows
-from .layout import rows_reasons as _rows_reasons
 
 try:
     from .. import _cpu
@@ -79,10 +78,6 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     return y
 
 
-def _rms_norm_unsupported(x: torch.Tensor, weight: torch.Tensor, eps: float) -> list[str]:
-    return _rows_reasons(x=x, weight=weight)
-
-
 def _add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,12 +97,6 @@ def _add_rms_norm(
     return y, total
 
 
-def _add_rms_norm_unsupported(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> list[str]:
-    return _rows_reasons(x=x, residual=residual, weight=weight)
-
-
 def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     h = _new(gate)
     _cpu.swiglu(
@@ -120,10 +109,6 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         gate.shape[-1],
     )
     return h
-
-
-def _swiglu_unsupported(gate: torch.Tensor, up: torch.Tensor) -> list[str]:
-    return _rows_reasons(gate=gate, up=up)
 
 
 def _rope(
@@ -154,12 +139,6 @@ def _rope(
         interleaved,
     )
     return q_out, k_out
-
-
-def _rope_unsupported(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
-) -> list[str]:
-    return _reasons(q.dtype, q=q, k=k, cos=cos, sin=sin)
 
 
 def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> torch.Tensor:
@@ -197,10 +176,6 @@ def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> tor
     if bad_row >= 0:
         raise too_long_for_cache(bad_row, int(lengths[bad_row]), S, P)
     return q_out
-
-
-def _kv_append_unsupported(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> list[str]:
-    return _reasons(q.dtype, q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
 
 
 def _attention(
@@ -245,7 +220,7 @@ def _attention_unsupported(
     lengths: torch.Tensor | None,
     need_lse: bool,
 ) -> list[str]:
-    reasons = _reasons(q.dtype, q=q, k=k, v=v)
+    reasons = limits.reasons(q.dtype, q=q, k=k, v=v)
     D = q.shape[-1]
     if D % 8 or D > 256:
         reasons.append(f"D is {D}; it must be a multiple of 8 up to 256")
@@ -352,10 +327,6 @@ def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def _linear_unsupported(x: torch.Tensor, weight: torch.Tensor) -> list[str]:
-    return _rows_reasons(x=x)
-
-
 def _linear_how(x: torch.Tensor, weight: torch.Tensor) -> str:
     if 0 < x.numel() <= few_rows(x.dtype) * weight.shape[1]:
         return "by the kernel for few rows"
@@ -412,31 +383,27 @@ def _linear_quantized(
     return y
 
 
-def _linear_quantized_unsupported(x: torch.Tensor, *weight: torch.Tensor | int) -> list[str]:
-    return _rows_reasons(x=x)
-
-
 register_backend(
     Backend(
         name="cpu",
         unavailable=_unavailable,
         implementations={
             "attention": Implementation(_attention, _attention_unsupported),
-            "linear": Implementation(_linear, _linear_unsupported, _linear_how),
+            "linear": Implementation(_linear, limits.linear, _linear_how),
             "linear_backward_x": Implementation(_linear_backward_x, nothing, _gradient_how),
             "linear_backward_weight": Implementation(
                 _linear_backward_weight, nothing, _gradient_how
             ),
-            "linear_quantized": Implementation(_linear_quantized, _linear_quantized_unsupported),
+            "linear_quantized": Implementation(_linear_quantized, limits.linear),
             "linear_quantized_backward_x": Implementation(
                 OPS["linear_quantized_backward_x"].eager, nothing
             ),
             "linear_cross_entropy": Implementation(linear_cross_entropy_in_blocks, nothing),
-            "rms_norm": Implementation(_rms_norm, _rms_norm_unsupported),
-            "add_rms_norm": Implementation(_add_rms_norm, _add_rms_norm_unsupported),
-            "swiglu": Implementation(_swiglu, _swiglu_unsupported),
-            "rope": Implementation(_rope, _rope_unsupported),
-            "kv_append": Implementation(_kv_append, _kv_append_unsupported),
+            "rms_norm": Implementation(_rms_norm, limits.rms_norm),
+            "add_rms_norm": Implementation(_add_rms_norm, limits.add_rms_norm),
+            "swiglu": Implementation(_swiglu, limits.swiglu),
+            "rope": Implementation(_rope, limits.rope),
+            "kv_append": Implementation(_kv_append, limits.kv_append),
         },
     )
 )

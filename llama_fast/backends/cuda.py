@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from ..errors import KernelError
 from ..ops.checks import describe
 from ..registry import OPS, Backend, Implementation, nothing, register_backend
-from .layout import DTYPES, reasons, rows, rows_reasons
+from . import limits
+from .layout import DTYPES, dense, rows
 
 try:
     from .. import _cuda
@@ -97,11 +98,6 @@ def _new(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _dense(grad: torch.Tensor) -> torch.Tensor:
-    """A gradient as kernels can read it: that of a sum, say, has stride 0 in every dim."""
-    return grad if grad.stride(-1) == 1 and grad.ndim <= 4 else grad.contiguous()
-
-
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     y = _new(x)
     _cuda.rms_norm(
@@ -117,10 +113,6 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     return y
 
 
-def _rms_norm_unsupported(x: torch.Tensor, weight: torch.Tensor, eps: float) -> list[str]:
-    return rows_reasons(x=x, weight=weight)
-
-
 def _weight_gradient(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """dw, and the parts of it that the blocks of a norm's backward leave: two blocks for each
     multiprocessor share the rows."""
@@ -134,7 +126,7 @@ def _weight_gradient(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tenso
 def _rms_norm_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    grad = _dense(grad)
+    grad = dense(grad)
     dx = _new(x)
     dw, parts = _weight_gradient(x, weight)
     _cuda.rms_norm_backward(
@@ -158,7 +150,7 @@ def _rms_norm_backward(
 def _rms_norm_backward_unsupported(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> list[str]:
-    return rows_reasons(x=x, weight=weight)
+    return limits.rows_reasons(x=x, weight=weight)
 
 
 def _add_rms_norm(
@@ -181,12 +173,6 @@ def _add_rms_norm(
     return y, total
 
 
-def _add_rms_norm_unsupported(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> list[str]:
-    return rows_reasons(x=x, residual=residual, weight=weight)
-
-
 def _add_rms_norm_backward(
     grad_y: torch.Tensor,
     grad_total: torch.Tensor,
@@ -194,7 +180,7 @@ def _add_rms_norm_backward(
     weight: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    grad_y, grad_total = _dense(grad_y), _dense(grad_total)
+    grad_y, grad_total = dense(grad_y), dense(grad_total)
     dx = _new(total)
     dw, parts = _weight_gradient(total, weight)
     _cuda.add_rms_norm_backward(
@@ -224,7 +210,7 @@ def _add_rms_norm_backward_unsupported(
     weight: torch.Tensor,
     eps: float,
 ) -> list[str]:
-    return rows_reasons(total=total, weight=weight)
+    return limits.rows_reasons(total=total, weight=weight)
 
 
 def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -242,14 +228,10 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return h
 
 
-def _swiglu_unsupported(gate: torch.Tensor, up: torch.Tensor) -> list[str]:
-    return rows_reasons(gate=gate, up=up)
-
-
 def _swiglu_backward(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    grad = _dense(grad)
+    grad = dense(grad)
     d_gate, d_up = _new(gate), _new(up)
     _cuda.swiglu_backward(
         _place(gate),
@@ -270,7 +252,7 @@ def _swiglu_backward(
 def _swiglu_backward_unsupported(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 ) -> list[str]:
-    return rows_reasons(gate=gate, up=up)
+    return limits.rows_reasons(gate=gate, up=up)
 
 
 def _rope(
@@ -302,12 +284,6 @@ def _rope(
         interleaved,
     )
     return q_out, k_out
-
-
-def _rope_unsupported(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
-) -> list[str]:
-    return reasons(q.dtype, q=q, k=k, cos=cos, sin=sin)
 
 
 def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> torch.Tensor:
@@ -343,10 +319,6 @@ def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> tor
         interleaved,
     )
     return q_out
-
-
-def _kv_append_unsupported(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> list[str]:
-    return reasons(q.dtype, q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
 
 
 # Queries of a KV head that one tile of the matrix instructions holds: their keys are split.
@@ -424,7 +396,7 @@ def _attention_unsupported(
     lengths: torch.Tensor | None,
     need_lse: bool,
 ) -> list[str]:
-    found = reasons(q.dtype, q=q, k=k, v=v)
+    found = limits.reasons(q.dtype, q=q, k=k, v=v)
     if q.dtype is torch.float32:
         found.append("q is torch.float32; it must be bfloat16 or float16")
     if q.shape[-1] not in (64, 128):
@@ -457,10 +429,6 @@ def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         C_out,
     )
     return y
-
-
-def _linear_unsupported(x: torch.Tensor, weight: torch.Tensor) -> list[str]:
-    return rows_reasons(x=x)
 
 
 def _linear_quantized(
@@ -499,7 +467,7 @@ def _linear_quantized_unsupported(
     bits: int,
     group_size: int,
 ) -> list[str]:
-    found = rows_reasons(x=x)
+    found = limits.rows_reasons(x=x)
     if x.dtype is torch.float32:
         found.append("x is torch.float32; it must be bfloat16 or float16")
     if (M := x.shape[:-1].numel()) > FEW_ROWS:
@@ -546,16 +514,16 @@ BACKEND = Backend(
     implementations={
         name: _row(name, launch, unsupported)
         for name, launch, unsupported in [
-            ("rms_norm", _rms_norm, _rms_norm_unsupported),
+            ("rms_norm", _rms_norm, limits.rms_norm),
             ("rms_norm_backward", _rms_norm_backward, _rms_norm_backward_unsupported),
-            ("add_rms_norm", _add_rms_norm, _add_rms_norm_unsupported),
+            ("add_rms_norm", _add_rms_norm, limits.add_rms_norm),
             ("add_rms_norm_backward", _add_rms_norm_backward, _add_rms_norm_backward_unsupported),
-            ("swiglu", _swiglu, _swiglu_unsupported),
+            ("swiglu", _swiglu, limits.swiglu),
             ("swiglu_backward", _swiglu_backward, _swiglu_backward_unsupported),
-            ("rope", _rope, _rope_unsupported),
-            ("kv_append", _kv_append, _kv_append_unsupported),
+            ("rope", _rope, limits.rope),
+            ("kv_append", _kv_append, limits.kv_append),
             ("attention", _attention, _attention_unsupported),
-            ("linear", _linear, _linear_unsupported),
+            ("linear", _linear, limits.linear),
             _of_torch("linear_backward_x"),
             _of_torch("linear_backward_weight"),
             ("linear_quantized", _linear_quantized, _linear_quantized_unsupported),

@@ -1,4 +1,4 @@
-"""What the backends of compiled code say of tensors: their dtypes, and rows in memory."""
+"""How tensors lie in memory, as kernels see them: their dtypes, last dim and rows."""
 
 from __future__ import annotations
 
@@ -8,24 +8,18 @@ import torch
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def reasons(dtype: torch.dtype, **tensors: torch.Tensor) -> list[str]:
-    """Why a kernel cannot take these: a dtype it has not, or elements apart in the last dim."""
-    found = [] if dtype in DTYPES else [f"{dtype} is not one of float32, bfloat16, float16"]
-    for name, x in tensors.items():
-        if x.stride()[-1] != 1 and x.shape[-1] > 1 and x.numel():
-            found.append(f"{name} has stride {x.stride(-1)} in its last dim; it must be 1")
-    return found
+def stride_reasons(**tensors: torch.Tensor) -> list[str]:
+    """Why a kernel cannot take these: their elements lie apart in the last dim."""
+    return [
+        f"{name} has stride {x.stride(-1)} in its last dim; it must be 1"
+        for name, x in tensors.items()
+        if x.stride()[-1] != 1 and x.shape[-1] > 1 and x.numel()
+    ]
 
 
-def rows_reasons(**tensors: torch.Tensor) -> list[str]:
-    """Why tensors do not fit into Rows: those have at most three outer dims."""
-    found = []
-    for name, x in tensors.items():
-        if x.dtype not in DTYPES or not x.is_contiguous():
-            found += reasons(x.dtype, **{name: x})
-            if x.ndim > 4 and not x.is_contiguous():
-                found.append(f"{name} has {x.ndim} dims and is not contiguous; at most 4 then")
-    return found
+def dense(grad: torch.Tensor) -> torch.Tensor:
+    """A gradient as kernels can read it: that of a sum, say, has stride 0 in every dim."""
+    return grad if grad.stride(-1) == 1 and grad.ndim <= 4 else grad.contiguous()
 
 
 def rows(x: torch.Tensor) -> tuple[int, ...]:

@@ -16,8 +16,8 @@ import torch
 
 from ..environment import triton_interpreter
 from ..registry import OPS, Backend, Implementation, register_backend
+from .layout import DTYPES, dense, stride_reasons
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = triton_interpreter()
 
 
@@ -36,7 +36,7 @@ def implementation(
     """
 
     def launch(*args: Any) -> Any:
-        args = (*map(last_dim_contiguous, args[:grads]), *args[grads:])
+        args = (*map(dense, args[:grads]), *args[grads:])
         device = args[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
@@ -49,10 +49,6 @@ def implementation(
     return Implementation(launch, unsupported)
 
 
-def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def device_reasons(x: torch.Tensor) -> list[str]:
     reasons = []
     if not (x.is_cuda or INTERPRETED):
@@ -63,14 +59,6 @@ def device_reasons(x: torch.Tensor) -> list[str]:
     if x.dtype not in DTYPES:
         reasons.append(f"{x.dtype} is not one of float32, bfloat16, float16")
     return reasons
-
-
-def stride_reasons(**tensors: torch.Tensor) -> list[str]:
-    return [
-        f"{name} has stride {x.stride(-1)} in its last dim; it must be 1"
-        for name, x in tensors.items()
-        if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel()
-    ]
 
 
 def rows_reasons(**tensors: torch.Tensor) -> list[str]:
