@@ -98,6 +98,11 @@ def _new(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x, copied where it does not begin at a multiple of 16 bytes, as a view of odd offset may."""
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     y = _new(x)
     _cuda.rms_norm(
@@ -349,6 +354,7 @@ def _attention(
     lengths: torch.Tensor | None,
     need_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
     o = _new(q)
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
@@ -402,8 +408,8 @@ def _attention_unsupported(
     if q.shape[-1] not in (64, 128):
         found.append(f"D is {q.shape[-1]}; it must be 64 or 128")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:-1]):
-            found.append(f"the heads of {name} do not all begin at multiples of 16 bytes")
+        if any(stride % 8 for stride in x.stride()[:-1]):
+            found.append(f"the heads of {name} do not all lie multiples of 16 bytes apart")
     if lengths is not None and not lengths.is_contiguous():
         found.append("lengths is not contiguous")
     return found

@@ -94,3 +94,14 @@ def test_heads_that_are_not_aligned_are_left_to_others():
     wide = torch.zeros(1, 9, 1, 68, dtype=k.dtype)
     with host.use_host(), use_backend("cuda"), pytest.warns(FallbackWarning, match="16 bytes"):
         OP(q, wide[..., 2:66], v, *rest)
+
+
+def test_a_view_that_begins_between_is_served_after_an_aligned_one():
+    """What the registry remembers of the first call must not lead the second astray."""
+    q, k, v, *rest = arguments(1, 1, 9, 2, 1, 64)
+    room = torch.empty(k.numel() + 1, dtype=k.dtype)
+    odd = room[1:].view(k.shape).copy_(k)
+    assert odd.data_ptr() % 16 and odd.stride() == k.stride()
+    with host.use_host(), use_backend("cuda", strict=True):
+        expected = OP(q, k, v, *rest)[0]
+        assert torch.equal(OP(q, odd, v, *rest)[0], expected)
