@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ops import QuantizedWeight
+from .ops.linear_quantized import decode
 from .ops.quantized_weight import encode
 from .quantize import WeightFormat, best_fit
 
@@ -60,13 +61,14 @@ def round_compensated(weight: Tensor, H: Tensor, form: WeightFormat) -> Quantize
         scale, offset = best_fit(padded, form.bits, form.symmetric)
         scales.append(scale)
         offsets.append(offset)
+        of_group = scale.float(), None if offset is None else offset.float()
         errors = torch.empty_like(group)
         for i in range(len(group)):
             row = group[i]
             code = encode(row.unsqueeze(-1), scale, offset, form.bits).squeeze(-1)
             codes[start + i] = code
             at = start + i
-            errors[i] = (row - _value(code, scale, offset, form.bits)) / U[at, at]
+            errors[i] = (row - decode(code.float(), *of_group, form.bits)) / U[at, at]
             group[i + 1 :].addr_(U[at, at + 1 : start + len(group)], errors[i], alpha=-1)
         end = start + len(group)
         w[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
@@ -74,12 +76,6 @@ def round_compensated(weight: Tensor, H: Tensor, form: WeightFormat) -> Quantize
     together = None if form.symmetric else torch.stack(offsets, 1)
     made.set_rows(0, padded, torch.stack(scales, 1), together)
     return made
-
-
-def _value(code: Tensor, scale: Tensor, offset: Tensor | None, bits: int) -> Tensor:
-    if offset is None:
-        return (code.float() - (1 << (bits - 1))) * scale.float()
-    return code.float() * scale.float() + offset.float()
 
 
 def _inverse_factor(H: Tensor) -> Tensor:

@@ -81,6 +81,15 @@ def centre(bits: int) -> int:
     return 1 << (bits - 1)
 
 
+def decode(
+    codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    """The numbers that codes stand for: floats in, of one dtype, and floats out."""
+    if offsets is None:
+        return (codes - centre(bits)) * scales
+    return codes * scales + offsets
+
+
 def packed_shapes(
     C_out: int, C_in: int, bits: int, group_size: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -166,14 +175,11 @@ def dequantize(
         return values.transpose(1, 2).reshape(blocks * R, groups, 1).to(dtype)
 
     w = codes.transpose(1, 2).reshape(blocks * R, groups, group_size).to(dtype)
-    if offsets is None:
-        w = (w - centre(bits)) * of_rows(scales)
-    else:
-        w = w * of_rows(scales) + of_rows(offsets)
+    w = decode(w, of_rows(scales), None if offsets is None else of_rows(offsets), bits)
     return w.view(blocks * R, groups * group_size)
 
 
-def _dequantized(
+def dequantized_blocks(
     codes: torch.Tensor,
     scales: torch.Tensor,
     offsets: torch.Tensor | None,
@@ -218,7 +224,7 @@ def eager(
     # Made beforehand: small results between large temporaries would keep the memory of all of them.
     y = x_hat.new_empty((*x.shape[:-1], C_out))
     start = 0
-    for w in _dequantized(codes, scales, offsets, bits, group_size, dtype):
+    for w in dequantized_blocks(codes, scales, offsets, bits, group_size, dtype):
         part = y[..., start : start + len(w)]
         part.copy_(F.linear(x_hat, w[: part.shape[-1]]))
         start += len(w)
@@ -272,7 +278,7 @@ def backward_x_eager(
     group_size: int,
 ) -> torch.Tensor:
     dtype = accumulate(grad.dtype)
-    weights = _dequantized(codes, scales, offsets, bits, group_size, dtype)
+    weights = dequantized_blocks(codes, scales, offsets, bits, group_size, dtype)
     dx, start = grad.new_zeros((*grad.shape[:-1], C_in), dtype=dtype), 0
     for w in weights:
         some = grad[..., start : start + len(w)].to(dtype)

@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ShapeError
-from .linear_quantized import BLOCK, ROWS, centre, dequantize, packed_shapes
+from .linear_quantized import (
+    BLOCK,
+    ROWS,
+    centre,
+    dequantize,
+    dequantized_blocks,
+    packed_shapes,
+)
 
 # (groups (..., group_size), bits, symmetric) → (scales, offsets or None), float16 (...)
 Fit = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
@@ -147,10 +154,11 @@ class QuantizedWeight(nn.Module):
         """The (C_out, C_in) matrix that the codes stand for."""
         C_out, C_in = self.shape
         made = torch.empty(C_out, C_in, dtype=dtype, device=self.device)
-        step = max(1, BLOCK // max(1, ROWS * C_in))
-        for block in range(0, len(self.codes), step):
-            rows = self._dequantize(slice(block, block + step))
-            made[block * ROWS :][: len(rows)] = rows[: C_out - block * ROWS, :C_in]
+        start = 0
+        buffers = self._buffers.values()
+        for rows in dequantized_blocks(*buffers, self.bits, self.group_size, torch.float32):
+            made[start : start + len(rows)] = rows[: C_out - start, :C_in]
+            start += len(rows)
         return made
 
     def rows(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -164,16 +172,11 @@ class QuantizedWeight(nn.Module):
                     f"rows {int(low)} to {int(high)} were asked for; there are {C_out} from 0 on"
                 )
         flat = indices.reshape(-1)
-        found = self._dequantize((flat // ROWS, slice(None), flat % ROWS), picked=True)
+        # A row of each block, so blocks of one row.
+        one = (flat // ROWS, slice(None), flat % ROWS)
+        parts = [None if b is None else b[one].unsqueeze(2) for b in self._buffers.values()]
+        found = dequantize(*parts, self.bits, self.group_size)
         return found[:, :C_in].to(dtype).view(*indices.shape, C_in)
-
-    def _dequantize(self, index: slice | tuple, picked: bool = False) -> Tensor:
-        """Some blocks; where rows are `picked`, one of each."""
-        parts = []
-        for buffer in (self.codes, self.scales, self.offsets):
-            part = None if buffer is None else buffer[index]
-            parts.append(part.unsqueeze(2) if picked and part is not None else part)
-        return dequantize(*parts, self.bits, self.group_size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
         """A cast of the whole model moves the buffers, and leaves their dtypes."""
