@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .. import ops
 from ..registry import ORDER, backends, interposed
-from .forwards import fits
+from .forwards import fits, needs_gradient
 
 NAME = "llama_fast"
 
@@ -118,9 +118,7 @@ def _served(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if query.shape[-1] % 8 or query.shape[-1] > 256:
         return False
     names = ("attention",)
-    if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
-    ):
+    if needs_gradient(query, key, value):
         names = ("attention", "attention_backward")
     return all((name, query.device.type) in KERNELS for name in names)
 
