@@ -123,7 +123,7 @@ OP_STEMS = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - OP_HELPERS
 HOUSEKEEPING = {
     "csrc/cpu": {"table", "ceilings"},
     "csrc/cuda": {"device"},
-    "triton_kernels": {"__init__", "aot", "chips", "launch", "rows"},
+    "triton_kernels": {"__init__", "aot", "chips", "choice", "launch", "rows", "tune"},
 }
 
 

@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 
 from . import rms_norm as norm
-from .launch import launch, next_power_of_2
+from .chips import chip_of
+from .choice import chosen
+from .launch import TYPES, launch, next_power_of_2
 from .rows import row_offset, rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def add_rms_norm_fwd_kernel(
     x_ptr,  # (N, C)
     residual_ptr,  # (N, C)
@@ -65,7 +67,14 @@ def add_rms_norm(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty_like(y)
     N, n1, n2, (stride_x, stride_r) = rows(x, residual)
-    config = norm.forward_config(C)
+    config = chosen(
+        "add_rms_norm",
+        "add_rms_norm_fwd",
+        chip_of(x),
+        norm.forward_config(C),
+        C=C,
+        dtype=TYPES[x.dtype],
+    )
     launch(
         add_rms_norm_fwd_kernel,
         (-(-N // config.block_n),),

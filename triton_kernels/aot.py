@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .chips import CHIPS, Chip, assume
-from .launch import Launch, record
+from .launch import TYPES, Launch, record
 from .rms_norm import MAX_C_BACKWARD
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -31,15 +31,6 @@ MODELS = {
     "1b": (32, 8, 64, 2048, 8192),
     "8b": (32, 8, 128, 4096, 14336),
     "405b": (128, 8, 128, 16384, 53248),
-}
-TYPES = {
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.uint8: "u8",
 }
 MATRIX = ("tcgen05.mma", "wgmma", "mma.sync", "v_mfma")
 
@@ -133,24 +124,29 @@ def launches(chip: Chip, stems: tuple[str, ...] = (), brief: bool = False) -> li
 
 def specialise(launch: Launch) -> tuple[str, dict, dict, dict]:
     """(kernel, signature, constants, attributes) as Triton makes them of a call's arguments: an
-    argument that is 1 is a constant, and one that 16 divides is known to be."""
+    argument that is 1 is a constant, and one that 16 divides is known to be, unless the kernel
+    says that it is a size like any other."""
     names = launch.kernel.arg_names
     values = dict(zip(names, launch.args, strict=False))
     values |= {name: launch.options[name] for name in names if name in launch.options}
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(names):
         value = values[name]
-        divisible = False
+        divisible, special = False, not launch.kernel.params[index].do_not_specialize
         if isinstance(value, torch.Tensor):
             signature[name], divisible = "*" + TYPES[value.dtype], True
-        elif name in launch.options or value is None or (type(value) is int and value == 1):
+        elif (
+            name in launch.options
+            or value is None
+            or (special and type(value) is int and value == 1)
+        ):
             signature[name] = "constexpr"
             constants[name] = value
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % 16 == 0
+            divisible = special and value % 16 == 0
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return launch.kernel.__name__, signature, constants, attributes
@@ -163,6 +159,7 @@ def compile_for(chip: Chip, launch: Launch) -> Any:
     target = GPUTarget("hip" if chip.amd else "cuda", chip.arch, chip.warp)
     options = {name: launch.options[name] for name in ("num_warps", "num_stages") if name in
                launch.options}  # fmt: skip
+    options["enable_fp_fusion"] = True  # as launch() does
     return triton.compile(source, target=target, options=options)
 
 

@@ -43,7 +43,8 @@ import triton
 import triton.language as tl
 
 from .chips import Chip, chip_of
-from .launch import launch, next_power_of_2
+from .choice import chosen, knob
+from .launch import TYPES, launch, next_power_of_2
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -696,10 +697,23 @@ def attention_bwd_dq_kernel(
 class AttentionConfig:
     """Rows of queries and of keys of a tile, the warps that share it, and tiles on the way."""
 
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
+    block_m: int = knob(16, 256)
+    block_n: int = knob(16, 256)
+    num_warps: int = knob(1, 16)
+    num_stages: int = knob(1, 5, step=1)
+
+
+@dataclass(frozen=True)
+class CombineConfig:
+    num_warps: int = knob(1, 16)
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """Queries of a program, and its warps."""
+
+    block_n: int = knob(1, 1024)
+    num_warps: int = knob(1, 16)
 
 
 FEW_ROWS = 16  # the fewest rows of a matrix instruction's tile
@@ -770,7 +784,15 @@ def attention(
     lse = torch.empty((B, H, T) if need_lse else 0, dtype=exact, device=q.device)
     scale = D**-0.5 if scale is None else scale
     block_d = max(16, next_power_of_2(D))
-    config = forward_config(chip, T * G, block_d, q.dtype)
+    config = chosen(
+        "attention",
+        "attention_fwd",
+        chip,
+        forward_config(chip, T * G, block_d, q.dtype),
+        rows=max(FEW_ROWS, min(128, next_power_of_2(T * G))),
+        D=block_d,
+        dtype=TYPES[q.dtype],
+    )
     tiles = -(-T * G // config.block_m)
     parts, part = parts_for(chip, tiles * B * K, S, config.block_n)
     split = parts > 1
@@ -808,6 +830,10 @@ def attention(
         num_stages=config.num_stages,
     )
     if split:
+        block_p = next_power_of_2(parts)
+        combine = chosen(
+            "attention", "attention_combine", chip, CombineConfig(4), parts=block_p, D=block_d
+        )
         launch(
             attention_combine_kernel,
             (B * T * H,),
@@ -821,9 +847,9 @@ def attention(
             H,
             D,
             NEED_LSE=need_lse,
-            BLOCK_P=next_power_of_2(parts),
+            BLOCK_P=block_p,
             BLOCK_D=block_d,
-            num_warps=4,
+            num_warps=combine.num_warps,
         )
     return o, lse
 
@@ -851,10 +877,11 @@ def attention_backward(
     # the largest error (dS of a query that sees a single key is 0), the dq kernel sums the latter.
     sum_delta = q.dtype == torch.float32
     if not sum_delta:
-        delta_rows = max(1, 4096 // block_d)
+        default = DeltaConfig(max(1, 4096 // block_d), num_warps=4)
+        config = chosen("attention", "attention_delta", chip, default, D=block_d)
         launch(
             attention_delta_kernel,
-            (-(-B * T * H // delta_rows),),
+            (-(-B * T * H // config.block_n),),
             o,
             grad,
             delta,
@@ -863,15 +890,22 @@ def attention_backward(
             H,
             D,
             *grad.stride()[:3],
-            BLOCK_N=delta_rows,
+            BLOCK_N=config.block_n,
             BLOCK_D=block_d,
-            num_warps=4,
+            num_warps=config.num_warps,
         )
     given = (q, k, v, grad, lse, delta, lengths)
     sizes = (scale, T, S, K, D)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     same = {"G": G, "CAUSAL": causal, "HAS_LENGTHS": lengths is not None, "BLOCK_D": block_d}
-    of_keys, of_queries = backward_configs(chip, block_d, q.dtype)
+    of_keys, of_queries = (
+        chosen("attention", kernel, chip, config, D=block_d, dtype=TYPES[q.dtype])
+        for kernel, config in zip(
+            ("attention_bwd_dk_dv", "attention_bwd_dq"),
+            backward_configs(chip, block_d, q.dtype),
+            strict=True,
+        )
+    )
     launch(
         attention_bwd_dq_kernel,
         (-(-T * G // of_queries.block_m), B * K),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,6 +19,7 @@ class Chip:
     shared_memory  bytes that one program may use of it
     registers      32-bit registers of a processor; `warps` it keeps at most
     warp           threads that run in step
+    device         the name in files of measured configurations; none for a chip that is not here
     """
 
     name: str
@@ -27,6 +29,7 @@ class Chip:
     warp: int = 32
     registers: int = 65536
     warps: int = 64
+    device: str = ""
 
     @property
     def amd(self) -> bool:
@@ -77,14 +80,21 @@ def chip_of_device(index: int) -> Chip:
     found = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         arch = found.gcnArchName.split(":")[0]
-        return Chip(arch, arch, found.multi_processor_count, 64 * KB, found.warp_size)
+        chip = Chip(arch, arch, found.multi_processor_count, 64 * KB, found.warp_size)
+        return replace(chip, device=slug(found.name))
     arch = found.major * 10 + found.minor
     return Chip(
         f"sm_{arch}",
         arch,
         found.multi_processor_count,
         getattr(found, "shared_memory_per_block_optin", 99 * KB),
+        device=slug(found.name),
     )
+
+
+def slug(device: str) -> str:
+    """A device's name as files have it: "NVIDIA H200" is nvidia-h200."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 @contextmanager

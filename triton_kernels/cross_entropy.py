@@ -14,12 +14,16 @@ Shapes: x (N, C), weight (V, C), targets (N,) int64.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .launch import launch, next_power_of_2
+from .chips import chip_of
+from .choice import chosen, knob
+from .launch import TYPES, launch, next_power_of_2
 
 
 @triton.jit
@@ -70,6 +74,19 @@ def cross_entropy_kernel(
 PART, LEAST_ROWS = 20, 256
 
 
+@dataclass(frozen=True)
+class CrossEntropyConfig:
+    """Logits of a row at a time, and the warps of its program."""
+
+    block_v: int = knob(512, 32768)
+    num_warps: int = knob(1, 32)
+
+
+def config_for(V: int) -> CrossEntropyConfig:
+    """16 logits a thread of 8 warps, for each of which it keeps a largest one and a sum."""
+    return CrossEntropyConfig(min(4096, next_power_of_2(V)), num_warps=8)
+
+
 def linear_cross_entropy(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -87,6 +104,9 @@ def linear_cross_entropy(
     dx = x.new_empty(rows.shape if need_x else 0)
     dw = torch.zeros(weight.shape if need_weight else 0, dtype=torch.float32, device=weight.device)
     step = max(LEAST_ROWS, N // PART // 128 * 128)
+    config = chosen(
+        "cross_entropy", "cross_entropy", chip_of(x), config_for(V), V=V, dtype=TYPES[x.dtype]
+    )
     for begin in range(0, N, step):
         block = slice(begin, min(begin + step, N))
         logits = F.linear(rows[block], weight)
@@ -100,8 +120,8 @@ def linear_cross_entropy(
             V,
             ignore_index,
             NEED_GRAD=need_x or need_weight,
-            BLOCK_V=min(4096, next_power_of_2(V)),
-            num_warps=8,
+            BLOCK_V=config.block_v,
+            num_warps=config.num_warps,
         )
         if need_x:
             torch.mm(logits, weight, out=dx[block])

@@ -13,11 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .chips import chip_of
+from .choice import chosen
 from .launch import launch, next_power_of_2
 from .rope import config_for, rotate_heads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "slots"])
 def kv_append_kernel(
     q_ptr,  # (B, T, H, D)
     k_ptr,  # (B, T, K, D)
@@ -114,7 +116,7 @@ def kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> torc
     B, T, H, D = q.shape
     K = k.shape[2]
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    config = config_for(H, K, D)
+    config = chosen("kv_append", "kv_append", chip_of(q), config_for(H, K, D), H=H, K=K, D=D)
     launch(
         kv_append_kernel,
         (B * T,),

@@ -10,6 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
+
+# The names of dtypes in Triton's signatures, and in files of configurations.
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+
 
 class Launch(NamedTuple):
     kernel: Any
@@ -29,7 +42,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, options))
     elif all(grid):
-        kernel[grid](*args, **options)
+        # Contraction of a · b + c is said aloud: its default differs between Triton's versions.
+        kernel[grid](*args, **options, enable_fp_fusion=True)
 
 
 @contextmanager

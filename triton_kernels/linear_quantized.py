@@ -21,11 +21,12 @@ import triton
 import triton.language as tl
 
 from .chips import Chip, chip_of
+from .choice import chosen, knob
 from .launch import launch, next_power_of_2
 from .rows import row_offset, rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def linear_quantized_kernel(
     x_ptr,  # (M, C_in)
     codes_ptr,
@@ -84,9 +85,9 @@ def linear_quantized_kernel(
 class QuantizedConfig:
     """Rows of x and of the weight of a program, and its warps."""
 
-    block_m: int
-    block_o: int
-    num_warps: int
+    block_m: int = knob(16, 128)
+    block_o: int = knob(16, 256)
+    num_warps: int = knob(1, 16)
 
 
 def config_for(chip: Chip, M: int, C_out: int) -> QuantizedConfig:
@@ -115,7 +116,18 @@ def linear_quantized(
     M, n1, n2, (stride_x,) = rows(x)
     if C_in == 0:
         return y.zero_()
-    config = config_for(chip_of(x), M, C_out)
+    chip = chip_of(x)
+    config = chosen(
+        "linear_quantized",
+        "linear_quantized",
+        chip,
+        config_for(chip, M, C_out),
+        rows=max(16, min(64, next_power_of_2(M))),
+        C_out=C_out,
+        C_in=C_in,
+        bits=bits,
+        group_size=group_size,
+    )
     launch(
         linear_quantized_kernel,
         (-(-C_out // config.block_o), -(-M // config.block_m)),

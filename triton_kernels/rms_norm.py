@@ -20,14 +20,15 @@ import triton
 import triton.language as tl
 
 from .chips import Chip, chip_of
-from .launch import launch, next_power_of_2
-from .rows import row_offset, rows, sum_rows_kernel
+from .choice import chosen, knob
+from .launch import TYPES, launch, next_power_of_2
+from .rows import row_offset, rows, sum_rows
 
 MAX_C = 32768  # a row of float32 then fills half of a processor's registers
 MAX_C_BACKWARD = 8192  # four of them are live there, and would be spilled beyond
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def rms_norm_fwd_kernel(
     x_ptr,  # (N, C)
     weight_ptr,  # (C,)
@@ -55,7 +56,7 @@ def rms_norm_fwd_kernel(
     tl.store(y_row[:, None] + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def rms_norm_bwd_kernel(
     grad_ptr,  # (N, C)
     addend_ptr,  # (N, C), added to dx: the residual stream's own gradient; only if HAS_ADDEND
@@ -108,11 +109,19 @@ def rms_norm_bwd_kernel(
 
 @dataclass(frozen=True)
 class NormConfig:
-    """block_n rows at a time by num_warps warps; programs a processor, where they walk the rows."""
+    """block_n rows at a time by num_warps warps."""
 
-    block_n: int
-    num_warps: int
-    programs: int = 1
+    block_n: int = knob(1, 64)
+    num_warps: int = knob(1, 32)
+
+
+@dataclass(frozen=True)
+class NormBackwardConfig:
+    """As NormConfig; the programs of a processor share the rows, and each walks its own."""
+
+    block_n: int = knob(1, 64)
+    num_warps: int = knob(1, 32)
+    programs: int = knob(1, 32)
 
 
 def forward_config(C: int) -> NormConfig:
@@ -122,13 +131,13 @@ def forward_config(C: int) -> NormConfig:
     return NormConfig(block_n, num_warps=min(16, max(1, block_n * block_c // 1024)))
 
 
-def backward_config(C: int, chip: Chip) -> NormConfig:
+def backward_config(C: int, chip: Chip) -> NormBackwardConfig:
     """Four live rows of float32 (x, g, w, dw): 16 elements of each a thread fill 64 registers."""
     block_c = next_power_of_2(C)
     block_n = max(1, min(16, 1024 // block_c))
     warps = min(16 if chip.amd else 32, max(1, block_n * block_c // (16 * chip.warp)))
     # Together the programs of a processor have 32 warps: what 64 registers a thread leave room for.
-    return NormConfig(block_n, warps, programs=max(1, min(8, 32 // warps)))
+    return NormBackwardConfig(block_n, warps, programs=max(1, min(8, 32 // warps)))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -136,7 +145,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     C = x.shape[-1]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     N, n1, n2, (stride_x,) = rows(x)
-    config = forward_config(C)
+    config = chosen(
+        "rms_norm", "rms_norm_fwd", chip_of(x), forward_config(C), C=C, dtype=TYPES[x.dtype]
+    )
     launch(
         rms_norm_fwd_kernel,
         (-(-N // config.block_n),),
@@ -176,7 +187,9 @@ def backward(
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
     has_addend = addend is not None
     N, n1, n2, strides = rows(grad, addend if has_addend else grad, x)
-    config = backward_config(C, chip)
+    config = chosen(
+        "rms_norm", "rms_norm_bwd", chip, backward_config(C, chip), C=C, dtype=TYPES[x.dtype]
+    )
     programs = max(1, min(config.programs * chip.processors, -(-N // config.block_n)))
     partial = torch.empty((programs, C), dtype=torch.float32, device=x.device)
     launch(
@@ -203,20 +216,3 @@ def backward(
     )
     sum_rows(partial, dw)
     return dx, dw
-
-
-def sum_rows(partial: torch.Tensor, out: torch.Tensor) -> None:
-    """out (C,) = the sum of partial (P, C) float32 over P."""
-    P, C = partial.shape
-    block_c = min(128, next_power_of_2(C))
-    launch(
-        sum_rows_kernel,
-        (-(-C // block_c),),
-        partial,
-        out,
-        P,
-        C,
-        BLOCK_P=16,
-        BLOCK_C=block_c,
-        num_warps=4,
-    )

@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .chips import chip_of
+from .choice import chosen, knob
 from .launch import launch, next_power_of_2
 
 
@@ -61,7 +63,7 @@ def rotate_heads(
             tl.store(y_ptr + y_at + pairs, yb.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def rope_fwd_kernel(
     q_ptr,  # (B, T, H, D)
     k_ptr,  # (B, T, K, D)
@@ -128,9 +130,9 @@ def rope_fwd_kernel(
 class RopeConfig:
     """Heads of q and of k that a program rotates at a time, and its warps."""
 
-    block_h: int
-    block_k: int
-    num_warps: int
+    block_h: int = knob(1, 128)
+    block_k: int = knob(1, 128)
+    num_warps: int = knob(1, 16)
 
 
 def config_for(H: int, K: int, D: int) -> RopeConfig:
@@ -150,7 +152,7 @@ def rope(
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     of_rows = cos.ndim == 3
-    config = config_for(H, K, D)
+    config = chosen("rope", "rope_fwd", chip_of(q), config_for(H, K, D), H=H, K=K, D=D)
     launch(
         rope_fwd_kernel,
         (B * T,),

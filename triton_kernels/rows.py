@@ -10,9 +10,15 @@ cost no division.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
+
+from .chips import chip_of
+from .choice import chosen, knob
+from .launch import launch, next_power_of_2
 
 MAX_OUTER = 3
 
@@ -71,7 +77,7 @@ def too_many_dims(**tensors: torch.Tensor) -> list[str]:
     ]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def sum_rows_kernel(
     partial_ptr,  # (P, C) float32, contiguous
     out_ptr,  # (C,)
@@ -89,3 +95,30 @@ def sum_rows_kernel(
         total += tl.load(partial_ptr + p[:, None] * C + column[None, :], mask=inside, other=0.0)
     out = tl.sum(total, axis=0)
     tl.store(out_ptr + column, out.to(out_ptr.dtype.element_ty), mask=column < C)
+
+
+@dataclass(frozen=True)
+class SumConfig:
+    """Rows and columns of partial sums at a time, and the warps of a program."""
+
+    block_p: int = knob(1, 128)
+    block_c: int = knob(16, 1024)
+    num_warps: int = knob(1, 16)
+
+
+def sum_rows(partial: torch.Tensor, out: torch.Tensor) -> None:
+    """out (C,) = the sum of partial (P, C) float32 over P."""
+    P, C = partial.shape
+    default = SumConfig(16, min(128, next_power_of_2(C)), num_warps=4)
+    config = chosen("rms_norm", "sum_rows", chip_of(partial), default, C=C)
+    launch(
+        sum_rows_kernel,
+        (-(-C // config.block_c),),
+        partial,
+        out,
+        P,
+        C,
+        BLOCK_P=config.block_p,
+        BLOCK_C=config.block_c,
+        num_warps=config.num_warps,
+    )

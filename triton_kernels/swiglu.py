@@ -16,11 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch
+from .chips import chip_of
+from .choice import chosen, knob
+from .launch import TYPES, launch, next_power_of_2
 from .rows import row_offset, rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "blocks"])
 def swiglu_fwd_kernel(
     gate_ptr,  # (N, F)
     up_ptr,  # (N, F)
@@ -49,7 +51,7 @@ def swiglu_fwd_kernel(
     tl.store(h_ptr + row * F + column, h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "blocks"])
 def swiglu_bwd_kernel(
     grad_ptr,  # (N, F)
     gate_ptr,  # (N, F)
@@ -90,8 +92,8 @@ def swiglu_bwd_kernel(
 
 @dataclass(frozen=True)
 class SwigluConfig:
-    block_f: int
-    num_warps: int
+    block_f: int = knob(128, 16384)
+    num_warps: int = knob(1, 32)
 
 
 def config_for(F: int) -> SwigluConfig:
@@ -100,6 +102,11 @@ def config_for(F: int) -> SwigluConfig:
         if F <= block_f:
             return SwigluConfig(block_f, num_warps=max(1, block_f // 512))
     return SwigluConfig(2048, num_warps=4)
+
+
+def configured(kernel: str, F: int, x: torch.Tensor) -> SwigluConfig:
+    width = min(4096, next_power_of_2(F))  # beyond it the length of a row decides nothing
+    return chosen("swiglu", kernel, chip_of(x), config_for(F), F=width, dtype=TYPES[x.dtype])
 
 
 def as_rows(*tensors: torch.Tensor) -> tuple[int, int, int, int, list[tuple[int, int, int]]]:
@@ -114,7 +121,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """As llama_fast.ops.swiglu."""
     h = torch.empty_like(gate, memory_format=torch.contiguous_format)
     N, F, n1, n2, (stride_g, stride_u) = as_rows(gate, up)
-    config = config_for(F)
+    config = configured("swiglu_fwd", F, gate)
     blocks = -(-F // config.block_f)
     launch(
         swiglu_fwd_kernel,
@@ -142,7 +149,7 @@ def swiglu_backward(
     d_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     d_up = torch.empty_like(d_gate)
     N, F, n1, n2, (stride_h, stride_g, stride_u) = as_rows(grad, gate, up)
-    config = config_for(F)
+    config = configured("swiglu_bwd", F, gate)
     blocks = -(-F // config.block_f)
     launch(
         swiglu_bwd_kernel,

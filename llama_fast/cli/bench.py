@@ -11,6 +11,7 @@ import typer
 
 from .options import Debug, DType, Threads, example, set_threads
 from .terminal import growing, note, show, table
+from .tune import tune_here
 
 if TYPE_CHECKING:
     from ..ceilings import Ceilings
@@ -51,6 +52,14 @@ def bench(
     warm: Annotated[
         bool, typer.Option("--warm", help="The same tensors in every call: they may be in a cache.")
     ] = False,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Measure the Triton kernels' launch configurations on this GPU, and keep the "
+            "fastest for its later calls.",
+        ),
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write every sample there.")
     ] = None,
@@ -71,6 +80,9 @@ def bench(
         _show_ceilings()
         return
     wanted = _wanted(ops, shapes, work, tokens, keys)
+    if tune:
+        tune_here(wanted, dtype.torch)
+        return
     names = _order(device) if backends is None else backends.split(",")
     found = measured.measure(device)
     speeds: list[Speed] = []
