@@ -281,6 +281,7 @@ BAD = {
     "bench unknown": (["bench", "conv"], 1, "no op conv; there are rms_norm"),
     "bench work": (["bench", "--work", "chat"], 2, "decode or prefill"),
     "bench shape": (["bench", "--shapes", "9b"], 1, "there is no preset '9b'"),
+    "doctor arch": (["doctor", "--arch", "sm_90"], 2, "--arch is of --resources"),
     "bench device": (["bench", "--device", "tpu"], 1, "no device 'tpu'"),
 }
 

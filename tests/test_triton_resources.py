@@ -9,6 +9,9 @@ import sys
 
 import pytest
 
+from llama_fast.cli import resources
+from llama_fast.errors import BackendError
+
 pytest.importorskip("triton", reason="this compiles Triton's kernels")
 
 # In a process of its own: here, Triton may be its interpreter, which compiles nothing.
@@ -46,3 +49,9 @@ def test_the_configurations_of_the_8b_model(chip, stems, tmp_path):
     assert not [problem for row in rows for problem in row[3]]
     training = [row for row in rows if row[0] == "attention_fwd" and " m=16 " not in row[1]]
     assert all(row[2] == MATRIX.get(chip, "mma.sync") for row in training), training
+
+
+def test_a_chip_that_is_not_known(monkeypatch):
+    monkeypatch.setattr(resources, "triton_interpreter", lambda: False)
+    with pytest.raises(BackendError, match="no chip sm_70, sm_1; there are sm_80, sm_86"):
+        resources.show_resources("sm_70,sm_90,sm_1")

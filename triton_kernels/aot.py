@@ -163,9 +163,9 @@ def compile_for(chip: Chip, launch: Launch) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-def resources(chip: Chip, launch: Launch) -> Resources:
-    """Compiles what would be launched and reads what it takes."""
-    compiled = compile_for(chip, launch)
+def resources(chip: Chip, launch: Launch, compiled: Any = None) -> Resources:
+    """Compiles what would be launched, unless it is given, and reads what it takes."""
+    compiled = compiled or compile_for(chip, launch)
     if chip.amd:
         text = compiled.asm["amdgcn"]
 

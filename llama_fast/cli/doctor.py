@@ -27,17 +27,25 @@ def doctor(
             help="Compile the Triton kernels for every chip, with or without one: some minutes.",
         ),
     ] = False,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHIPS", help="sm_90,gfx942 …: of --resources.", show_default="every chip"
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Check this installation: versions, what was built, and which backend serves which op.
 
     Exits with 0 when the package is usable here, and with 1 when it is not.
     """
+    if arch and not resources:
+        raise typer.BadParameter("--arch is of --resources; give that too")
     problems = _versions()
     if not problems:
         problems = [*_machine(), *_backends(), *_ops("cpu"), *_gpu_ops()]
         if resources:
-            problems += show_resources()
+            problems += show_resources(arch)
     for problem in problems:
         show(f"PROBLEM: {problem}")
     if problems:
