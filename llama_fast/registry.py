@@ -104,6 +104,7 @@ _ANY = Request()
 
 OPS: dict[str, Op] = {}
 _backends: dict[str, Backend] = {}
+_wrapper: Callable[[Op, str, Callable[..., Any]], Callable[..., Any]] | None = None
 _request: ContextVar[Request] = ContextVar("llama_fast_backend", default=_ANY)
 _warned: set[tuple] = set()
 
@@ -121,8 +122,7 @@ def _load_backends() -> None:
 
 def register_backend(backend: Backend) -> None:
     _backends[backend.name] = backend
-    for op in OPS.values():
-        op.forget_order()
+    _forget_orders()
 
 
 @dataclass(eq=False)
@@ -139,8 +139,8 @@ class Op:
     constants  names of float arguments that have no gradient
     auxiliary  how many of the last results have no gradient: they are for `save` alone
     instead  the op to use where a gradient is needed, for one that writes and so has none
-    cost     arguments → Cost; cases: () → list[Case]; both absent on an op that is only the
-             backward of another
+    cost     arguments → Cost
+    cases    () → list[Case]; absent on an op that is only the backward of another
     """
 
     name: str
@@ -288,6 +288,8 @@ class Op:
                 implementation = backends()[name].implementations.get(self.name)
                 if implementation is not None:
                     rows.append((name, implementation))
+        if _wrapper is not None:
+            rows = [(n, i._replace(launch=_wrapper(self, n, i.launch))) for n, i in rows]
         return rows
 
     def _reasons(self, name: str, args: tuple) -> list[str]:
@@ -408,6 +410,28 @@ def use_backend(name: str, *, strict: bool = False) -> Iterator[None]:
         yield
     finally:
         _request.reset(token)
+
+
+@contextmanager
+def wrapped_launches(
+    wrapper: Callable[[Op, str, Callable[..., Any]], Callable[..., Any]],
+) -> Iterator[None]:
+    """Inside the block, what serves calls is `wrapper(op, backend, launch)` instead of `launch`, in
+    every thread and for gradients too: to time calls or to look at their arguments. Calls outside
+    the block cost nothing more."""
+    global _wrapper
+    before, _wrapper = _wrapper, wrapper
+    _forget_orders()
+    try:
+        yield
+    finally:
+        _wrapper = before
+        _forget_orders()
+
+
+def _forget_orders() -> None:
+    for op in OPS.values():
+        op.forget_order()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ WORK = [Work.decode(24), Work.prefill(5)]
 
 
 def test_every_op_of_a_model_has_workloads():
-    assert set(NAMES) == {name for name, op in OPS.items() if op.cost is not None}
+    assert set(NAMES) == {name for name, op in OPS.items() if op.cases is not None}
 
 
 @pytest.mark.parametrize("work", WORK, ids=str)

@@ -108,6 +108,17 @@ def cost(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: flo
     return Cost(bytes=(4 * x.numel() + weight.numel()) * x.element_size(), flops=5 * x.numel())
 
 
+def backward_cost(
+    grad_y: torch.Tensor,
+    grad_total: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+) -> Cost:
+    elements = 4 * total.numel() + 2 * weight.numel()
+    return Cost(bytes=elements * total.element_size(), flops=12 * total.numel())
+
+
 def cases() -> list[Case]:
     def of_rms_norm(case: Case):
         def make(g, dtype, device):
@@ -147,4 +158,5 @@ BACKWARD = Op(
     check=backward_check,
     eager=backward_eager,
     fake=backward_fake,
+    cost=backward_cost,
 )

@@ -276,15 +276,44 @@ def cost(
     need_lse: bool,
 ) -> Cost:
     """Each tensor once, of k and v the valid keys; 4·D FLOPs for each query and key it sees."""
-    B, T, H, D = q.shape
-    _, S, K, _ = k.shape
-    rows = [S] * B if lengths is None else [max(0, n) for n in lengths.tolist()]
+    _, _, H, D = q.shape
+    keys, pairs = _keys_and_pairs(q, k, causal, lengths)
+    elements = 2 * q.numel() + 2 * keys * k.shape[2] * D
+    return Cost(bytes=elements * q.element_size(), flops=4 * D * H * pairs)
+
+
+def backward_cost(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    lengths: torch.Tensor | None,
+) -> Cost:
+    """Each tensor once; five products, where the forward pass has two."""
+    _, _, H, D = q.shape
+    keys, pairs = _keys_and_pairs(q, k, causal, lengths)
+    elements = 4 * q.numel() + 4 * keys * k.shape[2] * D
+    return Cost(bytes=elements * q.element_size() + lse.nbytes, flops=10 * D * H * pairs)
+
+
+def _keys_and_pairs(
+    q: torch.Tensor, k: torch.Tensor, causal: bool, lengths: torch.Tensor | None
+) -> tuple[int, int]:
+    """The valid keys of all rows, and the pairs of a query and a key that it sees. Lengths of the
+    meta device have no values: all S keys are valid then."""
+    B, T, _, _ = q.shape
+    S = k.shape[1]
+    known = lengths is not None and not lengths.is_meta
+    rows = [max(0, n) for n in lengths.tolist()] if known else [S] * B
     if causal:  # query t of a row of n keys sees n - T + 1 + t of them
         pairs = sum(n * (n + 1) // 2 - max(0, n - T) * max(0, n - T + 1) // 2 for n in rows)
     else:
         pairs = T * sum(rows)
-    elements = 2 * q.numel() + 2 * sum(rows) * K * D
-    return Cost(bytes=elements * q.element_size(), flops=4 * D * H * pairs)
+    return sum(rows), pairs
 
 
 def cases() -> list[Case]:
@@ -374,4 +403,5 @@ BACKWARD = Op(
     check=backward_check,
     eager=backward_eager,
     fake=backward_fake,
+    cost=backward_cost,
 )

@@ -115,6 +115,18 @@ def cost(x: torch.Tensor, weight: torch.Tensor) -> Cost:
     return Cost(bytes=elements * x.element_size(), flops=2 * M * C_out * C_in)
 
 
+def backward_x_cost(grad: torch.Tensor, weight: torch.Tensor) -> Cost:
+    M, (C_out, C_in) = grad.shape[:-1].numel(), weight.shape
+    elements = weight.numel() + M * (C_in + C_out)
+    return Cost(bytes=elements * grad.element_size(), flops=2 * M * C_out * C_in)
+
+
+def backward_weight_cost(grad: torch.Tensor, x: torch.Tensor) -> Cost:
+    M, C_out, C_in = grad.shape[:-1].numel(), grad.shape[-1], x.shape[-1]
+    elements = C_out * C_in + M * (C_in + C_out)
+    return Cost(bytes=elements * grad.element_size(), flops=2 * M * C_out * C_in)
+
+
 def cases() -> list[Case]:
     def sizes(*rows: int, C_in: int, C_out: int):
         # A weight of the published models' scale: rows of y come out of the order of 1.
@@ -176,6 +188,7 @@ BACKWARD_X = Op(
     check=check_backward_x,
     eager=backward_x_eager,
     fake=backward_x_fake,
+    cost=backward_x_cost,
 )
 BACKWARD_WEIGHT = Op(
     name="linear_backward_weight",
@@ -183,4 +196,5 @@ BACKWARD_WEIGHT = Op(
     check=check_backward_weight,
     eager=backward_weight_eager,
     fake=backward_weight_fake,
+    cost=backward_weight_cost,
 )

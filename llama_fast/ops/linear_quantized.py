@@ -313,6 +313,21 @@ def cost(
     return Cost(bytes=weight + M * (C_in + C_out) * x.element_size(), flops=2 * M * C_out * C_in)
 
 
+def backward_x_cost(
+    grad: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor | None,
+    C_in: int,
+    bits: int,
+    group_size: int,
+) -> Cost:
+    M, C_out = grad.shape[:-1].numel(), grad.shape[-1]
+    weight = codes.nbytes + scales.nbytes + (0 if offsets is None else offsets.nbytes)
+    moved = weight + M * (C_in + C_out) * grad.element_size()
+    return Cost(bytes=moved, flops=2 * M * C_out * C_in)
+
+
 def cases() -> list[Case]:
     def weight(
         g, C_out: int, C_in: int, bits: int, group_size: int, symmetric: bool, device
@@ -424,4 +439,5 @@ BACKWARD_X = Op(
     check=check_backward_x,
     eager=backward_x_eager,
     fake=backward_x_fake,
+    cost=backward_x_cost,
 )

@@ -96,6 +96,11 @@ def cost(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Cost:
     return Cost(bytes=(2 * x.numel() + weight.numel()) * x.element_size(), flops=4 * x.numel())
 
 
+def backward_cost(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Cost:
+    elements = 3 * x.numel() + 2 * weight.numel()
+    return Cost(bytes=elements * x.element_size(), flops=11 * x.numel())
+
+
 def cases() -> list[Case]:
     def rows(*shape: int):
         return lambda g, dtype, device: (
@@ -152,4 +157,5 @@ BACKWARD = Op(
     check=backward_check,
     eager=backward_eager,
     fake=backward_fake,
+    cost=backward_cost,
 )

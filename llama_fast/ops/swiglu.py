@@ -81,6 +81,10 @@ def cost(gate: torch.Tensor, up: torch.Tensor) -> Cost:
     return Cost(bytes=3 * gate.numel() * gate.element_size(), flops=5 * gate.numel())
 
 
+def backward_cost(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Cost:
+    return Cost(bytes=5 * gate.numel() * gate.element_size(), flops=11 * gate.numel())
+
+
 def cases() -> list[Case]:
     def pair(*shape: int, scale: float = 1.0):
         return lambda g, dtype, device: (
@@ -126,4 +130,5 @@ BACKWARD = Op(
     check=backward_check,
     eager=backward_eager,
     fake=backward_fake,
+    cost=backward_cost,
 )
