@@ -283,6 +283,22 @@ BAD = {
     "bench shape": (["bench", "--shapes", "9b"], 1, "there is no preset '9b'"),
     "doctor arch": (["doctor", "--arch", "sm_90"], 2, "--arch is of --resources"),
     "bench device": (["bench", "--device", "tpu"], 1, "no device 'tpu'"),
+    "profile unknown": (["profile", "conv"], 1, "there are decode, prefill, train, and the ops"),
+    "profile shape": (["profile", "decode", "--shape", "9b"], 1, "there is no preset '9b'"),
+    "profile tokens": (["profile", "decode", "--tokens", "2"], 2, "one token a step"),
+    "profile context": (["profile", "train", "--context", "2"], 2, "of decode and of ops"),
+    "profile layers": (["profile", "rope", "--layers", "2"], 2, "give --layers with decode"),
+    "profile quantize": (["profile", "train", "--quantize", "int4"], 2, "it is of decode"),
+    "profile backend": (
+        ["profile", "rope", "--device", "cpu", "--backend", "triton"],
+        1,
+        "does not run on device cpu, which has cpu, eager",
+    ),
+    "profile gradient": (
+        ["profile", "kv_append", "--backward"],
+        1,
+        "has no gradient; leave --backward out, or take rope",
+    ),
 }
 
 
@@ -541,3 +557,53 @@ def test_bench_times_the_ops(run, monkeypatch, tmp_path):
         assert row["share"] is None or row["share"] > 0
     eager = [row["times_eager"] for row in content["results"] if row["backend"] == "eager"]
     assert eager == pytest.approx([1.0] * len(eager))
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_profile_shows_where_a_step_s_time_goes(run, monkeypatch, tmp_path, width):
+    from llama_fast import ceilings
+    from llama_fast.cli import terminal
+
+    found = ceilings.Ceilings("cpu", 1, "avx9", 1e9, 2e9, 3e9, None)
+    monkeypatch.setattr(ceilings, "measure", lambda device: found)
+    monkeypatch.setattr(config.LlamaConfig, "preset", lambda name: TINY)
+    monkeypatch.setattr(terminal, "WIDTH", width)
+    trace, file = tmp_path / "trace.json", tmp_path / "profile.json"
+    code, out, err = run(
+        *("profile", "decode", "--context", 9, "--layers", 1, "--repeats", 2, "--device", "cpu"),
+        *("--trace", trace, "--json", file, "--batch", 2),
+    )
+    assert code == 0, err
+    assert "Random weights of 1 of the 2 layers" in err and f"Trace: {trace}" in out
+    lines = out.partition("The median")[0].splitlines()[1:]
+    assert max(map(len, lines)) <= width
+    table = [line for line in lines if "%" in line]
+    shares = {line.split()[0]: float(re.search(r"([\d.]+)%", line)[1]) for line in table}
+    assert shares.pop("the") == 100
+    assert sum(shares.values()) == pytest.approx(100, abs=0.5)
+    assert {"linear", "attention", "kv_append", "(the"} <= set(shares)
+    assert ("bytes" in out) == (width == 120)
+    content = json.loads(file.read_text())
+    times = [row["seconds"] for row in content["rows"]]
+    assert sum(times) + content["rest"] == pytest.approx(sorted(content["seconds"])[0])
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_profile_bare_only_runs(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(config.LlamaConfig, "preset", lambda name: TINY)
+    monkeypatch.chdir(tmp_path)
+    assert run("profile", "swiglu", "--device", "cpu", "--bare", "--repeats", 2) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_profile_of_an_op_and_its_gradient(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(config.LlamaConfig, "preset", lambda name: TINY)
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(
+        *("profile", "rms_norm", "--tokens", 4, "--backward", "--device", "cpu", "--repeats", 2),
+        *("--backend", "eager"),
+    )
+    assert code == 0 and "rms_norm and its gradient at the sizes of 1b, bfloat16" in out
+    assert re.search(r"rms_norm 1×4×32 +eager +\d+ ", out)
+    assert re.search(r"rms_norm_backward 1×4×32, 1×4×32 +eager +\d+ ", out)
+    assert (tmp_path / "llama-fast-rms_norm-1b.trace.json").exists()

@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "timing": set(),
     "workloads": PARTS,
     "machine": set(),
+    "profiling": MODEL | {"ceilings", "speed", "timing", "train", "triton_kernels", "workloads"},
     "speed": OPS_LAYER | {"ceilings", "timing", "workloads"},
     "checkpoint": {"atomic", "config", "quantize", "special_tokens", "tokenizer"},
     "model": MODEL,

@@ -16,10 +16,11 @@ from .generate import generate
 from .info import info
 from .init import init
 from .options import Debug
+from .profile import profile
 from .quantize import quantize
 from .tokenize import tokenize
 
-COMMANDS = (generate, info, tokenize, convert, quantize, init, doctor, bench)
+COMMANDS = (generate, info, tokenize, convert, quantize, init, doctor, bench, profile)
 
 app = typer.Typer(
     add_completion=False,

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import BackendError, LlamaFastError, PromptError
+from ..errors import PromptError
 from .options import (
     Backend,
     Debug,
+    Device,
     DType,
     Model,
     Named,
     Threads,
+    check_backend,
+    device_named,
     example,
     model_folder,
     set_threads,
@@ -23,8 +26,6 @@ from .options import (
 from .terminal import note, size, text_or_stdin, weights_bar
 
 if TYPE_CHECKING:
-    import torch
-
     from ..model import Llama
 
 
@@ -81,10 +82,7 @@ def generate(
             show_default="as stored",
         ),
     ] = None,
-    device: Annotated[
-        str,
-        typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 …; auto: a GPU if there is one."),
-    ] = "auto",
+    device: Device = "auto",
     backend: Annotated[
         Backend | None,
         typer.Option(
@@ -127,9 +125,9 @@ def generate(
 
     # Everything that can be wrong with the request is found before the weights are read.
     set_threads(threads)
-    where = _device(device)
+    where = device_named(device)
     if backend:
-        _check_backend(backend.value, where.type)
+        check_backend(backend.value, where.type)
     Sampling(temperature, top_p, top_k)
     source = open_checkpoint(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
@@ -179,42 +177,6 @@ def generate(
         if not quiet:
             _summary(llama, prompts[0], times, loaded, ended)
     return 0
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if has_gpu else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise LlamaFastError(f"--device is {name!r}; it must be auto, cpu, cuda, or cuda:1 …")
-    if device.type == "cuda" and not has_gpu:
-        raise LlamaFastError(
-            f"--device {name}: torch {torch.__version__} sees no GPU here; give --device cpu"
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise LlamaFastError(
-            f"--device {name}: there are {torch.cuda.device_count()} GPUs, numbered from 0"
-        )
-    return device
-
-
-def _check_backend(name: str, device: str) -> None:
-    from ..registry import ORDER, backends
-
-    if name not in ORDER[device]:
-        raise BackendError(
-            f"--backend {name} does not run on device {device}, which has "
-            f"{', '.join(ORDER[device])}; give one of these, or another --device"
-        )
-    if name != "eager" and (name not in backends() or backends()[name].unavailable):
-        why = backends()[name].unavailable if name in backends() else ["it is not installed"]
-        raise BackendError(f"--backend {name} cannot be used: {'; '.join(why)}")
 
 
 def _summary(

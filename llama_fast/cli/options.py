@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from ..errors import CheckpointError
+from ..errors import BackendError, CheckpointError, LlamaFastError
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,10 @@ Model = Annotated[
         show_default="the small model that ships",
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 …; auto: a GPU if there is one."),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -98,3 +102,41 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def device_named(name: str) -> torch.device:
+    """Of --device; raises LlamaFastError for one that is not here."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if has_gpu else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise LlamaFastError(f"--device is {name!r}; it must be auto, cpu, cuda, or cuda:1 …")
+    if device.type == "cuda" and not has_gpu:
+        raise LlamaFastError(
+            f"--device {name}: torch {torch.__version__} sees no GPU here; give --device cpu"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise LlamaFastError(
+            f"--device {name}: there are {torch.cuda.device_count()} GPUs, numbered from 0"
+        )
+    return device
+
+
+def check_backend(name: str, device: str) -> None:
+    """Raises BackendError, with the reasons, for a --backend that cannot be used on the device."""
+    from ..registry import ORDER, backends
+
+    if name not in ORDER[device]:
+        raise BackendError(
+            f"--backend {name} does not run on device {device}, which has "
+            f"{', '.join(ORDER[device])}; give one of these, or another --device"
+        )
+    if name != "eager" and (name not in backends() or backends()[name].unavailable):
+        why = backends()[name].unavailable if name in backends() else ["it is not installed"]
+        raise BackendError(f"--backend {name} cannot be used: {'; '.join(why)}")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 
 
+WIDTH = 160  # of what is no terminal
+
+
 def note(text: str) -> None:
     """A line about the work, apart from its result."""
     print(text, file=sys.stderr, flush=True)
@@ -47,8 +50,13 @@ def _stdout() -> Console:
     """Wide and without colour where stdout is no terminal."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 160
+    width = None if sys.stdout.isatty() else WIDTH
     return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def columns() -> int:
+    """Of what `show` writes to."""
+    return _stdout().width
 
 
 def show(*things: object) -> None:

@@ -1,0 +1,349 @@
+"""What `llama-fast profile` shows of steps that run here."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..errors import BackendError
+from .terminal import columns, note, show, size, table
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..ceilings import Ceilings
+    from ..config import LlamaConfig
+    from ..profiling.calls import Profile, Step
+    from ..profiling.counters import Counters
+    from ..profiling.trace import TorchOp
+    from ..workloads import Work
+
+LAYERS = 2
+TOKENS = {"prefill": 512, "train": 256}
+CONTEXT = 1024  # of a single token
+MOST = 6  # of torch's own ops that are shown
+
+
+@dataclass
+class Wanted:
+    """What the command line asks for. `dtype` and `quantize` None: as it is."""
+
+    what: str
+    shape: str
+    layers: int | None
+    model: Path | None
+    batch: int
+    tokens: int | None
+    context: int | None
+    dtype: torch.dtype | None
+    quantize: str | None
+    backward: bool
+
+    def check(self) -> None:
+        """Raises for what cannot be, and fills in the defaults."""
+        from ..profiling.steps import MODEL_STEPS
+        from ..workloads import NAMES
+
+        if self.what not in (*MODEL_STEPS, *NAMES):
+            raise BackendError(
+                f"cannot profile {self.what!r}; there are {', '.join(MODEL_STEPS)}, and the ops "
+                f"{', '.join(NAMES)}"
+            )
+        if self.is_op and (self.model or self.layers):
+            option = "--model" if self.model else "--layers"
+            raise typer.BadParameter(f"an op has none; give {option} with decode, prefill or train",
+                                     param_hint=option)  # fmt: skip
+        if self.model and self.layers:
+            raise typer.BadParameter("a checkpoint has its own", param_hint="--layers")
+        if self.backward and not self.is_op:
+            raise typer.BadParameter("it is of ops; train has gradients by itself",
+                                     param_hint="--backward")  # fmt: skip
+        if self.quantize and self.what not in ("decode", "prefill", "linear_quantized"):
+            raise typer.BadParameter("it is of decode, prefill and linear_quantized",
+                                     param_hint="--quantize")  # fmt: skip
+        if self.what == "decode" and (self.tokens or 1) != 1:
+            raise typer.BadParameter("decoding takes one token a step; give prefill for more",
+                                     param_hint="--tokens")  # fmt: skip
+        if self.context and self.what in ("prefill", "train"):
+            raise typer.BadParameter("it is of decode and of ops", param_hint="--context")
+        self.tokens = self.tokens or TOKENS.get(self.what, 1)
+        if self.context is None:
+            self.context = CONTEXT if self.tokens == 1 else 0
+
+    @property
+    def is_op(self) -> bool:
+        from ..workloads import NAMES
+
+        return self.what in NAMES
+
+    @property
+    def config(self) -> LlamaConfig:
+        from ..config import LlamaConfig
+
+        return LlamaConfig.preset(self.shape)
+
+    @property
+    def work(self) -> Work:
+        from ..workloads import Work
+
+        name = "decode" if self.tokens == 1 else "prefill"
+        return Work(name, self.batch, self.tokens, self.context + self.tokens)
+
+    @property
+    def stem(self) -> str:
+        """For names of files."""
+        return f"llama-fast-{self.what}-{self.model.name if self.model else self.shape}"
+
+    @property
+    def amount(self) -> str:
+        """1 token of each of 4 sequences, after 1,024 others"""
+        text = f"{self.tokens:,} token{'s' * (self.tokens > 1)}"
+        text += f" of each of {self.batch} sequences" * (self.batch > 1)
+        return text + f", after {self.context:,} others" * (self.context > 0)
+
+    def step(self, device: torch.device) -> tuple[Step, str]:
+        """What is to be run, and what it is in words."""
+        import torch
+
+        from ..profiling import steps
+
+        if self.is_op:
+            dtype = self.dtype or torch.bfloat16
+            step = steps.op_step(
+                self.what,
+                self.config,
+                self.work,
+                dtype=dtype,
+                device=str(device),
+                quantize=self.quantize,
+                backward=self.backward,
+            )
+            both = " and its gradient" if self.backward else ""
+            return step, f"{self.what}{both} at the sizes of {self.shape}, {_name(dtype)}"
+        if self.model:
+            model = steps.opened_model(
+                self.model,
+                dtype=self.dtype,
+                device=str(device),
+                quantize=self.quantize,
+                tokens=self.context + self.tokens,
+            )
+            of = f"{self.model.name}, {_name(model.dtype)}"
+        else:
+            config = self.config.shortened(
+                min(self.config.max_seq_len, self.context + self.tokens + steps.STEPS)
+            )
+            layers = min(self.layers or LAYERS, config.n_layers)
+            dtype = self.dtype or torch.bfloat16
+            model = steps.random_model(
+                config, layers=layers, dtype=dtype, device=device, quantize=self.quantize
+            )
+            of = f"{self.shape}, {_name(dtype)}"
+            if layers < config.n_layers:
+                note(
+                    f"Random weights of {layers} of the {config.n_layers} layers, so the head "
+                    "weighs more than in the whole model; --layers or --model DIR for more."
+                )
+        if self.quantize:
+            of += f", {self.quantize} weights"
+        if self.what == "decode":
+            step = steps.decode_step(model, self.batch, self.context)
+        elif self.what == "prefill":
+            step = steps.prefill_step(model, self.batch, self.tokens)
+        else:
+            step = steps.train_step(model, self.batch, self.tokens)
+        return step, f"{self.what} of {of}"
+
+
+def run(
+    wanted: Wanted,
+    device: torch.device,
+    backend: str | None,
+    *,
+    repeats: int,
+    by_shape: bool,
+    trace: Path | None,
+    bare: bool,
+    json_file: Path | None,
+) -> None:
+    from ..profiling.calls import no_section, profile
+    from ..registry import use_backend
+
+    step, title = wanted.step(device)
+    title += f", on {device}: {wanted.amount}"
+    with use_backend(backend, strict=wanted.is_op) if backend else nullcontext():
+        if bare:
+            for _ in range(repeats + 1):  # the first warms up
+                step(no_section)
+            return
+        from ..ceilings import measure
+        from ..profiling.counters import Counters
+        from ..profiling.trace import write_trace
+        from ..timing import OtherPrograms
+
+        ceilings = measure(str(device))
+        counters = Counters() if device.type == "cpu" else None
+        with OtherPrograms([os.getpid()]) as others:
+            found = profile(step, repeats, ceilings, device, around=counters)
+        path = trace or Path(f"{wanted.stem}.trace.json")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, about its profiler
+            between = write_trace(step, path, device)
+    show(title)
+    _show_rows(found, by_shape or wanted.is_op)
+    _show_step(found, wanted, ceilings, others.share)
+    _show_between(between)
+    if counters is not None:
+        _show_counters(counters, repeats)
+    show(f"Trace: {path}, for ui.perfetto.dev or chrome://tracing")
+    if json_file is not None:
+        _write(json_file, title, found, between, ceilings, counters, others.share)
+
+
+def _show_rows(found: Profile, by_shape: bool) -> None:
+    wide = columns() >= 110
+    header = ["op", "backend", "calls", "time", "share"]
+    header += ["bytes", "FLOPs"] * wide
+    rows = table(*header, "GB/s", "GFLOP/s", "of ceiling", numbers=True)
+    for row in found.rows(by_shape):
+        share = "" if row.share_of_ceiling is None else f"{row.share_of_ceiling:.0%} {row.ceiling}"
+        rows.add_row(
+            f"{row.op} {row.shapes}".rstrip() if by_shape else row.op,
+            row.backend,
+            f"{row.calls}",
+            duration(row.seconds),
+            f"{row.seconds / found.step:.1%}",
+            *[size(row.bytes), count(row.flops)] * wide,
+            rate(row.bytes / row.seconds),
+            rate(row.flops / row.seconds),
+            share,
+        )
+    more = [""] * (2 * wide)
+    rest = f"{found.rest / found.step:.1%}"
+    rows.add_row("(the rest)", "", "", duration(found.rest), rest, *more, end_section=True)
+    nbytes, flops = (sum(getattr(c, n) for c in found.calls) for n in ("bytes", "flops"))
+    rows.add_row(
+        "the step",
+        "",
+        f"{len(found.calls)}",
+        duration(found.step),
+        "100.0%",
+        *[size(nbytes), count(flops)] * wide,
+        rate(nbytes / found.step),
+        rate(flops / found.step),
+    )
+    show(rows)
+
+
+def _show_step(found: Profile, wanted: Wanted, ceilings: Ceilings, others: float | None) -> None:
+    from ..timing import TOO_BUSY, TOO_NOISY
+
+    steps = len(found.seconds)
+    text = f"The median of {steps} steps" + f", which spread {found.spread:.0%}" * (steps > 1)
+    if not wanted.is_op:
+        speed = wanted.batch * wanted.tokens / found.step
+        text += f": {speed:,.1f} tokens a second"
+    show(text)
+    limits = [
+        f"{name} {value / 1e9:,.1f} {unit}"
+        for name, value, unit in (
+            ("read", ceilings.read, "GB/s"),
+            ("copy", ceilings.copy, "GB/s"),
+            ("float32", ceilings.float32, "GFLOP/s"),
+            ("bfloat16", ceilings.bfloat16, "GFLOP/s"),
+        )
+        if value
+    ]
+    show(f"Ceilings, measured now: {', '.join(limits)}")
+    if found.spread > TOO_NOISY or (others or 0) > TOO_BUSY:
+        note("~ too noisy: steps that spread over a tenth, or other programs that were busy")
+
+
+def _show_between(between: list[TorchOp]) -> None:
+    if not between:
+        return
+    rows = table("torch's own ops in the rest", "calls", "time", numbers=True)
+    for op in between[:MOST]:
+        rows.add_row(op.name, f"{op.calls}", duration(op.seconds))
+    if len(between) > MOST:
+        left = between[MOST:]
+        calls, seconds = sum(op.calls for op in left), sum(op.seconds for op in left)
+        rows.add_row(f"{len(left)} others", f"{calls}", duration(seconds))
+    show(rows)
+
+
+def _show_counters(counters: Counters, repeats: int) -> None:
+    if counters.counts:
+        rows = table("counted in user space, all threads", "a step", numbers=True)
+        for name, value in counters.counts.items():
+            each = value / repeats
+            rows.add_row(name, duration(each / 1e9) if name == "task clock" else count(each))
+        if counters.instructions_per_cycle is not None:
+            rows.add_row("instructions per cycle", f"{counters.instructions_per_cycle:.2f}")
+        show(rows)
+    reasons: dict[str, list[str]] = {}
+    for name, why in counters.missing.items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        note(f"Not counted: {', '.join(names)}; {why}")
+
+
+def _write(
+    path: Path,
+    title: str,
+    found: Profile,
+    between: list[TorchOp],
+    ceilings: Ceilings,
+    counters: Counters | None,
+    others: float | None,
+) -> None:
+    from .. import machine
+    from ..atomic import atomic_file
+
+    content: dict[str, Any] = {
+        "machine": machine.describe(ceilings.isa),
+        "versions": machine.versions("triton"),
+        "ceilings": vars(ceilings),
+        "profile": title,
+        "seconds": found.seconds,
+        "others": others,
+        "rest": found.rest,
+        "rows": [asdict(row) for row in found.rows(by_shape=True)],
+        "torch": [op._asdict() for op in between],
+        "counters": counters and {"counts": counters.counts, "missing": counters.missing},
+    }
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def duration(seconds: float) -> str:
+    """Three digits or more, in s, ms or µs."""
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if abs(seconds) * factor >= 1:
+            return f"{seconds * factor:,.2f} {unit}"
+    return f"{seconds * 1e6:,.1f} µs"
+
+
+def count(value: float) -> str:
+    """1.24 G: decimal prefixes, three digits."""
+    for unit in ("", " k", " M", " G"):
+        if value < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} T"
+
+
+def rate(per_second: float) -> str:
+    """Of a thousand millions a second."""
+    return f"{per_second / 1e9:,.1f}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
