@@ -20,7 +20,9 @@ template <class T> static void add_rms_norm_rows(const AddRmsNormArgs& a) {
         store(total + i, load(x + i, width) + load(residual + i, width), width);
         return load(total + i, width);
       });
-      scale_row(total, scale, weight, y, a.C);
+      const int64_t next = std::min(n + 1, end - 1);
+      scale_row(total, scale, weight, y, a.C, static_cast<const T*>(a.x) + a.x_rows.offset(next),
+                static_cast<const T*>(a.residual) + a.residual_rows.offset(next));
     }
   });
 }

@@ -17,7 +17,8 @@ template <class T> static void rms_norm_rows(const RmsNormArgs& a) {
       T* y = static_cast<T*>(a.y) + n * a.C;
       const float scale = inverse_rms(
           a.C, a.eps, [&](int64_t i, auto width) { return load(x + i, width); });
-      scale_row(x, scale, weight, y, a.C);
+      const int64_t next = a.rows.offset(std::min(n + 1, end - 1));
+      scale_row(x, scale, weight, y, a.C, static_cast<const T*>(a.x) + next);
     }
   });
 }

@@ -31,11 +31,15 @@ template <class F> static inline float inverse_rms(int64_t C, float eps, F&& val
   return 1.f / std::sqrt(sum(total[0]) / float(C) + eps);
 }
 
-// y = x · scale · weight, over C elements.
-template <class T>
-static inline void scale_row(const T* x, float scale, const T* weight, T* y, int64_t C) {
+// y = x · scale · weight, over C elements. What stands at `ahead...` is fetched meanwhile: the next
+// row, which memory would otherwise not send before this one is done.
+template <class T, class... Ahead>
+static inline void scale_row(const T* x, float scale, const T* weight, T* y, int64_t C,
+                             const Ahead*... ahead) {
   const vf s = set(scale);
   for_each_pair(C, [&](int64_t i, auto width) {
+    for (int64_t line = 0; line < 2 * vf::W; line += 64 / int64_t(sizeof(T)))
+      (__builtin_prefetch(ahead + i + line), ...);
     store(y + i, load(x + i, width) * s * load(weight + i, width), width);
   });
 }
