@@ -1,5 +1,6 @@
-"""One decode step of a batch: a token for every row → logits. On a GPU it is captured as a CUDA
-graph and replayed: a step launches hundreds of kernels, and many are shorter than their launch.
+"""One decode step of a batch: a token for every row → logits. It is captured and replayed, on a GPU
+as a CUDA graph and on a CPU as a list of launches: a step launches a hundred kernels or more, and
+many are shorter than the Python that leads to them.
 
 A captured step is given the same memory every time: tokens are copied to where it reads them,
 lengths grow where they lie, and attention is given all slots of the cache, of which it reads those
@@ -14,10 +15,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as global_hooks
 
 from .errors import FallbackWarning
 from .kv_cache import KVCache
 from .model import Llama
+from .registry import recorder
 
 
 class Capturer(Protocol):
@@ -55,15 +58,16 @@ class CudaGraphs:
 class DecodeStep:
     """`step(tokens)`: appends tokens (B,) int64 to the cache → logits (B,V) float32.
 
-    The logits are valid until the next step. `capturer` is None for a step that is run as it is,
-    the default on a CPU. The first step warms up, the second is captured, later ones are replays;
-    where a capture fails, a FallbackWarning says why and the steps are run as they are.
+    The logits are valid until the next step. The first step warms up, the second is captured, later
+    ones are replays; where a capture fails, a FallbackWarning says why and the steps are run as they
+    are. So they are where modules have hooks, which a replay would not call, and on a backend that
+    was asked for and has no capturer.
     """
 
     def __init__(self, model: Llama, cache: KVCache, capturer: Capturer | None = None) -> None:
         device = cache.lengths.device
-        if capturer is None and device.type == "cuda":
-            capturer = CudaGraphs(device)
+        if capturer is None and not _has_hooks(model):
+            capturer = CudaGraphs(device) if device.type == "cuda" else recorder(device)
         self.model = model
         self.cache = cache
         self.capturer = capturer
@@ -97,10 +101,16 @@ class DecodeStep:
         except RuntimeError as error:
             self.capturer = None
             warnings.warn(
-                f"decoding runs without a CUDA graph, because a step cannot be captured: {error}. "
+                f"decoding runs step by step, because a step cannot be captured: {error}. "
                 "An op that runs on the eager backend may be the reason: see llama-fast doctor",
                 FallbackWarning,
                 stacklevel=3,
             )
             return False
         return True
+
+
+def _has_hooks(model: Llama) -> bool:
+    return any(
+        module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+    ) or bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)

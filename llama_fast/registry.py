@@ -47,11 +47,15 @@ class Implementation(NamedTuple):
 
 @dataclass
 class Backend:
-    """A family of kernels: why it cannot run here at all (or nothing), and its rows by op name."""
+    """A family of kernels: why it cannot run here at all (or nothing), and its rows by op name.
+
+    `recorder`, where there is one, makes a `decode.Capturer` for steps of its ops.
+    """
 
     name: str
     unavailable: list[str]
     implementations: dict[str, Implementation]
+    recorder: Callable[[], Any] | None = None
 
 
 class Cost(NamedTuple):
@@ -371,6 +375,16 @@ class Op:
         for i in self._written:
             if not args[i].is_inference():
                 torch.autograd.graph.increment_version(args[i])
+
+
+def recorder(device: torch.device) -> Any:
+    """What can capture a step of ops that the device's first backend serves, or None: where that
+    backend has no such thing or is not asked first, or where calls are traced."""
+    first = ORDER.get(device.type, ("eager",))[0]
+    backend = backends().get(first)
+    if backend is None or backend.unavailable or backend.recorder is None or interposed():
+        return None
+    return backend.recorder() if _request.get().backend in (None, first) else None
 
 
 def nothing(*args: Any) -> list[str]:

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -96,10 +97,22 @@ void prefer_huge_pages(uintptr_t address, uint64_t bytes) {
 #endif
 }
 
+// Kernels launched by one thread, to be launched again with the same pointers.
+struct Tape {
+  std::vector<std::function<void()>> launches;
+  void run() const {
+    py::gil_scoped_release unlocked;
+    for (const auto& launch : launches) launch();
+  }
+};
+thread_local Tape* recording = nullptr;
+
 // Kernels run without the interpreter lock, so that other Python threads go on.
 template <class Args> void launch(void (*KernelTable::*kernel)(const Args&), const Args& args) {
+  const auto run = [kernel, args] { (chosen.second->*kernel)(args); };
+  if (recording) recording->launches.emplace_back(run);
   py::gil_scoped_release unlocked;
-  (chosen.second->*kernel)(args);
+  run();
 }
 
 }  // namespace
@@ -116,6 +129,17 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return chosen.first; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("address"), py::arg("bytes"));
+
+  py::class_<Tape>(m, "Tape", "The kernels that were launched while it recorded.")
+      .def(py::init<>())
+      .def("record", [](Tape& tape) { recording = &tape; },
+           "From now on, adds every launch of this thread, until `stop`.")
+      .def_static("stop", [] { recording = nullptr; })
+      .def("forget", [](Tape& tape, size_t from) { tape.launches.resize(from); },
+           "Forgets all launches but the first `from`.")
+      .def("run", &Tape::run,
+           "Launches all again. Lengths that lie in memory are not checked anew.")
+      .def("__len__", [](const Tape& tape) { return tape.launches.size(); });
 
   // Returns the first row whose length exceeds S, having done nothing then, or -1.
   m.def("attention", [](int dtype, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,

@@ -15,6 +15,7 @@ from ..ops.cross_entropy import chunked as linear_cross_entropy_in_blocks
 from ..ops.kv_append import too_long as too_long_for_cache
 from ..registry import OPS, Backend, Implementation, nothing, register_backend
 from . import limits
+from .cpu_step import CpuRecorder
 from .layout import DTYPES
 from .layout import rows as _rows
 
@@ -387,6 +388,7 @@ register_backend(
     Backend(
         name="cpu",
         unavailable=_unavailable,
+        recorder=lambda: CpuRecorder(_cpu.Tape),
         implementations={
             "attention": Implementation(_attention, _attention_unsupported),
             "linear": Implementation(_linear, limits.linear, _linear_how),

@@ -1,0 +1,137 @@
+"""A step of many ops recorded once and replayed without Python between its kernels.
+
+A token of a small model takes some 150 calls of ops. Each streams weights through the caches, so the
+interpreter's own code and data have left them when the next call begins, and a call that takes 8 µs
+in a loop takes 80. A replay is a list of launches that C++ walks through, interrupted only by what
+torch computes itself (the embedding, a cast).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..registry import OPS
+
+
+class CpuRecorder(TorchDispatchMode):
+    """Captures as `decode.Capturer` says: the step that warms up is recorded while it runs.
+
+    tape_of  makes an empty `_cpu.Tape`
+
+    A replay works on the memory of the recorded step: on its arguments, with what they then hold, and
+    into its results. All of it is kept alive. What Python does besides (a branch on a value, a hook) is
+    not repeated, so a step that asks for a value, or whose shapes depend on one, is refused.
+    """
+
+    def __init__(self, tape_of: Callable[[], Any]) -> None:
+        super().__init__()
+        self._tape_of = tape_of
+        self._steps: list[Callable[[], Any]] = []
+        self._tape: Any = None
+        self._kept: list[Any] = []
+        self._refusal = ""
+
+    def warm_up(self, step: Callable[[], Tensor]) -> Tensor:
+        with self:
+            self._result = step()
+        return self._result
+
+    def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        if self._refusal:
+            raise RuntimeError(self._refusal)
+        return self._replay, self._result
+
+    @torch.no_grad()
+    def _replay(self) -> None:
+        for step in self._steps:
+            step()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function.namespace == "llama_fast":
+            op = OPS[function._opname]
+            return self._run_op(op.run, op._complete(args))
+        if {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(function.tags):
+            self._refusal = f"{function} depends on a tensor's values"
+        result = function(*args, **kwargs)
+        self._kept.append((args, kwargs, result))
+        if not _is_view(function):
+            self._add(partial(_again, function, args, kwargs, result))
+        return result
+
+    def _run_op(self, run: Callable[..., Any], args: tuple) -> Any:
+        """What its launcher launches goes on the tape, unless torch computed a part of the result."""
+        if self._tape is None:
+            self._tape = self._tape_of()
+        tape, watch = self._tape, _Watch()
+        before = len(tape)
+        tape.record()
+        try:
+            with watch:
+                result = run(*args)
+        finally:
+            tape.stop()
+        self._kept.append((args, watch.made, result))
+        if watch.computed:
+            tape.forget(before)
+            self._add(partial(_again, run, args, {}, result))
+        elif not before and len(tape):
+            self._steps.append(tape.run)
+        return result
+
+    def _add(self, step: Callable[[], None]) -> None:
+        self._steps.append(step)
+        self._tape = None
+
+
+class _Watch(TorchDispatchMode):
+    """Whether torch computes anything inside the block, and all tensors that are made there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed = False
+        self.made: list[Any] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.made.append(result)
+        if not _is_view(function) and function not in _ALLOCATIONS:
+            self.computed = True
+        return result
+
+
+_aten = torch.ops.aten
+_ALLOCATIONS = {
+    _aten.empty.memory_format,
+    _aten.empty_like.default,
+    _aten.empty_strided.default,
+    _aten.new_empty.default,
+}
+
+
+def _is_view(function: Any) -> bool:
+    """Whether the result is the memory of an argument, unchanged."""
+    returns = function._schema.returns
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _again(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+    """Computes once more, and puts the results where they were."""
+    for old, new in zip(_tensors(result), _tensors(function(*args, **kwargs)), strict=True):
+        if old.data_ptr() != new.data_ptr():
+            old.copy_(new)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    results = result if isinstance(result, tuple | list) else (result,)
+    return [x for x in results if isinstance(x, Tensor)]
