@@ -59,14 +59,14 @@ class DecodeStep:
     """`step(tokens)`: appends tokens (B,) int64 to the cache → logits (B,V) float32.
 
     The logits are valid until the next step. The first step warms up, the second is captured, later
-    ones are replays; where a capture fails, a FallbackWarning says why and the steps are run as they
-    are. So they are where modules have hooks, which a replay would not call, and on a backend that
-    was asked for and has no capturer.
+    ones are replays; where a capture fails, a FallbackWarning says why and the steps are run as
+    they are. So they are where modules have hooks or are not this package's, since a replay does
+    not call them, and on a backend that was asked for and has no capturer.
     """
 
     def __init__(self, model: Llama, cache: KVCache, capturer: Capturer | None = None) -> None:
         device = cache.lengths.device
-        if capturer is None and not _has_hooks(model):
+        if capturer is None and _is_plain(model):
             capturer = CudaGraphs(device) if device.type == "cuda" else recorder(device)
         self.model = model
         self.cache = cache
@@ -110,7 +110,13 @@ class DecodeStep:
         return True
 
 
-def _has_hooks(model: Llama) -> bool:
-    return any(
-        module._forward_hooks or module._forward_pre_hooks for module in model.modules()
-    ) or bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
+def _is_plain(model: Llama) -> bool:
+    """Whether a step does nothing in Python that a replay would have to repeat: modules of this
+    package and torch's, without hooks."""
+    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+        return False
+    return all(
+        type(module).__module__.split(".")[0] in (__package__, "torch")
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        for module in model.modules()
+    )

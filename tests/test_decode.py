@@ -1,19 +1,30 @@
-"""The captured decode step, on the CPU: a recorder stands for CUDA graphs and replays as they do,
-the device's operations alone on the memory that they were recorded with."""
+"""The captured decode step: what serves it on the CPU; and for a GPU's, a recorder stands for CUDA
+graphs and replays as they do, the device's operations alone on the memory that they were recorded
+with."""
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from llama_fast import _cpu
+from llama_fast.backends.cpu_step import CpuRecorder
 from llama_fast.config import LlamaConfig
 from llama_fast.decode import DecodeStep
 from llama_fast.errors import FallbackWarning, PromptError
 from llama_fast.model import Llama
+from llama_fast.ops import rms_norm
+from llama_fast.quantize import Quantization, round_weight
+from llama_fast.registry import use_backend
 
 B, SLOTS = 3, 40
 
@@ -89,8 +100,10 @@ def prefilled(model: Llama):
 
 def run(model: Llama, steps: int, captured: bool, restart: bool = False):
     cache = prefilled(model)
-    graphs = RecordedGraphs(cache) if captured else None
+    graphs = RecordedGraphs(cache)
     step = DecodeStep(model, cache, graphs)
+    if not captured:
+        step.capturer = None
     tokens, found = torch.tensor([1, 2, 3]), []
     for i in range(steps):
         logits = step(tokens)
@@ -160,3 +173,110 @@ def test_cuda_graphs_give_the_same_tokens(model):
         return torch.stack(found)
 
     assert torch.equal(tokens_of(True), tokens_of(False))
+
+
+def half(model: Llama, quantize: str | None) -> Llama:
+    """A bfloat16 copy, quantised or not."""
+    made = Llama(model.config, device="cpu", dtype=torch.bfloat16).eval()
+    made.load_state_dict(model.state_dict())
+    if quantize is not None:
+        settings = Quantization.of(quantize)
+        for name, weight in dict(made.named_parameters()).items():
+            if (form := settings.of_weight(name)) is not None:
+                made.set_weight(name, round_weight(weight.detach(), form))
+    return made
+
+
+def run_on_cpu(model: Llama, steps: int, captured: bool):
+    cache = prefilled(model)
+    step = DecodeStep(model, cache)
+    assert step.capturer is not None
+    if not captured:
+        step.capturer = None
+    tokens, found = torch.tensor([1, 2, 3]), []
+    for i in range(steps):
+        logits = step(tokens)
+        found.append(logits.clone())
+        tokens = logits.argmax(-1)
+        if i == 4:
+            cache.restart(1)
+    assert (step.replay is not None) is captured
+    return torch.stack(found), cache, step
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_replays_on_the_cpu_are_the_steps_bit_for_bit(model, quantize):
+    model = half(model, quantize)
+    expected, plain, _ = run_on_cpu(model, 12, captured=False)
+    found, cache, step = run_on_cpu(model, 12, captured=True)
+    assert found.isfinite().all() and torch.equal(found, expected)
+    assert cache._lengths == plain._lengths == cache.lengths.tolist() == plain.lengths.tolist()
+    # Python between the kernels of two layers would be steps of its own.
+    assert len(step.capturer._steps) < 16
+
+
+def test_a_replay_on_the_cpu_takes_what_eager_computes(model):
+    """float32 products of many rows are torch's, and so is attention of heads of 12."""
+    config = replace(model.config, head_dim=12, n_heads=5, n_kv_heads=1)
+    torch.manual_seed(0)
+    odd = Llama(config, device="cpu").eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        expected, _, _ = run_on_cpu(odd, 8, captured=False)
+        found, _, step = run_on_cpu(odd, 8, captured=True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert any(isinstance(part, partial) for part in step.capturer._steps)
+
+
+def test_nothing_is_captured_where_a_replay_would_leave_something_out(model):
+    cache = prefilled(model)
+    with use_backend("eager"):
+        assert DecodeStep(model, cache).capturer is None
+    with use_backend("cpu", strict=True):
+        assert DecodeStep(model, cache).capturer is not None
+    with FlopCounterMode(display=False):
+        assert DecodeStep(model, cache).capturer is None
+    called = []
+    hook = model.layers[1].mlp.register_forward_hook(lambda *args: called.append(1))
+    step = DecodeStep(model, cache)
+    for _ in range(4):
+        step(torch.tensor([1, 2, 3]))
+    hook.remove()
+    assert len(called) == 4
+
+    class Counting(Llama):
+        pass
+
+    assert DecodeStep(Counting(model.config, device="cpu"), cache).capturer is None
+
+
+def test_a_step_on_the_cpu_that_asks_for_a_value_is_refused():
+    recorder = CpuRecorder(_cpu.Tape)
+    x = torch.tensor([3.0, -1.0])
+    recorder.warm_up(lambda: x * 2 if x.max() > 2 else x)
+    with pytest.raises(RuntimeError, match=r"_local_scalar_dense.* depends on a tensor's values"):
+        recorder.capture(lambda: x)
+    recorder = CpuRecorder(_cpu.Tape)
+    recorder.warm_up(lambda: x[x > 0])
+    with pytest.raises(RuntimeError, match="index"):
+        recorder.capture(lambda: x)
+
+
+def test_a_tape_belongs_to_its_thread():
+    """Kernels that another thread launches meanwhile are not recorded."""
+    x, weight = torch.randn(3, 64), torch.randn(64)
+    tape, other = _cpu.Tape(), []
+    tape.record()
+    try:
+        thread = threading.Thread(target=lambda: other.append(rms_norm(x, weight)))
+        thread.start()
+        thread.join()
+        assert len(tape) == 0
+        y = rms_norm(x, weight)
+        assert len(tape) == 1
+    finally:
+        tape.stop()
+    expected = y.clone()
+    y.zero_()
+    tape.run()
+    assert torch.equal(y, expected) and torch.equal(other[0], expected)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from llama_fast.cli.measure import bytes_per_token
+from llama_fast.decode import DecodeStep
 from llama_fast.model import Llama
 from llama_fast.registry import use_backend
 
@@ -25,20 +26,17 @@ class Ours(Contender):
         self.cache = self.model.new_cache(1, context)
         if backend is not None:
             use_backend(backend, strict=True).__enter__()  # until the process ends
+        self.decode = DecodeStep(self.model, self.cache)
 
     def prefill(self, tokens: list[int]) -> None:
         self.cache.reset()
-        self._run(tokens)
+        self.out = self.model(torch.tensor([tokens]), cache=self.cache, last_only=True)
 
     def step(self, token: int) -> None:
-        self._run([token])
+        self.out = self.decode(torch.tensor([token])).unsqueeze(1)
 
     def logits(self) -> np.ndarray:
         return self.out[0, -1].numpy()
-
-    @torch.no_grad()
-    def _run(self, tokens: list[int]) -> None:
-        self.out = self.model(torch.tensor([tokens]), cache=self.cache, last_only=True)
 
     def bytes_per_token(self, context: float) -> float:
         return bytes_per_token(self.model, context)

@@ -1,9 +1,9 @@
 """A step of many ops recorded once and replayed without Python between its kernels.
 
-A token of a small model takes some 150 calls of ops. Each streams weights through the caches, so the
-interpreter's own code and data have left them when the next call begins, and a call that takes 8 µs
-in a loop takes 80. A replay is a list of launches that C++ walks through, interrupted only by what
-torch computes itself (the embedding, a cast).
+A token of a small model takes some 150 calls of ops. Each streams weights through the caches, so
+the interpreter's own code and data have left them when the next call begins, and a call that takes
+8 µs in a loop takes 80. A replay is a list of launches that C++ walks through, interrupted only by
+what torch computes itself (the embedding, a cast).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ class CpuRecorder(TorchDispatchMode):
 
     tape_of  makes an empty `_cpu.Tape`
 
-    A replay works on the memory of the recorded step: on its arguments, with what they then hold, and
-    into its results. All of it is kept alive. What Python does besides (a branch on a value, a hook) is
-    not repeated, so a step that asks for a value, or whose shapes depend on one, is refused.
+    A replay works on the memory of the recorded step: on its arguments, with what they then hold,
+    and into its results. All of it is kept alive. What Python does besides (a branch on a value, a
+    hook) is not repeated, so a step that asks for a value, or whose shapes depend on one, is
+    refused.
     """
 
     def __init__(self, tape_of: Callable[[], Any]) -> None:
@@ -59,7 +60,7 @@ class CpuRecorder(TorchDispatchMode):
         if function.namespace == "llama_fast":
             op = OPS[function._opname]
             return self._run_op(op.run, op._complete(args))
-        if {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(function.tags):
+        if _depends_on_values(function, args):
             self._refusal = f"{function} depends on a tensor's values"
         result = function(*args, **kwargs)
         self._kept.append((args, kwargs, result))
@@ -68,7 +69,7 @@ class CpuRecorder(TorchDispatchMode):
         return result
 
     def _run_op(self, run: Callable[..., Any], args: tuple) -> Any:
-        """What its launcher launches goes on the tape, unless torch computed a part of the result."""
+        """What its launcher launches goes on the tape, unless torch computed a part of it."""
         if self._tape is None:
             self._tape = self._tape_of()
         tape, watch = self._tape, _Watch()
@@ -123,6 +124,14 @@ def _is_view(function: Any) -> bool:
     """Whether the result is the memory of an argument, unchanged."""
     returns = function._schema.returns
     return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _depends_on_values(function: Any, args: tuple) -> bool:
+    """Whether Python gets a value, or a shape that is one."""
+    if function is _aten.index.Tensor:  # by numbers, not by a mask
+        return not all(index is None or index.dtype is torch.int64 for index in args[1])
+    tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+    return not tags.isdisjoint(function.tags)
 
 
 def _again(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ShapeError
+from ..registry import interposed
 from .linear_quantized import (
     BLOCK,
     ROWS,
@@ -163,9 +164,9 @@ class QuantizedWeight(nn.Module):
 
     def rows(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The rows of `indices` (...) int64, as an embedding looks them up: (..., C_in). Only they
-        are read. Raises IndexError for an index that is no row."""
+        are read. Raises IndexError for an index that is no row, unless calls are being traced."""
         C_out, C_in = self.shape
-        if not torch.compiler.is_compiling() and indices.is_cpu and indices.numel():
+        if not interposed() and indices.is_cpu and indices.numel():
             low, high = indices.aminmax()
             if low < 0 or high >= C_out:
                 raise IndexError(
