@@ -76,6 +76,7 @@ class DecodeStep:
         self.replay: Callable[[], None] | None = None
         self.logits: Tensor | None = None
 
+    @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
         self.tokens.copy_(tokens.unsqueeze(1))
         if self.capturer is None:

@@ -20,6 +20,7 @@ from .kv_cache import KVCache
 from .nn import MLP, Attention, Embedding, LayerCache, Linear, RMSNorm, RotaryEmbedding
 from .ops import QuantizedWeight
 from .quantize import Quantization, quantization_of, round_weight
+from .registry import reserve
 
 
 class Block(nn.Module):
@@ -205,10 +206,13 @@ class Llama(nn.Module):
             for name, weight in source.tensors(progress=progress):
                 weight = weight.to(device)
                 form = settings.of_weight(name)
-                model.set_weight(name, weight if form is None else round_weight(weight, form))
+                if form is not None:
+                    weight = round_weight(weight, form).settle()
+                model.set_weight(name, weight)
         else:
             for name, shape in checkpoint.state_shapes(config).items():
-                model.set_weight(name, torch.empty(shape, device=device, dtype=model.dtype))
+                fresh = torch.empty(shape, device=device, dtype=model.dtype)
+                model.set_weight(name, reserve(fresh))
             model.tie()
             source.load_into(model.state_dict(), progress=progress)
         model.tie()

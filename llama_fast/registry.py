@@ -49,13 +49,15 @@ class Implementation(NamedTuple):
 class Backend:
     """A family of kernels: why it cannot run here at all (or nothing), and its rows by op name.
 
-    `recorder`, where there is one, makes a `decode.Capturer` for steps of its ops.
+    `recorder`, where there is one, makes a `decode.Capturer` for steps of its ops. `reserve`, where
+    there is one, readies fresh memory that weights are to fill.
     """
 
     name: str
     unavailable: list[str]
     implementations: dict[str, Implementation]
     recorder: Callable[[], Any] | None = None
+    reserve: Callable[[Tensor], Tensor] | None = None
 
 
 class Cost(NamedTuple):
@@ -385,6 +387,15 @@ def recorder(device: torch.device) -> Any:
     if backend is None or backend.unavailable or backend.recorder is None or interposed():
         return None
     return backend.recorder() if _request.get().backend in (None, first) else None
+
+
+def reserve(fresh: Tensor) -> Tensor:
+    """The tensor itself, whose memory nothing has written yet, made ready for weights as the first
+    backend of its device likes it."""
+    backend = backends().get(ORDER.get(fresh.device.type, ("eager",))[0])
+    if backend is None or backend.unavailable or backend.reserve is None:
+        return fresh
+    return backend.reserve(fresh)
 
 
 def nothing(*args: Any) -> list[str]:

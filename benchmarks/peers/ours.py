@@ -26,14 +26,15 @@ class Ours(Contender):
         self.cache = self.model.new_cache(1, context)
         if backend is not None:
             use_backend(backend, strict=True).__enter__()  # until the process ends
-        self.decode = DecodeStep(self.model, self.cache)
+        self.decode_step = DecodeStep(self.model, self.cache)
 
+    @torch.no_grad()
     def prefill(self, tokens: list[int]) -> None:
         self.cache.reset()
         self.out = self.model(torch.tensor([tokens]), cache=self.cache, last_only=True)
 
     def step(self, token: int) -> None:
-        self.out = self.decode(torch.tensor([token])).unsqueeze(1)
+        self.out = self.decode_step(torch.tensor([token])).unsqueeze(1)
 
     def logits(self) -> np.ndarray:
         return self.out[0, -1].numpy()

@@ -75,7 +75,10 @@ template <class T, int MT, int NT> static inline void tile(const Chunk<T>& c, in
     add_products<0>(w, c.stride, x, acc);
     if constexpr (D::PARTS == 2) add_products<1>(anew(w), c.stride, x, acc);
   }
+  // Without the pragmas GCC 12 keeps these loops, and with them all sums in memory.
+#pragma GCC unroll 8
   for (int m = 0; m < MT; ++m) {
+#pragma GCC unroll 8
     for (int n = 0; n < NT; ++n) {
       vf& total = c.total[(m0 + m) * BLOCK + n0 + n];
       total = total + acc[m][n];

@@ -31,6 +31,8 @@ static constexpr int CHUNK = 512;             // columns; a multiple of every gr
 static constexpr int FLOAT_CHUNK = 128, FLOAT_RUN = 32;
 static constexpr int64_t SLAB = 512;          // rows of x that are packed at a time
 static constexpr int UNPACK_FROM = 3;         // tiles of rows
+// Bytes from what is used to what is fetched: far enough to have begun before a block ends.
+static constexpr int CODES_AHEAD = 2048, SCALES_AHEAD = 512;
 
 // How the codes of a line are stored, and which codes they are.
 struct TwoNibbles {
@@ -67,6 +69,13 @@ struct Part {
   float* total;  // (MT, NT, BLOCK)
 };
 
+// Asks for what the next groups of NT blocks of scales or offsets will need.
+template <int NT> static inline void prefetch_group(const f16* p, const Part& part, int64_t g) {
+  for (int n = 0; n < NT; ++n)
+    __builtin_prefetch(reinterpret_cast<const char*>(p + n * part.scale_stride + g * BLOCK) +
+                       SCALES_AHEAD);
+}
+
 template <int MT, int NT> struct Sums { vf of[MT][NT][V]; };
 
 template <int MT, int NT> static inline Sums<MT, NT> load_totals(const Part& part) {
@@ -92,6 +101,8 @@ template <class Storage, int MT, int NT> static void add_codes(const Part& part)
   const int8_t* x = part.x.bytes;
   const int64_t lines = part.group_size / (4 * Storage::STEPS);
   for (int64_t g = 0; g < part.groups; ++g) {
+    if (MT <= 2) prefetch_group<NT>(part.scales, part, g);
+    if (MT <= 2 && part.offsets) prefetch_group<NT>(part.offsets, part, g);
     vi acc[MT][NT][V];
     for (int m = 0; m < MT; ++m)
       for (int n = 0; n < NT; ++n)
@@ -102,7 +113,7 @@ template <class Storage, int MT, int NT> static void add_codes(const Part& part)
         for (int v = 0; v < V; ++v)
           stored[n][v] = load_lanes(codes + n * part.code_stride + v * 4 * vf::W);
         // A page ends where the hardware stops to look ahead.
-        if (MT <= 2) __builtin_prefetch(codes + n * part.code_stride + 1024);
+        if (MT <= 2) __builtin_prefetch(codes + n * part.code_stride + CODES_AHEAD);
       }
       for (int step = 0; step < Storage::STEPS; ++step, x += 4 * MT) {
         vi w[NT][V];

@@ -389,6 +389,7 @@ register_backend(
         name="cpu",
         unavailable=_unavailable,
         recorder=lambda: CpuRecorder(_cpu.Tape),
+        reserve=_reserve,
         implementations={
             "attention": Implementation(_attention, _attention_unsupported),
             "linear": Implementation(_linear, limits.linear, _linear_how),

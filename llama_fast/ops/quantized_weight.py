@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ShapeError
-from ..registry import interposed
+from ..registry import interposed, reserve
 from .linear_quantized import (
     BLOCK,
     ROWS,
@@ -187,6 +187,10 @@ class QuantizedWeight(nn.Module):
             return result if result.dtype == buffer.dtype else buffer.to(result.device)
 
         return super()._apply(keep, recurse)
+
+    def settle(self) -> QuantizedWeight:
+        """Moves the buffers into memory that their device likes best for weights; returns itself."""
+        return self._apply(lambda buffer: reserve(torch.empty_like(buffer)).copy_(buffer))
 
     def extra_repr(self) -> str:
         kind = "symmetric" if self.symmetric else "with offsets"
