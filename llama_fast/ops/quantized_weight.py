@@ -189,7 +189,7 @@ class QuantizedWeight(nn.Module):
         return super()._apply(keep, recurse)
 
     def settle(self) -> QuantizedWeight:
-        """Moves the buffers into memory that their device likes best for weights; returns itself."""
+        """Moves the buffers into memory that suits weights on their device; returns itself."""
         return self._apply(lambda buffer: reserve(torch.empty_like(buffer)).copy_(buffer))
 
     def extra_repr(self) -> str:
