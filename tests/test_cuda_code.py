@@ -101,10 +101,35 @@ def test_no_kernel_spills():
     assert not spilling, "\n".join(map(str, spilling))
 
 
+@functools.cache
+def instructions() -> dict[str, list[str]]:
+    """Every kernel's instructions, of all its instances and architectures together."""
+    found: dict[str, list[str]] = {}
+    for function in dump("-sass").split("Function : ")[1:]:
+        mangled, _, code = function.partition("\n")
+        name = re.search(r"\d([a-z_]+?)_kernel", mangled)[1]
+        found.setdefault(name, []).extend(re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code))
+    return found
+
+
 @needs_cuobjdump
 def test_matrix_instructions_are_where_they_should_be():
-    with_matrices = set()
-    for function in dump("-sass").split("Function : ")[1:]:
-        if re.search(r"\b(HMMA|HGMMA)\.", function):
-            with_matrices.add(re.search(r"\d([a-z_]+?)_kernel", function.split("\n", 1)[0])[1])
-    assert with_matrices == {"linear_fwd", "attention_few", "attention_many"}
+    def kernels_with(pattern: str) -> set[str]:
+        return {
+            name
+            for name, codes in instructions().items()
+            if any(re.match(pattern, code) for code in codes)
+        }
+
+    assert kernels_with("HMMA") == {"linear_fwd", "attention_few", "attention_many"}
+    assert kernels_with("HGMMA") == kernels_with("UTMALDG") == {"attention_warpgroups"}
+
+
+@needs_cuobjdump
+def test_products_of_warpgroups_are_not_serialised():
+    """Where ptxas cannot follow the registers of a product, it waits behind each: there would be
+    more waits than the source has, four in each instance."""
+    codes = instructions()["attention_warpgroups"]
+    instances = codes.count("USETMAXREG.DEALLOC.CTAPOOL")
+    assert instances == 4  # two dtypes, two head dims
+    assert sum(code.startswith("WARPGROUP.DEPBAR") for code in codes) == 4 * instances

@@ -147,13 +147,14 @@ PYBIND11_MODULE(_cuda, m) {
                         const std::array<int64_t, 4>& q_shape,
                         const std::array<int64_t, 4>& k_shape, const Strides& q_strides,
                         const Strides& k_strides, const Strides& v_strides, bool causal,
-                        float scale, int64_t splits, uintptr_t parts, uintptr_t arrived) {
+                        float scale, bool warpgroups, int64_t splits, uintptr_t parts,
+                        uintptr_t arrived) {
     const auto [B, T, H, D] = q_shape;
     const auto strides = [](const Strides& s) { return HeadStrides{s[0], s[1], s[2]}; };
     attention(target(place),
               {DType(dtype), pointer<void>(q), pointer<void>(k), pointer<void>(v),
                pointer<void>(o), pointer<float>(lse), pointer<int64_t>(lengths), B, T, k_shape[1],
                H, k_shape[2], D, strides(q_strides), strides(k_strides), strides(v_strides),
-               causal, scale, splits, pointer<void>(parts), pointer<int>(arrived)});
+               causal, scale, warpgroups, splits, pointer<void>(parts), pointer<int>(arrived)});
   });
 }

@@ -1,12 +1,14 @@
-// o = softmax(scale · q·kᵀ) v with grouped heads. The launcher takes one of two kernels: few_queries.cuh
-// where 16 rows hold all the queries of a KV head, many_queries.cuh otherwise.
+// o = softmax(scale · q·kᵀ) v with grouped heads. The launcher takes one of three kernels:
+// few_queries.cuh where 16 rows hold all the queries of a KV head, otherwise warpgroups.cuh where it is
+// asked for and serves the call, many_queries.cuh where not.
 #include "attention/few_queries.cuh"
 #include "attention/many_queries.cuh"
+#include "attention/warpgroups.cuh"
 
 namespace llama_fast::cuda {
 
 // Every architecture that is served has this much for a block: sm_86, 89 and 120 have no more.
-constexpr size_t MOST_SHARED = 99 * 1024;
+constexpr size_t MOST_SHARED = 99 * 1024, MOST_SHARED_SM90 = 227 * 1024;
 
 template <class T, int D> static void launch_few(const Target& target, const AttentionArgs& a) {
   using Shared = FewQueriesShared<T, D>;
@@ -30,9 +32,41 @@ static void launch_many(const Target& target, const AttentionArgs& a) {
   launch(target, how, attention_many_kernel<T, D, WARPS>, a);
 }
 
+// A tensor map has no strides of 0, and a scale that is negative would make a maximum a minimum.
+static bool fits_warpgroups(const AttentionArgs& a) {
+  const auto fits = [&](const HeadStrides& stride) {
+    return (a.S == 1 || stride.t > 0) && (a.K == 1 || stride.h > 0) && (a.B == 1 || stride.b > 0);
+  };
+  return a.S > 0 && a.scale > 0.0f && fits(a.k_stride) && fits(a.v_stride);
+}
+
+template <class T, int D>
+static void launch_warpgroups(const Target& target, const AttentionArgs& a) {
+  using Shared = WarpgroupsShared<T, D>;
+  static_assert(sizeof(Shared) <= MOST_SHARED_SM90, "fits sm_90");
+  const int64_t rows = a.T * (a.H / a.K);
+  const Launch how{"attention_warpgroups",
+                   {unsigned(a.K), unsigned(ceil_div(rows, CONSUMERS * CONSUMER_ROWS)),
+                    unsigned(a.B)},
+                   {WARPGROUP_THREADS},
+                   sizeof(Shared)};
+  // (D, S, K, B); the stride of a dim of size 1 counts for nothing, and may be one that no map takes.
+  const auto map = [&](const void* data, const HeadStrides& stride) {
+    const auto bytes = [](int64_t size, int64_t stride) {
+      return uint64_t(size == 1 ? D : stride) * sizeof(T);
+    };
+    return tensor_map<T>(how, data, {D, uint64_t(a.S), uint64_t(a.K), uint64_t(a.B)},
+                         {bytes(a.S, stride.t), bytes(a.K, stride.h), bytes(a.B, stride.b)},
+                         WIDE_TILE);
+  };
+  launch(target, how, attention_warpgroups_kernel<T, D>, a, map(a.k, a.k_stride),
+         map(a.v, a.v_stride));
+}
+
 template <class T, int D> static void launch_attention(const Target& target, const AttentionArgs& a) {
   const int64_t rows = a.T * (a.H / a.K);
   if (rows <= FEW_ROWS) launch_few<T, D>(target, a);
+  else if (a.warpgroups && fits_warpgroups(a)) launch_warpgroups<T, D>(target, a);
   else if (rows <= 64) launch_many<T, D, 4>(target, a);
   else launch_many<T, D, 8>(target, a);
 }

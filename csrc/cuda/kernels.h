@@ -171,6 +171,7 @@ struct AttentionArgs {
   HeadStrides q_stride, k_stride, v_stride;
   bool causal;
   float scale;
+  bool warpgroups;  // of more queries, those of an sm_90 go to the kernel with wgmma, if it can
   // For at most 16 queries to a KV head: blocks that share its keys; if more than one, scratch of
   // attention_part_bytes(D) for each of (B, K, splits, T · H / K), and counts (B, K) that are zero
   // before and after.

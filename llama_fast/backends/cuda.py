@@ -81,6 +81,7 @@ def _multiprocessors(index: int) -> int:
 def forget_device() -> None:
     """Forgets what was found out about devices; for tests that take another module for _cuda."""
     _device_reasons.cache_clear()
+    _has_warpgroups.cache_clear()
     _multiprocessors.cache_clear()
 
 
@@ -326,6 +327,20 @@ def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> tor
     return q_out
 
 
+# Whether attention of many queries goes to the kernel with wgmma and bulk copies on sm_90. No GPU
+# has run that kernel yet, so it must be asked for: tests and benchmarks do, to compare the two.
+WARPGROUPS = False
+
+
+@functools.cache
+def _has_warpgroups(device: torch.device) -> bool:
+    """Whether the device is an sm_90 with code for sm_90a; the tests' host build runs it too."""
+    if device.type != "cuda":
+        return True
+    built = {architecture.partition("+")[0] for architecture in architectures()}
+    return "90a" in built and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 # Queries of a KV head that one tile of the matrix instructions holds: their keys are split.
 FEW_QUERIES = 16
 # Keys that are worth a block of their own.
@@ -386,6 +401,7 @@ def _attention(
         v.stride(),
         causal,
         D**-0.5 if scale is None else scale,
+        WARPGROUPS and _has_warpgroups(q.device),
         count,
         0 if parts is None else parts.data_ptr(),
         0 if arrived is None else arrived.data_ptr(),

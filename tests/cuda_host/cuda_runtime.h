@@ -13,6 +13,8 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define __CUDA_ARCH_FEAT_SM90_ALL
 
 #define threadIdx (::cuda_host::self->thread_index)
 #define blockIdx (::cuda_host::self->block_index)

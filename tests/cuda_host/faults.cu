@@ -7,6 +7,8 @@
 #include <map>
 #include <string>
 
+#include "faults.h"
+
 using namespace llama_fast::cuda;
 
 // Each thread reads what its neighbour wrote.
@@ -114,18 +116,6 @@ template <class T> static void product(const T* a, const T* b, float* c, bool tr
   float of_c[4] = {};
   mma_16x8x16<T>(of_c, of_a, of_b);
   for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = of_c[i];
-}
-
-static std::string failure;
-
-template <class Body> static const char* caught(Body body) {
-  failure.clear();
-  try {
-    body();
-  } catch (const LaunchError& error) {
-    failure = error.what();
-  }
-  return failure.c_str();
 }
 
 extern "C" {

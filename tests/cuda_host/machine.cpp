@@ -1,6 +1,7 @@
 // See machine.h.
 #include "machine.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/kernels.h"
+#include "async.h"
 #include "fibre.h"
 #include "races.h"
 
@@ -51,10 +53,12 @@ struct Copy {
 };
 
 struct Lane : Thread {
-  enum State { READY, AT_BARRIER, IN_WARP, ENDED } state;
+  enum State { READY, AT_BARRIER, TOGETHER, WAITING, ENDED } state;
   Place place;
   uint32_t mask;
+  int count;  // of the lanes that come together, a warp's or a warpgroup's
   void* args;
+  std::function<bool()> ready;
   std::vector<Copy> open;                 // copies of no group yet
   std::vector<std::vector<Copy>> groups;  // those not yet waited for, oldest first
 };
@@ -64,6 +68,7 @@ std::string kernel, failure, launches;
 std::vector<Lane> lanes;
 std::vector<std::unique_ptr<Fibre>> fibres;
 unsigned char* shared_base = nullptr;
+size_t shared_count = 0;
 const std::function<void()>* thread_body = nullptr;
 int running = 0;
 
@@ -121,30 +126,39 @@ bool open_barrier() {
   return true;
 }
 
-void run_block(size_t threads, size_t shared_size) {
+bool all_ended() {
+  return std::all_of(lanes.begin(), lanes.end(),
+                     [](const Lane& lane) { return lane.state == Lane::ENDED; });
+}
+
+void run_block(size_t threads) {
   for (size_t i = 0; i < threads; ++i) {
     lanes[i].state = Lane::READY;
     lanes[i].open.clear();
     lanes[i].groups.clear();
     fibres[i]->start(entry);
   }
-  races::start_block(shared_base, shared_size, threads);
+  races::start_block(shared_base, shared_count, threads);
+  async::start_block();
   do {
     for (bool progress = true; progress && failure.empty();) {
       progress = false;
       for (size_t i = 0; i < threads && failure.empty(); ++i) {
         const size_t next = order == 0 ? i : threads - 1 - i;
-        if (lanes[next].state != Lane::READY) continue;
+        Lane& lane = lanes[next];
+        if (lane.state == Lane::WAITING && lane.ready()) lane.state = Lane::READY;
+        if (lane.state != Lane::READY) continue;
         progress = true;
         running = static_cast<int>(next);
-        self = &lanes[next];
+        self = &lane;
         fibres[next]->resume();
       }
     }
-  } while (failure.empty() && open_barrier());
+    // A copy that outlives the block's threads is one that nobody has waited for.
+  } while (failure.empty() && (open_barrier() || (!all_ended() && async::end_a_copy())));
   for (const Lane& lane : lanes) {
     if (!failure.empty()) break;
-    if (lane.state == Lane::AT_BARRIER || lane.state == Lane::IN_WARP)
+    if (lane.state != Lane::ENDED)
       failure = name_of(lane.number) + " waits for ever at " + where(lane.place);
   }
 }
@@ -152,6 +166,7 @@ void run_block(size_t threads, size_t shared_size) {
 }  // namespace
 
 unsigned char* shared_bytes() { return shared_base; }
+size_t shared_size() { return shared_count; }
 
 void block_barrier(const Place& place) {
   Lane& lane = lanes[running];
@@ -160,25 +175,27 @@ void block_barrier(const Place& place) {
   give_way();
 }
 
-void warp_operation(const Place& place, uint32_t mask, void* args, void (*combine)(void* const*),
-                    bool orders_memory) {
+// Waits until the lanes of `mask` among the `count` from `first` on have come to this place.
+static void come_together(const Place& place, int first, int count, uint32_t mask, void* args,
+                          void (*combine)(void* const*), bool orders_memory) {
+  const auto taken = [&](int i) { return count > WARP || mask >> i & 1; };
   Lane& lane = lanes[running];
-  const int first = lane.number / WARP * WARP;
-  if (!(mask >> (lane.number - first) & 1))
-    fail(where(place) + ": " + name_of(lane.number) + " is not in its own mask");
   lane.place = place;
   lane.mask = mask;
+  lane.count = count;
   lane.args = args;
-  lane.state = Lane::IN_WARP;
-  void* all[WARP] = {};
+  lane.state = Lane::TOGETHER;
+  void* all[WARPGROUP] = {};
   bool complete = true;
-  for (int i = 0; i < WARP; ++i) {
-    if (!(mask >> i & 1)) continue;
+  for (int i = 0; i < count; ++i) {
+    if (!taken(i)) continue;
     if (first + i >= static_cast<int>(lanes.size()) || lanes[first + i].state == Lane::ENDED) {
-      fail(where(place) + ": its mask has " + name_of(first + i) + ", which has ended");
+      fail(where(place) + ": it waits for " + name_of(first + i) + ", which has ended");
     }
     const Lane& other = lanes[first + i];
-    if (other.state != Lane::IN_WARP) {
+    // Another warp may still be at an operation of its own.
+    const bool own_warp = other.number / WARP == lane.number / WARP;
+    if (other.state != Lane::TOGETHER || (other.count < count && !own_warp)) {
       complete = false;
     } else if (!same(other.place, place) || other.mask != mask) {
       fail(name_of(lane.number) + " is at " + where(place) + " and " + name_of(other.number) +
@@ -188,9 +205,32 @@ void warp_operation(const Place& place, uint32_t mask, void* args, void (*combin
   }
   if (!complete) return give_way();
   if (combine) combine(all);
-  for (int i = 0; i < WARP; ++i)
-    if (mask >> i & 1) lanes[first + i].state = Lane::READY;
+  for (int i = 0; i < count; ++i)
+    if (taken(i)) lanes[first + i].state = Lane::READY;
   if (orders_memory) races::warp_barrier(first / WARP);
+}
+
+void warp_operation(const Place& place, uint32_t mask, void* args, void (*combine)(void* const*),
+                    bool orders_memory) {
+  const int number = lanes[running].number, first = number / WARP * WARP;
+  if (!(mask >> (number - first) & 1))
+    fail(where(place) + ": " + name_of(number) + " is not in its own mask");
+  come_together(place, first, WARP, mask, args, combine, orders_memory);
+}
+
+void warpgroup_operation(const Place& place, void* args, void (*combine)(void* const*)) {
+  const int first = lanes[running].number / WARPGROUP * WARPGROUP;
+  come_together(place, first, WARPGROUP, 0xffffffffu, args, combine, false);
+}
+
+void wait_until(const Place& place, std::function<bool()> ready) {
+  Lane& lane = lanes[running];
+  while (!ready()) {
+    lane.place = place;
+    lane.ready = ready;
+    lane.state = Lane::WAITING;
+    give_way();
+  }
 }
 
 void copy_later(void* shared, const void* global, int bytes, int copied) {
@@ -218,6 +258,10 @@ void wait_for_groups(int still_open) {
 
 void reads(const void* p, size_t bytes, int by_thread) { races::read(p, bytes, by_thread); }
 void writes(void* p, size_t bytes, int by_thread) { races::write(p, bytes, by_thread); }
+void reads_by_async_proxy(const void* p, size_t bytes, int by_thread) {
+  races::read_by_async_proxy(p, bytes, by_thread);
+}
+void show_to_async_proxy() { races::show_to_async_proxy(running); }
 
 void run(const char* name, dim3 grid, dim3 block, size_t bytes, const std::function<void()>& body) {
   const size_t threads = size_t(block.x) * block.y * block.z;
@@ -240,10 +284,11 @@ void run(const char* name, dim3 grid, dim3 block, size_t bytes, const std::funct
     const size_t b = order == 0 ? i : blocks - 1 - i;
     // Fresh and exactly as large as asked, so that AddressSanitizer sees an access beyond it.
     void* fresh = nullptr;
-    if (posix_memalign(&fresh, 128, bytes ? bytes : 1)) throw std::bad_alloc();
+    if (posix_memalign(&fresh, 1024, bytes ? bytes : 1)) throw std::bad_alloc();
     const std::unique_ptr<void, decltype(&std::free)> shared(fresh, std::free);
     std::memset(fresh, 0xff, bytes);  // NaN in every float type
     shared_base = static_cast<unsigned char*>(fresh);
+    shared_count = bytes;
     for (size_t t = 0; t < threads; ++t) {
       Lane& lane = lanes[t];
       lane.number = static_cast<int>(t);
@@ -254,9 +299,10 @@ void run(const char* name, dim3 grid, dim3 block, size_t bytes, const std::funct
       lane.block_size = block;
       lane.grid_size = grid;
     }
-    run_block(threads, bytes);
+    run_block(threads);
     self = nullptr;
     if (failure.empty()) failure = races::found();
+    if (failure.empty()) failure = async::left_over();
     if (!failure.empty()) refuse("block " + std::to_string(b) + ": " + failure);
   }
 }

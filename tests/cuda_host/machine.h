@@ -4,7 +4,7 @@
 // What a kernel cannot rely on is made as unlike what it might expect as can be: shared memory starts
 // as NaN, blocks and threads run in a chosen order, and cp.async copies as late as it may. A deadlock,
 // a divergent barrier or warp operation, and (with CUDA_HOST_RACES) shared-memory accesses that no
-// barrier orders throw LaunchError.
+// barrier orders throw LaunchError. What works by itself beside the threads is in async.h.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,7 @@ struct dim3 {
 
 namespace cuda_host {
 
-constexpr int WARP = 32;
+constexpr int WARP = 32, WARPGROUP = 128;
 
 // What the running thread sees of itself.
 struct Thread {
@@ -31,8 +31,11 @@ struct Thread {
 };
 extern const Thread* self;
 
-// The shared memory of the running block.
+// The shared memory of the running block; its size; and where it begins in the addresses that PTX
+// instructions take, of which a GPU keeps the first ones for itself.
 unsigned char* shared_bytes();
+size_t shared_size();
+constexpr uint32_t SHARED_WINDOW = 1024;
 
 // Where a wait or a warp operation stands in the source: threads that meet must be at the same place.
 struct Place {
@@ -50,6 +53,12 @@ void block_barrier(const Place& place);
 void warp_operation(const Place& place, uint32_t mask, void* args, void (*combine)(void* const*),
                     bool orders_memory);
 
+// The same of the four warps of the running thread's warpgroup, all 128 lanes.
+void warpgroup_operation(const Place& place, void* args, void (*combine)(void* const*));
+
+// The running thread waits until `ready` says true.
+void wait_until(const Place& place, std::function<bool()> ready);
+
 // One cp.async of the running thread: copied when the thread waits for its group, not before.
 void copy_later(void* shared, const void* global, int bytes, int copied);
 void close_group();
@@ -58,6 +67,9 @@ void wait_for_groups(int still_open);
 // Accesses of shared memory that the compiler does not see. No-ops without CUDA_HOST_RACES.
 void reads(const void* p, size_t bytes, int by_thread);
 void writes(void* p, size_t bytes, int by_thread);
+// Matrix instructions read through the async proxy; a thread shows it what it has stored.
+void reads_by_async_proxy(const void* p, size_t bytes, int by_thread);
+void show_to_async_proxy();
 
 // Runs `body` once for each thread of the grid.
 void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,

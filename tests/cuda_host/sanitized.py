@@ -11,6 +11,7 @@ import sys
 
 import torch
 
+from llama_fast.backends import cuda
 from llama_fast.registry import OPS, use_backend
 
 from ..ops.oracle import as_tuple, assert_accurate, references
@@ -57,6 +58,10 @@ def main() -> None:
                 for dtype in case.dtypes:
                     args = case.make(torch.Generator().manual_seed(0), dtype, "cpu")
                     taken += run(op, args, f"{name} {case} {dtype}")
+                    if name == "attention":
+                        cuda.WARPGROUPS = True
+                        taken += run(op, args, f"{name} {case} {dtype}, warpgroups")
+                        cuda.WARPGROUPS = False
                     if backward := backward_arguments(op, args):
                         taken += run(OPS[backward[0]], backward[1], f"{backward[0]} {case}")
     print(f"{taken} cases")

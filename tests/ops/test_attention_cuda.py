@@ -75,6 +75,70 @@ def test_many_queries(shape, options, blocks, order):
     assert launches_of(arguments(*shape, **options), order) == [("attention_many", blocks)]
 
 
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize(
+    ("shape", "options", "blocks"),
+    [
+        ((1, 17, 17, 1, 1, 64), {}, 1),  # one tile, most of its rows and keys not there
+        ((1, 300, 300, 1, 1, 128), {}, 3),  # causal: blocks of 2, 2 and 3 tiles
+        ((1, 70, 400, 3, 1, 64), {}, 2),  # later queries, groups of 3; the second consumer idle
+        ((2, 40, 550, 8, 2, 128), {"lengths": [550, 131]}, 8),  # the last values are wiped
+        ((3, 30, 290, 1, 1, 64), {"lengths": [256, 0, -3], "causal": False}, 3),
+        ((1, 130, 60, 1, 1, 64), {"dtype": torch.float16}, 2),  # the first queries see nothing
+        ((1, 65, 257, 2, 2, 128), {"dtype": torch.float16, "causal": False}, 2),
+    ],
+)
+def test_warpgroups(shape, options, blocks, order, monkeypatch):
+    monkeypatch.setattr(cuda, "WARPGROUPS", True)
+    q, k, v, *rest = arguments(*shape, **options)
+    if rest[2] is not None:  # what lies behind a row's length is never used
+        for row, length in enumerate(rest[2]):
+            k[row, max(0, length) :] = v[row, max(0, length) :] = float("nan")
+    assert launches_of((q, k, v, *rest), order) == [("attention_warpgroups", blocks)]
+
+
+@pytest.mark.parametrize("stride", ["heads first", "fused", "one head"])
+def test_warpgroups_take_strides(stride, monkeypatch):
+    monkeypatch.setattr(cuda, "WARPGROUPS", True)
+    q, k, v, *rest = arguments(2, 33, 140, 2, 1 if stride == "one head" else 2, 64)
+    if stride == "heads first":
+        k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    elif stride == "fused":
+        k, v = torch.cat([k, v], -1).split(64, -1)
+    blocks = 2 if stride == "one head" else 4
+    assert launches_of((q, k, v, *rest)) == [("attention_warpgroups", blocks)]
+
+
+@pytest.mark.parametrize("why", ["scale", "stride", "not asked for"])
+def test_what_warpgroups_cannot_do_goes_to_the_other_kernel(why, monkeypatch):
+    monkeypatch.setattr(cuda, "WARPGROUPS", why != "not asked for")
+    q, k, v, causal, scale, *rest = arguments(2, 20, 20, 1, 1, 64)
+    if why == "scale":
+        scale = -0.1
+    if why == "stride":
+        v = v[:1].expand(2, -1, -1, -1)
+    args = q, k, v, causal, scale, *rest
+    with host.use_host(), use_backend("cuda", strict=True):
+        host.take_launches()
+        o, _ = OP(*args)
+        assert [launch.kernel for launch in host.take_launches()] == ["attention_many"]
+    torch.testing.assert_close(o, OP.eager(*args)[0], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("case", OP.cases(), ids=str)
+def test_the_ops_cases_with_warpgroups(case, monkeypatch):
+    """Those of D 64 and 128; of few queries the other kernel is right."""
+    monkeypatch.setattr(cuda, "WARPGROUPS", True)
+    for dtype in {torch.bfloat16, torch.float16} & set(case.dtypes):
+        args = case.make(torch.Generator().manual_seed(0), dtype, "cpu")
+        q, k = args[:2]
+        if q.shape[-1] not in (64, 128):
+            continue
+        many = q.numel() and k.numel() and q.shape[1] * (q.shape[2] // k.shape[2]) > 16
+        kernels = [kernel for kernel, _ in launches_of(args, order=1)]
+        assert ("attention_warpgroups" in kernels) == bool(many)
+
+
 @pytest.mark.parametrize(
     ("B", "K", "S", "multiprocessors", "expected"),
     [

@@ -5,6 +5,7 @@
 // Blocks that see the most keys come first, those of all heads side by side.
 #pragma once
 
+#include "output.cuh"
 #include "problem.cuh"
 #include "softmax.cuh"
 #include "tiles.cuh"
@@ -54,19 +55,7 @@ attention_many_kernel(AttentionArgs a) {
     __syncthreads();  // the next copy overwrites this stage
   }
   finish(softmax);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (row[i] >= problem.rows()) continue;
-    T* out = static_cast<T*>(a.o) + problem.out_row(row[i], kv, b) * D;
-    const float r = softmax.sum[i] == 0.0f ? 0.0f : 1.0f / softmax.sum[i];
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-      const uint32_t pair = pack<T>(o[n][2 * i] * r, o[n][2 * i + 1] * r);
-      memcpy(out + n * 8 + 2 * t, &pair, sizeof pair);
-    }
-    if (a.lse && t == 0)
-      a.lse[problem.lse_at(row[i], kv, b)] = log_sum(softmax.max[i], softmax.sum[i]);
-  }
+  write_rows<T, D>(a, problem, kv, b, row, softmax, o, t);
 }
 
 }  // namespace llama_fast::cuda

@@ -71,6 +71,31 @@ __device__ __forceinline__ void take_scores(Softmax& softmax, float (&scores)[N]
   }
 }
 
+// The same for scores that are not scaled yet, `scale` > 0: each takes one multiply-add instead of two
+// operations. The caller brings the output up to date with `correction`, one for each row.
+template <int N>
+__device__ __forceinline__ void take_unscaled(Softmax& softmax, float (&scores)[N][4], float scale,
+                                              float (&correction)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float max = softmax.max[i];
+#pragma unroll
+    for (int n = 0; n < N; ++n) max = fmaxf(max, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
+    max = quad_max(max);
+    const float base = base_of(max * scale);
+    correction[i] = exp2_fast(fmaf(softmax.max[i], scale, -base));
+    softmax.max[i] = max;
+    softmax.sum[i] *= correction[i];
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int j = 2 * i; j < 2 * i + 2; ++j) {
+        scores[n][j] = exp2_fast(fmaf(scores[n][j], scale, -base));
+        softmax.sum[i] += scores[n][j];
+      }
+  }
+}
+
 __device__ __forceinline__ void finish(Softmax& softmax) {
   softmax.sum[0] = quad_sum(softmax.sum[0]);
   softmax.sum[1] = quad_sum(softmax.sum[1]);

@@ -19,9 +19,10 @@ struct Launch {
   size_t shared_bytes = 0;
 };
 
-// The block's shared memory, as large as its launch says; its contents are undefined.
+// The block's shared memory, as large as its launch says; its contents are undefined. Swizzles of bulk
+// copies and matrix instructions repeat every 1024 bytes.
 template <class T> __device__ __forceinline__ T& shared_memory() {
-  extern __shared__ __align__(128) unsigned char bytes[];
+  extern __shared__ __align__(1024) unsigned char bytes[];
   return *reinterpret_cast<T*>(bytes);
 }
 
