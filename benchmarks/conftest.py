@@ -1,7 +1,12 @@
-"""`pytest benchmarks/`: options, and what pytest-benchmark's JSON says besides the times.
+"""`pytest benchmarks/`: options, and how contenders that took turns become the plugin's benchmarks.
 
-Each benchmark's `extra_info` has what a call must move and compute, the ceiling that bounds it, its
-error against float64, and from the median bytes and FLOPs a second and the part of that ceiling;
+pytest-benchmark runs one test after the other, and a machine's speed drifts meanwhile. So the first
+test of a group measures all of its contenders, round by round (`llama_fast.speed`), and each test
+then plays its own samples to the plugin: its clock is `replayed`, which every turn moves on by the
+next sample. Comparison, histogram, JSON and --benchmark-compare-fail are the plugin's own.
+
+`extra_info` has what a call must move and compute, GB/s, TFLOP/s, the ceiling that bounds it and
+the part of it that was reached, the host's time, peak memory, the error against float64;
 `machine_info` has the ceilings, the processor and the versions.
 """
 
@@ -9,19 +14,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
 from llama_fast import ceilings, machine
+from llama_fast.results import Row
+
+SHAPES, WORK, DTYPES = "1b,3b,8b,70b", "decode,prefill,training", "bfloat16,float16,float32"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("llama_fast")
-    group.addoption("--shapes", default="1b", help="models whose sizes the ops get: 1b,8b …")
-    group.addoption("--tokens", type=int, default=64, help="of a prefill")
+    group.addoption("--shapes", help=f"models whose sizes the ops get, of {SHAPES} (1b)")
+    group.addoption("--work", help=f"what a model is asked for, of {WORK} (all)")
+    group.addoption("--dtypes", help=f"of the tensors, of {DTYPES} (bfloat16)")
+    group.addoption("--full", action="store_true", help="all of these, and every matrix of a model")
+    group.addoption("--tokens", type=int, default=64, help="of a prefill and of a training step")
     group.addoption("--keys", type=int, default=8192, help="that a decoded token sees")
+    group.addoption("--layers", type=int, default=2, help="of the whole models; 0: all of them")
+    group.addoption("--rounds", type=int, default=5, help="samples of each contender")
+    group.addoption("--device", default="cpu", help="cpu, or cuda")
     group.addoption("--threads", type=int, help="CPU threads; else all cores")
 
 
@@ -30,32 +45,87 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(config.getoption("--threads"))
 
 
+def chosen(config: pytest.Config, option: str, default: str, everything: str) -> list[str]:
+    """The values of an option that takes several."""
+    text = config.getoption(option) or (everything if config.getoption("--full") else default)
+    return text.split(",")
+
+
 @functools.cache
-def measured_ceilings() -> ceilings.Ceilings:
-    return ceilings.measure("cpu")
+def measured_ceilings(device: str) -> ceilings.Ceilings:
+    return ceilings.measure(device)
 
 
 @pytest.fixture(scope="session")
-def limits() -> ceilings.Ceilings:
-    return measured_ceilings()
+def limits(pytestconfig: pytest.Config) -> ceilings.Ceilings:
+    return measured_ceilings(pytestconfig.getoption("--device"))
+
+
+def rivals(request: pytest.FixtureRequest) -> list[str]:
+    """The contenders of this test's group that were selected, in the order of the tests."""
+    group = request.node.callspec.params["case"].group
+    cases = (getattr(item, "callspec", None) for item in request.session.items)
+    cases = (spec.params["case"] for spec in cases if spec and "case" in spec.params)
+    return [case.contender for case in cases if case.group == group]
+
+
+class _Clock:
+    now = 0.0
+
+
+def replayed() -> float:
+    """The plugin's clock: seconds of the samples that have been played."""
+    return _Clock.now
+
+
+# What tests that report measured samples carry: @MEASURED.
+MEASURED = pytest.mark.benchmark(timer=replayed)
+
+
+def play(benchmark: Any, row: Row, contender: str, group: str) -> None:
+    """Hands a contender's samples to pytest-benchmark, with all that is known of them."""
+    samples = row.samples[contender]
+    upcoming = itertools.cycle(samples)
+    _Clock.now = 0.0
+
+    def turn() -> None:
+        _Clock.now += next(upcoming)
+
+    seconds, share, eager = (
+        row.seconds(contender), row.share(contender), row.times("eager", contender)
+    )  # fmt: skip
+    benchmark.group = group
+    benchmark.extra_info.update(
+        contender=contender,
+        bytes=row.bytes,
+        flops=row.flops,
+        gigabytes_per_second=row.bytes / seconds / 1e9 if row.bytes else None,
+        teraflops=row.flops / seconds / 1e12 if row.flops else None,
+        ceiling=row.ceiling,
+        part_of_ceiling=share,
+        times_eager=eager,
+        host_seconds=row.host.get(contender),
+        peak_memory_bytes=row.memory.get(contender),
+        error_against_float64=row.errors.get(contender),
+        too_noisy=row.too_noisy,
+        row={**dataclasses.asdict(row), **NOT_OF_THE_ROW},
+    )
+    benchmark.pedantic(turn, rounds=len(samples))
+
+
+# Each contender's own, which its benchmark has; and the run's, which is in machine_info.
+NOT_OF_THE_ROW: dict[str, Any] = {
+    key: {} for key in ("samples", "errors", "host", "memory", "measured_with", "missing")
+}
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    found = measured_ceilings()
+    found = measured_ceilings(config.getoption("--device"))
     machine_info["llama_fast"] = {
         **machine.describe(found.isa),
+        "threads": torch.get_num_threads(),
         "ceilings": dataclasses.asdict(found),
-        "versions": machine.versions("pytest-benchmark", "triton"),
+        "versions": machine.versions(
+            "pytest-benchmark", "triton", "transformers", "liger-kernel", "flash-attn", "flashinfer"
+        ),
     }
-
-
-def pytest_benchmark_update_json(
-    config: pytest.Config, benchmarks: list, output_json: dict[str, Any]
-) -> None:
-    for entry in output_json["benchmarks"]:
-        info, median = entry["extra_info"], entry["stats"]["median"]
-        if "bytes" in info:
-            info["gigabytes_per_second"] = info["bytes"] / median / 1e9
-            info["teraflops"] = info["flops"] / median / 1e12
-        if info.get("seconds_at_ceiling") is not None:
-            info["part_of_ceiling"] = info["seconds_at_ceiling"] / median

@@ -28,18 +28,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import elementwise, kernels, memory, models, record
-from benchmarks.record import OURS, Goal, Row
+from benchmarks import elementwise, kernels, memory, models
 from benchmarks.worker import Worker, WorkerError, run_apart
-from llama_fast import ceilings, machine
+from llama_fast import ceilings, machine, results
 from llama_fast.ceilings import Ceilings
 from llama_fast.cli.options import DEMO
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import LlamaFastError
+from llama_fast.results import OURS, Goal, Row
 from llama_fast.timing import ratio
 from llama_fast.workloads import Work
 
 RESULTS = Path(__file__).parent / "results"
+PEERS = ("transformers", "llama-cpp-python", "gguf", "numpy")
 
 # What each row must reach: times as fast as a peer, or the part of a ceiling.
 DECODE = {
@@ -244,7 +245,7 @@ def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
 
     installed = importlib.util.find_spec("llama_cpp") is not None
     facts = run_apart(llama_cpp_says, threads=given.threads) if installed else None
-    versions = record.versions(facts)
+    versions = {**machine.versions(*PEERS), "llama.cpp": facts}
     with Worker(CeilingsProbe, threads=given.threads) as probe:
         say("measuring the ceilings")
         found: Ceilings = probe.ask("measure")
@@ -257,7 +258,7 @@ def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
                 found = probe.ask("measure")
             row = rows[name](found)
             row.measured_with = {
-                "date": record.today(),
+                "date": results.today(),
                 "shape": given.shape,
                 "threads": given.threads,
                 "ceilings": dataclasses.asdict(found),
@@ -265,7 +266,7 @@ def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
             }
             done.append(row)
             show(console, row)
-            record.save(path, where, done)
+            results.save(path, where, done)
     if len(done) > 1:
         console.print(table_of(done))
     console.print(f"written to {path}", markup=False)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 import llama_fast.ops  # noqa: F401  registers the ops
 from benchmarks import elementwise
-from benchmarks.record import OURS
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import WrongResultError
 from llama_fast.registry import OPS, Op, use_backend
+from llama_fast.results import OURS
 from llama_fast.speed import TOLERANCE, distance, outputs
 from llama_fast.timing import OtherPrograms, interleaved
 from llama_fast.workloads import Work, workloads

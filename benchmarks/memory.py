@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.models import Models, prompt_of
-from benchmarks.record import OURS, Goal, Row
 from benchmarks.worker import WorkerError, run_apart
+from llama_fast.results import OURS, Goal, Row
 
 TOKENS = 4
 
@@ -40,7 +40,7 @@ def peak(models: Models, form: str, quantize: str | None, gigabytes: float) -> R
 
 def _load_and_decode(folder: Path, threads: int, quantize: str | None, tokens: list[int]) -> float:
     from benchmarks.peers.ours import Ours
-    from llama_fast.cli.measure import resident_peak
+    from llama_fast.memory import resident_peak
 
     ours = Ours(folder, len(tokens) + TOKENS, quantize)
     ours.prefill(tokens)

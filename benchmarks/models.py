@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.record import OURS, Goal, Row
 from benchmarks.worker import Worker, WorkerError, run_apart
 from llama_fast.atomic import atomic_file
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import WrongResultError
+from llama_fast.results import OURS, Goal, Row
 from llama_fast.timing import OtherPrograms, interleaved, ratio
 
 HOW_TO_INSTALL = "pip install -c constraints.txt '.[bench,peers]'"

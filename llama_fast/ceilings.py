@@ -21,12 +21,14 @@ except ImportError:
 BYTES = 256 * 2**20  # several times the last cache of most machines
 REPEATS = 5
 SECONDS = 0.2
+PRODUCT = 8192  # rows and columns, large enough for any GPU to reach its best
 
 
 @dataclass(frozen=True)
 class Ceilings:
     """Bytes a second of a plain read and of a copy (both directions counted), FLOP/s of float32
-    multiply-adds and of the fastest bf16 instruction; None where that cannot be measured."""
+    multiply-adds and of the fastest bf16 instruction, on a GPU those of torch's largest products;
+    None where that cannot be measured."""
 
     device: str
     threads: int
@@ -46,8 +48,8 @@ def measure(device: str = "cpu") -> Ceilings:
         isa=_cpu.isa() if on_cpu and _cpu is not None else None,
         read=read_bandwidth(device),
         copy=copy_bandwidth(device),
-        float32=multiply_add_rate(pairs=False) if on_cpu else None,
-        bfloat16=multiply_add_rate(pairs=True) if on_cpu else None,
+        float32=multiply_add_rate(pairs=False) if on_cpu else _cuda_product(device, torch.float32),
+        bfloat16=multiply_add_rate(pairs=True) if on_cpu else _cuda_product(device, torch.bfloat16),
     )
 
 
@@ -118,9 +120,22 @@ def _cuda_copy(device: torch.device) -> float:
     return 2 * BYTES / _shortest(copy)
 
 
+@functools.cache
+def _cuda_product(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of square matrices, in float32 as torch has been told to round it."""
+    n = PRODUCT
+    x, y = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+
+    def product() -> None:
+        torch.mm(x, y)
+        torch.cuda.synchronize(device)
+
+    return 2 * n**3 / _shortest(product)
+
+
 def forget() -> None:
     """Lets the next calls measure anew: on a machine that others use too, ceilings change."""
-    for measured in (_cpu_read, _cpu_copy, _cpu_multiply_add, _cuda_copy):
+    for measured in (_cpu_read, _cpu_copy, _cpu_multiply_add, _cuda_copy, _cuda_product):
         measured.cache_clear()
 
 

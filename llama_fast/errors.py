@@ -35,6 +35,10 @@ class WrongResultError(LlamaFastError):
     """What was to be timed computed something else than its definition says."""
 
 
+class ResultsError(LlamaFastError):
+    """A file of measured figures that cannot be read, or is another machine's."""
+
+
 class ShapeError(LlamaFastError):
     """A tensor given to an op whose shape, dtype, device or layout does not fit."""
 

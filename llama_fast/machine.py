@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,20 +40,41 @@ def describe(isa: str | None) -> dict[str, Any]:
     return found
 
 
-def file_name(found: dict[str, Any], threads: int) -> str:
-    """A stem for its results: intel-xeon-gold-6330-cpu-2.00ghz-avx512-vnni-2-threads."""
+def file_name(found: dict[str, Any], threads: int, device: str = "cpu") -> str:
+    """A stem for its results: intel-xeon-gold-6330-cpu-2.00ghz-avx512-vnni-2-threads, nvidia-h200.
+
+    threads  of the CPU, where it was that which was measured
+    """
+    if device != "cpu":
+        index = int(device.partition(":")[2] or 0)
+        return re.sub(r"[^a-z0-9.]+", "-", found["gpus"][index].lower()).strip("-")
     cpu = re.sub(r"\((?:r|tm)\)", "", found["cpu"].lower())
     kind = next((f for f in ("amx_bf16", "avx512_bf16", "avx512_vnni") if f in found["flags"]), "")
     words = f"{cpu} {kind or found['isa'] or ''} {threads} threads"
     return re.sub(r"[^a-z0-9.]+", "-", words).strip("-")
 
 
-def versions(*packages: str) -> dict[str, str | None]:
-    """Of this package, Python and torch, and of `packages` too; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+def versions(*packages: str) -> dict[str, Any]:
+    """Of this package and its commit, Python and torch, and of `packages` too; None for what is not
+    installed."""
+    found: dict[str, Any] = {"python": platform.python_version(), "commit": _commit()}
     for package in ("llama_fast", "torch", *packages):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def _commit() -> str | None:
+    """Of the repository whose file this is, and whether it has changes; None where it is none's."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        known = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True)
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
+    except FileNotFoundError:
+        return None
+    if known.returncode or head.returncode:
+        return None
+    return head.stdout.decode().strip() + (" with changes" if changed.stdout else "")

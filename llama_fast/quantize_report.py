@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint, Progress
 from .model import Llama
 from .nn import Embedding, Linear
+from .numerics import relative_rms
 from .ops import QuantizedWeight
 from .quantize_folder import check_tokens, layers
 
@@ -94,7 +95,7 @@ def compare(
                 hook.remove()
             ours = other(*ours, cos, sin, None)
             exact = theirs[0].float() + theirs[1].float()
-            report.layers.append(_relative(ours[0].float() + ours[1].float() - exact, exact))
+            report.layers.append(relative_rms(ours[0].float() + ours[1].float(), exact))
         elif part == "norm":
             theirs, ours = module(*theirs)[0], other(*ours)[0]
         else:
@@ -139,14 +140,9 @@ def _observe(
             group_size=weight.group_size,
             symmetric=weight.symmetric,
             weights=math.sqrt(change / size) if size else 0.0,
-            outputs=_relative(other(inputs).float() - exact, exact),
+            outputs=relative_rms(other(inputs), exact),
         )
     )
-
-
-def _relative(change: Tensor, exact: Tensor) -> float:
-    size = float(exact.square().sum())
-    return math.sqrt(float(change.square().sum()) / size) if size else 0.0
 
 
 def _guesses(

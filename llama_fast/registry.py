@@ -215,6 +215,11 @@ class Op:
             launch = self._learn(key, args)
         return launch(*args)
 
+    @property
+    def writes(self) -> bool:
+        """Whether a call changes some of its arguments, as its schema says."""
+        return bool(self._written)
+
     def run(self, *args: Any) -> Any:
         """Checks the arguments, chooses an implementation and launches it; no autograd."""
         self.check(*args)

@@ -1,8 +1,8 @@
-"""How fast each backend serves an op, beside the eager reference and the machine's ceilings.
+"""How fast each contender serves an op, beside the eager reference and the machine's ceilings.
 
-The backends take turns, round by round. The arguments change from call to call, so that they come
-from memory as they do in a model, unless they are to be warm. An output that is not the reference's
-is an error, not a time.
+The contenders take turns, round by round. On the CPU the arguments change from call to call, so
+that they come from memory as they do in a model, unless they are to be warm; on a GPU its cache is
+emptied between calls. An output that is not the reference's is an error, not a time.
 """
 
 from __future__ import annotations
@@ -12,184 +12,311 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import contenders
 from .ceilings import BYTES, Ceilings
-from .errors import WrongResultError
-from .registry import OPS, Cost, Op, use_backend
-from .timing import TOO_BUSY, TOO_NOISY, OtherPrograms, interleaved, ratio, spread
-from .workloads import Work
+from .config import LlamaConfig
+from .errors import BackendError, WrongResultError
+from .memory import extra_memory
+from .numerics import relative_rms
+from .registry import OPS, Cost, Op, wrapped_launches
+from .results import Row
+from .timing import OtherPrograms, interleaved, interleaved_on_gpu
+from .workloads import Work, workloads
 
-SAMPLE = 0.02  # seconds that one sample takes at least, in as many calls as that needs
+SAMPLE = 0.02  # seconds that one sample takes at least on a CPU, in as many calls as that needs
+ROUNDS_ON_GPU = 6  # of one call each, for every sample asked for
 SETS = 64  # of arguments, at most
 # Of an output's own root mean square, by the dtype: rounding, not another result.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+# Bytes of float64 copies up to which the reference is made of them, and of float32 ones beyond.
+EXACT_BYTES = 6e9
+
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
+# The op makes its gradients in the forward pass: only both passes together compare.
+GRADIENT_IN_FORWARD = ("linear_cross_entropy",)
+# What a call costs besides its kernel is timed on a model as small as this.
+SMALL = LlamaConfig(
+    dim=64, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=64, vocab_size=64
+)
 
 
-@dataclass
-class Speed:
-    """One backend's measurement.
-
-    samples   seconds of one call, a value a round
-    bytes, flops   what a call must move and compute at least
-    ceiling   "read", "copy", "float32", "bfloat16" or "int8": what bounds the call
-    share     how near it comes to that ceiling; None where it was not measured
-    error     distance from the eager reference, relative to its size (root mean squares)
-    others    part of the processors' time that other programs took meanwhile
-    times_eager  how many times faster than the eager reference; None where that was not timed
-    """
-
-    workload: str
-    shape: str
-    work: str
-    dtype: str
-    backend: str
-    samples: list[float]
-    bytes: int
-    flops: int
-    ceiling: str
-    share: float | None
-    error: float
-    others: float | None
-    times_eager: float | None
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.samples)
-
-    @property
-    def too_noisy(self) -> bool:
-        return spread(self.samples) > TOO_NOISY or (self.others or 0) > TOO_BUSY
-
-    def record(self) -> dict[str, Any]:
-        return {
-            **dataclasses.asdict(self),
-            "median": self.median,
-            "spread": spread(self.samples),
-            "bytes_per_second": self.bytes / self.median,
-            "flops_per_second": self.flops / self.median,
-            "too_noisy": self.too_noisy,
-        }
-
-
-def why_not(op: Op, args: tuple, name: str) -> list[str]:
-    """Why a backend cannot serve the call, in sentences; nothing where it can."""
-    with use_backend(name):
-        return op.explain(*args).reasons[name]
+def passes(op: Op) -> tuple[str, ...]:
+    """Those of an op that can be timed."""
+    if op.gradient is None:
+        return (FORWARD,)
+    return (FORWARD, BOTH if op.name in GRADIENT_IN_FORWARD else BACKWARD)
 
 
 def measure(
     workload: str,
     make: Callable[[int], tuple],
-    names: list[str],
+    names: Sequence[str],
     *,
     shape: str,
     work: Work,
     ceilings: Ceilings,
+    which: str = FORWARD,
     rounds: int = 5,
     warm: bool = False,
-) -> list[Speed]:
-    """Times the backends on one of `llama_fast.workloads`; all of them must serve it.
+    thorough: bool = False,
+    failed: dict[str, Exception] | None = None,
+) -> Row:
+    """Times contenders (`llama_fast.contenders`) on one of `llama_fast.workloads`.
 
-    warm  the same arguments in every call, so that they may lie in a cache
-    Raises WrongResultError for an output that is not the eager reference's.
+    which     one of `passes(op)`; backward is the gradients of random gradients of the outputs
+    warm      the same arguments in every call, so that they may lie in a cache
+    thorough  also the host's time of a call, and the memory that it takes
+    failed    takes the exceptions of contenders that fail or are wrong; the others are timed
+    A backend that cannot serve the pass goes to the row's `missing`.
+    Raises WrongResultError for an output that is not the eager reference's, and whatever else a
+    contender raises, where there is no `failed` to take it.
     """
     op = OPS[workload.split()[0]]
     first = make(0)
+
+    def untouched() -> tuple:
+        return make(0) if op.writes else first
+
     floats = next(x for x in first if isinstance(x, Tensor) and x.is_floating_point())
-    least = op.cost(*first)
-    sets = 1 if warm else max(1, min(SETS, BYTES // max(1, least.bytes)))
-    inputs = [first, *(make(seed) for seed in range(1, sets))]
+    dtype, device = floats.dtype, floats.device
     with torch.no_grad():
-        expected = outputs(op, op.eager(*make(0)))  # an op may write its arguments
-        errors = {name: _error(op, name, make(0), expected, floats.dtype) for name in names}
-        calls = {name: _Sample(op, name, inputs) for name in names}
-        with OtherPrograms([os.getpid()]) as others:
-            seconds = interleaved(calls, rounds)
-    bound, least_seconds = at_best(op, least, expected, floats.dtype, ceilings)
-    found = []
+        results = outputs(op, op.eager(*untouched()))
+    least = cost(op, untouched(), which)
+    row = _row(workload, shape, work, dtype, which, warm, least)
+    expected = _reference(op, untouched(), which)
+    once: dict[str, _Call] = {}
     for name in names:
-        samples = [value / calls[name].count for value in seconds[name]]
-        found.append(
-            Speed(
-                workload=workload,
-                shape=shape,
-                work=str(work),
-                dtype=str(floats.dtype).removeprefix("torch."),
-                backend=name,
-                samples=samples,
-                bytes=least.bytes,
-                flops=least.flops,
-                ceiling=bound,
-                share=None if least_seconds is None else least_seconds / statistics.median(samples),
-                error=errors[name],
-                others=others.share,
-                times_eager=ratio(seconds, "eager", name) * calls[name].count / calls["eager"].count
-                if "eager" in calls
-                else None,
-            )
-        )
-    return found
+        try:
+            # The first call compiles, where there is something to compile.
+            found = _Call(op, contenders.call(name, op), [untouched()], which)
+            row.errors[name] = _error(found, name, expected, dtype)
+            once[name] = found
+        except BackendError as error:  # such as one without a kernel for the backward pass
+            row.missing[name] = str(error)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = error
+    del expected
+    row.ceiling, row.at_best = at_best(op, least, results, dtype, ceilings)
+    if device.type == "cuda":
+        times = interleaved_on_gpu(once, ROUNDS_ON_GPU * rounds, warm=warm)
+        row.samples = times.seconds
+        row.host = {name: statistics.median(values) for name, values in times.host.items()}
+    else:
+        sets = 1 if warm else max(1, min(SETS, BYTES // max(1, least.bytes)))
+        inputs = [first, *(make(seed) for seed in range(1, sets))]
+        _time_on_cpu(row, op, once, inputs, which, rounds)
+        if thorough and which == FORWARD:
+            for name in once:
+                # torch.compile would compile anew for the small shape.
+                if name != contenders.COMPILED and (host := host_seconds(workload, name, dtype)):
+                    row.host[name] = host
+    if thorough:
+        for name, call in once.items():
+            call.prepare()
+            if (extra := extra_memory(call, device)) is not None:
+                row.memory[name] = extra
+    return row
 
 
-class _Sample:
-    """As many calls as take SAMPLE seconds, each with the next arguments."""
+def _row(
+    workload: str,
+    shape: str,
+    work: Work,
+    dtype: torch.dtype,
+    which: str,
+    warm: bool,
+    least: Cost,
+) -> Row:
+    kind = str(dtype).removeprefix("torch.")
+    words = [workload, shape, str(work), kind, which, *(["warm"] if warm else [])]
+    return Row(
+        name=", ".join(words),
+        what=", ".join(words),
+        unit="GB/s",
+        work=least.bytes / 1e9,
+        call={
+            "op": workload.split()[0],
+            "workload": workload,
+            "shape": shape,
+            "work": work.name,
+            **{key: value for key, value in dataclasses.asdict(work).items() if key != "name"},
+            "dtype": kind,
+            "pass": which,
+            "warm": warm,
+        },
+        bytes=least.bytes,
+        flops=least.flops,
+    )
 
-    def __init__(self, op: Op, backend: str, inputs: list[tuple]) -> None:
-        self.op, self.backend = op, backend
+
+def _time_on_cpu(
+    row: Row,
+    op: Op,
+    once: dict[str, _Call],
+    inputs: list[tuple],
+    which: str,
+    rounds: int,
+) -> None:
+    # Graphs of as many calls as a sample has are held at once.
+    most = None if which == FORWARD else max(1, BYTES // max(1, row.bytes))
+    calls = {name: _Call(op, first.call, inputs, which) for name, first in once.items()}
+    for call in calls.values():
+        call.repeat(SAMPLE, most)
+    with OtherPrograms([os.getpid()]) as others:
+        seconds = interleaved(calls, rounds)
+    row.others = others.share
+    row.samples = {
+        name: [value / calls[name].count for value in values] for name, values in seconds.items()
+    }
+
+
+class _Call:
+    """`count` calls of a contender, each with the next arguments; what a backward pass needs is
+    made by `prepare`, outside of the time."""
+
+    def __init__(self, op: Op, call: Callable[..., Any], inputs: list[tuple], which: str) -> None:
+        self.op, self.call, self.which, self.count = op, call, which, 1
         self.next = itertools.cycle(inputs).__next__
-        self.count, seconds = 1, 0.0
+        self.ready: list[tuple] = []
+
+    def prepare(self) -> None:
+        if self.which == BACKWARD:
+            self.ready = [self._graph(self.next()) for _ in range(self.count)]
+
+    def __call__(self) -> Any:
+        found = None
+        if self.which == FORWARD:
+            with torch.no_grad():
+                for _ in range(self.count):
+                    found = self.call(*self.next())
+        elif self.which == BACKWARD:
+            for graph in self.ready:
+                found = torch.autograd.grad(*graph)
+            self.ready = []
+        else:
+            for _ in range(self.count):
+                loss, leaves, _ = self._graph(self.next())
+                found = (*loss, *torch.autograd.grad(loss[0], leaves))
+        return found
+
+    def _graph(self, args: tuple) -> tuple[tuple, list, tuple]:
+        """What torch.autograd.grad takes: the outputs, the inputs with a gradient, gradients."""
+        args, leaves = with_leaves(self.op, args)
+        found = outputs(self.op, self.call(*args))
+        return found, leaves, gradients_of(found)
+
+    def repeat(self, seconds: float, most: int | None) -> None:
+        """Sets `count` so that all its calls take that long."""
         while True:
+            self.prepare()
             start = time.perf_counter()
             self()
-            seconds = time.perf_counter() - start
-            if seconds >= SAMPLE:
-                break
-            self.count = max(2 * self.count, int(self.count * SAMPLE / seconds))
+            took = time.perf_counter() - start
+            if took >= seconds or self.count == most:
+                return
+            count = max(2 * self.count, int(self.count * seconds / took))
+            self.count = count if most is None else min(most, count)
 
-    def __call__(self) -> None:
-        with use_backend(self.backend, strict=True):
-            for _ in range(self.count):
-                args = self.next()
-                self.op(*args)
-        if not args[0].is_cpu:
-            torch.cuda.synchronize(args[0].device)
+
+def with_leaves(op: Op, args: tuple) -> tuple[tuple, list[Tensor]]:
+    """The arguments, of which those that have a gradient are leaves that ask for it; and these."""
+    names = [argument.name for argument in op._torch_op._schema.arguments]
+    args = tuple(
+        x.detach().requires_grad_()
+        if isinstance(x, Tensor) and x.is_floating_point() and name not in op.constants
+        else x
+        for name, x in zip(names, args, strict=True)
+    )
+    return args, [x for x in args if isinstance(x, Tensor) and x.requires_grad]
+
+
+def gradients_of(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Normal numbers, the same for every contender in every dtype."""
+    generator = torch.Generator(found[0].device).manual_seed(0)
+    return tuple(
+        torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        .normal_(generator=generator)
+        .to(torch.bfloat16)  # what any dtype holds
+        .to(x.dtype)
+        for x in found
+    )
 
 
 def outputs(op: Op, found: Any) -> tuple[Tensor, ...]:
     """Those that the op is for, not those that only its gradient needs."""
     if isinstance(found, Tensor):
         return (found,)
-    return tuple(found)[: len(found) - op.auxiliary]
+    found = tuple(found)
+    declared = len(op._torch_op._schema.returns)
+    return found[: declared - op.auxiliary] if len(found) == declared else found
 
 
 def distance(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     """Of the farthest output: the root mean square of the difference, relative to that of what is
     expected."""
-    return max(
-        ((one.double() - other.double()).norm() / other.double().norm()).item()
-        for one, other in zip(found, expected, strict=True)
+    return max(relative_rms(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def _reference(op: Op, args: tuple, which: str) -> tuple[Tensor, ...]:
+    """What the pass gives by the eager definition in float64 (in float32 where that is too large):
+    outputs, gradients, or both."""
+    size = sum(x.numel() for x in args if isinstance(x, Tensor) and x.is_floating_point())
+    exact = torch.float64 if 8 * size <= EXACT_BYTES else torch.float32
+    args = tuple(
+        x.to(exact) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args
     )
+    if which == FORWARD:
+        with torch.no_grad():
+            return outputs(op, op.eager(*args))
+    args, leaves = with_leaves(op, args)
+    if op.name in GRADIENT_IN_FORWARD:
+        with torch.no_grad():
+            loss, *gradients = op.eager(*args)
+        return (loss, *(x for x in gradients if x.numel()))
+    found = outputs(op, op.eager(*args))
+    return torch.autograd.grad(found, leaves, gradients_of(found))
 
 
-def _error(
-    op: Op, name: str, args: tuple, expected: tuple[Tensor, ...], dtype: torch.dtype
-) -> float:
-    if name == "eager":
-        return 0.0
-    with use_backend(name, strict=True):
-        error = distance(outputs(op, op(*args)), expected)
+def _error(call: _Call, name: str, expected: tuple[Tensor, ...], dtype: torch.dtype) -> float:
+    call.prepare()
+    found = call()
+    if call.which == FORWARD:
+        found = outputs(call.op, found)
+    error = distance(found, expected)
     if not error <= TOLERANCE[dtype]:
         raise WrongResultError(
-            f"{op.name} on {name} is {error:.2g} of its size away from the eager reference; "
-            f"at most {TOLERANCE[dtype]:g} is rounding, so its time means nothing"
+            f"{call.op.name} ({call.which}) by {name} is {error:.2g} of its size away from the "
+            f"eager reference; at most {TOLERANCE[dtype]:g} is rounding, so its time means nothing"
         )
     return error
+
+
+def cost(op: Op, args: tuple, which: str) -> Cost:
+    """What a pass must move and compute at least: a backward pass what the ops do that it calls."""
+    if which != BACKWARD:
+        return op.cost(*args)
+    counted: list[Cost] = []
+
+    def count(called: Op, backend: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any) -> Any:
+            counted.append(called.cost(*args))
+            return launch(*args)
+
+        return counting
+
+    call = _Call(op, contenders.call("eager", op), [args], which)
+    call.prepare()
+    with wrapped_launches(count):
+        call()
+    return Cost(sum(one.bytes for one in counted), sum(one.flops for one in counted))
 
 
 def at_best(
@@ -207,7 +334,8 @@ def at_best(
     """
     written = sum(result.numel() for result in results) * dtype.itemsize
     memory = "copy" if written > least.bytes / 4 else "read"
-    arithmetic = "bfloat16" if dtype is torch.bfloat16 else "float32"
+    halves = (torch.bfloat16, torch.float16) if results[0].is_cuda else (torch.bfloat16,)
+    arithmetic = "bfloat16" if dtype in halves else "float32"
     bandwidth, rate = getattr(ceilings, memory), getattr(ceilings, arithmetic)
     moving = least.bytes / bandwidth if bandwidth else None
     computing = least.flops / rate if rate else None
@@ -216,3 +344,21 @@ def at_best(
     if op.name == "linear_quantized":
         return "int8", None
     return arithmetic, computing
+
+
+def host_seconds(workload: str, name: str, dtype: torch.dtype, calls: int = 200) -> float | None:
+    """Processor time of a call with next to nothing to compute, the least of some batches; None
+    where the contender does not serve a shape so small."""
+    op = OPS[workload.split()[0]]
+    args = workloads(op.name, SMALL, Work.decode(8), dtype=dtype)[workload](0)
+    if contenders.why_not(name, op, args):
+        return None
+    call = contenders.call(name, op)
+    best = float("inf")
+    with torch.no_grad():
+        for _ in range(4):
+            start = time.process_time()
+            for _ in range(calls):
+                call(*args)
+            best = min(best, (time.process_time() - start) / calls)
+    return best

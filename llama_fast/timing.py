@@ -1,19 +1,26 @@
 """Interleaved timing: every contender once a round, so a machine whose speed drifts is fair.
 
-A run that is too noisy says so: by the spread of its samples, and by how busy the processors were
-with other programs, which may slow every sample down alike.
+On a GPU a call is timed between two events, with nothing of its tensors left in the L2 cache, and
+the time that the host takes to launch it is measured apart. A run that is too noisy says so: by the
+spread of its samples, and by how busy the processors were with other programs, which may slow every
+sample down alike.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 # Relative spread beyond which a median says little.
 TOO_NOISY = 0.10
 # Part of the processors' time that other programs may take.
 TOO_BUSY = 0.05
+# Twice the largest L2 cache of a GPU: writing as much leaves nothing else in it.
+FLUSHED = 256 * 2**20
+MOST_FLUSHES = 50  # what takes the host longer than these is no launch
 
 
 def interleaved(
@@ -21,18 +28,112 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each call by name: one warm-up, then `rounds` rounds of all in turn.
 
+    A contender with a method `prepare` has it called before each of its turns, untimed.
+
     pause  seconds of rest before each call, in which the threads of the one before go to sleep
     """
     for call in contenders.values():
+        _prepare(call)
         call()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
+            _prepare(call)
             time.sleep(pause)
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+class DeviceTimes(NamedTuple):
+    """Of each contender by name: seconds of a call on the device, and what launching it cost the
+    host."""
+
+    seconds: dict[str, list[float]]
+    host: dict[str, list[float]]
+
+
+def interleaved_on_gpu(
+    contenders: dict[str, Callable[[], object]],
+    rounds: int = 30,
+    *,
+    warm: bool = False,
+    cuda: Any = None,
+    flush: Callable[[], object] | None = None,
+) -> DeviceTimes:
+    """As `interleaved`, by the GPU's own clock.
+
+    Before each call FLUSHED bytes are written, so its tensors come from memory, and as often as it
+    takes for the host to queue the call meanwhile: its time is then no part of the device's.
+
+    warm   the contender is called once more, untimed, after the flush: its tensors may be in L2
+    cuda   torch.cuda, or what stands for it
+    flush  what empties the cache; else it is made on the current device
+    """
+    if cuda is None:
+        import torch
+
+        cuda = torch.cuda
+    flush = flush or _flush()
+    flushes: dict[str, int] = {}
+    for name, call in contenders.items():
+        _prepare(call)
+        call()  # the next one finds what this one has compiled and allocated
+        flushes[name] = _flushes_for(call, cuda, flush)
+    events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in contenders}
+    host: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            before, after = (cuda.Event(enable_timing=True) for _ in range(2))
+            _prepare(call)
+            cuda.synchronize()  # what was prepared is no part of the time, and the queue is empty
+            for _ in range(flushes[name]):
+                flush()
+            if warm:
+                call()
+                _prepare(call)
+            before.record()
+            start = time.perf_counter()
+            call()
+            host[name].append(time.perf_counter() - start)
+            after.record()
+            events[name].append((before, after))
+    cuda.synchronize()
+    seconds = {
+        name: [before.elapsed_time(after) / 1e3 for before, after in pairs]  # of milliseconds
+        for name, pairs in events.items()
+    }
+    return DeviceTimes(seconds, host)
+
+
+def _flush() -> Callable[[], object]:
+    import torch
+
+    return torch.empty(FLUSHED, dtype=torch.uint8, device="cuda").zero_
+
+
+def _flushes_for(call: Callable[[], object], cuda: Any, flush: Callable[[], object]) -> int:
+    """How many flushes outlast what launching the call takes, with half as much to spare."""
+    flush()
+    before, after = (cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    flush()
+    after.record()
+    _prepare(call)
+    cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    host = time.perf_counter() - start
+    cuda.synchronize()
+    one = before.elapsed_time(after) / 1e3
+    return max(1, min(MOST_FLUSHES, math.ceil(1.5 * host / one))) if one > 0 else 1
+
+
+def _prepare(call: Callable[[], object]) -> None:
+    prepare = getattr(call, "prepare", None)
+    if prepare is not None:
+        prepare()
 
 
 def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:

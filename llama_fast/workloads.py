@@ -16,10 +16,8 @@ from torch import Tensor
 from .config import LlamaConfig
 from .errors import ConfigError
 from .ops.linear_quantized import packed_shapes
+from .quantize import NAMED
 from .rope import rope_tables
-
-# Forms of quantised weights: bits, columns that share a scale.
-QUANTIZED = {"int8": (8, 64), "int4": (4, 32)}
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,15 @@ class Work:
     def prefill(cls, tokens: int) -> Work:
         return cls("prefill", 1, tokens, tokens)
 
+    @classmethod
+    def training(cls, tokens: int, batch: int = 1) -> Work:
+        """Whole sequences of that many tokens, each of which sees those before it."""
+        return cls("training", batch, tokens, tokens)
+
     def __str__(self) -> str:
         of = f", {self.keys} keys" if self.keys != self.tokens else ""
-        return f"{self.name}, {self.batch * self.tokens} token{'s' * (self.tokens > 1)}{of}"
+        many = f"{self.batch} × " if self.batch > 1 else ""
+        return f"{self.name}, {many}{self.tokens} token{'s' * (self.tokens > 1)}{of}"
 
 
 class _Maker:
@@ -116,6 +120,8 @@ def _kv_append(m: _Maker) -> tuple:
 
 
 def _attention(m: _Maker) -> tuple:
+    if m.work.name == "training":  # without a cache
+        return *m.heads(), True, None, None, False
     return m.heads()[0], m.cache(), m.cache(), True, None, m.lengths(), False
 
 
@@ -184,9 +190,10 @@ def workloads(
     if op == "linear":
         return {f"linear {name}": maker(_linear, *shape) for name, shape in matrices.items()}
     if op == "linear_quantized":
+        forms = {form: (q.mlp.bits, q.mlp.group_size) for form, q in NAMED.items()}
         return {
             f"linear_quantized {name} {form}": maker(_linear_quantized, *shape, *sizes)
-            for form, sizes in QUANTIZED.items()
+            for form, sizes in forms.items()
             for name, shape in matrices.items()
         }
     raise ConfigError(f"no model calls an op named {op!r}; there are {', '.join(NAMES)}")

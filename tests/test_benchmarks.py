@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu, models, record, table
-from benchmarks.record import Goal, Row
+from benchmarks import cpu, models
 from benchmarks.worker import Worker, WorkerError
-from llama_fast import machine
+from llama_fast import machine, results
 from llama_fast.checkpoint import write_random
 from llama_fast.config import LlamaConfig, RopeScaling
 from llama_fast.errors import WrongResultError
+from llama_fast.results import Row
 from llama_fast.timing import OtherPrograms, interleaved, ratio, spread
 
 _cpu = pytest.importorskip("llama_fast._cpu", reason="the C++ kernels are not built")
@@ -34,7 +34,7 @@ needs_llama_cpp = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def measured(tmp_path_factory):
     """Some rows of a run of two rounds, with every contender that is installed."""
     path = tmp_path_factory.mktemp("bench") / "results.json"
     code = cpu.main(
@@ -56,15 +56,15 @@ def results(tmp_path_factory):
     return path
 
 
-def test_the_results_hold_every_sample_and_what_they_were_measured_with(results):
-    found = json.loads(results.read_text())
+def test_the_results_hold_every_sample_and_what_they_were_measured_with(measured):
+    found = json.loads(measured.read_text())
     assert found["machine"]["isa"] == _cpu.isa() and found["machine"]["cores"] >= 1
     assert list(found["rows"]) == ["decode bf16", "attention query", "call"]
     assert set(found["rows"]["attention query"]["samples"]) == {"llama_fast", "SDPA"}
     row = found["rows"]["decode bf16"]
     contenders = {"llama_fast", "transformers"} | ({"llama.cpp bf16"} if PEER else set())
     assert set(row["samples"]) == contenders
-    assert set(row["missing"]) == {"llama.cpp bf16"} - contenders
+    assert set(row.get("missing", {})) == {"llama.cpp bf16"} - contenders
     for name, seconds in row["samples"].items():
         assert len(seconds) == 2 and min(seconds) > 0
         assert row["medians"][name] == pytest.approx(2 / statistics.median(seconds), rel=1e-4)
@@ -74,7 +74,7 @@ def test_the_results_hold_every_sample_and_what_they_were_measured_with(results)
         ratio(row["samples"], "transformers", "llama_fast"), rel=1e-4
     )
     assert 0 < goals["of read bandwidth"]["value"] < 100
-    used = row["measured_with"]
+    used = found["runs"][row["run"]]
     assert used["shape"] == "demo" and used["threads"] == 1
     assert used["versions"]["torch"] == metadata.version("torch")
     assert used["ceilings"]["read"] > 1e8 and used["ceilings"]["bfloat16"] > 1e8
@@ -216,45 +216,14 @@ def test_other_programs_are_seen():
     assert shares[1] > shares[0] and shares[1] > 0.2 / os.cpu_count()
 
 
-def test_goals_hold_or_not():
-    assert Goal("× peer", 1.6, 1.6).holds and not Goal("× peer", 1.6, 1.59).holds
-    assert Goal("µs", 5.0, 4.0, at_most=True).holds
-    assert Goal("× peer", 1.6, None).holds is None
-    assert str(Goal("µs", 5.0, 4.0, at_most=True)) == "≤ 5 µs"
-
-
-def test_a_run_updates_its_rows_and_keeps_the_others(tmp_path):
-    path, where = tmp_path / "results.json", {"cpu": "one"}
-    rows = [Row(name, "", "µs", None, {"op": [1.0, 2.0]}) for name in ("a", "b")]
-    record.save(path, where, rows)
-    record.save(path, where, [Row("b", "new", "µs", None, {"op": [3.0]})])
-    found = record.load(path)["rows"]
-    assert found["a"]["samples"] == {"op": [1.0, 2.0]} and found["b"]["what"] == "new"
-    with pytest.raises(ValueError, match="another machine"):
-        record.save(path, {"cpu": "other"}, rows)
-
-
 def test_a_machine_has_a_name_for_its_file():
     found = {"cpu": "Intel(R) Xeon(R) Gold 6330 CPU @ 2.00GHz", "isa": "avx512"}
     found["flags"] = ["avx2", "avx512_vnni"]
     expected = "intel-xeon-gold-6330-cpu-2.00ghz-avx512-vnni-2-threads"
     assert machine.file_name(found, 2) == expected
-
-
-def test_the_table_is_made_from_the_results(results, tmp_path, capsys):
-    assert table.main([str(results)]) == 0
-    text = capsys.readouterr().out
-    median = json.loads(results.read_text())["rows"]["decode bf16"]["medians"]["llama_fast"]
-    assert f"| {median:.3g} tok/s | transformers " in text and "× transformers (goal ≥ 4" in text
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    assert table.main([str(results), "--write", str(page)]) == 0
-    written = page.read_text()
-    assert written.startswith("before\n") and written.endswith("\nafter\n")
-    assert text.strip() in written and "old" not in written
-    page.write_text("no marks")
-    with pytest.raises(ValueError, match="must have one line"):
-        table.main([str(results), "--write", str(page)])
+    found["gpus"] = ["NVIDIA H200", "NVIDIA L4"]
+    assert machine.file_name(found, 2, "cuda") == "nvidia-h200"
+    assert machine.file_name(found, 2, "cuda:1") == "nvidia-l4"
 
 
 # --- pytest benchmarks/ -----------------------------------------------------------------------
@@ -277,13 +246,19 @@ def test_the_pytest_suite_writes_its_fields(tmp_path):
     found = json.loads(path.read_text())
     where = found["machine_info"]["llama_fast"]
     assert where["ceilings"]["read"] > 1e8 and where["versions"]["torch"]
+    assert where["threads"] == 1
     entries = {entry["extra_info"]["contender"]: entry for entry in found["benchmarks"]}
     assert set(entries) == {"cpu", "eager"}
     for entry in entries.values():
         info, median = entry["extra_info"], entry["stats"]["median"]
-        assert entry["group"] == "rms_norm, 1b, decode, 1 token, 8192 keys, forward"
-        assert info["bytes"] == 3 * 2048 * 2 and info["threads"] == 1
+        assert entry["group"] == "rms_norm, 1b, decode, 1 token, 8192 keys, bfloat16, forward"
+        assert info["bytes"] == 3 * 2048 * 2 and len(entry["stats"]["data"]) == 5
+        assert info["host_seconds"] > 0 and info["times_eager"] > 0
         assert info["gigabytes_per_second"] == pytest.approx(info["bytes"] / median / 1e9)
         assert info["teraflops"] == pytest.approx(info["flops"] / median / 1e12)
         assert info["ceiling"] == "copy" and 0 < info["part_of_ceiling"] < 2
         assert 0 < info["error_against_float64"] < 0.02
+    (row,) = results.load(path).rows.values()
+    assert set(row.samples) == {"cpu", "eager"} and row.samples["cpu"] == pytest.approx(
+        entries["cpu"]["stats"]["data"]
+    )

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fast import checkpoint, config, registry
+from llama_fast import checkpoint, config, registry, results
 from llama_fast.checkpoint import open_checkpoint, write_random
 from llama_fast.cli import app, main, measure, options
 from llama_fast.generate import generate
@@ -546,17 +546,46 @@ def test_bench_times_the_ops(run, monkeypatch, tmp_path):
         *("--keys", 9, "--rounds", 2, "--backends", "eager,cpu,cuda", "--json", file),
     )
     assert code == 0
-    assert re.search(r"swiglu +1b +decode, 1 token, 9 keys +eager +[\d.,]+ µs", out)
-    assert re.search(r"linear_quantized head int4 +1b +prefill, 5 tokens +cpu ", out)
+    assert re.search(r"swiglu +1b +decode, 1 token, 9 keys +forward +eager +[\d.,]+ µs", out)
+    assert re.search(r"linear_quantized head int4 +1b +prefill, 5 tokens +forward +cpu ", out)
     assert "swiglu: cuda cannot serve it: " in err
-    content = json.loads(file.read_text())
-    assert content["machine"]["isa"] == "avx9" and content["versions"]["torch"]
-    assert len(content["results"]) == 2 * 2 * (1 + 10)
-    for row in content["results"]:
-        assert len(row["samples"]) == 2 and row["median"] > 0 and row["error"] < 0.02
-        assert row["share"] is None or row["share"] > 0
-    eager = [row["times_eager"] for row in content["results"] if row["backend"] == "eager"]
-    assert eager == pytest.approx([1.0] * len(eager))
+    found = results.load(file)
+    assert found.machine["isa"] == "avx9" and len(found.rows) == 2 * (1 + 10)
+    for row in found.rows.values():
+        assert row.measured_with["versions"]["torch"] and row.measured_with["threads"] == 1
+        assert set(row.samples) == {"eager", "cpu"} == set(row.errors)
+        assert len(row.samples["cpu"]) == 2 and row.seconds("cpu") > 0 and row.errors["cpu"] < 0.02
+        assert row.at_best is None or row.share("cpu") > 0
+        assert row.times("eager", "eager") == 1.0
+
+
+def test_bench_times_gradients_peers_and_several_lengths(run, monkeypatch, tmp_path):
+    from llama_fast import ceilings, contenders, speed
+
+    found = ceilings.Ceilings("cpu", 1, "avx9", 1e9, 2e9, 3e9, None)
+    monkeypatch.setattr(ceilings, "measure", lambda device: found)
+    monkeypatch.setattr(config.LlamaConfig, "preset", lambda name: TINY)
+    monkeypatch.setattr(speed, "SAMPLE", 1e-4)
+    monkeypatch.setattr(contenders, "COMPILED", "none")  # compiling takes long
+    monkeypatch.setattr(contenders, "PEERS", (*contenders.TORCH, *contenders.LIBRARIES))
+    file = tmp_path / "speed.json"
+    code, _, err = run(
+        *("bench", "attention", "kv_append", "--work", "decode,training", "--tokens", "3,5"),
+        *("--keys", "9,17", "--rounds", 2, "--peers", "--json", file),
+    )
+    assert code == 0
+    assert "kv_append has no gradient: training does not call it" in err
+    assert "attention: flash-attn cannot serve it" in err
+    rows = results.load(file).rows
+    attention = [row.call for row in rows.values() if row.call["op"] == "attention"]
+    assert sorted((call["work"], call["keys"]) for call in attention) == [
+        ("decode", 9), ("decode", 17), ("training", 3), ("training", 5),
+    ]  # fmt: skip
+    for row in rows.values():
+        if row.call["op"] == "attention":
+            assert {"eager", "torch", "torch math"} <= set(row.samples)
+    code, _, err = run("bench", "--tokens", "many")
+    assert code == 2 and "--tokens is many" in err
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from llama_fast import speed
+from llama_fast import contenders, speed
 from llama_fast.ceilings import Ceilings
 from llama_fast.config import LlamaConfig
-from llama_fast.errors import WrongResultError
+from llama_fast.errors import BackendError, WrongResultError
+from llama_fast.memory import extra_memory, resident_peak
 from llama_fast.registry import OPS, Cost, Implementation, backends
-from llama_fast.workloads import Work, workloads
+from llama_fast.workloads import NAMES, Work, workloads
 
 pytest.importorskip("llama_fast._cpu", reason="the C++ kernels are not built")
 TINY = LlamaConfig(
@@ -24,42 +30,118 @@ def short(monkeypatch):
     monkeypatch.setattr(speed, "SAMPLE", 1e-4)
 
 
-def measure(op: str, **more):
-    work = Work.prefill(6)
-    make = workloads(op, TINY, work)[op]
+def measure(op: str, names=("cpu", "eager"), work=None, **more):
+    work = work or Work.prefill(6)
+    make = workloads(op, TINY, work, gradient=work.name == "training")[op]
     return speed.measure(
-        op, make, ["cpu", "eager"], shape="tiny", work=work, ceilings=CEILINGS, rounds=2, **more
+        op, make, names, shape="tiny", work=work, ceilings=CEILINGS, rounds=2, **more
     )
 
 
-def test_a_wrong_kernel_has_no_time(monkeypatch):
-    right = backends()["cpu"].implementations["rms_norm"]
+@pytest.fixture
+def replace(monkeypatch):
+    """Puts a function of the launcher in the place of a CPU launcher."""
 
-    def wrong(x, weight, eps):
-        return right.launch(x, weight, eps) * 1.05
+    def put(op: str, change) -> None:
+        right = backends()["cpu"].implementations[op]
+        monkeypatch.setitem(
+            backends()["cpu"].implementations,
+            op,
+            Implementation(change(right.launch), right.unsupported),
+        )
+        OPS[op].forget_order()
 
-    monkeypatch.setitem(
-        backends()["cpu"].implementations, "rms_norm", Implementation(wrong, right.unsupported)
-    )
+    yield put
+    monkeypatch.undo()
     OPS["rms_norm"].forget_order()
-    try:
-        with pytest.raises(WrongResultError, match=r"cpu is 0\.0[45]\d* of its size away"):
-            measure("rms_norm")
-    finally:
-        monkeypatch.undo()
-        OPS["rms_norm"].forget_order()
-    assert measure("rms_norm")[0].error < 0.01
+
+
+def test_a_wrong_kernel_has_no_time(replace):
+    replace("rms_norm", lambda right: lambda *args: right(*args) * 1.05)
+    with pytest.raises(WrongResultError, match=r"by cpu is 0\.0[45]\d* of its size away"):
+        measure("rms_norm")
+    failed: dict[str, Exception] = {}
+    row = measure("rms_norm", failed=failed)
+    assert isinstance(failed["cpu"], WrongResultError) and set(row.samples) == {"eager"}
+
+
+def test_a_right_kernel_has_its_error():
+    assert 0 < measure("rms_norm").errors["cpu"] < 0.01
 
 
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("op", ["swiglu", "kv_append", "attention", "linear_cross_entropy"])
 def test_shares_are_those_of_the_ceiling(op, warm):
-    for found in measure(op, warm=warm):
-        assert len(found.samples) == 2 and min(found.samples) > 0
-        limit = getattr(CEILINGS, found.ceiling)
-        amount = found.bytes if found.ceiling in ("read", "copy") else found.flops
-        assert found.share == pytest.approx(amount / limit / found.median)
-        assert found.times_eager > 0 and found.record()["median"] == found.median
+    row = measure(op, warm=warm)
+    for name, samples in row.samples.items():
+        assert len(samples) == 2 and min(samples) > 0
+        limit = getattr(CEILINGS, row.ceiling)
+        amount = row.bytes if row.ceiling in ("read", "copy") else row.flops
+        assert row.share(name) == pytest.approx(amount / limit / row.seconds(name))
+        assert row.times("eager", name) > 0
+    assert row.times("eager", "eager") == 1.0 and row.times("eager", "nobody") is None
+
+
+@pytest.mark.parametrize("op", [name for name in NAMES if OPS[name].gradient is not None])
+def test_gradients_are_timed_and_right(op):
+    """All float inputs, in every contender that has them here; linear by its first matrix."""
+    work = Work.training(6)
+    made = workloads(op, TINY, work, gradient=True)
+    workload, make = next(iter(made.items()))
+    args, which = make(0), speed.passes(OPS[op])[-1]
+    names = [
+        name
+        for name in ("eager", *contenders.peers(OPS[op]))
+        if name != contenders.COMPILED
+        and not contenders.why_not(name, OPS[op], args, gradient=True)
+    ]
+    row = speed.measure(
+        workload, make, names, shape="tiny", work=work, ceilings=CEILINGS, which=which, rounds=2
+    )
+    assert set(row.samples) == set(names) and row.call["pass"] == which
+    assert max(row.errors.values()) < speed.TOLERANCE[torch.bfloat16]
+
+
+def test_a_wrong_gradient_is_refused(monkeypatch):
+    swiglu = OPS["swiglu"]
+    right = swiglu.gradient
+    monkeypatch.setattr(swiglu, "gradient", lambda *args: tuple(1.1 * g for g in right(*args)))
+    with pytest.raises(WrongResultError, match=r"swiglu \(backward\) by eager is 0\.1"):
+        measure("swiglu", ["eager"], Work.training(6), which=speed.BACKWARD)
+
+
+def test_a_backend_without_a_gradient_is_missing():
+    """What serves the forward pass may have no kernel for the other one."""
+    row = measure("attention", ["cpu", "eager"], Work.training(6), which=speed.BACKWARD)
+    assert set(row.samples) | set(row.missing) == {"cpu", "eager"} and "eager" in row.samples
+
+
+def test_a_backward_pass_is_credited_with_what_its_ops_do():
+    x, weight = torch.randn(8, 32).bfloat16(), torch.randn(32).bfloat16()
+    found = speed.cost(OPS["rms_norm"], (x, weight, 1e-5), speed.BACKWARD)
+    assert found == OPS["rms_norm_backward"].cost(x, x, weight, 1e-5)
+    w, y = torch.randn(16, 32).bfloat16(), torch.randn(8, 16).bfloat16()
+    found = speed.cost(OPS["linear"], (x, w), speed.BACKWARD)
+    assert found.flops == 2 * 2 * 8 * 16 * 32  # dx and dw
+    assert found.bytes == 2 * (x.nbytes + w.nbytes + y.nbytes)
+    assert speed.cost(OPS["linear"], (x, w), speed.FORWARD) == OPS["linear"].cost(x, w)
+
+
+def test_the_thorough_run_knows_host_and_memory():
+    row = measure("linear_cross_entropy", thorough=True, work=Work.prefill(600))
+    assert 1e-7 < min(row.host.values()) and max(row.host.values()) < 0.1
+    if extra_memory(lambda: None) is None:
+        pytest.skip("this system does not say what memory a process gains")
+    assert set(row.memory) == {"cpu", "eager"}
+
+
+def test_memory_of_a_call_is_seen():
+    if extra_memory(lambda: None) is None:
+        pytest.skip("this system does not say what memory a process gains")
+    nbytes = 64 * 2**20
+    found = extra_memory(lambda: torch.ones(nbytes, dtype=torch.uint8))
+    assert nbytes <= found < 1.5 * nbytes
+    assert resident_peak() > nbytes
 
 
 def test_what_bounds_a_call():
@@ -74,7 +156,69 @@ def test_what_bounds_a_call():
 
 
 def test_reasons_name_what_cannot_serve():
-    args = workloads("rms_norm", TINY, Work.decode(8))["rms_norm"](0)
-    assert speed.why_not(OPS["rms_norm"], args, "cpu") == []
-    assert speed.why_not(OPS["rms_norm"], args, "eager") == []
-    assert speed.why_not(OPS["rms_norm"], args, "cuda")
+    op, args = OPS["rms_norm"], workloads("rms_norm", TINY, Work.decode(8))["rms_norm"](0)
+    assert contenders.why_not("cpu", op, args) == []
+    assert contenders.why_not("eager", op, args) == []
+    assert contenders.why_not("torch", op, args) == []
+    assert contenders.why_not("cuda", op, args)
+    assert contenders.why_not("torch", OPS["swiglu"], args) == [
+        "torch has no swiglu in one function"
+    ]
+    (why,) = contenders.why_not("flash-attn", OPS["attention"], args)
+    assert "not installed" in why or "needs a GPU" in why
+    kv = workloads("kv_append", TINY, Work.decode(8))["kv_append"](0)
+    assert contenders.why_not("cpu", OPS["kv_append"], kv, gradient=True) == [
+        "kv_append has no gradient"
+    ]
+    with pytest.raises(BackendError, match="no contender is named 'cublas'; there are cpu, "):
+        contenders.why_not("cublas", op, args)
+
+
+def test_sdpa_is_asked_for_what_it_means_as_we_do():
+    """Its causal mask is aligned at the first key: a prompt after others is not the same there."""
+    op, work = OPS["attention"], Work("prefill", 1, 3, 9)
+    args = workloads("attention", TINY, work)["attention"](0)
+    (why,) = contenders.why_not("torch", op, args)
+    assert "aligned at the first key" in why
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "attention"])
+def test_what_torch_has_agrees(op):
+    for work in (Work.decode(9), Work.prefill(6)):
+        row = measure(op, ["torch", "eager"], work)
+        assert set(row.samples) == {"torch", "eager"}
+
+
+LIGER = """
+import torch
+import tests.triton_interpreter
+import llama_fast.ops
+from llama_fast import contenders, speed
+from llama_fast.registry import OPS
+from llama_fast.workloads import NAMES, Work, workloads
+from tests.test_speed import TINY
+
+for name in ("rope", "linear_cross_entropy"):
+    op = OPS[name]
+    args = workloads(name, TINY, Work.prefill(6), dtype=torch.float32)[name](0)
+    found = speed.outputs(op, contenders.call("liger-kernel", op)(*args))
+    expected = speed.outputs(op, op.eager(*args))
+    print(name, speed.distance(found, expected))
+"""
+
+
+def test_liger_is_asked_for_the_same():
+    """Its kernels in Triton's interpreter: the arguments are handed over as it takes them. Those
+    that call a method of a number (its norms, swiglu) run on a GPU alone."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed: '.[peers]'")
+    done = subprocess.run(
+        [sys.executable, "-c", LIGER],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    errors = dict(line.split() for line in done.stdout.splitlines())
+    assert set(errors) == {"rope", "linear_cross_entropy"}
+    assert max(map(float, errors.values())) < 1e-5

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llama_fast"
 
 # What each room of the house may import from the package, besides itself and `errors`.
-BASE = {"registry", "atomic"}
+BASE = {"registry", "atomic", "numerics"}
 OPS_LAYER = BASE | {"ops"}
 PARTS = OPS_LAYER | {"config", "rope", "kv_cache", "quantize", "nn"}
 MODEL = PARTS | {"checkpoint", "model"}
@@ -24,6 +24,8 @@ MAY_IMPORT = {
     "errors": set(),
     "atomic": set(),
     "environment": set(),
+    "numerics": set(),
+    "memory": set(),
     "registry": set(),
     "ops": BASE,
     "backends": OPS_LAYER | {"environment", "_cpu", "_cuda", "triton_kernels"},
@@ -37,7 +39,10 @@ MAY_IMPORT = {
     "workloads": PARTS,
     "machine": set(),
     "profiling": MODEL | {"ceilings", "speed", "timing", "train", "triton_kernels", "workloads"},
-    "speed": OPS_LAYER | {"ceilings", "timing", "workloads"},
+    "results": {"atomic", "timing"},
+    "contenders": BASE,
+    "speed": PARTS | {"ceilings", "contenders", "memory", "results", "timing", "workloads"},
+    "report": {"atomic", "machine", "results"},
     "checkpoint": {"atomic", "config", "quantize", "special_tokens", "tokenizer"},
     "model": MODEL,
     "gptq": PARTS,

@@ -18,9 +18,12 @@ from .init import init
 from .options import Debug
 from .profile import profile
 from .quantize import quantize
+from .report import report
 from .tokenize import tokenize
 
-COMMANDS = (generate, info, tokenize, convert, quantize, init, doctor, bench, profile)
+COMMANDS = (
+    generate, info, tokenize, convert, quantize, init, doctor, bench, profile, report
+)  # fmt: skip
 
 app = typer.Typer(
     add_completion=False,

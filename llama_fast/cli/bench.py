@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,11 +14,11 @@ from .tune import tune_here
 
 if TYPE_CHECKING:
     from ..ceilings import Ceilings
-    from ..speed import Speed
+    from ..results import Row
 
-COLUMNS = ("op", "shape", "work", "backend", "time", "spread", "GB/s", "GFLOP/s", "of ceiling",
-           "× eager")  # fmt: skip
-WORK = ("decode", "prefill")
+COLUMNS = ("op", "shape", "work", "pass", "contender", "time", "spread", "GB/s", "GFLOP/s",
+           "of ceiling", "× eager")  # fmt: skip
+WORK = ("decode", "prefill", "training")
 
 
 @example("llama-fast bench rms_norm attention --shapes 1b,8b --work decode,prefill")
@@ -38,14 +37,30 @@ def bench(
         str, typer.Option(metavar="SIZES", help="Models whose sizes the ops get: 1b,8b …")
     ] = "1b",
     work: Annotated[
-        str, typer.Option(metavar="KINDS", help="decode (one token), prefill (a prompt), or both.")
+        str,
+        typer.Option(
+            metavar="KINDS",
+            help="decode (one token), prefill (a prompt), training (which times the gradients).",
+        ),
     ] = "decode",
-    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Of a prompt.")] = 512,
-    keys: Annotated[int, typer.Option(min=1, metavar="N", help="Seen by a decoded token.")] = 8192,
+    tokens: Annotated[
+        str, typer.Option(metavar="N", help="Of a prompt or a training step; several: 512,2048 …")
+    ] = "512",
+    keys: Annotated[
+        str, typer.Option(metavar="N", help="Seen by a decoded token; several: 1024,8192 …")
+    ] = "8192",
     backends: Annotated[
         str | None,
         typer.Option(metavar="NAMES", help="cpu,eager …", show_default="all that serve the call"),
     ] = None,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers",
+            help="Also torch.compile, torch's own functions, liger-kernel, flash-attn, flashinfer: "
+            "those that have the op and can run here.",
+        ),
+    ] = False,
     dtype: Annotated[DType, typer.Option(help="Of the tensors.")] = DType.bfloat16,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Samples of each.")] = 5,
@@ -61,7 +76,13 @@ def bench(
         ),
     ] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write every sample there.")
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Also write every sample there, for llama-fast report; rows that the file has of "
+            "other calls stay.",
+        ),
     ] = None,
     threads: Threads = None,
     debug: Debug = False,
@@ -73,37 +94,47 @@ def bench(
     near the call comes to it.
     """
     from .. import ceilings as measured
-    from .. import machine
+    from .. import machine, results
 
     set_threads(threads)
     if ceilings:
         _show_ceilings()
         return
-    wanted = _wanted(ops, shapes, work, tokens, keys)
+    wanted = _wanted(ops, shapes, work, _numbers("--tokens", tokens), _numbers("--keys", keys))
     if tune:
         tune_here(wanted, dtype.torch)
         return
     names = _order(device) if backends is None else backends.split(",")
     found = measured.measure(device)
-    speeds: list[Speed] = []
-    with growing(table(*COLUMNS, numbers=True)) as rows:
-        for speed in _speeds(wanted, found, names, dtype, device, rounds, warm):
-            speeds.append(speed)
-            rows.add_row(*_cells(speed))
-    if any(speed.too_noisy for speed in speeds):
+    measured_with = {
+        "date": results.today(),
+        "threads": found.threads,
+        "ceilings": vars(found),
+        "versions": machine.versions("triton"),
+    }
+    done: list[Row] = []
+    thorough = json_file is not None
+    with growing(table(*COLUMNS, numbers=True)) as lines:
+        for row in _rows(wanted, found, names, peers, dtype, device, rounds, warm, thorough):
+            row.measured_with = measured_with
+            done.append(row)
+            for contender in row.samples:
+                lines.add_row(*_cells(row, contender))
+    if any(row.too_noisy for row in done):
         note("~ too noisy: samples that spread over a tenth, or other programs that were busy")
     if json_file is not None:
-        content = {
-            "machine": machine.describe(found.isa),
-            "versions": machine.versions("triton"),
-            "ceilings": vars(found),
-            "results": [speed.record() for speed in speeds],
-        }
-        _write(json_file, content)
+        results.save(json_file, machine.describe(found.isa), done)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise typer.BadParameter(f"{option} is {text}; it must be whole numbers from 1: 512,2048")
+    return [int(part) for part in parts]
 
 
 def _wanted(
-    ops: list[str] | None, shapes: str, work: str, tokens: int, keys: int
+    ops: list[str] | None, shapes: str, work: str, tokens: list[int], keys: list[int]
 ) -> list[tuple[str, str, Any, Any]]:
     """(op, name of the shape, config, work) of everything to time, checked before any of it."""
     from ..config import LlamaConfig
@@ -115,11 +146,16 @@ def _wanted(
     kinds = work.split(",")
     if unknown := [kind for kind in kinds if kind not in WORK]:
         raise typer.BadParameter(f"--work is {', '.join(unknown)}; it must be {' or '.join(WORK)}")
-    works = {"decode": Work.decode(keys), "prefill": Work.prefill(tokens)}
+    works = {
+        "decode": [Work.decode(n) for n in keys],
+        "prefill": [Work.prefill(n) for n in tokens],
+        "training": [Work.training(n) for n in tokens],
+    }
     return [
-        (op, name, LlamaConfig.preset(name), works[kind])
+        (op, name, LlamaConfig.preset(name), one)
         for name in shapes.split(",")
         for kind in kinds
+        for one in works[kind]
         for op in ops or NAMES
     ]
 
@@ -139,66 +175,75 @@ def _order(device: str) -> Sequence[str]:
     return ORDER[kind]
 
 
-def _speeds(
+def _rows(
     wanted: list[tuple[str, str, Any, Any]],
     ceilings: Ceilings,
     names: Sequence[str],
+    peers: bool,
     dtype: DType,
     device: str,
     rounds: int,
     warm: bool,
-) -> Iterator[Speed]:
-    """Each measurement when it is there; backends that cannot serve are named."""
+    thorough: bool,
+) -> Iterator[Row]:
+    """Each measurement when it is there; contenders that cannot take part are named."""
+    from .. import contenders
     from ..registry import OPS
-    from ..speed import measure, why_not
+    from ..speed import FORWARD, measure, passes
     from ..workloads import workloads
 
     for op, shape, config, work in wanted:
-        made = workloads(op, config, work, dtype=dtype.torch, device=device)
+        training = work.name == "training"
+        which = passes(OPS[op])[-1] if training else FORWARD
+        if training and which == FORWARD:
+            note(f"{op} has no gradient: training does not call it")
+            continue
+        made = workloads(op, config, work, dtype=dtype.torch, device=device, gradient=training)
         for workload, make in made.items():
             args = make(0)
-            refused = {name: why_not(OPS[op], args, name) for name in names}
-            for name, why in refused.items():
+            able = []
+            for name in [*names, *(contenders.peers(OPS[op]) if peers else ())]:
+                why = contenders.why_not(name, OPS[op], args, gradient=training)
                 if why:
                     note(f"{workload}: {name} cannot serve it: {'; '.join(why)}")
-            able = [name for name, why in refused.items() if not why]
-            yield from measure(
+                else:
+                    able.append(name)
+            row = measure(
                 workload,
                 make,
                 able,
                 shape=shape,
                 work=work,
                 ceilings=ceilings,
+                which=which,
                 rounds=rounds,
                 warm=warm,
+                thorough=thorough,
             )
+            for why in row.missing.values():
+                note(f"{workload}, {which}: {why}")
+            yield row
 
 
-def _cells(speed: Speed) -> list[str]:
-    from ..timing import spread
+def _cells(row: Row, contender: str) -> list[str]:
+    from ..workloads import Work
 
-    median = speed.median
-    share = "" if speed.share is None else f"{speed.share:.0%} {speed.ceiling}"
-    eager = "" if speed.times_eager is None else f"{speed.times_eager:.2f}"
+    seconds, share = row.seconds(contender), row.share(contender)
+    eager = row.times("eager", contender)
+    call = row.call
     return [
-        speed.workload,
-        speed.shape,
-        speed.work,
-        speed.backend,
-        f"{median * 1e6:,.1f} µs" if median < 1e-2 else f"{median * 1e3:,.1f} ms",
-        f"{spread(speed.samples):.0%}{' ~' if speed.too_noisy else ''}",
-        f"{speed.bytes / median / 1e9:,.1f}",
-        f"{speed.flops / median / 1e9:,.1f}",
-        share,
-        eager,
+        call["workload"],
+        call["shape"],
+        str(Work(call["work"], call["batch"], call["tokens"], call["keys"])),
+        call["pass"],
+        contender,
+        f"{seconds * 1e6:,.1f} µs" if seconds < 1e-2 else f"{seconds * 1e3:,.1f} ms",
+        f"{row.spreads()[contender]:.0%}{' ~' if row.too_noisy else ''}",
+        f"{row.bytes / seconds / 1e9:,.1f}",
+        f"{row.flops / seconds / 1e9:,.1f}",
+        "" if share is None else f"{share:.0%} {row.ceiling}",
+        "" if eager is None else f"{eager:.2f}",
     ]
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    from ..atomic import atomic_file
-
-    with atomic_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _show_ceilings() -> None:

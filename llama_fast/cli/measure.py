@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import torch
 
+from ..memory import resident_peak
 from ..model import Llama
 from ..ops import QuantizedWeight
 from ..registry import record_decisions
@@ -20,17 +19,6 @@ def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         text += f", {size(torch.cuda.max_memory_allocated(device))} on the GPU"
     return text
-
-
-def resident_peak() -> int:
-    """Bytes of the most memory that this process has held."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage counts the parent's memory at the fork, too
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def weight_bytes(llama: Llama) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..numerics import relative_rms
+
 # Relative differences (of the root mean square) that rounding alone can explain, by dtype.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
@@ -79,9 +81,7 @@ def compare(
         if name not in patched:
             continue
         limit = TOLERANCES.get(expected.dtype, 1e-6) if tolerance is None else tolerance
-        expected, given = expected.double(), patched[name].double()
-        scale = expected.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-        difference = float((given - expected).square().mean().sqrt() / scale)
+        difference = relative_rms(patched[name], expected)
         if not difference <= limit and departed is None:  # NaN departs too
             departed = name
         largest = max(largest, difference) if difference == difference else difference

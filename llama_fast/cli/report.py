@@ -1,0 +1,53 @@
+"""`llama-fast report`: results files as a page and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Debug, example
+from .terminal import show
+
+
+@example("llama-fast report results.json --out report")
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RESULTS...",
+            help="Files of llama-fast bench --json, make bench-cpu, make gpu, or "
+            "pytest benchmarks/ --benchmark-json.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where report.md and the figures go.")
+    ] = Path("report"),
+    figures: Annotated[
+        bool, typer.Option("--figures/--no-figures", help="Figures need matplotlib.")
+    ] = True,
+    write: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="README",
+            help="Also put the table of targets and the figures between the marks of this page; "
+            "may be given several times.",
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Make a page and pictures of what was measured: roofline, speed-ups, lengths, memory.
+
+    A row that is too noisy to count is marked with ~ and drawn hollow or pale.
+    """
+    from ..report import replace_between_marks
+    from ..report import write as write_report
+    from ..results import load
+
+    found = [load(path) for path in results]
+    made = write_report(found, out, figures=figures)
+    for page in write or ():
+        made = write_report(found, out, figures=figures, relative_to=page.absolute().parent)
+        replace_between_marks(page, made.summary)
+    show(f"{made.page}: {len(made.figures)} figures", *(f"  {path}" for path in made.figures))

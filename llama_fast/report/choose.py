@@ -1,0 +1,51 @@
+"""Which rows a figure shows, and what it calls them."""
+
+from __future__ import annotations
+
+from ..results import OWN, Row
+
+PARTS = ("decode", "prefill", "training")  # of what a model is asked for
+# What is no rival: it moves as many bytes as the work must, and computes nothing.
+YARDSTICKS = ("copy",)
+NOISY = " ~"
+
+
+def calls(rows: list[Row]) -> list[Row]:
+    """Those of single ops that this package took part in, of several sizes of one call the largest
+    alone: a sweep has a figure of its own."""
+    largest: dict[tuple, Row] = {}
+    for row in rows:
+        if not row.call or row.own() is None or not row.bytes or row.call.get("warm"):
+            continue
+        key = tuple(row.call[k] for k in ("workload", "shape", "work", "dtype", "pass"))
+        if key not in largest or size(row) > size(largest[key]):
+            largest[key] = row
+    return list(largest.values())
+
+
+def size(row: Row) -> int:
+    return row.call["batch"] * row.call["tokens"] * row.call["keys"]
+
+
+def baselines(row: Row) -> list[str]:
+    return [name for name in row.samples if name not in (*OWN, *YARDSTICKS)]
+
+
+def sweeps(rows: list[Row]) -> list[list[Row]]:
+    """Rows of attention that differ in their length alone, the shortest first; three at least."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.call.get("op") == "attention" and row.own() and not row.call["warm"]:
+            key = tuple(row.call[k] for k in ("shape", "batch", "work", "dtype", "pass"))
+            found.setdefault(key, []).append(row)
+    many = [sorted(group, key=size) for group in found.values() if len(group) >= 3]
+    return sorted(many, key=lambda group: PARTS.index(group[0].call["work"]))
+
+
+def label(row: Row) -> str:
+    """What tells it from the other rows of its part; a mark where it is too noisy."""
+    call = row.call
+    words = [call["workload"]]
+    if call["work"] == "training":
+        words.append("" if call["pass"] == "backward" else f"({call['pass']})")
+    return " ".join(filter(None, words)) + (NOISY if row.too_noisy else "")

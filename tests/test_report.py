@@ -1,0 +1,143 @@
+"""A report is made of results, and says what they say; figures are drawn for what there is."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+
+import pytest
+
+from llama_fast import results
+from llama_fast.cli import main
+from llama_fast.errors import LlamaFastError, ResultsError
+from llama_fast.report import choose, figures, page, replace_between_marks, write
+from llama_fast.results import Goal, Results, Row
+
+WHERE = {"cpu": "Some CPU", "isa": "avx2", "flags": [], "cores": 2}
+CEILINGS = {"device": "cpu", "threads": 2, "isa": "avx2", "read": 2e10, "copy": 1.8e10,
+            "float32": 2e11, "bfloat16": 2e11}  # fmt: skip
+RUN = {"date": "2026-01-02", "threads": 2, "ceilings": CEILINGS, "versions": {"torch": "9.9"}}
+
+
+def a_call(op: str, work: str, seconds: dict[str, float], keys: int = 64, **more) -> Row:
+    name = f"{op}, 1b, {work}, {keys}"
+    call = {"op": op, "workload": op, "shape": "1b", "work": work, "batch": 1, "tokens": 1,
+            "keys": keys, "dtype": "bfloat16", "pass": "forward", "warm": False}  # fmt: skip
+    given = {"bytes": 10**6, "flops": 10**7, "ceiling": "read", "at_best": 5e-5, **more}
+    samples = {who: [s, s, s * 1.001] for who, s in seconds.items()}
+    return Row(name, name, "GB/s", 1e-3, samples, call=call, measured_with=RUN, **given)
+
+
+def all_rows() -> list[Row]:
+    rows = [
+        a_call("rms_norm", "prefill", {"cpu": 1e-4, "eager": 5e-4, "torch": 2e-4}),
+        a_call("swiglu", "decode", {"cpu": 1e-4, "eager": 5e-4}, memory={"cpu": 10**7}),
+    ]
+    for keys in (1024, 2048, 4096):
+        rows.append(a_call("attention", "decode", {"cpu": keys * 1e-7, "eager": 1e-2}, keys))
+    noisy = Row("decode bf16", "decode of one sequence", "tok/s", 8.0, measured_with=RUN)
+    noisy.samples = {"llama_fast": [0.2, 0.2, 0.4], "peer": [0.4, 0.4, 0.4]}
+    noisy.goals = [Goal("× peer", 1.5, 2.0), Goal("of read", 0.9, 0.5), Goal("x", 1.0, None)]
+    return [*rows, noisy]
+
+
+@pytest.fixture
+def found():
+    return Results(WHERE, {row.name: row for row in all_rows()})
+
+
+def test_the_page_says_what_was_measured(found, tmp_path):
+    made = write([found], tmp_path / "report")
+    text = made.page.read_text()
+    assert "## Some CPU, avx2, 2 threads, 2026-01-02" in text and "torch 9.9" in text
+    assert "read 20 GB/s" in text and "float32 200 GFLOP/s" in text
+    # 1 MB in 100 µs is 10 GB/s, half of the read ceiling, five times eager.
+    line = "| rms_norm, 1b, prefill, 64 | cpu | 100.0 µs | 0% | 10.0 | 100.0 | 50% read | 5.00 |"
+    assert line in text
+    goals = "2.00 × peer (goal ≥ 1.5), 0.50 of read (goal ≥ 0.9: missed)"
+    line = f"| decode of one sequence | 40 tok/s | peer 20 | {goals} — too noisy to count |"
+    assert line in text
+    for figure in made.figures:
+        assert f"]({figure.name})" in text
+    kinds = {figure.name.removeprefix("some-cpu-avx2-2-threads-") for figure in made.figures}
+    assert kinds == {f"{kind}.png" for kind in figures.FIGURES}
+    for figure in made.figures:
+        assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size < 100_000
+
+
+def test_a_later_file_replaces_rows_and_machines_are_apart(found, tmp_path):
+    newer = Results(WHERE, {"decode bf16": found.rows["decode bf16"]})
+    newer.rows["decode bf16"].samples = {"llama_fast": [0.1] * 3, "peer": [0.4] * 3}
+    other = Results({**WHERE, "cpu": "Other CPU"}, found.rows)
+    text = write([found, newer, other], tmp_path, figures=False).page.read_text()
+    assert text.count("## ") == 2 and "80 tok/s" in text and "too noisy to count |" not in text
+
+
+def test_a_figure_without_rows_is_left_out(found, tmp_path):
+    few = Results(WHERE, {"decode bf16": found.rows["decode bf16"]})
+    made = write([few], tmp_path)
+    assert [path.stem.rpartition("-")[2] for path in made.figures] == ["models"]
+    with pytest.raises(ResultsError, match="no rows"):
+        write([Results(WHERE, {})], tmp_path)
+
+
+def test_the_roofline_shows_each_kernel_at_its_place(found):
+    axes = figures.roofline(all_rows(), "title").axes[0]
+    points = {
+        (round(line.get_xdata()[0], 3), round(line.get_ydata()[0], 3))
+        for line in axes.lines
+        if line.get_marker() in figures.MARKERS.values()
+    }
+    assert (10.0, 100.0) in points  # FLOPs a byte, GFLOP/s
+    assert {text.get_text() for text in axes.texts} == {
+        "memory read 20 GB/s",
+        "float32 and bfloat16 multiply-add 200 GFLOP/s",
+    }
+    said = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert {"rms_norm", "swiglu", "attention", "prefill", "decode"} <= set(said)
+
+
+def test_bars_are_ratios_and_noise_is_marked():
+    axes = figures.speed_ups(all_rows(), "title").axes
+    labels = [text.get_text() for text in axes[1].texts]
+    assert axes[1].get_title() == "prefill" and labels == ["5", "2"]  # eager, torch
+    (panel,) = figures.models(all_rows(), "title").axes
+    assert [tick.get_text() for tick in panel.get_yticklabels()] == ["decode bf16 ~"]
+
+
+def test_a_sweep_needs_three_lengths_and_the_others_show_the_longest():
+    rows = all_rows()
+    assert [row.call["keys"] for row in choose.sweeps(rows)[0]] == [1024, 2048, 4096]
+    assert choose.sweeps(rows[:4]) == []
+    assert [r.call["keys"] for r in choose.calls(rows) if r.call["op"] == "attention"] == [4096]
+
+
+def test_the_command_writes_pages_in_two_places(found, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    results.save(Path("r.json"), WHERE, list(found.rows.values()))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    assert main(["report", "r.json", "--out", "docs/figures", "--write", "README.md"]) == 0
+    assert "docs/figures/report.md: 5 figures" in capsys.readouterr().out
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "(docs/figures/some-cpu-avx2-2-threads-roofline.png)" in text and "40 tok/s" in text
+    readme.write_text("no marks")
+    assert main(["report", "r.json", "--no-figures", "--write", "README.md"]) == 1
+    assert "must have one line" in capsys.readouterr().err
+    with pytest.raises(ResultsError):
+        replace_between_marks(readme, "text")
+
+
+def test_without_matplotlib_the_tables_are_still_to_be_had(found, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(LlamaFastError, match=r"pip install 'llama_fast\[report\]'"):
+        write([found], tmp_path)
+    assert write([found], tmp_path, figures=False).figures == []
