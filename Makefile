@@ -1,11 +1,11 @@
-# make demo · test · bench · gpu · lint — everything runs in .venv, made on first use.
+# make demo · test · bench · bench-check · gpu · lint — everything runs in .venv, made on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # The C++ sources too: a change of theirs rebuilds the extension.
 SOURCES := pyproject.toml setup.py setup_cuda.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench bench-cpu lint format clean gpu
+.PHONY: demo test bench bench-cpu bench-check lint format clean gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/llama-fast generate "Once upon a time" --max-new-tokens 120 --seed 1
@@ -20,6 +20,10 @@ bench: $(VENV)/.installed-test
 # ARGS="--rows 'decode bf16'" and the like: see python -m benchmarks.cpu --help
 bench-cpu: $(VENV)/.installed-peers
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+# Has a kernel slowed down since the results of this class of machine were recorded?
+bench-check: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.check $(ARGS)
 
 # On a machine with a GPU, without a network: the Python that is there, and nothing is installed.
 # ARGS="--parts attention,decode" and the like: see python3 -m benchmarks.gpu --help

@@ -111,6 +111,12 @@ class Row:
         mine = [name for name in OWN if name in self.samples]
         return min(mine, key=self.seconds, default=None)
 
+    def noisy(self, *contenders: str) -> bool:
+        """Whether figures of these contenders say little."""
+        spreads = self.spreads()
+        busy = self.others is not None and self.others > TOO_BUSY
+        return busy or any(spreads[name] > TOO_NOISY for name in contenders)
+
     @property
     def too_noisy(self) -> list[str]:
         """Why these figures say little, in sentences; nothing where they do."""

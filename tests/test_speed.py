@@ -140,7 +140,7 @@ def test_memory_of_a_call_is_seen():
         pytest.skip("this system does not say what memory a process gains")
     nbytes = 64 * 2**20
     found = extra_memory(lambda: torch.ones(nbytes, dtype=torch.uint8))
-    assert nbytes <= found < 1.5 * nbytes
+    assert 0.95 * nbytes <= found < 1.5 * nbytes  # the kernel counts pages in batches
     assert resident_peak() > nbytes
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..results import OWN, Row
+from ..results import OURS, OWN, Row
 
 PARTS = ("decode", "prefill", "training")  # of what a model is asked for
 # What is no rival: it moves as many bytes as the work must, and computes nothing.
@@ -42,10 +42,19 @@ def sweeps(rows: list[Row]) -> list[list[Row]]:
     return sorted(many, key=lambda group: PARTS.index(group[0].call["work"]))
 
 
+def mark(row: Row) -> str:
+    return NOISY if row.noisy(row.own()) else ""
+
+
+def said(contender: str) -> str:
+    """A contender as a reader knows it."""
+    return f"{OURS} ({contender})" if contender in OWN and contender != OURS else contender
+
+
 def label(row: Row) -> str:
-    """What tells it from the other rows of its part; a mark where it is too noisy."""
+    """What tells it from the other rows of its part; a mark where ours is too noisy."""
     call = row.call
     words = [call["workload"]]
     if call["work"] == "training":
         words.append("" if call["pass"] == "backward" else f"({call['pass']})")
-    return " ".join(filter(None, words)) + (NOISY if row.too_noisy else "")
+    return " ".join(filter(None, words)) + mark(row)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LlamaFastError
 from ..results import OWN, Row
-from .choose import NOISY, PARTS, baselines, calls, label, sweeps
+from .choose import NOISY, PARTS, baselines, calls, label, mark, said, sweeps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +63,7 @@ def roofline(rows: list[Row], title: str) -> Figure | None:
     for row in rows:
         x, colour = row.flops / row.bytes, colours[row.call["op"]]
         ours = row.flops / row.seconds(row.own()) / 1e9
-        noisy = bool(row.too_noisy)
+        noisy = row.noisy(row.own())
         if "eager" in row.samples:
             eager = row.flops / row.seconds("eager") / 1e9
             axes.plot([x, x], [eager, ours], color=colour, linewidth=0.8, alpha=0.55)
@@ -118,17 +118,19 @@ def _roofline_legend(axes: Axes, colours: dict[str, str], rows: list[Row]) -> No
     from matplotlib.lines import Line2D
 
     works = [work for work in PARTS if any(row.call["work"] == work for row in rows)]
-    said = {"training": "gradients of a training step"}
+    longer = {"training": "gradients of a training step"}
     handles = [
         Line2D([], [], marker="o", linestyle="", color=colour, label=op)
         for op, colour in colours.items()
     ]
     handles += [
-        Line2D([], [], marker=MARKERS[w], linestyle="", color="#555555", label=said.get(w, w))
+        Line2D([], [], marker=MARKERS[w], linestyle="", color="#555555", label=longer.get(w, w))
         for w in works
     ]
-    handles.append(Line2D([], [], marker="_", color="#555555", label="eager PyTorch, below ours"))
-    if any(row.too_noisy for row in rows):
+    handles.append(
+        Line2D([], [], marker="_", linestyle="", color="#555555", label="eager PyTorch, below ours")
+    )
+    if any(row.noisy(row.own()) for row in rows):
         handles.append(
             Line2D([], [], marker="o", linestyle="", color="#555555", markerfacecolor="white",
                    label="hollow: too noisy to count")
@@ -149,7 +151,7 @@ def models(rows: list[Row], title: str) -> Figure | None:
     """The same of whole models."""
     rows = [row for row in rows if not row.call and row.unit == "tok/s" and row.own()]
     rows = [row for row in rows if baselines(row)]
-    names = {row.name: row.name + (NOISY if row.too_noisy else "") for row in rows}
+    names = {row.name: row.name + mark(row) for row in rows}
     return _bar_figure({"whole models": rows} if rows else {}, title, names)
 
 
@@ -163,16 +165,15 @@ def _bar_figure(parts: dict[str, list[Row]], title: str, names: dict[str, str]) 
     heights = [sum(len(baselines(row)) for row in rows) + len(rows) for rows in parts.values()]
     figure = new_figure(8.0, 1.3 + 0.17 * sum(heights))
     panels = figure.subplots(len(parts), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
-    drawn: dict[str, Any] = {}
     for axes, (part, rows) in zip(panels, parts.items(), strict=True):
         ticks, y = [], 0.0
         for row in rows:
             top = y
             for name in baselines(row):
                 times = row.times(name, row.own())
-                drawn[name] = axes.barh(
+                axes.barh(
                     y, times - 1, left=1, color=colours[name], height=0.85,
-                    alpha=0.35 if row.too_noisy else 1.0,
+                    alpha=0.35 if row.noisy(row.own(), name) else 1.0,
                 )  # fmt: skip
                 axes.annotate(
                     f"{times:.2g}" if times < 10 else f"{times:.0f}", (max(times, 1.0), y),
@@ -189,11 +190,17 @@ def _bar_figure(parts: dict[str, list[Row]], title: str, names: dict[str, str]) 
     _plain_ticks(panels[-1], panels)
     panels[-1].set_xlabel("times as fast as the baseline (log scale)")
     figure.suptitle(title, fontsize=11)
-    figure.legend(
-        [drawn[name] for name in known], known, fontsize=8, frameon=False,
-        loc="outside lower center", ncols=min(6, len(known)),
-    )  # fmt: skip
+    _legend_below(figure, colours, known)
     return figure
+
+
+def _legend_below(figure: Figure, colours: dict[str, str], known: list[str]) -> None:
+    from matplotlib.patches import Patch
+
+    figure.legend(
+        handles=[Patch(color=colours[name], label=said(name)) for name in known],
+        fontsize=8, frameon=False, loc="outside lower center", ncols=min(5, len(known)),
+    )  # fmt: skip
 
 
 def _plain_ticks(axes: Axes, panels: Any) -> None:
@@ -215,11 +222,10 @@ def attention_lengths(rows: list[Row], title: str) -> Figure | None:
     groups = sweeps(rows)
     if not groups:
         return None
-    figure = new_figure(4.4 * len(groups), 3.9)
+    figure = new_figure(max(7.5, 4.4 * len(groups)), 4.2)
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     known = list(dict.fromkeys(name for g in groups for row in g for name in row.samples))
     colours = dict(zip(known, COLOURS * 2, strict=False))
-    drawn: dict[str, Any] = {}
     for axes, group in zip(panels, groups, strict=True):
         call = group[0].call
         decode = call["work"] == "decode"
@@ -228,11 +234,9 @@ def attention_lengths(rows: list[Row], title: str) -> Figure | None:
             some = [row for row in group if name in row.samples]
             xs = [row.call["keys"] for row in some]
             ys = [(r.bytes if decode else r.flops) / r.seconds(name) / 1e9 for r in some]
-            drawn[name] = axes.plot(
-                xs, ys, "-", color=colours[name], linewidth=2.2 if name in OWN else 1.2
-            )[0]
+            axes.plot(xs, ys, "-", color=colours[name], linewidth=2.2 if name in OWN else 1.2)
             for row, x, y in zip(some, xs, ys, strict=True):
-                face = "white" if row.too_noisy else colours[name]
+                face = "white" if row.noisy(name) else colours[name]
                 axes.plot(x, y, "o", color=colours[name], markersize=4.5, markerfacecolor=face)
         ceiling = ceilings_of(group).get("read" if decode else call["dtype"])
         if ceiling:
@@ -242,22 +246,16 @@ def attention_lengths(rows: list[Row], title: str) -> Figure | None:
                 (1, ceiling / 1e9), xycoords=("axes fraction", "data"), xytext=(-3, 3),
                 textcoords="offset points", ha="right", fontsize=8, color="#444444",
             )  # fmt: skip
-        what = "one query, keys in the cache" if decode else f"{call['work']}, {call['pass']}"
-        axes.set(xscale="log", ylabel=unit, title=what, ylim=(0, None))
+        what = "decode: one query" if decode else f"{call['work']}, {call['pass']}"
+        axes.set(xscale="log", yscale="log", ylabel=unit)
+        axes.set_title(what, fontsize=10)
         axes.set_xlabel("keys" if decode else "tokens")
         axes.margins(y=0.15)
-        _powers_of_two(axes, sorted({size_of(row) for row in group}))
+        _powers_of_two(axes, sorted({row.call["keys"] for row in group}))
         axes.grid(alpha=0.25)
     figure.suptitle(title, fontsize=11)
-    figure.legend(
-        [drawn[name] for name in known], known, fontsize=8, frameon=False,
-        loc="outside lower center", ncols=min(6, len(known)),
-    )  # fmt: skip
+    _legend_below(figure, colours, known)
     return figure
-
-
-def size_of(row: Row) -> int:
-    return row.call["keys"]
 
 
 def _powers_of_two(axes: Axes, lengths: list[int]) -> None:
@@ -281,14 +279,14 @@ def memory(rows: list[Row], title: str) -> Figure | None:
     bars = sum(len(row.memory) + 1 for row in rows)
     figure = new_figure(8.0, 1.3 + 0.17 * bars)
     axes = figure.add_subplot()
-    ticks, y, drawn = [], 0.0, {}
+    ticks, y = [], 0.0
     for row in rows:
         top = y
         for name, nbytes in row.memory.items():
             megabytes = nbytes / 1e6
-            drawn[name] = axes.barh(y, megabytes, color=colours[name], height=0.85)
+            axes.barh(y, megabytes, color=colours[name], height=0.85)
             axes.annotate(
-                f"{megabytes:.3g}", (megabytes, y), xytext=(3, 0),
+                f"{megabytes:.3g}" if megabytes >= 0.1 else "< 0.1", (megabytes, y), xytext=(3, 0),
                 textcoords="offset points", va="center", fontsize=7,
             )  # fmt: skip
             y += 1
@@ -299,10 +297,7 @@ def memory(rows: list[Row], title: str) -> Figure | None:
     axes.set(xlabel="MB that a call holds at its peak, its results among them", title=title)
     axes.margins(x=0.1)
     axes.grid(alpha=0.25, axis="x")
-    figure.legend(
-        [drawn[name] for name in known], known, fontsize=8, frameon=False,
-        loc="outside lower center", ncols=min(6, len(known)),
-    )  # fmt: skip
+    _legend_below(figure, colours, known)
     return figure
 
 
