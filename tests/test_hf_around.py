@@ -106,11 +106,31 @@ class TestCompile:
 class TestTraining:
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_gradient_checkpointing(self, reentrant):
-        net, ids = model(), tokens()
+        net, ids, runs = model(), tokens(), []
         _, own = gradients(net, ids)
+        for layer in net.model.layers:
+            layer.self_attn.register_forward_pre_hook(lambda *_: runs.append(1))
         net.gradient_checkpointing_enable({"use_reentrant": reentrant})
         with llama_fast.patch(net):
             assert_same_gradients(gradients(net, ids)[1], own)
+        assert len(runs) == 2 * len(net.model.layers)  # each layer once more in the backward pass
+
+    def test_attentions_asked_for_by_the_config(self):
+        net, ids = model(attn_implementation="eager"), tokens()
+        net.config.output_attentions = True
+        own = net(ids).attentions
+        with llama_fast.patch(net):
+            given = net(ids).attentions
+        assert len(given) == len(own) == len(net.model.layers)
+        for a, b in zip(given, own, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+    def test_a_model_in_the_making(self):
+        """Patched under another default device, as from_pretrained makes models."""
+        with torch.device("meta"):
+            net = transformers.LlamaForCausalLM(config())
+            patch = llama_fast.patch(net)
+        assert {row.op for row in patch.report.rows if row.reason is None} >= {"rope", "rms_norm"}
 
     def test_autocast(self):
         net, ids = model(), tokens()

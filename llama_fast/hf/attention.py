@@ -44,7 +44,8 @@ def attention(
     the weights (B,H,T,S) where `output_attentions` asks for them."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     T, S = query.shape[2], key.shape[2]
-    if kwargs.get("output_attentions"):
+    config = getattr(module, "config", None)
+    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
         return _with_weights(
             module, query, key, value, attention_mask, causal, scaling, dropout, **kwargs
         )

@@ -189,10 +189,16 @@ def add_rms_norm_layer(self: nn.Module, hidden_states: Tensor, **kwargs: Any) ->
     kernel with the norm that follows it.
 
     Goes to the layer's own forward where calling that norm does more than its op: it has hooks, or
-    stands no longer where it stood.
+    stands no longer where it stood. So it does for gradient checkpointing, which newer versions of
+    transformers do there.
     """
     norm = self.post_attention_layernorm
-    if getattr(norm, "variance_epsilon", None) is None or hooked(norm) or is_replaced(norm):
+    if (
+        getattr(norm, "variance_epsilon", None) is None
+        or hooked(norm)
+        or is_replaced(norm)
+        or (getattr(self, "gradient_checkpointing", False) and self.training)
+    ):
         return type(self).forward(self, hidden_states, **kwargs)
     attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
     if fits(attended, hidden_states, norm.weight):

@@ -27,7 +27,8 @@ def difference(module: nn.Module, ours: Callable[..., Any]) -> str | None:
     make = STAND_INS[ours]
     generator = torch.Generator().manual_seed(0)
     try:
-        with torch.no_grad():
+        # On the CPU, though the model may be in the making under another default device.
+        with torch.no_grad(), torch.device("cpu"):
             stand_in, args, kwargs = make(module, generator)
             expected = own(stand_in, *args, **kwargs)
     except Exception as error:  # whatever an unknown forward raises is the reason
@@ -35,7 +36,7 @@ def difference(module: nn.Module, ours: Callable[..., Any]) -> str | None:
             f"the forward of {type(module).__name__} is not one that is known: on a stand-in it "
             f"raises {type(error).__name__}: {error}"
         )
-    with torch.enable_grad() if ours is forwards.causal_lm_loss else torch.no_grad():
+    with torch.set_grad_enabled(ours is forwards.causal_lm_loss), torch.device("cpu"):
         given = ours(stand_in, *args, **kwargs)
     expected, given = _result(expected), _result(given)
     if expected.shape != given.shape or not torch.allclose(expected, given, 1e-4, 1e-5):
