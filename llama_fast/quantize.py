@@ -59,9 +59,13 @@ class WeightFormat:
 
     def holding(self, buffers: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
         """A QuantizedWeight of `shape` that takes these buffers as they are."""
-        made = QuantizedWeight(*shape, self.bits, self.group_size, self.symmetric, "meta")
+        made = self.empty(shape)
         made.load_state_dict(buffers, assign=True)
         return made
+
+    def empty(self, shape: tuple[int, int]) -> QuantizedWeight:
+        """One of `shape` on the meta device: without contents."""
+        return QuantizedWeight(*shape, self.bits, self.group_size, self.symmetric, "meta")
 
     def __str__(self) -> str:
         offsets = "" if self.symmetric else " with offsets"

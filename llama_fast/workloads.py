@@ -58,6 +58,8 @@ class _Maker:
         self.generator = torch.Generator().manual_seed(seed)
 
     def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
+        if self.device == "meta":
+            return torch.empty(shape, dtype=self.dtype, device="meta")
         # Drawn in their own dtype: a head of float32 numbers would take a gigabyte more.
         x = torch.empty(shape, dtype=self.dtype).normal_(0, scale, generator=self.generator)
         return x.to(self.device)
@@ -131,9 +133,13 @@ def _linear(m: _Maker, C_out: int, C_in: int) -> tuple:
 
 def _linear_quantized(m: _Maker, C_out: int, C_in: int, bits: int, group_size: int) -> tuple:
     codes, scales = packed_shapes(C_out, C_in, bits, group_size)
-    packed = torch.randint(256, codes, dtype=torch.uint8, generator=m.generator)
-    sizes = 0.5 + torch.rand(scales, generator=m.generator)
-    sizes = (sizes * C_in**-0.5 / 2 ** (bits - 1)).half()
+    if m.device == "meta":
+        packed = torch.empty(codes, dtype=torch.uint8, device="meta")
+        sizes = torch.empty(scales, dtype=torch.float16, device="meta")
+    else:
+        packed = torch.randint(256, codes, dtype=torch.uint8, generator=m.generator)
+        sizes = 0.5 + torch.rand(scales, generator=m.generator)
+        sizes = (sizes * C_in**-0.5 / 2 ** (bits - 1)).half()
     return m.rows(C_in), packed.to(m.device), sizes.to(m.device), None, C_out, bits, group_size
 
 
@@ -171,6 +177,7 @@ def workloads(
 
     op        one of NAMES
     gradient  with what the public function asks for where a gradient is to be recorded
+    device    "meta" for shapes alone: nothing is drawn
     Returns, by a name such as "linear head", a function of a seed that makes the arguments of one
     call in the order of the op's schema: normal numbers, never zeros, laid out as in the model.
     Raises ConfigError for another op.

@@ -294,6 +294,15 @@ BAD = {
         1,
         "does not run on device cpu, which has cpu, eager",
     ),
+    "profile arch": (["profile", "rope", "--arch", "sm_75"], 1, "there are sm_80, sm_86"),
+    "profile arch model": (["profile", "decode", "--arch", "90", "-m", "x"], 2, "give --shape"),
+    "profile arch backend": (
+        ["profile", "rope", "--arch", "90", "--backend", "cpu"],
+        2,
+        "cpu has no code for sm_90; triton and cuda have",
+    ),
+    "profile dump": (["profile", "rope", "--dump", "x"], 2, "needs --arch or --sass"),
+    "profile ncu": (["profile", "rope", "--arch", "gfx942", "--ncu"], 1, "gfx942 is AMD's"),
     "profile gradient": (
         ["profile", "kv_append", "--backward"],
         1,

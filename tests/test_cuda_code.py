@@ -4,15 +4,15 @@ and matrix instructions of every kernel for every architecture that is tested he
 from __future__ import annotations
 
 import functools
-import importlib.util
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from llama_fast.triton_kernels import cubin
+
+from llama_fast.profiling.instructions import parse_sass
 
 from .test_cuda import ROOT, setup_cuda
 
@@ -20,31 +20,11 @@ ARCHITECTURES = ["80", "90a"]
 NVCC = setup_cuda.find_nvcc()
 
 
-def find_cuobjdump() -> Path | None:
-    """cuobjdump of the toolkit, or the one that Triton brings along."""
-    beside = [NVCC.resolve().parent / "cuobjdump"] if NVCC else []
-    if triton := importlib.util.find_spec("triton"):
-        beside.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    if found := shutil.which("cuobjdump"):
-        beside.insert(0, Path(found))
-    return next((path for path in beside if path.is_file()), None)
-
-
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="this needs nvcc, of a CUDA toolkit")
-CUOBJDUMP = find_cuobjdump()
 needs_cuobjdump = pytest.mark.skipif(
-    NVCC is None or CUOBJDUMP is None, reason="this needs nvcc and cuobjdump, of a CUDA toolkit"
+    NVCC is None or cubin.find_tool("cuobjdump") is None,
+    reason="this needs nvcc and cuobjdump, of a CUDA toolkit",
 )
-
-
-class Kernel(NamedTuple):
-    """One kernel's code for one architecture."""
-
-    architecture: str
-    name: str  # mangled
-    registers: int
-    stack: int  # bytes of local memory of a thread: spills, or arrays that are no registers
-    shared: int
 
 
 @functools.cache
@@ -55,20 +35,9 @@ def build() -> Path:
     return target
 
 
-def dump(*options: str) -> str:
-    command = [CUOBJDUMP, *options, build()]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 @functools.cache
-def kernels() -> list[Kernel]:
-    found = []
-    for part in dump("--dump-resource-usage").split("\narch = ")[1:]:
-        architecture = re.match(r"sm_(\w+)", part)[1]
-        for name, usage in re.findall(r"Function (\S+):\n\s*(.*)", part):
-            count = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
-            found.append(Kernel(architecture, name, count["REG"], count["STACK"], count["SHARED"]))
-    return found
+def kernels() -> list[cubin.Usage]:
+    return cubin.usages(build())
 
 
 @needs_nvcc
@@ -105,10 +74,9 @@ def test_no_kernel_spills():
 def instructions() -> dict[str, list[str]]:
     """Every kernel's instructions, of all its instances and architectures together."""
     found: dict[str, list[str]] = {}
-    for function in dump("-sass").split("Function : ")[1:]:
-        mangled, _, code = function.partition("\n")
+    for mangled, code in cubin.listings(build()):
         name = re.search(r"\d([a-z_]+?)_kernel", mangled)[1]
-        found.setdefault(name, []).extend(re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code))
+        found.setdefault(name, []).extend(one.opcode for one in parse_sass(code))
     return found
 
 

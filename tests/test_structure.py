@@ -129,7 +129,7 @@ OP_STEMS = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - OP_HELPERS
 HOUSEKEEPING = {
     "csrc/cpu": {"table", "ceilings"},
     "csrc/cuda": {"device"},
-    "triton_kernels": {"__init__", "aot", "chips", "choice", "launch", "rows", "tune"},
+    "triton_kernels": {"__init__", "aot", "chips", "choice", "cubin", "launch", "rows", "tune"},
 }
 
 

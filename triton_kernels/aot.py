@@ -8,9 +8,9 @@ memory and matrix instructions are read from the result.
 from __future__ import annotations
 
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .chips import CHIPS, Chip, assume
+from .cubin import sass, usages
 from .launch import TYPES, Launch, record
 from .rms_norm import MAX_C_BACKWARD
 
@@ -177,15 +178,12 @@ def resources(chip: Chip, launch: Launch, compiled: Any = None) -> Resources:
         spilled = max(spilled, count("private_segment_fixed_size"))
     else:
         text = compiled.asm["ptx"]
-        usage = usage_of(compiled.asm["cubin"])
+        with cubin_of(compiled) as file:
+            (usage,), (code,) = usages(file), sass(file).values()
         # A stack alone is no spill: the alignment of frames may leave one that nothing uses.
-        spills = re.search(r"\bSTL\b", compiled.asm["sass"]) is not None
-        registers, spilled = usage["REG"], max(usage["STACK"], usage["LOCAL"]) * spills
+        spills = re.search(r"\bSTL\b", code) is not None
+        registers, spilled = usage.registers, max(usage.stack, usage.local) * spills
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    per_program = max(registers, 1) * chip.warp * warps
-    fits = [chip.registers // per_program, chip.warps // warps]
-    if shared:
-        fits.append(chip.shared_memory // shared)
     dtype = next((TYPES[a.dtype] for a in launch.args if isinstance(a, torch.Tensor)), "")
     named = {n: v for n, v in launch.options.items() if n.startswith("BLOCK") or n == "num_warps"}
     config = " ".join(f"{name.lower().removeprefix('block_')}={v}" for name, v in named.items())
@@ -197,20 +195,17 @@ def resources(chip: Chip, launch: Launch, compiled: Any = None) -> Resources:
         spilled,
         shared,
         next((name for name in MATRIX if name in text), ""),
-        min(fits),
+        chip.programs(registers, warps, shared),
     )
 
 
-def usage_of(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of stack and local memory of a thread, as cuobjdump says."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", said)}
+@contextmanager
+def cubin_of(compiled: Any) -> Iterator[Path]:
+    """The code that Triton compiled for an NVIDIA chip, as a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(compiled.asm["cubin"])
+        yield file
 
 
 def problems(row: Resources) -> list[str]:

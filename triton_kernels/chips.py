@@ -18,6 +18,7 @@ class Chip:
     processors     streaming multiprocessors or compute units
     shared_memory  bytes that one program may use of it
     registers      32-bit registers of a processor; `warps` it keeps at most
+    blocks         programs that a processor keeps at most
     warp           threads that run in step
     device         the name in files of measured configurations; none for a chip that is not here
     """
@@ -30,6 +31,23 @@ class Chip:
     registers: int = 65536
     warps: int = 64
     device: str = ""
+    blocks: int = 32
+
+    def programs(self, registers: int, warps: int, shared: int) -> int:
+        """How many programs a processor keeps at a time, of `warps` warps whose threads take
+        `registers` registers, and of `shared` bytes of shared memory each.
+
+        Registers are given out by eights to a thread; NVIDIA keeps a kB of shared memory of each
+        program for itself (CUDA C++ Programming Guide, "Compute Capabilities").
+        """
+        reserved = 0 if self.amd else KB
+        of_a_program = 8 * -(-max(registers, 1) // 8) * self.warp * warps
+        return min(
+            self.blocks,
+            self.warps // warps,
+            self.registers // of_a_program,
+            (self.shared_memory + reserved) // (shared + reserved or 1),
+        )
 
     @property
     def amd(self) -> bool:
@@ -54,11 +72,11 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("sm_80", 80, 108, 163 * KB),  # A100
-        Chip("sm_86", 86, 84, 99 * KB, warps=48),  # RTX 3090
-        Chip("sm_89", 89, 128, 99 * KB, warps=48),  # RTX 4090
+        Chip("sm_86", 86, 84, 99 * KB, warps=48, blocks=16),  # RTX 3090
+        Chip("sm_89", 89, 128, 99 * KB, warps=48, blocks=24),  # RTX 4090
         Chip("sm_90", 90, 132, 227 * KB),  # H100, H200
         Chip("sm_100", 100, 148, 227 * KB),  # B200
-        Chip("sm_120", 120, 170, 99 * KB, warps=48),  # RTX 5090
+        Chip("sm_120", 120, 170, 99 * KB, warps=48, blocks=24),  # RTX 5090
         Chip("gfx942", "gfx942", 304, 64 * KB, warp=64, registers=131072, warps=32),  # MI300X
     )
 }

@@ -19,9 +19,12 @@ from .options import (
     example,
     set_threads,
 )
+from .profile_code import chip_for, show_code, show_ncu
 from .profile_run import Wanted, run
 
 LAYERS = 2
+
+CODE = "Compiled code: nothing is run"
 
 
 @example("llama-fast profile decode --shape 8b --quantize int4")
@@ -91,13 +94,55 @@ def profile(
     by_shape: Annotated[
         bool, typer.Option("--by-shape", help="A row for each kind of call, with its shapes.")
     ] = False,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHIP",
+            help="Of sm_80, 86, 89, 90, 100, 120 or gfx942, which need not be here: registers, "
+            "occupancy and instructions of each kernel, and the least time there.",
+            show_default="this machine's GPU",
+            rich_help_panel=CODE,
+        ),
+    ] = None,
+    sass: Annotated[
+        bool,
+        typer.Option(
+            "--sass",
+            help="The instructions of every kernel; of an op, --arch shows them by itself.",
+            rich_help_panel=CODE,
+        ),
+    ] = False,
+    kernel: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="Only kernels that have this in their name or configuration.",
+            show_default="all",
+            rich_help_panel=CODE,
+        ),
+    ] = "",
+    dump: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the kernels' listings.", rich_help_panel=CODE),
+    ] = None,
+    ncu: Annotated[
+        bool,
+        typer.Option(
+            "--ncu",
+            help="Print the command of Nsight Compute for these kernels.",
+            rich_help_panel=CODE,
+        ),
+    ] = False,
+    run_ncu: Annotated[
+        bool, typer.Option("--run-ncu", help="And run it.", rich_help_panel=CODE)
+    ] = False,
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Timed steps.")] = 5,
     trace: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help="Where the trace is written.",
-            show_default="llama-fast-WHAT-SHAPE.trace.json",
+            show_default="here, by what is profiled",
         ),
     ] = None,
     bare: Annotated[
@@ -118,6 +163,8 @@ def profile(
     to move and compute at least, and how near that comes to the ceilings measured on this machine.
     The rest is torch's own ops and Python. Without --model the weights are random, and of few
     layers. A trace for ui.perfetto.dev or chrome://tracing is written.
+
+    With --arch no GPU is needed: the kernels are compiled for that chip and shown as they are.
     """
     set_threads(threads)
     wanted = Wanted(
@@ -133,13 +180,30 @@ def profile(
         backward=backward,
     )
     wanted.check()
+    if dump is not None and arch is None and not sass:
+        raise typer.BadParameter("it needs --arch or --sass", param_hint="--dump")
+    named = backend and backend.value
+    if arch is not None or sass or ncu or run_ncu:
+        if model is not None:
+            raise typer.BadParameter(
+                "give --shape: code is compiled for sizes, not for weights", param_hint="--model"
+            )
+        needs = "--sass" if sass else "--ncu"
+        chip = chip_for(arch, needs)
+        if ncu or run_ncu:
+            arguments = [*wanted.arguments, *["--backend", named] * (named is not None)]
+            arguments += ["--device", "cuda", "--bare", "--repeats", "2"]
+            show_ncu(wanted, chip, named, arguments, start=run_ncu)
+        else:
+            show_code(wanted, chip, named, sass=sass, only=kernel, dump=dump, json_file=json_file)
+        return
     where = device_named(device)
     if backend is not None:
         check_backend(backend.value, where.type)
     run(
         wanted,
         where,
-        backend and backend.value,
+        named,
         repeats=repeats,
         by_shape=by_shape,
         trace=trace,

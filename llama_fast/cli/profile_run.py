@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ import typer
 
 from ..errors import BackendError
 from .terminal import columns, note, show, size, table
+from .units import count, duration, rate, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -108,6 +108,23 @@ class Wanted:
         text += f" of each of {self.batch} sequences" * (self.batch > 1)
         return text + f", after {self.context:,} others" * (self.context > 0)
 
+    @property
+    def arguments(self) -> list[str]:
+        """The command line that says the same."""
+        given = {
+            "--shape": None if self.model else self.shape,
+            "--model": self.model,
+            "--layers": self.layers,
+            "--batch": self.batch,
+            "--tokens": None if self.what == "decode" else self.tokens,
+            "--context": None if self.what in ("prefill", "train") else self.context,
+            "--dtype": self.dtype and _name(self.dtype),
+            "--quantize": self.quantize,
+        }
+        options = [part for name, value in given.items() if value is not None
+                   for part in (name, str(value))]  # fmt: skip
+        return [self.what, *options, *["--backward"] * self.backward]
+
     def step(self, device: torch.device) -> tuple[Step, str]:
         """What is to be run, and what it is in words."""
         import torch
@@ -140,13 +157,14 @@ class Wanted:
             config = self.config.shortened(
                 min(self.config.max_seq_len, self.context + self.tokens + steps.STEPS)
             )
-            layers = min(self.layers or LAYERS, config.n_layers)
+            few = config.n_layers if device.type == "meta" else LAYERS
+            layers = min(self.layers or few, config.n_layers)
             dtype = self.dtype or torch.bfloat16
             model = steps.random_model(
                 config, layers=layers, dtype=dtype, device=device, quantize=self.quantize
             )
             of = f"{self.shape}, {_name(dtype)}"
-            if layers < config.n_layers:
+            if layers < config.n_layers and device.type != "meta":
                 note(
                     f"Random weights of {layers} of the {config.n_layers} layers, so the head "
                     "weighs more than in the whole model; --layers or --model DIR for more."
@@ -305,7 +323,6 @@ def _write(
     others: float | None,
 ) -> None:
     from .. import machine
-    from ..atomic import atomic_file
 
     content: dict[str, Any] = {
         "machine": machine.describe(ceilings.isa),
@@ -319,30 +336,7 @@ def _write(
         "torch": [op._asdict() for op in between],
         "counters": counters and {"counts": counters.counts, "missing": counters.missing},
     }
-    with atomic_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def duration(seconds: float) -> str:
-    """Three digits or more, in s, ms or µs."""
-    for factor, unit in ((1, "s"), (1e3, "ms")):
-        if abs(seconds) * factor >= 1:
-            return f"{seconds * factor:,.2f} {unit}"
-    return f"{seconds * 1e6:,.1f} µs"
-
-
-def count(value: float) -> str:
-    """1.24 G: decimal prefixes, three digits."""
-    for unit in ("", " k", " M", " G"):
-        if value < 999.5:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.3g} T"
-
-
-def rate(per_second: float) -> str:
-    """Of a thousand millions a second."""
-    return f"{per_second / 1e9:,.1f}"
+    write_json(path, content)
 
 
 def _name(dtype: torch.dtype) -> str:

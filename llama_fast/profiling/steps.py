@@ -45,15 +45,17 @@ def random_model(
     so that both forms of one are in memory at most. On the meta device it has shapes alone."""
     config = dataclasses.replace(config, n_layers=layers)
     model = Llama(config, device="meta", dtype=dtype)
-    if torch.device(device).type == "meta":
-        return model
     settings = None if quantize is None else Quantization.of(quantize)
     for name, parameter in list(model.named_parameters()):
-        std = initial_std(config, name)
-        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
-        fill(weight, std) if std is not None else weight.fill_(1)
         form = settings and settings.of_weight(name)
-        model.set_weight(name, round_weight(weight, form) if form else weight)
+        if torch.device(device).type == "meta":
+            weight = form.empty(parameter.shape) if form else parameter
+        else:
+            std = initial_std(config, name)
+            weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+            fill(weight, std) if std is not None else weight.fill_(1)
+            weight = round_weight(weight, form) if form else weight
+        model.set_weight(name, weight)
     model.tie()
     model.rope = type(model.rope)(config, device)
     return model.eval()
@@ -169,6 +171,8 @@ def op_step(
         if quantize is None or quantize in label.split():
             first = make(0)
             count = max(1, min(SETS, BYTES // max(1, op.cost(*first).bytes)))
+            if device == "meta":
+                count = 1
             sets = [first, *(make(seed) for seed in range(1, count))]
             calls += [_call(op, args, backward) for args in sets]
 
