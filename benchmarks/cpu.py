@@ -4,8 +4,8 @@
 
 First the machine's own ceilings, then a row for each line of the table: decode and prefill of a
 whole model, ours beside transformers and llama.cpp on the same random weights, attention beside
-SDPA, the memory-bound ops beside torch.compile and a plain copy, and the cost of a call. All
-contenders of a row take turns, round by round, with the same number of threads; a figure is the
+SDPA, the memory-bound ops beside torch.compile and a plain copy, the cost of a call, and memory.
+All contenders of a row take turns, round by round, with the same number of threads; a figure is the
 median over the rounds. Everything goes to benchmarks/results/<machine>.json; the rows that were not
 asked for stay there as they are.
 """
@@ -58,7 +58,9 @@ COPIED = 0.85  # of the speed of a copy
 CALLED = ("rms_norm", "add_rms_norm", "swiglu", "rope", "kv_append", "attention", "linear")
 MICROSECONDS = 5.0
 RATES = {"read": "GB/s", "copy": "GB/s", "float32": "GFLOP/s", "bfloat16": "GFLOP/s"}
-GIGABYTES = {"bf16": (None, 16.8), "int4": ("int4", 5.5)}
+# (shape, weights, `quantize`, gigabytes)
+MEMORY = [("1b", "int4", "int4", 1.1), ("8b", "bf16", None, 16.8), ("8b", "int4", "int4", 5.5)]
+LONG_PROMPT, ITS_GIGABYTES = 32768, 1.0
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="samples of each contender")
     parser.add_argument("--steps", type=int, default=8, help="tokens of one sample of decode")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of one prefill")
-    large = "also peak memory of the 8B shape: needs 17 GB of disk and of memory"
+    large = "also the memory of the 8B shape: needs 17 GB of disk and of memory"
     parser.add_argument("--8b", dest="large", action="store_true", help=large)
     parser.add_argument("--json", type=Path, help="results file; else one named by the machine")
     parser.add_argument("--tmp", type=Path, help="folder for weights, removed at the end")
@@ -230,12 +232,15 @@ def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
     made = of_shape(given.shape)
     sizes = SMALL if given.shape == "demo" else LARGE
     rows = rows_by_name(made, sizes, given.threads, given.rounds)
+    for name, form, quantize, gigabytes in MEMORY:
+        if name == given.shape or (name == "8b" and given.large):
+            models_of = made if name == given.shape else of_shape(name)
+            of = (models_of, name, form, quantize, gigabytes)
+            rows[f"memory {name} {form}"] = lambda _, of=of: memory.peak(*of)
     if given.large:
-        large = of_shape("8b")
-        for form, (quantize, gigabytes) in GIGABYTES.items():
-            rows[f"memory {form}"] = lambda _, f=form, q=quantize, g=gigabytes: memory.peak(
-                large, f, q, g
-            )
+        rows["memory prompt"] = lambda _: memory.prompt(
+            LlamaConfig.preset("8b"), LONG_PROMPT, given.threads, ITS_GIGABYTES
+        )
     if given.list:
         print("\n".join(rows))
         return 0

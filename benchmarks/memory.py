@@ -1,23 +1,24 @@
-"""The row of a large model: the most memory that loading it and making text takes."""
+"""The rows of memory: what loading a model and making text takes, and what a long prompt adds."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+
+import torch
 
 from benchmarks.models import Models, prompt_of
 from benchmarks.worker import WorkerError, run_apart
+from llama_fast.config import LlamaConfig
 from llama_fast.results import OURS, Goal, Row
 
 TOKENS = 4
 
 
-def peak(models: Models, form: str, quantize: str | None, gigabytes: float) -> Row:
+def peak(models: Models, shape: str, form: str, quantize: str | None, gigabytes: float) -> Row:
     """Loads the checkpoint and decodes a few tokens in a process of its own."""
-    row = Row(
-        name=f"memory {form}",
-        what=f"peak resident memory of loading and decoding {TOKENS} tokens, {form} weights",
-        unit="GB",
-    )
+    what = f"peak resident memory of loading and decoding {TOKENS} tokens, {shape}, {form} weights"
+    row = Row(name=f"memory {shape} {form}", what=what, unit="GB")
     tokens = prompt_of(models, 16)
     value = None
     try:
@@ -38,7 +39,7 @@ def peak(models: Models, form: str, quantize: str | None, gigabytes: float) -> R
     return row
 
 
-def _load_and_decode(folder: Path, threads: int, quantize: str | None, tokens: list[int]) -> float:
+def _load_and_decode(folder: Path, quantize: str | None, tokens: list[int]) -> float:
     from benchmarks.peers.ours import Ours
     from llama_fast.memory import resident_peak
 
@@ -46,3 +47,37 @@ def _load_and_decode(folder: Path, threads: int, quantize: str | None, tokens: l
     ours.prefill(tokens)
     ours.decode(TOKENS)
     return resident_peak() / 1e9
+
+
+def prompt(config: LlamaConfig, tokens: int, threads: int, gigabytes: float) -> Row:
+    """What prefilling a long prompt holds beside weights and cache. All layers take turns in the
+    same memory, so one is enough to see it."""
+    what = f"memory of prefilling {tokens} tokens beside weights and cache, one layer of the shape"
+    row = Row(name="memory prompt", what=what, unit="GB")
+    value = run_apart(_prefill, config, tokens, threads=threads)
+    row.samples[OURS] = [value]
+    row.goals = [Goal("GB", gigabytes, value, at_most=True)]
+    return row
+
+
+@torch.no_grad()
+def _prefill(config: LlamaConfig, tokens: int) -> float:
+    from llama_fast.generate import PREFILL_CHUNK
+    from llama_fast.memory import extra_memory
+    from llama_fast.model import Llama
+
+    one_layer = dataclasses.replace(config, n_layers=1, vocab_size=256, max_seq_len=tokens)
+    model = Llama(one_layer).to(torch.bfloat16)
+    cache = model.new_cache(1, tokens)
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+
+    def run() -> None:
+        cache.reset()
+        for chunk in ids.split(PREFILL_CHUNK, dim=1):
+            model(chunk, cache=cache, last_only=True)
+
+    run()  # the cache's pages are there now, and what is set up once
+    extra = extra_memory(run)
+    if extra is None:
+        raise OSError("this system does not say how much memory a process holds")
+    return extra / 1e9

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu, models
+from benchmarks import cpu, memory, models
 from benchmarks.worker import Worker, WorkerError
 from llama_fast import machine, results
 from llama_fast.checkpoint import write_random
@@ -262,3 +262,11 @@ def test_the_pytest_suite_writes_its_fields(tmp_path):
     assert set(row.samples) == {"cpu", "eager"} and row.samples["cpu"] == pytest.approx(
         entries["cpu"]["stats"]["data"]
     )
+
+
+def test_the_rows_of_memory(tmp_path):
+    made = models.Models(cpu.shape("demo"), tmp_path, 1, 1, 8, 2, print)
+    row = memory.peak(made, "demo", "int8", "int8", 1.0)
+    assert row.name == "memory demo int8" and 0.05 < row.samples[results.OURS][0] < 5
+    prompt = memory.prompt(made.config, 256, 1, 1.0)
+    assert 0 <= prompt.samples[results.OURS][0] < 1 and prompt.goals[0].needed == 1.0
