@@ -10,6 +10,7 @@ below each row's length. So nothing is captured anew as the lengths grow.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Protocol
 
@@ -56,7 +57,8 @@ class CudaGraphs:
 
 
 class DecodeStep:
-    """`step(tokens)`: appends tokens (B,) int64 to the cache → logits (B,V) float32.
+    """`step(tokens)`: appends tokens (B,) int64 to the cache → logits (B,V) float32. The cache may
+    have more rows than B: its first ones are taken, and the others take some token too.
 
     The logits are valid until the next step. The first step warms up, the second is captured, later
     ones are replays; where a capture fails, a FallbackWarning says why and the steps are run as
@@ -66,9 +68,10 @@ class DecodeStep:
 
     def __init__(self, model: Llama, cache: KVCache, capturer: Capturer | None = None) -> None:
         device = cache.lengths.device
-        if capturer is None and _is_plain(model):
+        if capturer is None and is_plain(model):
             capturer = CudaGraphs(device) if device.type == "cuda" else recorder(device)
-        self.model = model
+        # A model may keep its steps: they must not keep the model.
+        self._model = weakref.ref(model)
         self.cache = cache
         self.capturer = capturer
         self.tokens = torch.zeros(cache.batch, 1, dtype=torch.int64, device=device)
@@ -78,7 +81,10 @@ class DecodeStep:
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
-        self.tokens.copy_(tokens.unsqueeze(1))
+        self.tokens[: len(tokens)].copy_(tokens.unsqueeze(1))
+        return self._step()[: len(tokens)]
+
+    def _step(self) -> Tensor:
         if self.capturer is None:
             return self._run()
         if not self.warm:
@@ -92,7 +98,7 @@ class DecodeStep:
         return self.logits
 
     def _run(self) -> Tensor:
-        return self.model(self.tokens, cache=self.cache, last_only=True)[:, -1]
+        return self._model()(self.tokens, cache=self.cache, last_only=True)[:, -1]
 
     def _capture(self) -> bool:
         """Captures a step; the device has not run it yet, nor has the host counted it."""
@@ -111,7 +117,7 @@ class DecodeStep:
         return True
 
 
-def _is_plain(model: Llama) -> bool:
+def is_plain(model: Llama) -> bool:
     """Whether a step does nothing in Python that a replay would have to repeat: modules of this
     package and torch's, without hooks."""
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:

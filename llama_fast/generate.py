@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .buckets import borrow_step, filled
 from .config import LlamaConfig
 from .decode import DecodeStep
 from .errors import PromptError
-from .kv_cache import KVCache
 from .model import Llama
 from .sampling import Sampling, logprobs
 from .tokenizer import StreamDecoder, Tokenizer
@@ -174,10 +174,14 @@ class _Rows:
         self.texts = [_Text(StreamDecoder(tokenizer, skip_special=True), stop) for _ in prompts]
 
     def run(self, sampling: Sampling) -> Iterator[Chunk]:
+        slots = max(len(prompt) + n for prompt, n in zip(self.prompts, self.limits, strict=True))
+        with borrow_step(self.model, len(self.prompts), slots) as step:
+            yield from self._decode(sampling, step)
+
+    def _decode(self, sampling: Sampling, step: DecodeStep) -> Iterator[Chunk]:
         counts = [0] * len(self.prompts)
         active = set(range(len(self.prompts)))
-        cache, logits = self._prefill()
-        step = DecodeStep(self.model, cache)
+        logits = self._prefill(step)
         while True:
             tokens = sampling.sample(logits, self.generators)
             scores = logprobs(logits, tokens).tolist()
@@ -188,23 +192,21 @@ class _Rows:
                 text, reason = self._finish(index, token, counts[index])
                 if reason:
                     active.remove(index)
-                    cache.restart(index)
+                    step.cache.restart(index)
                 yield Chunk(index, token, scores[index], text, reason)
             if not active:
                 return
             logits = step(tokens)
 
-    def _prefill(self) -> tuple[KVCache, torch.Tensor]:
+    def _prefill(self, step: DecodeStep) -> torch.Tensor:
         longest = max(map(len, self.prompts))
         padding = [longest - len(prompt) for prompt in self.prompts]
-        slots = max(len(prompt) + n for prompt, n in zip(self.prompts, self.limits, strict=True))
-        cache = self.model.new_cache(len(self.prompts), slots)
-        cache.reset(padding)
         ids = [[0] * pad + prompt for pad, prompt in zip(padding, self.prompts, strict=True)]
         tokens = torch.tensor(ids, device=self.model.device)
-        for chunk in tokens.split(PREFILL_CHUNK, dim=1):
-            logits = self.model(chunk, cache=cache, last_only=True)
-        return cache, logits[:, -1]
+        with filled(step, padding) as cache:
+            for chunk in tokens.split(PREFILL_CHUNK, dim=1):
+                logits = self.model(chunk, cache=cache, last_only=True)
+        return logits[:, -1]
 
     def _finish(self, index: int, token: int, count: int) -> tuple[str, str | None]:
         """What to show after this token, and why the row ends with it, or None."""

@@ -8,6 +8,7 @@ no token is fed twice.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -79,6 +80,18 @@ class KVCache:
     def restart(self, row: int) -> None:
         """Empties one row, while the others go on: one that ended takes no more room."""
         self._set_lengths([*self._lengths[:row], 0, *self._lengths[row + 1 :]])
+
+    def first(self, rows: int) -> KVCache:
+        """A cache of the first rows alone, in the same memory. On the host it counts for itself:
+        `take_lengths` brings this one up to date."""
+        part = copy.copy(self)
+        part._k, part._v = self._k[:, :rows], self._v[:, :rows]
+        part.lengths, part._lengths = self.lengths[:rows], self._lengths[:rows]
+        return part
+
+    def take_lengths(self, part: KVCache) -> None:
+        """What a cache of the first rows has counted."""
+        self._lengths = [*part._lengths, *self._lengths[part.batch :]]
 
     def advance(self, T: int) -> torch.Tensor:
         """Makes room for T more tokens in every row; returns the lengths after them."""

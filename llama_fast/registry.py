@@ -394,6 +394,11 @@ def recorder(device: torch.device) -> Any:
     return backend.recorder() if _request.get().backend in (None, first) else None
 
 
+def request() -> Request:
+    """What `use_backend` asks for here."""
+    return _request.get()
+
+
 def reserve(fresh: Tensor) -> Tensor:
     """The tensor itself, whose memory nothing has written yet, made ready for weights as the first
     backend of its device likes it."""

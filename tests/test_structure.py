@@ -56,7 +56,8 @@ MAY_IMPORT = {
     "tokenizer": {"atomic", "special_tokens", "tokenizer_files"},
     "chat": {"tokenizer"},
     "decode": MODEL,
-    "generate": MODEL | {"decode", "sampling", "tokenizer", "chat"},
+    "buckets": MODEL | {"decode"},
+    "generate": MODEL | {"buckets", "decode", "sampling", "tokenizer", "chat"},
 }
 WITHOUT_TORCH = {"errors", "atomic", "tokenizer", "chat"}
 FREE = {"__init__", "__main__", "cli", "demo"}  # the top of the house
