@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import llama_fast
-from llama_fast import rms_norm, use_backend
+from llama_fast import attention, rms_norm, use_backend
 from llama_fast.backends import cuda
 from llama_fast.errors import BackendError, KernelError
+from llama_fast.registry import OPS
 
 from .cpu_host.emulation import load_module
 from .cuda_host import host
@@ -146,6 +147,37 @@ def test_a_launch_that_fails_names_kernel_shapes_and_remedy(monkeypatch):
             rms_norm(torch.ones(2, 8), torch.ones(8))
     for part in ("rms_norm_fwd", r"torch.float32 (2, 8) on cpu", "CUDA_LAUNCH_BLOCKING=1"):
         assert part in str(raised.value)
+
+
+@on_host
+def test_after_a_launch_that_fails_the_next_one_runs():
+    q, kv = (torch.ones(n, 1, 1, 64, dtype=torch.bfloat16) for n in (65536, 1))
+    many = kv.expand(65536, 1, 1, 64)
+    with host.use_host(), use_backend("cuda", strict=True):
+        with pytest.raises(KernelError, match=r"attention_few.*no GPU takes.*\(65536, 1, 1, 64\)"):
+            attention(q, many, many)
+        assert torch.equal(attention(q[:2], many[:2], many[:2]), q[:2])
+
+
+@on_host
+def test_kernels_of_decoding_wait_for_the_one_before(monkeypatch):
+    """The machine ends a launch that overlaps and in which a thread does not wait."""
+    monkeypatch.setattr(cuda, "OVERLAP", True)
+    with host.use_host(), use_backend("cuda", strict=True):
+        host.take_launches()
+        for name in ("rms_norm", "add_rms_norm", "swiglu", "kv_append", "attention", "linear"):
+            for case in OPS[name].cases():
+                args = case.make(torch.Generator().manual_seed(0), torch.bfloat16, "cpu")
+                if not OPS[name].explain(*args).reasons["cuda"]:
+                    OPS[name](*args)
+        launched = {launch.kernel for launch in host.take_launches()}
+    assert {
+        "rms_norm_fwd",
+        "swiglu_fwd",
+        "kv_append_fwd",
+        "linear_fwd",
+        "attention_few",
+    } <= launched
 
 
 @on_host

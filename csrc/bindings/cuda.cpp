@@ -15,9 +15,11 @@ namespace {
 
 template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
-// A device's index and the stream as an integer.
-using Place = std::array<uintptr_t, 2>;
-Target target(const Place& place) { return {int(place[0]), pointer<void>(place[1])}; }
+// A device's index, the stream as an integer, and whether kernels may overlap.
+using Place = std::array<uintptr_t, 3>;
+Target target(const Place& place) {
+  return {int(place[0]), pointer<void>(place[1]), place[2] != 0};
+}
 
 // n0, n1, n2, stride0, stride1, stride2
 using Layout = std::array<int64_t, 6>;

@@ -16,7 +16,8 @@ template <class T, int D> static void launch_few(const Target& target, const Att
   const Launch how{"attention_few",
                    {unsigned(a.splits), unsigned(a.K), unsigned(a.B)},
                    {FEW_WARPS * WARP},
-                   sizeof(Shared)};
+                   sizeof(Shared),
+                   true};
   launch(target, how, attention_few_kernel<T, D>, a);
 }
 

@@ -13,10 +13,13 @@ namespace llama_fast::cuda {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-// Where to run: a device by its index, and a stream of it (cudaStream_t).
+// Where to run: a device by its index, and a stream of it (cudaStream_t). `overlap`: kernels of
+// decoding may begin before the one before them has ended, where the device can do that; it must then
+// write no weights.
 struct Target {
   int device;
   void* stream;
+  bool overlap = false;
 };
 
 struct LaunchError : std::runtime_error {

@@ -4,6 +4,7 @@
 // or beyond the cache or the tables, is not stored and its query is 0. blockIdx.x is a token; its
 // threads share the pairs of all heads: q, then k, then v.
 #include <common/launch.cuh>
+#include <common/overlap.cuh>
 
 #include "common/rotate.cuh"
 
@@ -24,6 +25,8 @@ kv_append_fwd_kernel(Heads q, Heads k, Heads v, T* q_out, const float* cos, cons
                      const int64_t* lengths, int64_t lengths_stride, int64_t tokens, int64_t most,
                      int64_t D, bool interleaved) {
   constexpr int COUNT = PAIRS<T, WIDE>;
+  wait_for_kernel_before();
+  let_next_kernel_begin();
   const int64_t b = blockIdx.x / tokens, t = blockIdx.x % tokens;
   const int64_t position = lengths[b * lengths_stride] - tokens + t;
   const bool valid = position >= 0 && position < most;
@@ -68,7 +71,9 @@ void kv_append(const Target& target, const KvAppendArgs& a) {
                       aligned({a.q_out, a.cos, a.sin}) && whole(4, {a.cos_stride, a.sin_stride});
     const Launch how{"kv_append_fwd",
                      {unsigned(all), unsigned(ceil_div(pairs / (wide ? VEC : 1), THREADS))},
-                     {THREADS}};
+                     {THREADS},
+                     0,
+                     true};
     launch(target, how, wide ? kv_append_fwd_kernel<T, true> : kv_append_fwd_kernel<T, false>, a.q,
            a.k, a.v, static_cast<T*>(a.q_out), a.cos, a.sin, a.cos_stride, a.sin_stride,
            a.k_cache, a.v_cache, a.lengths, a.lengths_stride, a.T, a.S < a.P ? a.S : a.P, a.D,

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <common/launch.cuh>
+#include <common/overlap.cuh>
 #include <common/ptx.cuh>
 
 #include "common/numeric.cuh"
@@ -84,11 +85,16 @@ linear_fwd_kernel(const T* x, Rows x_rows, Source source, T* y, int M, int64_t C
     x_row[i] = g + 8 * i < M ? x + offset(x_rows, g + 8 * i) : nullptr;
   float sum[TILES][4] = {};
   constexpr int STEPS = Source::steps(TILES), CHUNK = STEPS * STEP;
+  bool waited = false;
   for (int64_t c = warp * CHUNK + 8 * t; c - 8 * t < source.columns; c += WARPS * CHUNK) {
     typename Source::Raw raw[STEPS];
     Pairs of_x[STEPS][TILES];
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) raw[s] = source.load(c + s * STEP);
+    if (!waited) {  // the first weights are on their way; x is the kernel before's
+      wait_for_kernel_before();
+      waited = true;
+    }
 #pragma unroll
     for (int s = 0; s < STEPS; ++s)
 #pragma unroll
@@ -97,6 +103,8 @@ linear_fwd_kernel(const T* x, Rows x_rows, Source source, T* y, int M, int64_t C
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) source.multiply(sum, raw[s], of_x[s], c + s * STEP);
   }
+  if (!waited) wait_for_kernel_before();
+  let_next_kernel_begin();
   auto& shared = shared_memory<LinearShared<TILES>>();
 #pragma unroll
   for (int i = 0; i < TILES; ++i)
@@ -121,7 +129,8 @@ void launch_linear(const Target& target, const char* name, const void* x, const 
   if (M == 0 || C_out == 0) return;
   const bool wide = C_in % 8 == 0 && whole(8, x_rows) && aligned({x}) && source.aligned_columns;
   const auto run = [&](auto kernel, size_t shared_bytes) {
-    const Launch how{name, {unsigned(ceil_div(C_out, WEIGHT_ROWS))}, {WARPS * WARP}, shared_bytes};
+    const Launch how{name, {unsigned(ceil_div(C_out, WEIGHT_ROWS))}, {WARPS * WARP}, shared_bytes,
+                     true};
     launch(target, how, kernel, static_cast<const T*>(x), x_rows, source, static_cast<T*>(y), M,
            C_in, C_out, wide);
   };

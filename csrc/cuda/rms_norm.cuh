@@ -11,6 +11,7 @@
 #pragma once
 
 #include <common/launch.cuh>
+#include <common/overlap.cuh>
 
 #include "common/numeric.cuh"
 #include "common/reduce.cuh"
@@ -63,6 +64,8 @@ __global__ void __launch_bounds__(PER_THREAD == 1 || PER_THREAD == 2 ? 256 : 102
 rms_norm_fwd_kernel(const T* x, const T* residual, const T* __restrict__ weight, T* y, T* total,
                     Rows x_rows, Rows residual_rows, int64_t N, int64_t C, float eps) {
   auto& parts = shared_memory<SumParts<Wide<T>, 1>>();
+  wait_for_kernel_before();
+  let_next_kernel_begin();
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= N) return;
   x += offset(x_rows, row);
@@ -257,7 +260,8 @@ void launch_norm(const Target& target, const char* name, DType dtype, const void
     using T = typename decltype(type)::type;
     const auto run = [&](auto kernel, unsigned threads) {
       const unsigned rows = threads == WARP ? 4 : 1;
-      const Launch how{name, {unsigned(ceil_div(N, rows))}, {threads, rows}, sizeof(SumParts<Wide<T>, 1>)};
+      const Launch how{name, {unsigned(ceil_div(N, rows))}, {threads, rows},
+                       sizeof(SumParts<Wide<T>, 1>), true};
       launch(target, how, kernel, static_cast<const T*>(x), static_cast<const T*>(residual),
              static_cast<const T*>(weight), static_cast<T*>(y), static_cast<T*>(total), x_rows,
              residual_rows, N, C, eps);

@@ -3,6 +3,7 @@
 //
 // Each thread takes 16 bytes of a row; nothing is read twice, so the grid only has to be large.
 #include <common/launch.cuh>
+#include <common/overlap.cuh>
 
 #include "common/numeric.cuh"
 #include "common/rows.cuh"
@@ -20,6 +21,8 @@ template <class T, int VEC>
 __global__ void __launch_bounds__(THREADS)
 swiglu_fwd_kernel(const T* gate, const T* up, T* h, Rows gate_rows, Rows up_rows, int64_t N,
                   int64_t F) {
+  wait_for_kernel_before();
+  let_next_kernel_begin();
   const int64_t f = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * VEC;
   if (f >= F) return;
   for (int64_t row = blockIdx.y; row < N; row += gridDim.y) {
@@ -73,7 +76,9 @@ void swiglu(const Target& target, const SwigluArgs& a) {
     constexpr int VEC = VECTOR<T>;
     const bool wide = F % VEC == 0 && whole(VEC, a.gate_rows) && whole(VEC, a.up_rows) &&
                       aligned({a.gate, a.up, a.h});
-    launch(target, over_rows("swiglu_fwd", N, F, wide ? VEC : 1),
+    Launch how = over_rows("swiglu_fwd", N, F, wide ? VEC : 1);
+    how.overlaps = true;
+    launch(target, how,
            wide ? swiglu_fwd_kernel<T, VEC> : swiglu_fwd_kernel<T, 1>,
            static_cast<const T*>(a.gate), static_cast<const T*>(a.up), static_cast<T*>(a.h),
            a.gate_rows, a.up_rows, N, F);

@@ -85,13 +85,19 @@ def forget_device() -> None:
     _multiprocessors.cache_clear()
 
 
-def _place(x: torch.Tensor) -> tuple[int, int]:
-    """The index of x's device, and its current stream as an integer."""
+# Whether, from sm_90 on, kernels of decoding may begin before the one in front of them has ended
+# and load their first weights meanwhile (programmatic dependent launch). No GPU has run that yet,
+# so it must be asked for; and where it is, no weight may be written right before it is used.
+OVERLAP = False
+
+
+def _place(x: torch.Tensor) -> tuple[int, int, bool]:
+    """The index of x's device, its current stream as an integer, and whether kernels overlap."""
     if not x.is_cuda:
-        return 0, 0
+        return 0, 0, OVERLAP
     index = x.get_device()
     # torch.cuda.current_stream(index).cuda_stream, at a tenth of its cost.
-    return index, torch._C._cuda_getCurrentRawStream(index)
+    return index, torch._C._cuda_getCurrentRawStream(index), OVERLAP
 
 
 def _new(x: torch.Tensor) -> torch.Tensor:
@@ -355,7 +361,7 @@ def splits(B: int, K: int, S: int, multiprocessors: int) -> int:
 
 
 @functools.cache
-def _arrived(place: tuple[int, int], count: int, device: torch.device) -> torch.Tensor:
+def _arrived(place: tuple[int, int, bool], count: int, device: torch.device) -> torch.Tensor:
     """Zeros that the blocks of a call count in and leave as zeros, for each stream its own."""
     return torch.zeros(count, dtype=torch.int32, device=device)
 

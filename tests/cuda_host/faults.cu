@@ -1,6 +1,7 @@
 // Kernels with one fault each, and sound ones beside them: what the host's machine says of them is
 // checked by test_machine.py.
 #include <common/launch.cuh>
+#include <common/overlap.cuh>
 #include <common/ptx.cuh>
 
 #include <cstdlib>
@@ -79,7 +80,13 @@ void reads_undefined(float* out) { out[threadIdx.x] = shared_memory<float[64]>()
 
 void in_order(float* out) { out[0] = threadIdx.x; }
 
+template <bool WAIT> void overlapping(float*) {
+  if (WAIT || threadIdx.x != 40) wait_for_kernel_before();
+}
+
 static const std::map<std::string, void (*)(float*)> kernels = {
+    {"overlapping", overlapping<true>},
+    {"overlapping, one does not wait", overlapping<false>},
     {"neighbours", neighbours<true>},
     {"neighbours, no barrier", neighbours<false>},
     {"neighbours in a warp", neighbours_in_warp<true>},
@@ -123,7 +130,9 @@ extern "C" {
 __attribute__((visibility("default"))) const char* run(const char* name, int order, float* out) {
   cuda_host::order = order;
   return caught([&] {
-    launch({}, {name, {1}, {64}, 64 * 4 * sizeof(float)}, kernels.at(name), out);
+    const bool overlaps = name[0] == 'o' && name[1] == 'v' && name[4] == 'l';
+    launch({0, nullptr, true}, {name, {1}, {64}, 64 * 4 * sizeof(float), overlaps},
+           kernels.at(name), out);
   });
 }
 

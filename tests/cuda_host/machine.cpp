@@ -59,6 +59,7 @@ struct Lane : Thread {
   int count;  // of the lanes that come together, a warp's or a warpgroup's
   void* args;
   std::function<bool()> ready;
+  bool waited;  // for the kernel before
   std::vector<Copy> open;                 // copies of no group yet
   std::vector<std::vector<Copy>> groups;  // those not yet waited for, oldest first
 };
@@ -71,6 +72,7 @@ unsigned char* shared_base = nullptr;
 size_t shared_count = 0;
 const std::function<void()>* thread_body = nullptr;
 int running = 0;
+bool must_wait = false;
 
 std::string where(const Place& place) {
   return std::string(place.what) + " (" + place.file + ":" + std::to_string(place.line) + ")";
@@ -99,6 +101,8 @@ void entry() {
     (*thread_body)();
     if (!lanes[running].open.empty() || !lanes[running].groups.empty())
       fail(name_of(running) + " ends with cp.async copies that it has not waited for");
+    if (must_wait && !lanes[running].waited)
+      fail(name_of(running) + " ends and has not waited for the kernel before");
   } catch (const std::exception& error) {
     if (failure.empty()) failure = error.what();
   }
@@ -134,6 +138,7 @@ bool all_ended() {
 void run_block(size_t threads) {
   for (size_t i = 0; i < threads; ++i) {
     lanes[i].state = Lane::READY;
+    lanes[i].waited = false;
     lanes[i].open.clear();
     lanes[i].groups.clear();
     fibres[i]->start(entry);
@@ -263,7 +268,10 @@ void reads_by_async_proxy(const void* p, size_t bytes, int by_thread) {
 }
 void show_to_async_proxy() { races::show_to_async_proxy(running); }
 
-void run(const char* name, dim3 grid, dim3 block, size_t bytes, const std::function<void()>& body) {
+void waited_for_kernel_before() { lanes[running].waited = true; }
+
+void run(const char* name, dim3 grid, dim3 block, size_t bytes, const std::function<void()>& body,
+         bool overlaps) {
   const size_t threads = size_t(block.x) * block.y * block.z;
   kernel = name;
   failure.clear();
@@ -277,6 +285,7 @@ void run(const char* name, dim3 grid, dim3 block, size_t bytes, const std::funct
       grid.z > 65535)
     refuse("a grid that no GPU takes");
   thread_body = &body;
+  must_wait = overlaps;
   lanes.assign(threads, {});
   while (fibres.size() < threads) fibres.push_back(std::make_unique<Fibre>());
   const size_t blocks = size_t(grid.x) * grid.y * grid.z;

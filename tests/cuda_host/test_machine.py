@@ -57,6 +57,10 @@ def test_sound_kernels_pass(kernel, expected, order):
         ("half a warp", r"it waits for thread \d+, which has ended|waits for ever at __shfl_xor"),
         ("not in mask", "is not in its own mask"),
         ("different operations", "is at __(syncwarp|ballot_sync)"),
+        (
+            "overlapping, one does not wait",
+            "thread 40 ends and has not waited for the kernel",
+        ),
         ("copied, no wait", "a race: .* is copying to"),
         ("copied, no barrier", "a race"),
         ("copies left open", "cp.async copies that it has not waited for"),
@@ -66,6 +70,10 @@ def test_faults_are_found(kernel, says, order):
     said, _ = run(kernel, order)
     assert said.startswith(f"kernel {kernel}: block 0: ")
     assert re.search(says, said), said
+
+
+def test_a_kernel_that_overlaps_and_waits_passes():
+    assert run("overlapping")[0] == ""
 
 
 def test_shared_memory_starts_as_nan():

@@ -57,7 +57,7 @@ def test_counts_are_left_at_zero_for_the_next_call():
     args = arguments(1, 1, 700, 4, 1, 64)
     for _ in range(3):
         launches_of(args)
-    counts = cuda._arrived((0, 0), 1, torch.device("cpu"))
+    counts = cuda._arrived((0, 0, False), 1, torch.device("cpu"))
     assert not counts.any()
 
 

@@ -7,6 +7,8 @@
 // shared memory, and those of the blocks by the block that comes last, straight from the cache.
 #pragma once
 
+#include <common/overlap.cuh>
+
 #include "problem.cuh"
 #include "softmax.cuh"
 #include "tiles.cuh"
@@ -54,6 +56,8 @@ __global__ void __launch_bounds__(FEW_WARPS * WARP, 1)
 attention_few_kernel(AttentionArgs a) {
   auto& shared = shared_memory<FewQueriesShared<T, D>>();
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+  wait_for_kernel_before();
+  let_next_kernel_begin();
   const int split = blockIdx.x, splits = gridDim.x, kv = blockIdx.y, b = blockIdx.z;
   const Problem<T> problem(a, kv, b);
   const int limit[2] = {problem.limit(g), problem.limit(g + 8)};

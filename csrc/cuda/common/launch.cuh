@@ -6,8 +6,10 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "../kernels.h"
 
@@ -17,6 +19,7 @@ struct Launch {
   const char* kernel;  // its name, for messages
   dim3 grid, block;
   size_t shared_bytes = 0;
+  bool overlaps = false;  // the kernel waits for the one before it by itself: see overlap.cuh
 };
 
 // The block's shared memory, as large as its launch says; its contents are undefined. Swizzles of bulk
@@ -56,6 +59,17 @@ class OnDevice {
   int device_, before_;
 };
 
+// Whether a kernel may begin before the one in front of it has ended: its code must have been made for
+// sm_90 or later, for else it has no wait.
+inline bool can_overlap(int device, const void* kernel, const Launch& how) {
+  static std::map<std::pair<int, const void*>, bool> known;
+  const auto found = known.find({device, kernel});
+  if (found != known.end()) return found->second;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), how);
+  return known[{device, kernel}] = attributes.ptxVersion >= 90;
+}
+
 // A kernel may use this much shared memory without asking.
 constexpr size_t SHARED_WITHOUT_ASKING = 48 * 1024;
 
@@ -74,6 +88,14 @@ void launch(const Target& target, const Launch& how, void (*kernel)(Params...),
   config.blockDim = how.block;
   config.dynamicSmemBytes = how.shared_bytes;
   config.stream = static_cast<cudaStream_t>(target.stream);
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  if (target.overlap && how.overlaps &&
+      can_overlap(target.device, reinterpret_cast<const void*>(kernel), how)) {
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
   check(cudaLaunchKernelEx(&config, kernel, args...), how);
 }
 

@@ -13,6 +13,7 @@ struct Launch {
   const char* kernel;
   dim3 grid, block;
   size_t shared_bytes = 0;
+  bool overlaps = false;
 };
 
 template <class T> inline T& shared_memory() {
@@ -20,9 +21,10 @@ template <class T> inline T& shared_memory() {
 }
 
 template <class... Params>
-void launch(const Target&, const Launch& how, void (*kernel)(Params...),
+void launch(const Target& target, const Launch& how, void (*kernel)(Params...),
             std::decay_t<Params>... args) {
-  cuda_host::run(how.kernel, how.grid, how.block, how.shared_bytes, [&] { kernel(args...); });
+  cuda_host::run(how.kernel, how.grid, how.block, how.shared_bytes, [&] { kernel(args...); },
+                 target.overlap && how.overlaps);
 }
 
 }  // namespace llama_fast::cuda

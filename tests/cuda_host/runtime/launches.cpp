@@ -1,0 +1,30 @@
+// csrc/cuda/common/launch.cuh itself on a runtime that fails on demand; for test_launch.py.
+#include "../../../csrc/cuda/common/launch.cuh"
+
+#include "../faults.h"
+
+Runtime runtime;
+
+static void kernel(int) {}
+static void older_kernel(long) {}
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// Launches on `device`, the current one being 0; returns the error's text, or nothing.
+EXPORTED const char* try_launch(const char* failing, int device, size_t shared_bytes, bool overlap,
+                                bool overlaps, int ptx_version) {
+  using namespace llama_fast::cuda;
+  runtime = {};
+  runtime.failing = failing;
+  runtime.ptx_version = ptx_version;
+  const Launch how{"some_fwd", {7, 2}, {64}, shared_bytes, overlaps};
+  return caught([&] {
+    if (ptx_version >= 90) launch({device, nullptr, overlap}, how, kernel, 1);
+    else launch({device, nullptr, overlap}, how, older_kernel, 1L);
+  });
+}
+EXPORTED int last_error() { return runtime.last; }
+EXPORTED int current_device() { return runtime.device; }
+EXPORTED int asked_for_shared_bytes() { return int(runtime.shared_bytes); }
+EXPORTED int launches() { return runtime.launches; }
+EXPORTED int overlapping_launches() { return runtime.overlapping; }
