@@ -70,6 +70,22 @@ def test_no_kernel_spills():
     assert not spilling, "\n".join(map(str, spilling))
 
 
+@needs_cuobjdump
+def test_warpgroups_pass_on_the_registers_that_they_have():
+    """What a launch gives, and what stands behind setmaxnreg.dec up to the kernel's end."""
+    source = (ROOT / "csrc" / "cuda" / "attention" / "warpgroups.cuh").read_text()
+    count = {name: int(n) for name, n in re.findall(r"(\w+)_REGISTERS = (\d+)", source)}
+    given = {k.registers for k in kernels() if k.architecture == "90a" and "warpgroups" in k.name}
+    assert given == {count["LAUNCH"]}
+    found = 0
+    for _, code in cubin.listings(build()):
+        _, shrunk, behind = code.partition("USETMAXREG.DEALLOC")
+        if shrunk:
+            found += 1
+            assert max(map(int, re.findall(r"\bR(\d+)\b", behind))) < count["PRODUCER"]
+    assert found == 4
+
+
 @functools.cache
 def instructions() -> dict[str, list[str]]:
     """Every kernel's instructions, of all its instances and architectures together."""
@@ -91,6 +107,9 @@ def test_matrix_instructions_are_where_they_should_be():
 
     assert kernels_with("HMMA") == {"linear_fwd", "attention_few", "attention_many"}
     assert kernels_with("HGMMA") == kernels_with("UTMALDG") == {"attention_warpgroups"}
+    # griddepcontrol.wait and .launch_dependents
+    overlapping = {"rms_norm_fwd", "swiglu_fwd", "kv_append_fwd", "linear_fwd", "attention_few"}
+    assert kernels_with("ACQBULK") == kernels_with("PREEXIT") == overlapping
 
 
 @needs_cuobjdump

@@ -23,8 +23,11 @@ namespace llama_fast::cuda {
 
 constexpr int CONSUMERS = 2, CONSUMER_ROWS = 64, WIDE_TILE = 128, WIDE_STAGES = 2;
 constexpr int WARPGROUP_THREADS = (CONSUMERS + 1) * WARPGROUP;
-// Of 65536: 2 · 128 · 240 + 128 · 24. A launch gives each thread 168.
-constexpr int CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 24;
+// A launch gives each thread 168 registers, as many as fit. What consumers take beyond that must have
+// been the producer's: with more, they would wait for ever.
+constexpr int LAUNCH_REGISTERS = 168, CONSUMER_REGISTERS = 232, PRODUCER_REGISTERS = 40;
+static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <=
+              (CONSUMERS + 1) * LAUNCH_REGISTERS);
 constexpr int PANEL = 64;  // elements of a row of 128 bytes
 
 enum NamedBarrier { QUERIES = 1, TURN = QUERIES + CONSUMERS };  // of each consumer its own
