@@ -29,6 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_cuda
+
 ROOT = Path(__file__).parent.parent
 # Seconds that each part may take; the whole has a limit of its own.
 PARTS = {
@@ -40,6 +42,10 @@ PARTS = {
     "decode": 60,
     "cross_entropy": 60,
     "graph": 40,
+    "cuda_tests": 170,
+    "cuda_attention": 60,
+    "cuda_decode": 60,
+    "cuda_model": 90,
 }
 OURS = "llama_fast"
 
@@ -47,7 +53,7 @@ OURS = "llama_fast"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--seconds", type=float, default=540, help="for all parts together")
+    parser.add_argument("--seconds", type=float, default=900, help="for all parts together")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
@@ -262,13 +268,16 @@ def run_part(part: str, device: str, lines: Path | None) -> None:
         sys.exit(subprocess.run(command, cwd=ROOT).returncode if device == "cuda" else 0)
     if part == "tests":
         sys.exit(run_tests(device, lines))
+    if part == "cuda_tests":
+        sys.exit(run_cuda_tests(device, lines))
     import torch
 
     from llama_fast.registry import backends, use_backend
 
     backends()  # declares the ops
     torch.manual_seed(0)
-    with use_backend("triton", strict=True):
+    of_cuda = part.startswith("cuda_")
+    with gpu_cuda.kernels(device == "cuda") if of_cuda else use_backend("triton", strict=True):
         failures = []
         for measure in MEASURES[part]:
             try:
@@ -296,21 +305,48 @@ SELECTIONS = [
 ]
 
 
+# Of the CUDA kernels, which are compiled already: files, and what of them.
+CUDA_SELECTIONS = [
+    ("tests/ops/test_ops.py", "cuda and not cuda-host"),
+    ("tests/test_decode.py tests/test_buckets.py", "cuda_graphs"),
+    ("tests/test_cuda_gpu.py", "not sanitizer"),
+    ("tests/test_cuda_gpu.py", "memcheck"),
+    ("tests/test_cuda_gpu.py", "racecheck"),
+]
+
+
 def run_tests(device: str, lines: Path | None) -> int:
     """The op tests of the Triton backend, on this device; with pytest where there is one."""
     if not importlib.util.find_spec("pytest"):
-        return check_cases(device, lines)
-    selections = SELECTIONS if device == "cuda" else ["rms_norm and odd"]
+        return check_cases("triton", device, lines)
+    chosen = SELECTIONS if device == "cuda" else ["rms_norm and odd"]
+    return run_pytest(
+        [("tests/ops/test_ops.py", f"triton and ({which})") for which in chosen], lines
+    )
+
+
+def run_cuda_tests(device: str, lines: Path | None) -> int:
+    """The CUDA kernels on this GPU: the ops' cases, captured steps, and compute-sanitizer."""
+    if device != "cuda":
+        return run_pytest([("tests/ops/test_attention_cuda.py", "warpgroups and ragged")], lines)
+    if not importlib.util.find_spec("pytest"):
+        return check_cases("cuda", device, lines)
+    return run_pytest(CUDA_SELECTIONS, lines)
+
+
+def run_pytest(selections: list[tuple[str, str]], lines: Path | None) -> int:
+    """Each (files, expression) in a process of its own."""
     bench = Bench("cpu", lines)
 
-    def run(selection: str) -> int:
-        command = [sys.executable, "-m", "pytest", "tests/ops/test_ops.py", "--maxfail=10"]
+    def run(selection: tuple[str, str]) -> int:
+        files, which = selection
+        command = [sys.executable, "-m", "pytest", *files.split(), "--maxfail=10", "-k", which]
         done = subprocess.run(
-            [*command, "-k", f"triton and ({selection})", "-p", "no:cacheprovider", "--tb=line"],
+            [*command, "-p", "no:cacheprovider", "--tb=line"],
             cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
         said = done.stdout.strip().splitlines() or [done.stderr[-400:]]
-        bench.write({"name": f"tests of {selection}", "text": said[-1]})
+        bench.write({"name": f"tests of {files}: {which}", "text": said[-1]})
         if done.returncode:
             print("\n".join(said[-12:]), flush=True)
         return done.returncode
@@ -319,14 +355,14 @@ def run_tests(device: str, lines: Path | None) -> int:
         return max(pool.map(run, selections))
 
 
-def check_cases(device: str, lines: Path | None) -> int:
-    """Every case of every op that the Triton backend has, against float64, without pytest."""
+def check_cases(backend: str, device: str, lines: Path | None) -> int:
+    """Every case of every op that the backend has, against float64, without pytest."""
     import torch
 
     from llama_fast.registry import OPS, backends, use_backend
     from tests.ops.oracle import assert_accurate, references, run_poisoned
 
-    rows = backends()["triton"].implementations  # asked first: it declares the ops
+    rows = backends()[backend].implementations  # asked first: it declares the ops
     passed, failures = 0, []
     for name, op in OPS.items():
         for case in op.cases() if op.cases and name in rows else ():
@@ -335,14 +371,14 @@ def check_cases(device: str, lines: Path | None) -> int:
                 if rows[name].unsupported(*args):
                     continue
                 try:
-                    with use_backend("triton", strict=True):
+                    with use_backend(backend, strict=True):
                         actual = run_poisoned(op, args)
                     assert_accurate(actual, *references(op, args), f"{name} {case} {dtype}")
                     passed += 1
                 except Exception as error:
                     failures.append(f"{name} {case} {dtype}: {error}"[:300])
     text = f"{passed} cases right, {len(failures)} wrong (without pytest: forward passes alone)"
-    Bench("cpu", lines).write({"name": "op tests", "text": text})
+    Bench("cpu", lines).write({"name": f"op tests of {backend}", "text": text})
     print("\n".join(failures[:20]))
     return 1 if failures else 0
 
@@ -560,6 +596,9 @@ MEASURES = {
     "decode": [decode],
     "cross_entropy": [cross_entropy],
     "graph": [graph],
+    "cuda_attention": [gpu_cuda.attention],
+    "cuda_decode": [gpu_cuda.attention_decode, gpu_cuda.linear],
+    "cuda_model": [gpu_cuda.model],
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The CUDA kernels on a GPU under compute-sanitizer: the ops' small cases once with each tool."""
+"""The CUDA kernels on a GPU: what must be asked for there, and the ops' small cases under
+compute-sanitizer, once with each tool."""
 
 from __future__ import annotations
 
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 from llama_fast.backends import cuda
+from llama_fast.registry import OPS, use_backend
+
+from .ops.oracle import assert_accurate, references, run_poisoned
 
 ROOT = Path(__file__).parent.parent
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which(
@@ -20,15 +24,29 @@ SANITIZER = shutil.which("compute-sanitizer") or shutil.which(
 # Of each op, what has odd sizes, several blocks and little work.
 CASES = "odd or ragged or chunk or fused or 5 or group"
 
-pytestmark = [
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or cuda._cuda is None,
-        reason="this needs a GPU, and llama_fast._cuda built for it",
-    ),
-    pytest.mark.skipif(SANITIZER is None, reason="this needs compute-sanitizer, of CUDA's toolkit"),
-]
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or cuda._cuda is None,
+    reason="this needs a GPU, and llama_fast._cuda built for it",
+)
 
 
+@pytest.mark.parametrize("setting", ["WARPGROUPS", "OVERLAP"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_must_be_asked_for(setting, dtype, monkeypatch):
+    """On an sm_90 the kernel with wgmma, and kernels that overlap; elsewhere nothing changes."""
+    monkeypatch.setattr(cuda, setting, True)
+    for name in ("attention", "rms_norm", "add_rms_norm", "swiglu", "linear", "linear_quantized"):
+        op = OPS[name]
+        for case in op.cases():
+            args = case.make(torch.Generator().manual_seed(0), dtype, "cuda")
+            if op.explain(*args).reasons["cuda"]:
+                continue
+            with use_backend("cuda", strict=True):
+                actual = run_poisoned(op, args)
+            assert_accurate(actual, *references(op, args), f"{name} {case}")
+
+
+@pytest.mark.skipif(SANITIZER is None, reason="this needs compute-sanitizer, of CUDA's toolkit")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_the_sanitizer_finds_nothing(tool):
     tests = [sys.executable, "-m", "pytest", "-q", "tests/ops/test_ops.py"]
