@@ -40,6 +40,11 @@ def kernels() -> list[cubin.Usage]:
     return cubin.usages(build())
 
 
+@functools.cache
+def listings() -> list[tuple[str, str]]:
+    return cubin.listings(build())
+
+
 @needs_nvcc
 def test_it_builds_and_imports_without_a_gpu():
     code = (
@@ -78,7 +83,7 @@ def test_warpgroups_pass_on_the_registers_that_they_have():
     given = {k.registers for k in kernels() if k.architecture == "90a" and "warpgroups" in k.name}
     assert given == {count["LAUNCH"]}
     found = 0
-    for _, code in cubin.listings(build()):
+    for _, code in listings():
         _, shrunk, behind = code.partition("USETMAXREG.DEALLOC")
         if shrunk:
             found += 1
@@ -90,7 +95,7 @@ def test_warpgroups_pass_on_the_registers_that_they_have():
 def instructions() -> dict[str, list[str]]:
     """Every kernel's instructions, of all its instances and architectures together."""
     found: dict[str, list[str]] = {}
-    for mangled, code in cubin.listings(build()):
+    for mangled, code in listings():
         name = re.search(r"\d([a-z_]+?)_kernel", mangled)[1]
         found.setdefault(name, []).extend(one.opcode for one in parse_sass(code))
     return found
