@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from llama_fast import sampling as sampling_module
 from llama_fast.errors import PromptError
 from llama_fast.sampling import Sampling, logprobs
 
@@ -39,6 +40,31 @@ def test_probabilities_are_the_rule(temperature, top_p, top_k):
         assert found.keys() == expected.keys()
         for i, q in found.items():
             assert q == pytest.approx(expected[i], rel=1e-5)
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (0.3, 0), (1.0, 40), (0.8, 7), (0.9999, 0)])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 6.0])
+def test_sorting_a_part_changes_nothing(monkeypatch, top_p, top_k, spread):
+    """Rounded to eighths, many logits are equal, also where the kept ones end."""
+    logits = torch.randn(3, 4000, generator=torch.Generator().manual_seed(3)) * spread
+    logits = (logits * 8).round() / 8
+    sampling = Sampling(0.7, top_p, top_k)
+
+    def result():
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        return *sampling.probabilities(logits), sampling.sample(logits, generators)
+
+    p, ids, drawn = result()
+    monkeypatch.setattr(sampling_module, "CUTS", ())
+    whole_p, whole_ids, whole_drawn = result()
+    assert whole_p.shape[1] == 4000
+    if spread == 6.0:
+        assert p.shape[1] < 1000
+    n = p.shape[1]
+    assert torch.equal(p, whole_p[:, :n]) and whole_p[:, n:].count_nonzero() == 0
+    kept = p > 0
+    assert torch.equal(ids[kept], whole_ids[:, :n][kept])
+    assert torch.equal(drawn, whole_drawn)
 
 
 def test_the_crossing_token_stays():
