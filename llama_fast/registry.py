@@ -37,12 +37,15 @@ class Implementation(NamedTuple):
 
     `launch` takes the op's arguments and returns its outputs. `unsupported` takes the same
     arguments and returns sentences that say why it cannot serve them; an empty list means it can.
-    `how`, where there is a choice of ways, says in a few words which one it takes.
+    `how`, where there is a choice of ways, says in a few words which one it takes. `prepare`, where
+    there is one, takes the arguments of a call and returns what launches all calls of that kind:
+    with tensors of these shapes, strides, dtypes and devices, and these other arguments.
     """
 
     launch: Callable[..., Any]
     unsupported: Callable[..., list[str]]
     how: Callable[..., str] | None = None
+    prepare: Callable[..., Callable[..., Any]] | None = None
 
 
 @dataclass
@@ -235,9 +238,12 @@ class Op:
         implementation = self._choose(args)
         if len(self._known) >= KNOWN_CALLS:
             self._known.clear()
+        launch = implementation.launch
         if implementation is self._orders[_device_type(args), _request.get()][0][1]:
-            self._known[key] = implementation.launch
-        return implementation.launch
+            if implementation.prepare is not None:
+                launch = implementation.prepare(*args)
+            self._known[key] = launch
+        return launch
 
     def explain(self, *args: Any) -> Decision:
         self._check_tensors(args)
@@ -300,7 +306,9 @@ class Op:
                 if implementation is not None:
                     rows.append((name, implementation))
         if _wrapper is not None:
-            rows = [(n, i._replace(launch=_wrapper(self, n, i.launch))) for n, i in rows]
+            rows = [
+                (n, i._replace(launch=_wrapper(self, n, i.launch), prepare=None)) for n, i in rows
+            ]
         return rows
 
     def _reasons(self, name: str, args: tuple) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import PromptError
 
-# Parts of the largest probability; tokens below the first, or the second, can often not be kept.
+# Parts of the largest probability: below the first, or the second, top_p often keeps no token.
 CUTS = (2**-8, 2**-14)
 
 
@@ -61,21 +61,24 @@ class Sampling:
         """p (B,V), whose sums are `whole` (B,1), sorted; and the ids. To sort 128,256 numbers takes
         a CPU a third of a token's time, so there it sorts those that can be kept, if they are few.
         """
-        V = p.shape[-1]
-        if p.is_cpu and (self.top_k or self.top_p < 1):
-            largest = p.amax(-1, keepdim=True)
-            for cut in CUTS:
-                near = p >= largest * cut
-                counts = near.sum(-1, keepdim=True)
-                if self.top_k:
-                    enough = counts >= self.top_k
-                else:
-                    enough = (p.double() * near).sum(-1, keepdim=True) > self.top_p * whole
-                if enough.all() and (most := int(counts.max())) <= V // 4:
-                    ids = p.topk(most, sorted=False).indices.sort(-1).values
-                    p, order = p.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
-                    return p, ids.gather(-1, order)
+        lowest = self._lowest(p, whole) if p.is_cpu else None
+        if lowest is not None and 0 < (most := int((p >= lowest).sum(-1).max())) < p.shape[-1] / 4:
+            ids = p.topk(most, sorted=False).indices.sort(-1).values
+            p, order = p.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+            return p, ids.gather(-1, order)
         return p.sort(dim=-1, descending=True, stable=True)
+
+    def _lowest(self, p: Tensor, whole: Tensor) -> Tensor | None:
+        """Probabilities (B,1) below which no token is kept; None where none are found quickly."""
+        if self.top_k:
+            return p.topk(min(self.top_k, p.shape[-1])).values[:, -1:]
+        if self.top_p < 1:
+            for cut in CUTS:
+                lowest = p.amax(-1, keepdim=True) * cut
+                within = (p.double() * (p >= lowest)).sum(-1, keepdim=True)
+                if (within > self.top_p * whole).all():
+                    return lowest
+        return None
 
     def sample(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """logits (B,V) float32 → token ids (B,) int64; row b draws from generators[b] alone."""

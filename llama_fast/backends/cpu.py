@@ -5,8 +5,10 @@ The ops have checked shapes, dtypes and devices before a launcher runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -30,6 +32,7 @@ except ImportError as error:
 else:
     _unavailable = []
 
+Launcher = Callable[..., Any]
 # Elements from which an output is worth huge pages.
 LARGE = 2**21
 
@@ -55,15 +58,6 @@ def use_isa(name: str) -> Iterator[None]:
         _cpu.set_isa(before)
 
 
-def _new(x: torch.Tensor) -> torch.Tensor:
-    """A fresh contiguous tensor of x's shape and dtype; torch.empty takes three times as long."""
-    if x.is_contiguous():
-        y = torch.empty_like(x)
-    else:
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return _reserve(y)
-
-
 def _reserve(y: torch.Tensor) -> torch.Tensor:
     """y, its fresh memory in huge pages where it is large."""
     if y.numel() >= LARGE:
@@ -71,112 +65,142 @@ def _reserve(y: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    y = _new(x)
-    _cpu.rms_norm(
-        DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), y.data_ptr(), _rows(x), x.shape[-1], eps
-    )
-    return y
+def _maker(like: torch.Tensor, shape: tuple[int, ...] | None = None) -> Callable[[], torch.Tensor]:
+    """What makes fresh contiguous tensors of `like`'s dtype and of its shape, or of `shape`."""
+    # torch.empty takes three times as long as torch.empty_like. One element stands for them all.
+    pattern = torch.empty((), dtype=like.dtype).expand(like.shape if shape is None else shape)
+    make = partial(torch.empty_like, pattern, memory_format=torch.contiguous_format)
+    return (lambda: _reserve(make())) if pattern.numel() >= LARGE else make
+
+
+# Each of the functions that follow takes an op's arguments and returns a launcher for calls of
+# their kind: whatever depends on shapes, strides and dtypes is settled beforehand.
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Launcher:
+    dtype, new, rows, C = DTYPES[x.dtype], _maker(x), _rows(x), x.shape[-1]
+
+    def launch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        y = new()
+        _cpu.rms_norm(dtype, x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, C, eps)
+        return y
+
+    return launch
 
 
 def _add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    y, total = _new(x), _new(x)
-    _cpu.add_rms_norm(
-        DTYPES[x.dtype],
-        x.data_ptr(),
-        residual.data_ptr(),
-        weight.data_ptr(),
-        y.data_ptr(),
-        total.data_ptr(),
-        _rows(x),
-        _rows(residual),
-        x.shape[-1],
-        eps,
-    )
-    return y, total
+) -> Launcher:
+    dtype, new, C = DTYPES[x.dtype], _maker(x), x.shape[-1]
+    x_rows, residual_rows = _rows(x), _rows(residual)
+
+    def launch(
+        x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        y, total = new(), new()
+        _cpu.add_rms_norm(
+            dtype,
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            y.data_ptr(),
+            total.data_ptr(),
+            x_rows,
+            residual_rows,
+            C,
+            eps,
+        )
+        return y, total
+
+    return launch
 
 
-def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    h = _new(gate)
-    _cpu.swiglu(
-        DTYPES[gate.dtype],
-        gate.data_ptr(),
-        up.data_ptr(),
-        h.data_ptr(),
-        _rows(gate),
-        _rows(up),
-        gate.shape[-1],
-    )
-    return h
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> Launcher:
+    dtype, new, F = DTYPES[gate.dtype], _maker(gate), gate.shape[-1]
+    gate_rows, up_rows = _rows(gate), _rows(up)
+
+    def launch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        h = new()
+        _cpu.swiglu(dtype, gate.data_ptr(), up.data_ptr(), h.data_ptr(), gate_rows, up_rows, F)
+        return h
+
+    return launch
 
 
 def _rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    B, T, H, D = q.shape
-    of_rows = cos.ndim == 3
-    q_out, k_out = _new(q), _new(k)
-    _cpu.rope(
-        DTYPES[q.dtype],
-        q.data_ptr(),
-        q.stride(),
-        k.data_ptr(),
-        k.stride(),
-        q_out.data_ptr(),
-        k_out.data_ptr(),
-        cos.data_ptr(),
-        cos.stride(0) if of_rows else 0,
-        cos.stride(-2),
-        sin.data_ptr(),
-        sin.stride(0) if of_rows else 0,
-        sin.stride(-2),
-        B,
-        T,
-        H,
-        k.shape[2],
-        D,
-        interleaved,
+) -> Launcher:
+    dtype, new_q, new_k = DTYPES[q.dtype], _maker(q), _maker(k)
+    q_strides, k_strides = q.stride(), k.stride()
+    cos_strides, sin_strides = (
+        (t.stride(0) if t.ndim == 3 else 0, t.stride(-2)) for t in (cos, sin)
     )
-    return q_out, k_out
+    B, T, H, D = q.shape
+    sizes = (B, T, H, k.shape[2], D)
+
+    def launch(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q_out, k_out = new_q(), new_k()
+        _cpu.rope(
+            dtype,
+            q.data_ptr(),
+            q_strides,
+            k.data_ptr(),
+            k_strides,
+            q_out.data_ptr(),
+            k_out.data_ptr(),
+            cos.data_ptr(),
+            *cos_strides,
+            sin.data_ptr(),
+            *sin_strides,
+            *sizes,
+            interleaved,
+        )
+        return q_out, k_out
+
+    return launch
 
 
-def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> torch.Tensor:
+def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> Launcher:
+    dtype, new = DTYPES[q.dtype], _maker(q)
+    q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
+    cos_stride, sin_stride = cos.stride(0), sin.stride(0)
+    k_cache_strides, v_cache_strides = k_cache.stride(), v_cache.stride()
+    lengths_stride = lengths.stride(0)
     B, T, H, D = q.shape
     S, P = k_cache.shape[1], cos.shape[0]
-    q_out = _new(q)
-    bad_row = _cpu.kv_append(
-        DTYPES[q.dtype],
-        q.data_ptr(),
-        q.stride(),
-        k.data_ptr(),
-        k.stride(),
-        v.data_ptr(),
-        v.stride(),
-        q_out.data_ptr(),
-        cos.data_ptr(),
-        cos.stride(0),
-        sin.data_ptr(),
-        sin.stride(0),
-        k_cache.data_ptr(),
-        k_cache.stride(),
-        v_cache.data_ptr(),
-        v_cache.stride(),
-        lengths.data_ptr(),
-        lengths.stride(0),
-        B,
-        T,
-        S,
-        P,
-        H,
-        k.shape[2],
-        D,
-        interleaved,
-    )
-    if bad_row >= 0:
-        raise too_long_for_cache(bad_row, int(lengths[bad_row]), S, P)
-    return q_out
+    sizes = (B, T, S, P, H, k.shape[2], D)
+
+    def launch(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> torch.Tensor:
+        q_out = new()
+        bad_row = _cpu.kv_append(
+            dtype,
+            q.data_ptr(),
+            q_strides,
+            k.data_ptr(),
+            k_strides,
+            v.data_ptr(),
+            v_strides,
+            q_out.data_ptr(),
+            cos.data_ptr(),
+            cos_stride,
+            sin.data_ptr(),
+            sin_stride,
+            k_cache.data_ptr(),
+            k_cache_strides,
+            v_cache.data_ptr(),
+            v_cache_strides,
+            lengths.data_ptr(),
+            lengths_stride,
+            *sizes,
+            interleaved,
+        )
+        if bad_row >= 0:
+            raise too_long_for_cache(bad_row, int(lengths[bad_row]), S, P)
+        return q_out
+
+    return launch
 
 
 def _attention(
@@ -187,29 +211,46 @@ def _attention(
     scale: float | None,
     lengths: torch.Tensor | None,
     need_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    o = _new(q)
+) -> Launcher:
+    dtype, new = DTYPES[q.dtype], _maker(q)
+    q_shape, k_shape = tuple(q.shape), tuple(k.shape)
+    q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     B, T, H, _ = q.shape
-    lse = torch.empty((B, H, T) if need_lse else 0, dtype=lse_dtype(q.dtype))
-    bad_row = _cpu.attention(
-        DTYPES[q.dtype],
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        o.data_ptr(),
-        lse.data_ptr(),  # null when it is empty
-        0 if lengths is None else lengths.data_ptr(),
-        q.shape,
-        k.shape,
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        causal,
-        q.shape[-1] ** -0.5 if scale is None else scale,
-    )
-    if bad_row >= 0:
-        raise too_long(bad_row, int(lengths[bad_row]), k.shape[1])
-    return o, lse
+    pattern = torch.empty(0, dtype=lse_dtype(q.dtype))
+    new_lse = _maker(pattern, (B, H, T) if need_lse else (0,))
+
+    def launch(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        causal: bool,
+        scale: float | None,
+        lengths: torch.Tensor | None,
+        need_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        o, lse = new(), new_lse()
+        bad_row = _cpu.attention(
+            dtype,
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            o.data_ptr(),
+            lse.data_ptr(),  # null when it is empty
+            0 if lengths is None else lengths.data_ptr(),
+            q_shape,
+            k_shape,
+            q_strides,
+            k_strides,
+            v_strides,
+            causal,
+            factor,
+        )
+        if bad_row >= 0:
+            raise too_long(bad_row, int(lengths[bad_row]), k_shape[1])
+        return o, lse
+
+    return launch
 
 
 def _attention_unsupported(
@@ -315,17 +356,31 @@ def multiply_backward_weight(grad: torch.Tensor, x: torch.Tensor) -> torch.Tenso
     return _product(grad.dtype, shape, grad.shape[:-1].numel(), rows, lanes)
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _linear(x: torch.Tensor, weight: torch.Tensor) -> Launcher:
+    C_in = weight.shape[1]
+    if C_in == 0 or x.numel() > FEW_ROWS * C_in:
+        return _linear_of_many_rows
+    return _linear_of_few_rows(x, weight)
+
+
+def _linear_of_many_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Which product that is depends on the instruction set in use: it is chosen in every call."""
+    if 0 < x.numel() <= few_rows(x.dtype) * weight.shape[1]:
+        return _linear_of_few_rows(x, weight)(x, weight)
+    own = _own_product(x.dtype) and weight.shape[1]
+    return (multiply if own else OPS["linear"].eager)(x, weight)
+
+
+def _linear_of_few_rows(x: torch.Tensor, weight: torch.Tensor) -> Launcher:
     C_out, C_in = weight.shape
-    if C_in == 0:
-        return OPS["linear"].eager(x, weight)
-    if x.numel() > FEW_ROWS * C_in and x.numel() > few_rows(x.dtype) * C_in:
-        return (multiply if _own_product(x.dtype) else OPS["linear"].eager)(x, weight)
-    y = torch.empty((*x.shape[:-1], C_out), dtype=x.dtype)
-    _cpu.linear(
-        DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), y.data_ptr(), _rows(x), C_in, C_out
-    )
-    return y
+    dtype, new, rows = DTYPES[x.dtype], _maker(x, (*x.shape[:-1], C_out)), _rows(x)
+
+    def launch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y = new()
+        _cpu.linear(dtype, x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, C_in, C_out)
+        return y
+
+    return launch
 
 
 def _linear_how(x: torch.Tensor, weight: torch.Tensor) -> str:
@@ -364,24 +419,46 @@ def _linear_quantized(
     C_out: int,
     bits: int,
     group_size: int,
-) -> torch.Tensor:
-    y = torch.empty((*x.shape[:-1], C_out), dtype=x.dtype)
-    if x.shape[-1] == 0:
-        return y.zero_()
-    _cpu.linear_quantized(
-        DTYPES[x.dtype],
-        x.data_ptr(),
-        codes.data_ptr(),
-        scales.data_ptr(),
-        0 if offsets is None else offsets.data_ptr(),
-        y.data_ptr(),
-        _rows(x),
-        x.shape[-1],
-        C_out,
-        group_size,
-        bits,
-    )
-    return y
+) -> Launcher:
+    new, C_in = _maker(x, (*x.shape[:-1], C_out)), x.shape[-1]
+    if C_in == 0:
+        return lambda *args: new().zero_()
+    dtype, rows = DTYPES[x.dtype], _rows(x)
+
+    def launch(
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: torch.Tensor | None,
+        C_out: int,
+        bits: int,
+        group_size: int,
+    ) -> torch.Tensor:
+        y = new()
+        _cpu.linear_quantized(
+            dtype,
+            x.data_ptr(),
+            codes.data_ptr(),
+            scales.data_ptr(),
+            0 if offsets is None else offsets.data_ptr(),
+            y.data_ptr(),
+            rows,
+            C_in,
+            C_out,
+            group_size,
+            bits,
+        )
+        return y
+
+    return launch
+
+
+def _prepared(
+    prepare: Callable[..., Launcher],
+    unsupported: Callable[..., list[str]],
+    how: Callable[..., str] | None = None,
+) -> Implementation:
+    return Implementation(lambda *args: prepare(*args)(*args), unsupported, how, prepare)
 
 
 register_backend(
@@ -391,22 +468,22 @@ register_backend(
         recorder=lambda: CpuRecorder(_cpu.Tape),
         reserve=_reserve,
         implementations={
-            "attention": Implementation(_attention, _attention_unsupported),
-            "linear": Implementation(_linear, limits.linear, _linear_how),
+            "attention": _prepared(_attention, _attention_unsupported),
+            "linear": _prepared(_linear, limits.linear, _linear_how),
             "linear_backward_x": Implementation(_linear_backward_x, nothing, _gradient_how),
             "linear_backward_weight": Implementation(
                 _linear_backward_weight, nothing, _gradient_how
             ),
-            "linear_quantized": Implementation(_linear_quantized, limits.linear),
+            "linear_quantized": _prepared(_linear_quantized, limits.linear),
             "linear_quantized_backward_x": Implementation(
                 OPS["linear_quantized_backward_x"].eager, nothing
             ),
             "linear_cross_entropy": Implementation(linear_cross_entropy_in_blocks, nothing),
-            "rms_norm": Implementation(_rms_norm, limits.rms_norm),
-            "add_rms_norm": Implementation(_add_rms_norm, limits.add_rms_norm),
-            "swiglu": Implementation(_swiglu, limits.swiglu),
-            "rope": Implementation(_rope, limits.rope),
-            "kv_append": Implementation(_kv_append, limits.kv_append),
+            "rms_norm": _prepared(_rms_norm, limits.rms_norm),
+            "add_rms_norm": _prepared(_add_rms_norm, limits.add_rms_norm),
+            "swiglu": _prepared(_swiglu, limits.swiglu),
+            "rope": _prepared(_rope, limits.rope),
+            "kv_append": _prepared(_kv_append, limits.kv_append),
         },
     )
 )
