@@ -57,8 +57,8 @@ def test_sorting_a_part_changes_nothing(monkeypatch, top_p, top_k, spread):
     monkeypatch.setattr(Sampling, "_lowest", lambda *args: None)
     whole_p, whole_ids, whole_drawn = result()
     assert whole_p.shape[1] == 4000
-    if spread == 6.0:
-        assert p.shape[1] < 1000
+    if top_k or (top_p <= 0.9 and spread > 1):
+        assert p.shape[1] < 200
     n = p.shape[1]
     assert torch.equal(p, whole_p[:, :n]) and whole_p[:, n:].count_nonzero() == 0
     kept = p > 0
