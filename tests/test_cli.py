@@ -624,6 +624,8 @@ def test_profile_shows_where_a_step_s_time_goes(run, monkeypatch, tmp_path, widt
     content = json.loads(file.read_text())
     times = [row["seconds"] for row in content["rows"]]
     assert sum(times) + content["rest"] == pytest.approx(sorted(content["seconds"])[0])
+    assert len(content["replayed"]) == 2 and min(content["replayed"]) > 0
+    assert "Recorded and replayed, as generate does" in out
     assert json.loads(trace.read_text())["traceEvents"]
 
 

@@ -107,6 +107,16 @@ def test_decoding_reads_the_whole_context():
     assert long[0].bytes > 50 * short[0].bytes
 
 
+def test_a_replayed_step_is_recorded_before_it_is_timed():
+    call = steps.replayed_step(model(), batch=2, context=5)
+    decoding = call.func
+    seconds = calls.seconds_of(call, 4, CPU)
+    assert len(seconds) == 4 and min(seconds) > 0
+    assert decoding.cache.used == 5 + 3 + 4
+    assert decoding.warm is (decoding.capturer is not None)
+    assert (decoding.replay is not None) is (decoding.capturer is not None)
+
+
 def test_a_prefill_begins_anew_each_time():
     step = steps.prefill_step(model(), batch=1, tokens=7)
     assert counted(step) == counted(step)

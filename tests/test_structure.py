@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "timing": set(),
     "workloads": PARTS,
     "machine": set(),
-    "profiling": MODEL | {"ceilings", "speed", "timing", "train", "triton_kernels", "workloads"},
+    "profiling": MODEL
+    | {"ceilings", "decode", "speed", "timing", "train", "triton_kernels", "workloads"},
     "results": {"atomic", "timing"},
     "contenders": BASE,
     "speed": PARTS | {"ceilings", "contenders", "memory", "results", "timing", "workloads"},

@@ -56,8 +56,8 @@ def calls_of(wanted: Wanted) -> tuple[list[MetaCall], str]:
 
     from ..profiling.code import record_calls
 
-    step, title = wanted.step(torch.device("meta"))
-    return record_calls(step), title
+    prepared = wanted.step(torch.device("meta"))
+    return record_calls(prepared.step), prepared.title
 
 
 def show_code(

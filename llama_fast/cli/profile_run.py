@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import statistics
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -29,6 +31,14 @@ LAYERS = 2
 TOKENS = {"prefill": 512, "train": 256}
 CONTEXT = 1024  # of a single token
 MOST = 6  # of torch's own ops that are shown
+
+
+class Prepared(NamedTuple):
+    """What is to be run, what it is in words, and of decoding, how `generate` does it."""
+
+    step: Step
+    title: str
+    replayed: Callable[[], None] | None = None
 
 
 @dataclass
@@ -125,8 +135,7 @@ class Wanted:
                    for part in (name, str(value))]  # fmt: skip
         return [self.what, *options, *["--backward"] * self.backward]
 
-    def step(self, device: torch.device) -> tuple[Step, str]:
-        """What is to be run, and what it is in words."""
+    def step(self, device: torch.device) -> Prepared:
         import torch
 
         from ..profiling import steps
@@ -143,7 +152,7 @@ class Wanted:
                 backward=self.backward,
             )
             both = " and its gradient" if self.backward else ""
-            return step, f"{self.what}{both} at the sizes of {self.shape}, {_name(dtype)}"
+            return Prepared(step, f"{self.what}{both} at the sizes of {self.shape}, {_name(dtype)}")
         if self.model:
             model = steps.opened_model(
                 self.model,
@@ -171,13 +180,16 @@ class Wanted:
                 )
         if self.quantize:
             of += f", {self.quantize} weights"
+        replayed = None
         if self.what == "decode":
             step = steps.decode_step(model, self.batch, self.context)
+            if device.type != "meta":
+                replayed = steps.replayed_step(model, self.batch, self.context)
         elif self.what == "prefill":
             step = steps.prefill_step(model, self.batch, self.tokens)
         else:
             step = steps.train_step(model, self.batch, self.tokens)
-        return step, f"{self.what} of {of}"
+        return Prepared(step, f"{self.what} of {of}", replayed)
 
 
 def run(
@@ -191,10 +203,10 @@ def run(
     bare: bool,
     json_file: Path | None,
 ) -> None:
-    from ..profiling.calls import no_section, profile
+    from ..profiling.calls import no_section, profile, seconds_of
     from ..registry import use_backend
 
-    step, title = wanted.step(device)
+    step, title, replayed = wanted.step(device)
     title += f", on {device}: {wanted.amount}"
     with use_backend(backend, strict=wanted.is_op) if backend else nullcontext():
         if bare:
@@ -210,6 +222,7 @@ def run(
         counters = Counters() if device.type == "cpu" else None
         with OtherPrograms([os.getpid()]) as others:
             found = profile(step, repeats, ceilings, device, around=counters)
+        again = None if replayed is None else seconds_of(replayed, repeats, device)
         path = trace or Path(f"{wanted.stem}.trace.json")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, about its profiler
@@ -217,12 +230,18 @@ def run(
     show(title)
     _show_rows(found, by_shape or wanted.is_op)
     _show_step(found, wanted, ceilings, others.share)
+    if again is not None:
+        middle = statistics.median(again)
+        show(
+            f"Recorded and replayed, as generate does: {duration(middle)}, "
+            f"{wanted.batch / middle:,.1f} tokens a second"
+        )
     _show_between(between)
     if counters is not None:
         _show_counters(counters, repeats)
     show(f"Trace: {path}, for ui.perfetto.dev or chrome://tracing")
     if json_file is not None:
-        _write(json_file, title, found, between, ceilings, counters, others.share)
+        _write(json_file, title, found, again, between, ceilings, counters, others.share)
 
 
 def _show_rows(found: Profile, by_shape: bool) -> None:
@@ -317,6 +336,7 @@ def _write(
     path: Path,
     title: str,
     found: Profile,
+    replayed: list[float] | None,
     between: list[TorchOp],
     ceilings: Ceilings,
     counters: Counters | None,
@@ -330,6 +350,7 @@ def _write(
         "ceilings": vars(ceilings),
         "profile": title,
         "seconds": found.seconds,
+        "replayed": replayed,
         "others": others,
         "rest": found.rest,
         "rows": [asdict(row) for row in found.rows(by_shape=True)],

@@ -6,6 +6,7 @@ of their own, so that counting is in no time; the calls of all steps are the sam
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -143,6 +144,19 @@ def profile(
         [clock.seconds(start, end) for start, end, _ in steps],
         [[clock.seconds(*stamps) for stamps in parts] for *_, parts in steps],
     )
+
+
+def seconds_of(call: Callable[[], None], repeats: int, device: torch.device) -> list[float]:
+    """Of each of `repeats` calls, after three that are not timed."""
+    for _ in range(3):
+        call()
+    clock = DeviceClock(device) if device.type == "cuda" else HostClock()
+    stamps = [clock.now()]
+    for _ in range(repeats):
+        call()
+        stamps.append(clock.now())
+    clock.wait()
+    return [clock.seconds(start, end) for start, end in itertools.pairwise(stamps)]
 
 
 def count(step: Step, ceilings: Ceilings) -> list[Call]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from ..checkpoint import initial_std
 from ..config import LlamaConfig
+from ..decode import DecodeStep
 from ..errors import ConfigError
+from ..kv_cache import KVCache
 from ..model import Llama
 from ..quantize import Quantization, round_weight
 from ..registry import OPS, Cost, Op
@@ -87,13 +90,7 @@ def opened_model(
 def decode_step(model: Llama, batch: int, context: int) -> Step:
     """Appends a token to each of `batch` sequences of `context` tokens; later steps see the
     earlier ones' tokens too."""
-    room = min(context + STEPS, model.config.max_seq_len)
-    cache = model.new_cache(batch, room)
-    if context:
-        cache.advance(context)
-        for index in range(model.config.n_layers):
-            for x in cache.layer(index):
-                x.normal_()
+    cache = _cache(model, batch, context)
     tokens = _tokens(model, batch, 1)
 
     def step(section: Section) -> None:
@@ -101,6 +98,24 @@ def decode_step(model: Llama, batch: int, context: int) -> Step:
             model(tokens, cache=cache, last_only=True)
 
     return step
+
+
+def replayed_step(model: Llama, batch: int, context: int) -> Callable[[], None]:
+    """The same as `generate` does it: recorded, then replayed without Python between launches. The
+    first two calls record."""
+    tokens = _tokens(model, batch, 1)[:, 0]
+    return partial(DecodeStep(model, _cache(model, batch, context)), tokens)
+
+
+def _cache(model: Llama, batch: int, context: int) -> KVCache:
+    """With `context` random tokens in each row, and room for steps."""
+    cache = model.new_cache(batch, min(context + STEPS, model.config.max_seq_len))
+    if context:
+        cache.advance(context)
+        for index in range(model.config.n_layers):
+            for x in cache.layer(index):
+                x.normal_()
+    return cache
 
 
 def prefill_step(model: Llama, batch: int, tokens: int) -> Step:
