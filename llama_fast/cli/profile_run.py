@@ -184,7 +184,7 @@ class Wanted:
         if self.what == "decode":
             step = steps.decode_step(model, self.batch, self.context)
             if device.type != "meta":
-                replayed = steps.replayed_step(model, self.batch, self.context)
+                replayed = steps.ReplayedStep(model, self.batch, self.context)
         elif self.what == "prefill":
             step = steps.prefill_step(model, self.batch, self.tokens)
         else:

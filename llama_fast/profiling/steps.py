@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +99,17 @@ def decode_step(model: Llama, batch: int, context: int) -> Step:
     return step
 
 
-def replayed_step(model: Llama, batch: int, context: int) -> Callable[[], None]:
+class ReplayedStep:
     """The same as `generate` does it: recorded, then replayed without Python between launches. The
     first two calls record."""
-    tokens = _tokens(model, batch, 1)[:, 0]
-    return partial(DecodeStep(model, _cache(model, batch, context)), tokens)
+
+    def __init__(self, model: Llama, batch: int, context: int) -> None:
+        self.model = model  # which a DecodeStep does not keep
+        self.tokens = _tokens(model, batch, 1)[:, 0]
+        self.decoding = DecodeStep(model, _cache(model, batch, context))
+
+    def __call__(self) -> None:
+        self.decoding(self.tokens)
 
 
 def _cache(model: Llama, batch: int, context: int) -> KVCache:
