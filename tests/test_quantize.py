@@ -246,3 +246,14 @@ def test_form_of_each_kind_is_part_of_the_settings():
         only = Quantization(**{field: FOUR if field == kind else None for field in fields})
         assert [key for key in names.values() if only.of_weight(key)] == [name]
         assert only.of_weight("layers.0.attention_norm.weight") is None
+
+
+def test_settling_moves_a_weight_and_changes_nothing():
+    weight = QuantizedWeight.from_float(torch.randn(40, 70), 4, 32, symmetric=False)
+    before = {name: (b.data_ptr(), b.clone()) for name, b in weight.named_buffers()}
+    assert set(before) == {"codes", "scales", "offsets"}
+    assert weight.settle() is weight
+    for name, buffer in weight.named_buffers():
+        address, values = before[name]
+        assert buffer.data_ptr() != address and torch.equal(buffer, values)
+        assert buffer.dtype == values.dtype
