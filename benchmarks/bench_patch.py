@@ -12,8 +12,8 @@ Memory is the peak of the process: it counts torch and the weights too.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
-import resource
 from functools import partial
 from statistics import median
 from typing import Any
@@ -22,11 +22,12 @@ import torch
 import transformers
 
 from benchmarks.worker import Worker, WorkerError
+from llama_fast.config import LlamaConfig
+from llama_fast.memory import resident_peak
 from llama_fast.timing import OtherPrograms, interleaved, ratio
 
 CONTENDERS = ("eager", "compiled", "liger", "patched")
 ROWS = ("prefill", "decode", "training")
-VOCABULARY = 128256
 
 
 class Contender:
@@ -34,18 +35,8 @@ class Contender:
 
     def __init__(self, kind: str, layers: int, prompt: int, steps: int, device: str) -> None:
         self.prompt, self.steps, self.device = prompt, steps, device
-        config = transformers.LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=layers,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=True,
-            max_position_embeddings=8192,
-            use_cache=True,
-        )
+        shape = dataclasses.replace(LlamaConfig.preset("1b"), n_layers=layers)
+        config = transformers.LlamaConfig(**shape.to_hf())
         torch.manual_seed(0)
         with torch.device(device):
             self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -59,7 +50,7 @@ class Contender:
 
             _apply_liger_kernel_to_instance(model=self.model)
         self.run = torch.compile(self.model) if kind == "compiled" else self.model
-        self.ids = torch.randint(VOCABULARY, (1, prompt), device=device)
+        self.ids = torch.randint(shape.vocab_size, (1, prompt), device=device)
 
     def prefill(self) -> None:
         self.model.eval()
@@ -86,7 +77,7 @@ class Contender:
         """Peak in bytes."""
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated()
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resident_peak()
 
     def _wait(self) -> None:
         if self.device == "cuda":

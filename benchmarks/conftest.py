@@ -28,7 +28,9 @@ SHAPES, WORK, DTYPES = "1b,3b,8b,70b", "decode,prefill,training", "bfloat16,floa
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("llama_fast")
-    group.addoption("--shapes", help=f"models whose sizes the ops get, of {SHAPES} (1b)")
+    group.addoption(
+        "--shapes", help=f"models whose sizes the ops get, of {SHAPES} (1b); demo for a try"
+    )
     group.addoption("--work", help=f"what a model is asked for, of {WORK} (all)")
     group.addoption("--dtypes", help=f"of the tensors, of {DTYPES} (bfloat16)")
     group.addoption("--full", action="store_true", help="all of these, and every matrix of a model")

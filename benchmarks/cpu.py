@@ -32,7 +32,6 @@ from benchmarks import elementwise, kernels, memory, models
 from benchmarks.worker import Worker, WorkerError, run_apart
 from llama_fast import ceilings, machine, results
 from llama_fast.ceilings import Ceilings
-from llama_fast.cli.options import DEMO
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import LlamaFastError
 from llama_fast.results import OURS, Goal, Row
@@ -177,15 +176,6 @@ def llama_cpp_says() -> dict[str, str]:
     return {"version": llama_cpp.llama_version().decode(), "system_info": system_info()}
 
 
-def shape(name: str) -> LlamaConfig:
-    """A preset's, or with "demo" that of the small model that ships."""
-    if name != "demo":
-        return LlamaConfig.preset(name)
-    from llama_fast.checkpoint import open_checkpoint
-
-    return open_checkpoint(DEMO).config
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cpu",
@@ -227,7 +217,7 @@ def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
         where = folder / name
         where.mkdir(parents=True, exist_ok=True)
         numbers = (given.threads, given.rounds, given.prompt, given.steps)
-        return models.Models(shape(name), where, *numbers, say)
+        return models.Models(models.shape(name), where, *numbers, say)
 
     made = of_shape(given.shape)
     sizes = SMALL if given.shape == "demo" else LARGE

@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks.worker import Worker, WorkerError, run_apart
 from llama_fast.atomic import atomic_file
+from llama_fast.cli.options import DEMO
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import WrongResultError
 from llama_fast.results import OURS, Goal, Row
@@ -30,6 +31,15 @@ HOW_TO_INSTALL = "pip install -c constraints.txt '.[bench,peers]'"
 CONTEXT_TOKENS = 16  # what a decoded sequence begins with
 TRIAL = 128  # tokens of a prompt that are enough to check a prefill
 PAUSE = 0.05  # seconds; OpenMP's threads spin for some milliseconds before they sleep
+
+
+def shape(name: str) -> LlamaConfig:
+    """A preset's, or with "demo" that of the small model that ships."""
+    if name != "demo":
+        return LlamaConfig.preset(name)
+    from llama_fast.checkpoint import open_checkpoint
+
+    return open_checkpoint(DEMO).config
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from benchmarks.conftest import DTYPES, MEASURED, SHAPES, WORK, chosen, play, rivals
+from benchmarks.models import shape as shape_of
 from llama_fast import contenders, speed
 from llama_fast.ceilings import Ceilings
-from llama_fast.config import LlamaConfig
 from llama_fast.registry import BACKENDS, OPS, Op
 from llama_fast.results import Row
 from llama_fast.workloads import NAMES, Work, workloads
@@ -73,7 +73,7 @@ def cases(config: pytest.Config) -> Iterator[Case]:
         if kind != "training" and name in IN_TRAINING_ALONE:
             continue
         which = speed.passes(op)[-1] if kind == "training" else speed.FORWARD
-        for workload in workloads(name, LlamaConfig.preset(shape), work):
+        for workload in workloads(name, shape_of(shape), work):
             if full or _quick(workload, kind):
                 for contender in (*BACKENDS, *contenders.peers(op)):
                     yield Case(workload, shape, work, dtype, which, contender)
@@ -110,7 +110,7 @@ def measured(case: Case, request: pytest.FixtureRequest, limits: Ceilings) -> Me
     option, gradient = request.config.getoption, case.which != speed.FORWARD
     make = workloads(
         case.op.name,
-        LlamaConfig.preset(case.shape),
+        shape_of(case.shape),
         case.work,
         dtype=getattr(torch, case.dtype),
         device=option("--device"),

@@ -12,6 +12,7 @@ import itertools
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from . import contenders
 from .ceilings import BYTES, Ceilings
 from .config import LlamaConfig
-from .errors import BackendError, WrongResultError
+from .errors import BackendError, FallbackWarning, WrongResultError
 from .memory import extra_memory
 from .numerics import relative_rms
 from .registry import OPS, Cost, Op, wrapped_launches
@@ -31,6 +32,8 @@ from .workloads import Work, workloads
 
 SAMPLE = 0.02  # seconds that one sample takes at least on a CPU, in as many calls as that needs
 ROUNDS_ON_GPU = 6  # of one call each, for every sample asked for
+PATIENCE = 10.0  # seconds of all rounds together: of what takes longer there are fewer,
+FEWEST_ROUNDS = 3  # but not fewer than these
 SETS = 64  # of arguments, at most
 # Of an output's own root mean square, by the dtype: rounding, not another result.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -85,8 +88,7 @@ def measure(
 
     floats = next(x for x in first if isinstance(x, Tensor) and x.is_floating_point())
     dtype, device = floats.dtype, floats.device
-    with torch.no_grad():
-        results = outputs(op, op.eager(*untouched()))
+    results = outputs(op, op.fake(*first))  # memory of their shapes, not what is in it
     least = cost(op, untouched(), which)
     row = _row(workload, shape, work, dtype, which, warm, least)
     expected = _reference(op, untouched(), which)
@@ -168,10 +170,10 @@ def _time_on_cpu(
     # Graphs of as many calls as a sample has are held at once.
     most = None if which == FORWARD else max(1, BYTES // max(1, row.bytes))
     calls = {name: _Call(op, first.call, inputs, which) for name, first in once.items()}
-    for call in calls.values():
-        call.repeat(SAMPLE, most)
+    one_round = sum(call.repeat(SAMPLE, most) for call in calls.values())
+    rounds = min(rounds, max(FEWEST_ROUNDS, int(PATIENCE / one_round)))
     with OtherPrograms([os.getpid()]) as others:
-        seconds = interleaved(calls, rounds)
+        seconds = interleaved(calls, rounds, warm_up=False)
     row.others = others.share
     row.samples = {
         name: [value / calls[name].count for value in values] for name, values in seconds.items()
@@ -213,15 +215,15 @@ class _Call:
         found = outputs(self.op, self.call(*args))
         return found, leaves, gradients_of(found)
 
-    def repeat(self, seconds: float, most: int | None) -> None:
-        """Sets `count` so that all its calls take that long."""
+    def repeat(self, seconds: float, most: int | None) -> float:
+        """Sets `count` so that all its calls take that long; returns how long they took."""
         while True:
             self.prepare()
             start = time.perf_counter()
             self()
             took = time.perf_counter() - start
             if took >= seconds or self.count == most:
-                return
+                return took
             count = max(2 * self.count, int(self.count * seconds / took))
             self.count = count if most is None else min(most, count)
 
@@ -268,21 +270,66 @@ def distance(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
 def _reference(op: Op, args: tuple, which: str) -> tuple[Tensor, ...]:
     """What the pass gives by the eager definition in float64 (in float32 where that is too large):
     outputs, gradients, or both."""
+    if op.name == "attention" and _scores(args) * 8 > EXACT_BYTES:
+        return _reference_by_heads(op, args, which)
+    args = _exact(args)
+    if op.name in GRADIENT_IN_FORWARD and which == BOTH:
+        with torch.no_grad():
+            loss, *gradients = op.eager(*args)
+        return (loss, *(x for x in gradients if x.numel()))
+    return _run_reference(op, args, which, None)
+
+
+def _exact(args: tuple) -> tuple:
     size = sum(x.numel() for x in args if isinstance(x, Tensor) and x.is_floating_point())
-    exact = torch.float64 if 8 * size <= EXACT_BYTES else torch.float32
-    args = tuple(
-        x.to(exact) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args
+    dtype = torch.float64 if 8 * size <= EXACT_BYTES else torch.float32
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args
     )
+
+
+def _run_reference(
+    op: Op, args: tuple, which: str, gradients: tuple[Tensor, ...] | None
+) -> tuple[Tensor, ...]:
+    """The outputs of these arguments, or the gradients of those of the outputs."""
     if which == FORWARD:
         with torch.no_grad():
             return outputs(op, op.eager(*args))
     args, leaves = with_leaves(op, args)
-    if op.name in GRADIENT_IN_FORWARD:
-        with torch.no_grad():
-            loss, *gradients = op.eager(*args)
-        return (loss, *(x for x in gradients if x.numel()))
     found = outputs(op, op.eager(*args))
-    return torch.autograd.grad(found, leaves, gradients_of(found))
+    return torch.autograd.grad(found, leaves, gradients or gradients_of(found))
+
+
+def _scores(args: tuple) -> int:
+    """How many scores the eager reference of attention holds at once."""
+    B, T, H, _ = args[0].shape
+    return B * H * T * args[1].shape[1]
+
+
+def _reference_by_heads(op: Op, args: tuple, which: str) -> tuple[Tensor, ...]:
+    """Attention's, a sequence and a KV head at a time: its scores would not fit otherwise."""
+    q, k, v, causal, scale, lengths, need_lse = args
+    B, _, H, _ = q.shape
+    K = k.shape[2]
+    G = H // K
+    (whole,) = gradients_of((q,))  # the output has q's shape
+    made: list[list[tuple[Tensor, ...]]] = []
+    for b in range(B):
+        made.append([])
+        for h in range(K):
+            queries, one = (slice(b, b + 1), slice(None)), slice(h * G, (h + 1) * G)
+            part = _exact(
+                (q[queries][:, :, one], k[queries][:, :, h : h + 1], v[queries][:, :, h : h + 1])
+            )
+            rows = None if lengths is None else lengths[b : b + 1]
+            gradient = whole[queries][:, :, one].to(part[0].dtype)
+            made[-1].append(
+                _run_reference(op, (*part, causal, scale, rows, need_lse), which, (gradient,))
+            )
+    return tuple(
+        torch.cat([torch.cat([heads[i] for heads in row], dim=2) for row in made])
+        for i in range(len(made[0][0]))
+    )
 
 
 def _error(call: _Call, name: str, expected: tuple[Tensor, ...], dtype: torch.dtype) -> float:
@@ -312,10 +359,12 @@ def cost(op: Op, args: tuple, which: str) -> Cost:
 
         return counting
 
-    call = _Call(op, contenders.call("eager", op), [args], which)
-    call.prepare()
-    with wrapped_launches(count):
-        call()
+    call = _Call(op, op, [args], which)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        call.prepare()
+        with wrapped_launches(count):
+            call()
     return Cost(sum(one.bytes for one in counted), sum(one.flops for one in counted))
 
 

@@ -24,15 +24,20 @@ MOST_FLUSHES = 50  # what takes the host longer than these is no launch
 
 
 def interleaved(
-    contenders: dict[str, Callable[[], object]], rounds: int = 5, pause: float = 0.0
+    contenders: dict[str, Callable[[], object]],
+    rounds: int = 5,
+    pause: float = 0.0,
+    *,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of each call by name: one warm-up, then `rounds` rounds of all in turn.
 
     A contender with a method `prepare` has it called before each of its turns, untimed.
 
-    pause  seconds of rest before each call, in which the threads of the one before go to sleep
+    pause    seconds of rest before each call, in which the threads of the one before go to sleep
+    warm_up  False where the calls have run just now
     """
-    for call in contenders.values():
+    for call in contenders.values() if warm_up else ():
         _prepare(call)
         call()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}

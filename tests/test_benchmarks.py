@@ -232,40 +232,53 @@ def test_a_machine_has_a_name_for_its_file():
 def test_the_pytest_suite_writes_its_fields(tmp_path):
     """In a process of its own: pytest-benchmark lets a session be measured once."""
     path = tmp_path / "out.json"
-    chosen = "rms_norm and decode and not add and (cpu or eager)"
+    ops = "rms_norm and decode and not add and (cpu or eager)"
+    options = ("--shapes", "demo", "--layers", "1", "--tokens", "24", "--rounds", "3")
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "benchmarks", "-k", chosen, "--threads", "1"),
-            *("--benchmark-json", str(path)),
+            *(sys.executable, "-m", "pytest", "benchmarks", "-k", f"test_model or ({ops})"),
+            *("--threads", "1", *options, "--benchmark-json", str(path)),
         ],
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(path.read_text())
-    where = found["machine_info"]["llama_fast"]
+    where = json.loads(path.read_text())["machine_info"]["llama_fast"]
     assert where["ceilings"]["read"] > 1e8 and where["versions"]["torch"]
     assert where["threads"] == 1
-    entries = {entry["extra_info"]["contender"]: entry for entry in found["benchmarks"]}
-    assert set(entries) == {"cpu", "eager"}
-    for entry in entries.values():
-        info, median = entry["extra_info"], entry["stats"]["median"]
-        assert entry["group"] == "rms_norm, 1b, decode, 1 token, 8192 keys, bfloat16, forward"
-        assert info["bytes"] == 3 * 2048 * 2 and len(entry["stats"]["data"]) == 5
-        assert info["host_seconds"] > 0 and info["times_eager"] > 0
-        assert info["gigabytes_per_second"] == pytest.approx(info["bytes"] / median / 1e9)
-        assert info["teraflops"] == pytest.approx(info["flops"] / median / 1e12)
-        assert info["ceiling"] == "copy" and 0 < info["part_of_ceiling"] < 2
-        assert 0 < info["error_against_float64"] < 0.02
-    (row,) = results.load(path).rows.values()
-    assert set(row.samples) == {"cpu", "eager"} and row.samples["cpu"] == pytest.approx(
-        entries["cpu"]["stats"]["data"]
-    )
+    groups: dict[str, dict] = {}
+    for entry in json.loads(path.read_text())["benchmarks"]:
+        groups.setdefault(entry["group"], {})[entry["extra_info"]["contender"]] = entry
+    rows = results.load(path).rows
+    assert set(rows) == set(groups)
+    for group, entries in groups.items():
+        assert len(entries) >= 2 and set(rows[group].samples) == set(entries)
+        for name, entry in entries.items():
+            info, median = entry["extra_info"], entry["stats"]["median"]
+            assert rows[group].samples[name] == pytest.approx(entry["stats"]["data"])
+            assert len(entry["stats"]["data"]) == 3 and median > 0
+            if info["bytes"]:
+                rate = info["bytes"] / median / 1e9
+                assert info["gigabytes_per_second"] == pytest.approx(rate)
+            if info["flops"]:
+                assert info["teraflops"] == pytest.approx(info["flops"] / median / 1e12)
+            if "load" not in group:
+                assert info["ceiling"] and 0 < info["part_of_ceiling"] < 5
+                assert 0 < info["error_against_float64"] < 1
+    norm = groups.pop("rms_norm, demo, decode, 1 token, 8192 keys, bfloat16, forward")
+    assert set(norm) == {"cpu", "eager"}
+    info = norm["cpu"]["extra_info"]
+    assert info["bytes"] == 3 * models.shape("demo").dim * 2 and info["ceiling"] == "copy"
+    assert info["host_seconds"] > 0 and info["times_eager"] > 0
+    assert info["error_against_float64"] < 0.02
+    kinds = {group.partition(",")[0] for group in groups}
+    assert kinds == {"decode", "prefill", "load", "training step"}
+    assert "transformers" in groups["training step, demo, whole model"]
 
 
 def test_the_rows_of_memory(tmp_path):
-    made = models.Models(cpu.shape("demo"), tmp_path, 1, 1, 8, 2, print)
+    made = models.Models(models.shape("demo"), tmp_path, 1, 1, 8, 2, print)
     row = memory.peak(made, "demo", "int8", "int8", 1.0)
     assert row.name == "memory demo int8" and 0.05 < row.samples[results.OURS][0] < 5
     prompt = memory.prompt(made.config, 256, 1, 1.0)

@@ -73,6 +73,17 @@ def test_a_later_file_replaces_rows_and_machines_are_apart(found, tmp_path):
     assert text.count("## ") == 2 and "80 tok/s" in text and "too noisy to count |" not in text
 
 
+def test_a_gpu_is_named_and_words_are_no_rows(found, tmp_path):
+    run = {"date": "2026-01-02", "ceilings": {**CEILINGS, "device": "cuda", "threads": 0}}
+    row = a_call("rms_norm", "training", {"triton": 1e-4, "eager": 5e-4})
+    row.measured_with = run
+    said = Row("part graph", "part graph", "", notes=["done"], measured_with={"date": "2026-01-02"})
+    where = {**WHERE, "gpus": ["NVIDIA H200"]}
+    made = write([Results(where, {"a": row, "b": said})], tmp_path)
+    assert "## NVIDIA H200, 2026-01-02" in made.page.read_text()
+    assert {path.name for path in made.figures} >= {"nvidia-h200-roofline.png"}
+
+
 def test_a_figure_without_rows_is_left_out(found, tmp_path):
     few = Results(WHERE, {"decode bf16": found.rows["decode bf16"]})
     made = write([few], tmp_path)

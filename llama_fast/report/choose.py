@@ -28,7 +28,9 @@ def size(row: Row) -> int:
 
 
 def baselines(row: Row) -> list[str]:
-    return [name for name in row.samples if name not in (*OWN, *YARDSTICKS)]
+    """Who is not of this package."""
+    names = (name for name in row.samples if name not in (*OWN, *YARDSTICKS))
+    return [name for name in names if not name.startswith(OURS)]
 
 
 def sweeps(rows: list[Row]) -> list[list[Row]]:

@@ -20,9 +20,15 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C8C00",
            "#000000", "#999999")  # fmt: skip
 MARKERS = {"decode": "o", "prefill": "^", "training": "s"}
-LEAST_MEMORY = 1e6  # bytes: less than that is the allocator's rounding
+# The same contender has the same colour in every figure.
+CONTENDERS = {
+    "eager": COLOURS[1], "torch": COLOURS[2], "torch flash": COLOURS[3], "torch math": COLOURS[4],
+    "torch.compile": COLOURS[5], "torch cudnn": COLOURS[6], "torch efficient": COLOURS[7],
+    "liger-kernel": COLOURS[8], "flash-attn": COLOURS[9], **dict.fromkeys(OWN, COLOURS[0]),
+}  # fmt: skip
+LEAST_MEMORY = 1e7  # bytes: calls that hold less are no matter
 DPI = 100
-MANY_BARS = 40  # of one panel; of more a reader sees nothing
+MOST_CALLS = 10  # of the figure of memory, the hungriest first
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -49,6 +55,11 @@ def ceilings_of(rows: list[Row]) -> dict[str, float]:
             if measured.get(name):
                 found[name] = max(measured[name], found.get(name, 0.0))
     return found
+
+
+def colours_of(contenders: list[str]) -> dict[str, str]:
+    others = iter(COLOURS * 2)
+    return {name: CONTENDERS.get(name) or next(others) for name in contenders}
 
 
 def roofline(rows: list[Row], title: str) -> Figure | None:
@@ -98,7 +109,7 @@ def _draw_ceilings(
     knee = peak / ceilings["read"] if peak else high
     xs = [low, min(knee, high)]
     axes.plot(xs, [x * ceilings["read"] / 1e9 for x in xs], color="#444444", linewidth=1.4)
-    x = low * (xs[1] / low) ** 0.5
+    x = low * (xs[1] / low) ** 0.75
     axes.annotate(
         f"memory read {ceilings['read'] / 1e9:.3g} GB/s",
         (x, x * ceilings["read"] / 1e9), xytext=(-6, 6), textcoords="offset points",
@@ -161,7 +172,7 @@ def _bar_figure(parts: dict[str, list[Row]], title: str, names: dict[str, str]) 
     known = list(
         dict.fromkeys(name for rows in parts.values() for r in rows for name in baselines(r))
     )
-    colours = dict(zip(known, COLOURS * 2, strict=False))
+    colours = colours_of(known)
     heights = [sum(len(baselines(row)) for row in rows) + len(rows) for rows in parts.values()]
     figure = new_figure(8.0, 1.3 + 0.17 * sum(heights))
     panels = figure.subplots(len(parts), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
@@ -188,7 +199,10 @@ def _bar_figure(parts: dict[str, list[Row]], title: str, names: dict[str, str]) 
         axes.axvline(1, color="#444444", linewidth=1)
         axes.grid(alpha=0.25, axis="x")
     _plain_ticks(panels[-1], panels)
-    panels[-1].set_xlabel("times as fast as the baseline (log scale)")
+    pale = any(row.noisy(row.own(), name) for r in parts.values() for row in r for name in known
+               if name in row.samples)  # fmt: skip
+    said_of_pale = "; pale: too noisy to count" if pale else ""
+    panels[-1].set_xlabel(f"times as fast as the baseline (log scale{said_of_pale})")
     figure.suptitle(title, fontsize=11)
     _legend_below(figure, colours, known)
     return figure
@@ -225,7 +239,7 @@ def attention_lengths(rows: list[Row], title: str) -> Figure | None:
     figure = new_figure(max(7.5, 4.4 * len(groups)), 4.2)
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     known = list(dict.fromkeys(name for g in groups for row in g for name in row.samples))
-    colours = dict(zip(known, COLOURS * 2, strict=False))
+    colours = colours_of(known)
     for axes, group in zip(panels, groups, strict=True):
         call = group[0].call
         decode = call["work"] == "decode"
@@ -249,7 +263,9 @@ def attention_lengths(rows: list[Row], title: str) -> Figure | None:
         what = "decode: one query" if decode else f"{call['work']}, {call['pass']}"
         axes.set(xscale="log", yscale="log", ylabel=unit)
         axes.set_title(what, fontsize=10)
-        axes.set_xlabel("keys" if decode else "tokens")
+        hollow = any(row.noisy(name) for row in group for name in row.samples)
+        said_of_hollow = " (hollow: too noisy to count)" if hollow else ""
+        axes.set_xlabel(("keys" if decode else "tokens") + said_of_hollow)
         axes.margins(y=0.15)
         _powers_of_two(axes, sorted({row.call["keys"] for row in group}))
         axes.grid(alpha=0.25)
@@ -271,11 +287,11 @@ def _powers_of_two(axes: Axes, lengths: list[int]) -> None:
 def memory(rows: list[Row], title: str) -> Figure | None:
     """What a call of each contender holds at its peak beyond what was held before."""
     rows = [row for row in calls(rows) if max(row.memory.values(), default=0) >= LEAST_MEMORY]
-    rows = sorted(rows, key=lambda row: -max(row.memory.values()))[:MANY_BARS]
+    rows = sorted(rows, key=lambda row: -max(row.memory.values()))[:MOST_CALLS]
     if not rows:
         return None
     known = list(dict.fromkeys(name for row in rows for name in row.memory))
-    colours = dict(zip(known, COLOURS * 2, strict=False))
+    colours = colours_of(known)
     bars = sum(len(row.memory) + 1 for row in rows)
     figure = new_figure(8.0, 1.3 + 0.17 * bars)
     axes = figure.add_subplot()
@@ -284,17 +300,20 @@ def memory(rows: list[Row], title: str) -> Figure | None:
         top = y
         for name, nbytes in row.memory.items():
             megabytes = nbytes / 1e6
-            axes.barh(y, megabytes, color=colours[name], height=0.85)
+            axes.barh(y, max(megabytes, 0.1), color=colours[name], height=0.85)
             axes.annotate(
-                f"{megabytes:.3g}" if megabytes >= 0.1 else "< 0.1", (megabytes, y), xytext=(3, 0),
-                textcoords="offset points", va="center", fontsize=7,
+                f"{megabytes:.3g}" if megabytes >= 0.1 else "< 0.1", (max(megabytes, 0.1), y),
+                xytext=(3, 0), textcoords="offset points", va="center", fontsize=7,
             )  # fmt: skip
             y += 1
         ticks.append(((top + y - 1) / 2, f"{label(row).removesuffix(NOISY)}\n{row.call['work']}"))
         y += 0.8
     axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=8)
     axes.set_ylim(y - 0.4, -0.9)
-    axes.set(xlabel="MB that a call holds at its peak, its results among them", title=title)
+    axes.set(
+        xlabel="MB that a call holds at its peak, its results among them (log scale)", title=title
+    )
+    axes.set(xscale="log", xlim=(0.08, None))
     axes.margins(x=0.1)
     axes.grid(alpha=0.25, axis="x")
     _legend_below(figure, colours, known)

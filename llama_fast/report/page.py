@@ -79,9 +79,10 @@ def _by_machine(results: list[Results]) -> list[tuple[dict[str, Any], list[Row]]
 
 
 def _device(rows: list[Row]) -> tuple[str, int]:
-    """(device, threads) of the last run."""
-    run = rows[-1].measured_with
-    return (run.get("ceilings") or {}).get("device", "cpu"), run.get("threads", 1)
+    """(device, threads) of the last run that says so."""
+    runs = [row.measured_with for row in rows if row.measured_with.get("ceilings")]
+    run = runs[-1] if runs else {}
+    return run.get("ceilings", {}).get("device", "cpu"), run.get("threads", 1)
 
 
 def _about(where: dict[str, Any], rows: list[Row]) -> str:
@@ -102,7 +103,7 @@ def _draw(where: dict[str, Any], rows: list[Row], about: str, folder: Path) -> d
     device, threads = _device(rows)
     stem, found = file_name(where, threads, device), {}
     for kind, (draw, said) in FIGURES.items():
-        figure = draw(rows, f"{said}\n{about}")
+        figure = draw(rows, f"{said}{_sizes(rows)}\n{about}")
         if figure is None:
             continue
         path = folder / f"{stem}-{kind}.png"
@@ -111,6 +112,12 @@ def _draw(where: dict[str, Any], rows: list[Row], about: str, folder: Path) -> d
             figure.savefig(partial, format="png", metadata={"Software": None})
         found[said] = path
     return found
+
+
+def _sizes(rows: list[Row]) -> str:
+    """Of the models whose calls were measured."""
+    shapes = dict.fromkeys(row.call["shape"] for row in rows if row.call)
+    return f", at the sizes of Llama {', '.join(shapes)}" if shapes else ""
 
 
 def _ceilings(rows: list[Row]) -> str:
