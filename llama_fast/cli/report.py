@@ -17,8 +17,8 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RESULTS...",
-            help="Files of llama-fast bench --json, make bench-cpu, make gpu, or "
-            "pytest benchmarks/ --benchmark-json.",
+            help="Files of llama-fast bench --json, make bench-cpu, or pytest benchmarks/ "
+            "--benchmark-json.",
         ),
     ],
     out: Annotated[
