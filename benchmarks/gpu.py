@@ -170,8 +170,6 @@ class Bench:
         self.torch, self.device, self.lines = torch, device, lines
         self.gpu = device == "cuda"
         self.generator = torch.Generator(device).manual_seed(0)
-        # Twice the largest L2: writing it leaves nothing of a call's tensors in the cache.
-        self.flush = torch.empty(256 << 20 if self.gpu else 1, dtype=torch.uint8, device=device)
 
     def size(self, n: int, tiny: int) -> int:
         return n if self.gpu else tiny
@@ -183,23 +181,12 @@ class Bench:
 
     def seconds(self, call: Callable[[], Any]) -> float:
         """The median time of a call on the device."""
-        call()
-        call()
+        from llama_fast.timing import interleaved, interleaved_on_gpu
+
+        calls = {"call": call}
         if not self.gpu:
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-        cuda = self.torch.cuda
-        pairs = []
-        for _ in range(30):
-            pair = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-            self.flush.zero_()  # the host runs ahead while it works, so its time is not counted
-            pair[0].record()
-            call()
-            pair[1].record()
-            pairs.append(pair)
-        cuda.synchronize()
-        return statistics.median(a.elapsed_time(b) for a, b in pairs) / 1e3
+            return interleaved(calls, 1)["call"][0]
+        return statistics.median(interleaved_on_gpu(calls, 30).seconds["call"])
 
     def host_seconds(self, call: Callable[[], Any]) -> float:
         """What a call costs the host, the least of some batches; the device may lag behind."""
