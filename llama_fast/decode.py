@@ -89,6 +89,7 @@ class DecodeStep:
             return self._run()
         if not self.warm:
             self.warm = True
+            self.cache.count(1)
             with self.cache.whole():
                 return self.capturer.warm_up(self._run)
         if self.replay is None and not self._capture():
@@ -101,9 +102,9 @@ class DecodeStep:
         return self._model()(self.tokens, cache=self.cache, last_only=True)[:, -1]
 
     def _capture(self) -> bool:
-        """Captures a step; the device has not run it yet, nor has the host counted it."""
+        """Captures a step, which the device has not run yet."""
         try:
-            with self.cache.whole(), self.cache.uncounted():
+            with self.cache.whole():
                 self.replay, self.logits = self.capturer.capture(self._run)
         except RuntimeError as error:
             self.capturer = None

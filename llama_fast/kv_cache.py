@@ -95,12 +95,13 @@ class KVCache:
 
     def advance(self, T: int) -> torch.Tensor:
         """Makes room for T more tokens in every row; returns the lengths after them."""
-        self.count(T)
+        if not self._whole:
+            self.count(T)
         self.lengths += T
         return self.lengths
 
     def count(self, T: int) -> None:
-        """The host's part of `advance`: a captured step does the device's part itself."""
+        """The host's part of `advance`: a step inside of `whole` does the device's part alone."""
         if self.used + T > self.max_seq_len:
             raise PromptError(
                 f"the cache holds {self.max_seq_len} tokens a row; {self.used} are taken and "
@@ -110,21 +111,14 @@ class KVCache:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside the block, `layer` gives all slots: the same memory however long the rows are."""
+        """Inside the block, `layer` gives all slots, the same memory however long the rows are, and
+        `advance` leaves the counting on the host to `count`. A step then depends on no number
+        that changes, so that it can be captured, or compiled, once for all lengths."""
         self._whole = True
         try:
             yield
         finally:
             self._whole = False
-
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """After the block, the host's lengths are what they were before."""
-        before = self._lengths
-        try:
-            yield
-        finally:
-            self._lengths = before
 
     def _set_lengths(self, lengths: list[int]) -> None:
         self._lengths = lengths

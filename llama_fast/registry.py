@@ -110,6 +110,11 @@ class Decision(NamedTuple):
 
 
 _ANY = Request()
+# What torch.autocast casts, and how torch's dispatcher reaches it.
+_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(
+    torch._C.DispatchKey.AutocastCUDA
+)
 
 OPS: dict[str, Op] = {}
 _backends: dict[str, Backend] = {}
@@ -148,6 +153,9 @@ class Op:
     constants  names of float arguments that have no gradient
     auxiliary  how many of the last results have no gradient: they are for `save` alone
     instead  the op to use where a gradient is needed, for one that writes and so has none
+    autocast  what torch.autocast makes of its float arguments, constants and what it writes apart:
+             "lower": autocast's dtype; "widest": the widest of theirs, or that of what it writes;
+             "": nothing. Inside the op autocast is off, as it is in torch's own
     cost     arguments → Cost
     cases    () → list[Case]; absent on an op that is only the backward of another
     """
@@ -162,6 +170,7 @@ class Op:
     constants: tuple[str, ...] = ()
     auxiliary: int = 0
     instead: str = ""
+    autocast: str = ""
     cost: Callable[..., Cost] | None = None
     cases: Callable[[], list[Case]] | None = None
     _orders: dict[tuple, list[tuple[str, Implementation]]] = field(default_factory=dict)
@@ -172,6 +181,7 @@ class Op:
         _library.define(self.name + self.schema)
         for key in ("CPU", "CUDA"):
             _library.impl(self.name, self._run_dispatched, key)
+            _library.impl(self.name, self._run_autocast, f"Autocast{key}")
         self._torch_op = getattr(torch.ops.llama_fast, self.name).default
         arguments = self._torch_op._schema.arguments
         self._defaults = tuple(argument.default_value for argument in arguments)
@@ -343,6 +353,31 @@ class Op:
     def _run_dispatched(self, *args: Any) -> Any:
         return self.run(*self._complete(args))
 
+    def _run_autocast(self, *args: Any) -> Any:
+        args = self._complete(args)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return self._torch_op(*self._autocast_arguments(args))
+
+    def _autocast_arguments(self, args: tuple) -> tuple:
+        if not self.autocast:
+            return args
+        floats = {
+            i: arg
+            for i, arg in enumerate(args)
+            if isinstance(arg, Tensor)
+            and arg.dtype in _AUTOCAST_DTYPES
+            and i not in self._constants
+        }
+        if self.autocast == "lower":
+            dtype = torch.get_autocast_dtype(_device_type(args))
+        else:
+            deciding = [floats[i] for i in self._written if i in floats] or floats.values()
+            dtype = functools.reduce(torch.promote_types, (x.dtype for x in deciding))
+        return tuple(
+            arg.to(dtype) if i in floats and i not in self._written else arg
+            for i, arg in enumerate(args)
+        )
+
     def _run_fake(self, *args: Any) -> Any:
         args = self._complete(args)
         self.check(*args)
@@ -421,9 +456,11 @@ def nothing(*args: Any) -> list[str]:
 
 
 def interposed() -> bool:
-    """True while something traces or transforms calls: torch.compile, a mode, functorch."""
+    """True while something traces or transforms calls: torch.compile, a mode, functorch or
+    autocast."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
     )

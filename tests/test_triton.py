@@ -10,7 +10,7 @@ from llama_fast.backends import triton
 from llama_fast.config import LlamaConfig
 from llama_fast.model import Llama
 from llama_fast.registry import OPS, use_backend
-from tests.ops.oracle import as_tuple
+from tests.ops.oracle import as_tuple, assert_accurate, references, run_poisoned
 from tests.ops.test_library import FORWARD, leaves, small
 
 GPU = torch.cuda.is_available()
@@ -116,3 +116,17 @@ def test_rows_without_keys_and_nan_behind_the_length():
     for gradient in (dq, dk, dv):
         assert torch.isfinite(gradient).all() and not gradient[1].any()
     assert not dk[2, 17:].any() and not dv[2, 17:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_rows_beyond_the_registers(dtype):
+    """Rows in chunks, the last of them not whole, and more rows than a program takes at once."""
+    g = torch.Generator().manual_seed(0)
+    x, grad, addend = (torch.randn(41, 8200 + 24, generator=g)[:, :8201] for _ in range(3))
+    weight = torch.randn(8201, generator=g)
+    args = [t.to(DEVICE, dtype) for t in (grad, addend, x, weight)]
+    op = OPS["add_rms_norm_backward"]
+    eager, exact = references(op, (*args, 1e-5))
+    with use_backend("triton", strict=True), torch.no_grad():
+        actual = run_poisoned(op, (*args, 1e-5))
+    assert_accurate(actual, eager, exact, f"rows of 8201 in {dtype}")

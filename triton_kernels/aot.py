@@ -20,11 +20,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .chips import CHIPS, Chip, assume
 from .cubin import sass, usages
 from .launch import TYPES, Launch, record
-from .rms_norm import MAX_C_BACKWARD
 
 HALF, FULL = torch.bfloat16, torch.float32
 # H, K, D, C, F of the published models whose dims differ (docs/shapes.md), by preset.
@@ -64,9 +64,8 @@ def calls(brief: bool = False) -> Iterator[tuple[str, str, tuple]]:
         x, weight = empty(B, T, C), empty(C)
         yield "rms_norm", "rms_norm", (x, weight, 1e-5)
         yield "add_rms_norm", "add_rms_norm", (x, x, weight, 1e-5)
-        if C <= MAX_C_BACKWARD:
-            yield "rms_norm", "rms_norm_backward", (x, x, weight, 1e-5)
-            yield "add_rms_norm", "add_rms_norm_backward", (x, x, x, weight, 1e-5)
+        yield "rms_norm", "rms_norm_backward", (x, x, weight, 1e-5)
+        yield "add_rms_norm", "add_rms_norm_backward", (x, x, x, weight, 1e-5)
         gate, up = empty(B, T, 2 * F).chunk(2, dim=-1)
         yield "swiglu", "swiglu", (gate, up)
         yield "swiglu", "swiglu_backward", (empty(B, T, F), gate, up)
@@ -91,22 +90,23 @@ def calls(brief: bool = False) -> Iterator[tuple[str, str, tuple]]:
                 yield "linear_quantized", "linear_quantized", given
     if brief:
         return
-    x, weight = empty(B, T, 4096, dtype=FULL), empty(4096, dtype=FULL)
-    yield "rms_norm", "rms_norm", (x, weight, 1e-5)
-    yield "rms_norm", "rms_norm_backward", (x, x, weight, 1e-5)
+    for C in (4096, 16384):
+        x, weight = empty(B, T, C, dtype=FULL), empty(C, dtype=FULL)
+        yield "rms_norm", "rms_norm", (x, weight, 1e-5)
+        yield "rms_norm", "rms_norm_backward", (x, x, weight, 1e-5)
     for D, dtype in ((96, HALF), (256, HALF), (64, FULL), (128, FULL), (256, FULL)):
         q, k, v = (empty(B, T, heads, D, dtype=dtype) for heads in (8, 2, 2))
         yield from attention(q, k, v)
+        yield "attention", "attention", (q[:, :1], k, v, True, None, None, False)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple]:
-    B, T, H, D = q.shape
+    B, T, H, _ = q.shape
     exact = torch.float64 if q.dtype == FULL else FULL
     lse = torch.empty((B, H, T), dtype=exact, device="meta")
     yield "attention", "attention", (q, k, v, True, None, None, True)
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
-    if D <= 128 or q.dtype != FULL:
-        yield "attention", "attention_backward", (o, q, k, v, o, lse, True, None, None)
+    yield "attention", "attention_backward", (o, q, k, v, o, lse, True, None, None)
 
 
 def launches(chip: Chip, stems: tuple[str, ...] = (), brief: bool = False) -> list[Launch]:
@@ -136,6 +136,8 @@ def specialise(launch: Launch) -> tuple[str, dict, dict, dict]:
         divisible, special = False, not launch.kernel.params[index].do_not_specialize
         if isinstance(value, torch.Tensor):
             signature[name], divisible = "*" + TYPES[value.dtype], True
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
         elif (
             name in launch.options
             or value is None

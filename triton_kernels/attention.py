@@ -17,6 +17,11 @@ once for all of them, in decoding as in training.
 causal (`visible`), else all. The tiles that every query of a program sees whole need no mask, and
 come first; only those on the diagonal, and the last of a length, are masked.
 
+**Copies.** Tiles of keys and values that need no mask may come by TMA (sm_90 and later): one thread
+asks for a whole tile. The descriptor that says how tiles lie is made on the host and travels with
+the launch's arguments, so it needs no memory of its own, which a CUDA graph or a second thread
+would have to share.
+
 **Few queries.** A decoding step has B·K tiles of queries, which would leave most of a GPU idle,
 so the keys are cut into parts, one program each, and `attention_combine_kernel` adds them up.
 
@@ -41,6 +46,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .chips import Chip, chip_of
 from .choice import chosen, knob
@@ -69,21 +75,25 @@ def visible(t, length, T, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def load_tile(
-    ptr, rows, columns, row_count, column_count, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """A tile (rows, columns) whose rows lie `stride` apart, zeros outside of it. ROWS and COLUMNS
-    say which of the two counts can be passed at all."""
-    at = ptr + rows[:, None] * stride + columns[None, :]
+def load_tile(ptr, first, n, d, end, D, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows first + n of (end, D), which lie `stride` apart, and its columns d; zeros outside.
+    ROWS and COLUMNS say which of the two bounds can be passed at all."""
+    at = ptr + tl.cast(first, tl.int64) * stride + n[:, None] * stride + d[None, :]
     if ROWS and COLUMNS:
-        inside = (rows[:, None] < row_count) & (columns[None, :] < column_count)
-        return tl.load(at, mask=inside, other=0.0)
+        return tl.load(at, mask=(first + n[:, None] < end) & (d[None, :] < D), other=0.0)
     elif ROWS:
-        return tl.load(at, mask=rows[:, None] < row_count, other=0.0)
+        return tl.load(at, mask=first + n[:, None] < end, other=0.0)
     elif COLUMNS:
-        return tl.load(at, mask=columns[None, :] < column_count, other=0.0)
+        return tl.load(at, mask=d[None, :] < D, other=0.0)
     else:
         return tl.load(at)
+
+
+@triton.jit
+def load_by_tma(tiles, b, first, kv_head, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The same tile, of row b of the batch and a KV head, where no bound is passed."""
+    tile = tiles.load([b.to(tl.int32), first, kv_head.to(tl.int32), 0])
+    return tl.reshape(tile, (ROWS, COLUMNS))
 
 
 @triton.jit
@@ -106,54 +116,13 @@ def load_lse(ptr, inside):
         return high, tl.zeros_like(high)
 
 
-@triton.jit
-def attend(
-    acc,  # (BLOCK_M, BLOCK_D)
-    total,  # (BLOCK_M,)
-    top,  # (BLOCK_M,)
-    q,  # (BLOCK_M, BLOCK_D)
-    k_ptr,  # (S, D), of this row of the batch and this KV head
-    v_ptr,
-    stride_ks,
-    stride_vs,
-    begin,
-    end,
-    seen,  # (BLOCK_M,): the keys that each query sees
-    D,
-    factor,
-    MASKED: tl.constexpr,
-    ODD_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The online softmax over the keys [begin, end), a tile at a time."""
-    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    for start in range(begin, end, BLOCK_N):
-        tile = tl.cast(start, tl.int64)
-        k = load_tile(k_ptr + tile * stride_ks, n, d, end - start, D, stride_ks, MASKED, ODD_D)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if MASKED:
-            s = tl.where(start + n[None, :] < seen[:, None], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, axis=1) * factor)
-        if MASKED:  # a query that has seen no key yet: -inf - -inf would be NaN
-            base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        else:
-            base = new_top
-        p = tl.exp2(s * factor - base[:, None])
-        correction = tl.exp2(top - base)
-        total = total * correction + tl.sum(p, axis=1)
-        acc = acc * correction[:, None]
-        v = load_tile(v_ptr + tile * stride_vs, n, d, end - start, D, stride_vs, MASKED, ODD_D)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-        top = new_top
-    return acc, total, top
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "part"])
 def attention_fwd_kernel(
     q_ptr,  # (B, T, H, D)
     k_ptr,  # (B, S, K, D)
     v_ptr,  # (B, S, K, D)
+    k_tiles,  # where TMA, descriptors of k and v in tiles (1, BLOCK_N, 1, D)
+    v_tiles,
     lengths_ptr,  # (B,) int64
     o_ptr,  # (B, T, H, D) contiguous; where SPLIT, (parts, B, T, H, D) float32
     lse_ptr,  # (B, H, T); where SPLIT, (parts, B, H, T)
@@ -178,6 +147,8 @@ def attention_fwd_kernel(
     NEED_LSE: tl.constexpr,
     SPLIT: tl.constexpr,
     ODD_D: tl.constexpr,
+    TMA: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,  # some warps copy while others multiply
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -207,44 +178,35 @@ def attention_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    acc, total, top = attend(
-        acc,
-        total,
-        top,
-        q,
-        k_row,
-        v_row,
-        stride_ks,
-        stride_vs,
-        begin,
-        whole,
-        seen,
-        D,
-        factor,
-        False,
-        ODD_D,
-        BLOCK_N,
-        BLOCK_D,
-    )
-    acc, total, top = attend(
-        acc,
-        total,
-        top,
-        q,
-        k_row,
-        v_row,
-        stride_ks,
-        stride_vs,
-        whole,
-        most,
-        seen,
-        D,
-        factor,
-        True,
-        ODD_D,
-        BLOCK_N,
-        BLOCK_D,
-    )
+    n = tl.arange(0, BLOCK_N)
+    for masked in tl.static_range(2):  # the tiles that every query sees whole, then the others
+        end = most if masked else whole
+        for start in tl.range(
+            whole if masked else begin,
+            end,
+            BLOCK_N,
+            warp_specialize=WARP_SPECIALIZE and not masked,
+        ):
+            if TMA and not masked:
+                k = load_by_tma(k_tiles, b, start, kv_head, BLOCK_N, BLOCK_D)
+            else:
+                k = load_tile(k_row, start, n, d, end, D, stride_ks, masked, ODD_D)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if masked:
+                s = tl.where(start + n[None, :] < seen[:, None], s, float("-inf"))
+            new_top = tl.maximum(top, tl.max(s, axis=1) * factor)
+            # A query that has seen no key yet: -inf - -inf would be NaN.
+            base = tl.where(new_top == float("-inf"), 0.0, new_top) if masked else new_top
+            p = tl.exp2(s * factor - base[:, None])
+            correction = tl.exp2(top - base)
+            total = total * correction + tl.sum(p, axis=1)
+            acc = acc * correction[:, None]
+            if TMA and not masked:
+                v = load_by_tma(v_tiles, b, start, kv_head, BLOCK_N, BLOCK_D)
+            else:
+                v = load_tile(v_row, start, n, d, end, D, stride_vs, masked, ODD_D)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+            top = new_top
 
     o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     H = K * G
@@ -261,7 +223,7 @@ def attention_fwd_kernel(
         tl.store(lse_ptr + (batch * H + h) * T + t, lse, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "N", "T"])
 def attention_combine_kernel(
     part_o_ptr,  # (parts, N·D) float32
     part_lse_ptr,  # (parts, N)
@@ -295,7 +257,7 @@ def attention_combine_kernel(
         tl.store(lse_ptr + lse_at, top + tl.log2(total.to(lse.dtype)) * LN_2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"])
 def attention_delta_kernel(
     o_ptr,  # (B, T, H, D) contiguous
     grad_ptr,  # (B, T, H, D)
@@ -322,55 +284,7 @@ def attention_delta_kernel(
     tl.store(delta_ptr + (b * H + h) * T + t, delta, mask=query < N)
 
 
-@triton.jit
-def gather_dk_dv(
-    dk,  # (BLOCK_N, BLOCK_D)
-    dv,
-    k,
-    v,
-    n,  # (BLOCK_N,): the keys of the tile
-    q_ptr,  # (T, G, D), of this row of the batch and this KV head
-    grad_ptr,
-    lse_ptr,  # (G, T)
-    delta_ptr,
-    stride_qt,
-    stride_qh,
-    stride_gt,
-    stride_gh,
-    begin,
-    end,
-    length,
-    T,
-    D,
-    factor,
-    G: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Adds what the query rows [begin, end) give to the gradients of a tile of keys and values."""
-    d = tl.arange(0, BLOCK_D)
-    for start in range(begin, end, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        q = load_queries(q_ptr, row, d, T * G, D, stride_qt, stride_qh, G)
-        g = load_queries(grad_ptr, row, d, T * G, D, stride_gt, stride_gh, G)
-        at = (row % G) * T + row // G
-        lse, lse_low = load_lse(lse_ptr + at, row < T * G)
-        delta = tl.load(delta_ptr + at, mask=row < T * G, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
-        p = tl.exp2(s * factor - lse[None, :] - lse_low[None, :])
-        if MASKED:
-            seen = tl.minimum(visible(row // G, length, T, CAUSAL), length)
-            p = tl.where(n[:, None] < seen[None, :], p, 0.0)
-        dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(g), input_precision="ieee")
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def attention_bwd_dk_dv_kernel(
     q_ptr,  # (B, T, H, D)
     k_ptr,  # (B, S, K, D)
@@ -434,58 +348,23 @@ def attention_bwd_dk_dv_kernel(
     of_heads = (b * K + kv_head) * G * T
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dk, dv = gather_dk_dv(
-        dk,
-        dv,
-        k,
-        v,
-        n,
-        q_row,
-        g_row,
-        lse_ptr + of_heads,
-        delta_ptr + of_heads,
-        stride_qt,
-        stride_qh,
-        stride_gt,
-        stride_gh,
-        some,
-        whole,
-        length,
-        T,
-        D,
-        scale * LOG2_E,
-        G,
-        CAUSAL,
-        True,
-        BLOCK_M,
-        BLOCK_D,
-    )
-    dk, dv = gather_dk_dv(
-        dk,
-        dv,
-        k,
-        v,
-        n,
-        q_row,
-        g_row,
-        lse_ptr + of_heads,
-        delta_ptr + of_heads,
-        stride_qt,
-        stride_qh,
-        stride_gt,
-        stride_gh,
-        whole,
-        rows,
-        length,
-        T,
-        D,
-        scale * LOG2_E,
-        G,
-        CAUSAL,
-        False,
-        BLOCK_M,
-        BLOCK_D,
-    )
+    for masked in tl.static_range(1, -1, -1):  # the queries on the diagonal, then the others
+        for start in range(some if masked else whole, whole if masked else rows, BLOCK_M):
+            row = start + tl.arange(0, BLOCK_M)
+            q = load_queries(q_row, row, d, rows, D, stride_qt, stride_qh, G)
+            g = load_queries(g_row, row, d, rows, D, stride_gt, stride_gh, G)
+            at = of_heads + (row % G) * T + row // G
+            lse, lse_low = load_lse(lse_ptr + at, row < rows)
+            delta = tl.load(delta_ptr + at, mask=row < rows, other=0.0)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee")
+            p = tl.exp2(s * (scale * LOG2_E) - lse[None, :] - lse_low[None, :])
+            if masked:
+                seen = tl.minimum(visible(row // G, length, T, CAUSAL), length)
+                p = tl.where(n[:, None] < seen[None, :], p, 0.0)
+            dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(g), input_precision="ieee")
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     inside = (n[:, None] < S) & (d[None, :] < D)
     at = ((b * S + n.to(tl.int64)) * K + kv_head) * D
     tl.store(
@@ -494,49 +373,7 @@ def attention_bwd_dk_dv_kernel(
     tl.store(dv_ptr + at[:, None] + d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def gather_dq(
-    dq,  # (BLOCK_M, BLOCK_D)
-    delta,  # (BLOCK_M,)
-    q,
-    g,
-    lse,  # (BLOCK_M,), from load_lse
-    lse_low,
-    k_ptr,  # (S, D)
-    v_ptr,
-    stride_ks,
-    stride_vs,
-    begin,
-    end,
-    seen,
-    D,
-    factor,
-    SUM_DELTA: tl.constexpr,
-    MASKED: tl.constexpr,
-    ODD_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Adds what the keys [begin, end) give to the gradient of a tile of queries, or to delta."""
-    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    for start in range(begin, end, BLOCK_N):
-        tile = tl.cast(start, tl.int64)
-        k = load_tile(k_ptr + tile * stride_ks, n, d, end - start, D, stride_ks, MASKED, ODD_D)
-        v = load_tile(v_ptr + tile * stride_vs, n, d, end - start, D, stride_vs, MASKED, ODD_D)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p = tl.exp2(s * factor - lse[:, None] - lse_low[:, None])
-        if MASKED:
-            p = tl.where(start + n[None, :] < seen[:, None], p, 0.0)
-        dp = tl.dot(g, tl.trans(v), input_precision="ieee")
-        if SUM_DELTA:
-            delta += tl.sum(p * dp, axis=1)
-        else:
-            ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    return dq, delta
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def attention_bwd_dq_kernel(
     q_ptr,  # (B, T, H, D)
     k_ptr,  # (B, S, K, D)
@@ -566,7 +403,7 @@ def attention_bwd_dq_kernel(
     G: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
-    SUM_DELTA: tl.constexpr,  # whether this kernel makes delta, rather than reads it
+    SUM_DELTA: tl.constexpr,  # this launch makes delta, by the same walk, and no dq
     ODD_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -595,112 +432,43 @@ def attention_bwd_dq_kernel(
     k_row = k_ptr + b * stride_kb + kv_head * stride_kh
     v_row = v_ptr + b * stride_vb + kv_head * stride_vh
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    n = tl.arange(0, BLOCK_N)
+    for masked in tl.static_range(2):  # the tiles that every query sees whole, then the others
+        end = most if masked else whole
+        for start in range(whole if masked else 0, end, BLOCK_N):
+            k = load_tile(k_row, start, n, d, end, D, stride_ks, masked, ODD_D)
+            v = load_tile(v_row, start, n, d, end, D, stride_vs, masked, ODD_D)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            p = tl.exp2(s * (scale * LOG2_E) - lse[:, None] - lse_low[:, None])
+            if masked:
+                p = tl.where(start + n[None, :] < seen[:, None], p, 0.0)
+            dp = tl.dot(g, tl.trans(v), input_precision="ieee")
+            if SUM_DELTA:
+                delta += tl.sum(p * dp, axis=1)
+            else:
+                ds = p * (dp - delta[:, None])
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
     if SUM_DELTA:
-        dq, delta = gather_dq(
-            dq,
-            delta,
-            q,
-            g,
-            lse,
-            lse_low,
-            k_row,
-            v_row,
-            stride_ks,
-            stride_vs,
-            0,
-            whole,
-            seen,
-            D,
-            scale * LOG2_E,
-            True,
-            False,
-            ODD_D,
-            BLOCK_N,
-            BLOCK_D,
-        )
-        dq, delta = gather_dq(
-            dq,
-            delta,
-            q,
-            g,
-            lse,
-            lse_low,
-            k_row,
-            v_row,
-            stride_ks,
-            stride_vs,
-            whole,
-            most,
-            seen,
-            D,
-            scale * LOG2_E,
-            True,
-            True,
-            ODD_D,
-            BLOCK_N,
-            BLOCK_D,
-        )
         tl.store(delta_ptr + at, delta, mask=row < rows)
-    dq, delta = gather_dq(
-        dq,
-        delta,
-        q,
-        g,
-        lse,
-        lse_low,
-        k_row,
-        v_row,
-        stride_ks,
-        stride_vs,
-        0,
-        whole,
-        seen,
-        D,
-        scale * LOG2_E,
-        False,
-        False,
-        ODD_D,
-        BLOCK_N,
-        BLOCK_D,
-    )
-    dq, delta = gather_dq(
-        dq,
-        delta,
-        q,
-        g,
-        lse,
-        lse_low,
-        k_row,
-        v_row,
-        stride_ks,
-        stride_vs,
-        whole,
-        most,
-        seen,
-        D,
-        scale * LOG2_E,
-        False,
-        True,
-        ODD_D,
-        BLOCK_N,
-        BLOCK_D,
-    )
-    H = K * G
-    at = ((b * T + t) * H + kv_head * G + row % G) * D
-    inside = (row[:, None] < rows) & (d[None, :] < D)
-    tl.store(
-        dq_ptr + at[:, None] + d[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside
-    )
+    else:
+        at = ((b * T + t) * (K * G) + kv_head * G + row % G) * D
+        inside = (row[:, None] < rows) & (d[None, :] < D)
+        dq = (dq * scale).to(dq_ptr.dtype.element_ty)
+        tl.store(dq_ptr + at[:, None] + d[None, :], dq, mask=inside)
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Rows of queries and of keys of a tile, the warps that share it, and tiles on the way."""
+    """Rows of queries and of keys of a tile, the warps that share it, and tiles on the way;
+    of the forward pass, whether they are copied by TMA, and by warps of their own."""
 
     block_m: int = knob(16, 256)
     block_n: int = knob(16, 256)
     num_warps: int = knob(1, 16)
     num_stages: int = knob(1, 5, step=1)
+    tma: bool = False
+    warp_specialize: bool = False
 
 
 @dataclass(frozen=True)
@@ -728,12 +496,12 @@ def forward_config(chip: Chip, rows: int, D: int, dtype: torch.dtype) -> Attenti
     size decides how often k and v are read from L2, and the accumulator (block_m × D float32) how
     many registers are left: 128 × 128 takes 64 of each thread of 8 warps.
     """
-    if rows <= FEW_ROWS:  # bound by memory: small tiles, several on the way
-        return AttentionConfig(FEW_ROWS, 32 if D > 128 else 64, 4, 3 if chip.roomy else 2)
     if dtype == torch.float32:  # multiply-adds without matrix instructions, which hold whole rows
         if D > 128:
-            return AttentionConfig(16, 16, num_warps=8, num_stages=1)
-        return AttentionConfig(16 if D > 64 else 32, 32, num_warps=4, num_stages=1)
+            return AttentionConfig(16, 16, num_warps=4 if chip.amd else 16, num_stages=1)
+        return AttentionConfig(16, 32, num_warps=8 if D > 64 else 4, num_stages=1)
+    if rows <= FEW_ROWS:  # bound by memory: small tiles, several on the way
+        return AttentionConfig(FEW_ROWS, 32 if D > 128 else 64, 4, 3 if chip.roomy else 2)
     if D > 128:
         return AttentionConfig(128 if chip.hopper and rows > 64 else 64, 32, 8, num_stages=2)
     if rows <= 64 or not chip.roomy or chip.amd:
@@ -747,7 +515,12 @@ def backward_configs(
 ) -> tuple[AttentionConfig, AttentionConfig]:
     """Of the dk, dv kernel, which holds two accumulators of block_n × D, and of the dq kernel."""
     if dtype == torch.float32:
-        return AttentionConfig(16, 16, 4, 1), AttentionConfig(16, 16, 8 if D > 64 else 4, 1)
+        keys = AttentionConfig(16, 16, 8 if D > 128 and not chip.amd else 4, num_stages=1)
+        if D > 128:
+            return keys, AttentionConfig(16, 16, 4, 1) if chip.amd else AttentionConfig(
+                16, 32, 16, 1
+            )
+        return keys, AttentionConfig(16, 16, 8 if D > 64 else 4, num_stages=1)
     if D > 128:
         return AttentionConfig(32, 32, 4, num_stages=1), AttentionConfig(32, 32, 4, num_stages=1)
     if not chip.hopper:
@@ -764,6 +537,12 @@ def parts_for(chip: Chip, programs: int, S: int, block_n: int) -> tuple[int, int
     tiles = -(-S // block_n)
     part = -(-tiles // parts) * block_n
     return (-(-S // part) if part else 1), part
+
+
+def fits_tma(x: torch.Tensor) -> bool:
+    """Whether TMA can copy tiles of x: rows begin at multiples of 16 bytes."""
+    bytes_ = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])]
+    return x.numel() > 0 and x.stride(-1) == 1 and all(n % 16 == 0 for n in bytes_)
 
 
 def attention(
@@ -796,6 +575,10 @@ def attention(
     tiles = -(-T * G // config.block_m)
     parts, part = parts_for(chip, tiles * B * K, S, config.block_n)
     split = parts > 1
+    tiled = (None, None)
+    if config.tma and D == block_d and fits_tma(k) and fits_tma(v):
+        tile = [1, config.block_n, 1, D]
+        tiled = [TensorDescriptor(x, [*x.shape], [*x.stride()], tile) for x in (k, v)]
     if split:
         part_o = torch.empty((parts, B, T, H, D), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((parts, B, H, T), dtype=exact, device=q.device)
@@ -805,6 +588,7 @@ def attention(
         q,
         k,
         v,
+        *tiled,
         lengths,
         part_o if split else o,
         part_lse if split else lse,
@@ -823,6 +607,8 @@ def attention(
         NEED_LSE=need_lse,
         SPLIT=split,
         ODD_D=D != block_d,
+        TMA=tiled[0] is not None,
+        WARP_SPECIALIZE=config.warp_specialize,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_D=block_d,
@@ -873,10 +659,11 @@ def attention_backward(
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     block_d = max(16, next_power_of_2(D))
-    # Σ_d o · g and Σ P ∘ dP are equal but for their rounding. In float32, where that would be
-    # the largest error (dS of a query that sees a single key is 0), the dq kernel sums the latter.
-    sum_delta = q.dtype == torch.float32
-    if not sum_delta:
+    # Σ_d o · g and Σ P ∘ dP are equal but for their rounding. In float32, where that would be the
+    # largest error (dS of a query that sees a single key is 0), the dq kernel sums the latter, in a
+    # launch of its own: with both sums in one it would spill.
+    exact = q.dtype == torch.float32
+    if not exact:
         default = DeltaConfig(max(1, 4096 // block_d), num_warps=4)
         config = chosen("attention", "attention_delta", chip, default, D=block_d)
         launch(
@@ -906,21 +693,22 @@ def attention_backward(
             strict=True,
         )
     )
-    launch(
-        attention_bwd_dq_kernel,
-        (-(-T * G // of_queries.block_m), B * K),
-        *given,
-        dq,
-        *sizes,
-        *strides,
-        **same,
-        SUM_DELTA=sum_delta,
-        ODD_D=D != block_d,
-        BLOCK_M=of_queries.block_m,
-        BLOCK_N=of_queries.block_n,
-        num_warps=of_queries.num_warps,
-        num_stages=of_queries.num_stages,
-    )
+    for sum_delta in (True, False) if exact else (False,):
+        launch(
+            attention_bwd_dq_kernel,
+            (-(-T * G // of_queries.block_m), B * K),
+            *given,
+            dq,
+            *sizes,
+            *strides,
+            **same,
+            SUM_DELTA=sum_delta,
+            ODD_D=D != block_d,
+            BLOCK_M=of_queries.block_m,
+            BLOCK_N=of_queries.block_n,
+            num_warps=of_queries.num_warps,
+            num_stages=of_queries.num_stages,
+        )
     launch(
         attention_bwd_dk_dv_kernel,
         (-(-S // of_keys.block_n), B * K),

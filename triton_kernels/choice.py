@@ -22,9 +22,10 @@ FOLDER = Path(__file__).parent / "configs"
 Config = TypeVar("Config")
 
 
-def knob(least: int, most: int, *, step: int = 0) -> Any:
+def knob(least: int, most: int, *, step: int = 0, default: Any = dataclasses.MISSING) -> Any:
     """A field of a configuration, between `least` and `most`: powers of two, or steps of `step`."""
-    return dataclasses.field(metadata={"least": least, "most": most, "step": step})
+    metadata = {"least": least, "most": most, "step": step}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Choice(NamedTuple):

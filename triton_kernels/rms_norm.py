@@ -8,6 +8,10 @@ weight's gradient is a sum over all rows. Each program of the backward pass walk
 them and keeps its sum in registers; the programs' sums, some megabytes at most, are added up by a
 second small kernel. Atomics would need no second kernel, but would add in another order each time.
 
+Of rows beyond 8192 elements, the backward pass would keep more than registers hold. There a
+program takes a few rows at a time in chunks of columns: once for their sums, and once more, from
+L2, for the gradients. Its sum of dw lies in memory, each chunk added once for all of these rows.
+
 N rows of C elements; x (N, C) with any strides of rows, weight (C,), y (N, C) contiguous.
 """
 
@@ -25,7 +29,7 @@ from .launch import TYPES, launch, next_power_of_2
 from .rows import row_offset, rows, sum_rows
 
 MAX_C = 32768  # a row of float32 then fills half of a processor's registers
-MAX_C_BACKWARD = 8192  # four of them are live there, and would be spilled beyond
+WHOLE_ROWS = 8192  # of the backward pass, where four of them are live
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -107,6 +111,71 @@ def rms_norm_bwd_kernel(
     tl.store(partial_ptr + program * C + column, dw, mask=column < C)
 
 
+@triton.jit(do_not_specialize=["N"])
+def rms_norm_bwd_wide_kernel(
+    grad_ptr,  # (N, C)
+    addend_ptr,  # (N, C), added to dx; only if HAS_ADDEND
+    x_ptr,  # (N, C)
+    weight_ptr,  # (C,)
+    dx_ptr,  # (N, C) contiguous
+    partial_ptr,  # (programs, C) float32, zeros before
+    N,
+    C,
+    n1,
+    n2,
+    stride_g0,
+    stride_g1,
+    stride_g2,
+    stride_a0,
+    stride_a1,
+    stride_a2,
+    stride_x0,
+    stride_x1,
+    stride_x2,
+    eps,
+    HAS_ADDEND: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """rms_norm_bwd_kernel for rows that do not fit into registers."""
+    program = tl.program_id(0)
+    dw_row = partial_ptr + program * C
+    for begin in range(program * BLOCK_N, N, tl.num_programs(0) * BLOCK_N):
+        row = tl.cast(begin, tl.int64) + tl.arange(0, BLOCK_N)
+        x_row = x_ptr + row_offset(row, n1, n2, stride_x0, stride_x1, stride_x2)
+        g_row = grad_ptr + row_offset(row, n1, n2, stride_g0, stride_g1, stride_g2)
+        a_row = addend_ptr + row_offset(row, n1, n2, stride_a0, stride_a1, stride_a2)
+        squares = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)  # of x
+        shared = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)  # of g · w and x
+        for first in range(0, C, BLOCK_C):
+            column = first + tl.arange(0, BLOCK_C)
+            inside = (row[:, None] < N) & (column[None, :] < C)
+            x = tl.load(x_row[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(g_row[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+            squares += x * x
+            shared += g * weight[None, :] * x
+        r = tl.rsqrt(tl.sum(squares, axis=1) / C + eps)[:, None]
+        mean = (tl.sum(shared, axis=1) / C)[:, None] * r  # of g · w · x̂
+        for first in range(0, C, BLOCK_C):
+            column = first + tl.arange(0, BLOCK_C)
+            inside = (row[:, None] < N) & (column[None, :] < C)
+            x = tl.load(x_row[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(g_row[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+            dx = r * (g * weight[None, :] - x * r * mean)
+            if HAS_ADDEND:
+                a = tl.load(a_row[:, None] + column[None, :], mask=inside, other=0.0)
+                dx += a.to(tl.float32)
+            out = row[:, None] * C + column[None, :]
+            tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+            dw = tl.load(dw_row + column, mask=column < C, other=0.0)
+            dw += tl.sum(g * r * x, axis=0)
+            tl.store(dw_row + column, dw, mask=column < C)
+        # A thread may add to what another has stored in the round before.
+        tl.debug_barrier()
+
+
 @dataclass(frozen=True)
 class NormConfig:
     """block_n rows at a time by num_warps warps."""
@@ -117,11 +186,13 @@ class NormConfig:
 
 @dataclass(frozen=True)
 class NormBackwardConfig:
-    """As NormConfig; the programs of a processor share the rows, and each walks its own."""
+    """As NormConfig; the programs of a processor share the rows, and each walks its own. Rows
+    beyond WHOLE_ROWS are taken in chunks of block_c."""
 
     block_n: int = knob(1, 64)
     num_warps: int = knob(1, 32)
     programs: int = knob(1, 32)
+    block_c: int = knob(64, 16384, default=0)
 
 
 def forward_config(C: int) -> NormConfig:
@@ -133,6 +204,8 @@ def forward_config(C: int) -> NormConfig:
 
 def backward_config(C: int, chip: Chip) -> NormBackwardConfig:
     """Four live rows of float32 (x, g, w, dw): 16 elements of each a thread fill 64 registers."""
+    if C > WHOLE_ROWS:
+        return NormBackwardConfig(4, num_warps=8, programs=2, block_c=1024)
     block_c = next_power_of_2(C)
     block_n = max(1, min(16, 1024 // block_c))
     warps = min(16 if chip.amd else 32, max(1, block_n * block_c // (16 * chip.warp)))
@@ -191,9 +264,12 @@ def backward(
         "rms_norm", "rms_norm_bwd", chip, backward_config(C, chip), C=C, dtype=TYPES[x.dtype]
     )
     programs = max(1, min(config.programs * chip.processors, -(-N // config.block_n)))
-    partial = torch.empty((programs, C), dtype=torch.float32, device=x.device)
+    wide = C > WHOLE_ROWS
+    partial = (torch.zeros if wide else torch.empty)(
+        (programs, C), dtype=torch.float32, device=x.device
+    )
     launch(
-        rms_norm_bwd_kernel,
+        rms_norm_bwd_wide_kernel if wide else rms_norm_bwd_kernel,
         (programs,),
         grad,
         addend if has_addend else grad,
@@ -211,7 +287,7 @@ def backward(
         eps,
         HAS_ADDEND=has_addend,
         BLOCK_N=config.block_n,
-        BLOCK_C=next_power_of_2(C),
+        BLOCK_C=config.block_c if wide else next_power_of_2(C),
         num_warps=config.num_warps,
     )
     sum_rows(partial, dw)

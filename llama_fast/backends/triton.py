@@ -68,22 +68,25 @@ def rows_reasons(**tensors: torch.Tensor) -> list[str]:
     return stride_reasons(**tensors) or kernels("rows").too_many_dims(**tensors)
 
 
-def norm_reasons(weight: torch.Tensor, limit: str, **tensors: torch.Tensor) -> list[str]:
-    C, most = weight.shape[0], getattr(kernels("rms_norm"), limit)
-    reasons = [f"C is {C}; a program keeps whole rows, of at most {most}"] if C > most else []
-    return reasons + stride_reasons(weight=weight) + rows_reasons(**tensors)
+def norm_reasons(weight: torch.Tensor, **tensors: torch.Tensor) -> list[str]:
+    return stride_reasons(weight=weight) + rows_reasons(**tensors)
+
+
+def whole_rows_reasons(weight: torch.Tensor) -> list[str]:
+    C, most = weight.shape[0], kernels("rms_norm").MAX_C
+    return [f"C is {C}; a program keeps whole rows, of at most {most}"] if C > most else []
 
 
 def _rms_norm(x, weight, eps) -> list[str]:
-    return norm_reasons(weight, "MAX_C", x=x)
+    return whole_rows_reasons(weight) + norm_reasons(weight, x=x)
 
 
 def _rms_norm_backward(x, weight, eps) -> list[str]:
-    return norm_reasons(weight, "MAX_C_BACKWARD", x=x)
+    return norm_reasons(weight, x=x)
 
 
 def _add_rms_norm(x, residual, weight, eps) -> list[str]:
-    return norm_reasons(weight, "MAX_C", x=x, residual=residual)
+    return whole_rows_reasons(weight) + norm_reasons(weight, x=x, residual=residual)
 
 
 def _swiglu(gate, up) -> list[str]:
@@ -103,10 +106,7 @@ def _attention(q, k, v, causal, scale, lengths, need_lse) -> list[str]:
 
 
 def _attention_backward(q, k, v, o, lse, causal, scale, lengths) -> list[str]:
-    reasons = attention_reasons(q, k, v, scale, lengths) + stride_reasons(o=o)
-    if q.dtype == torch.float32 and q.shape[-1] > 128:
-        reasons.append(f"D is {q.shape[-1]}; in float32 it must be at most 128, or registers spill")
-    return reasons
+    return attention_reasons(q, k, v, scale, lengths) + stride_reasons(o=o)
 
 
 def attention_reasons(q, k, v, scale, lengths) -> list[str]:

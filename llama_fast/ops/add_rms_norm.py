@@ -142,6 +142,7 @@ OP = Op(
     name="add_rms_norm",
     schema="(Tensor x, Tensor residual, Tensor weight, float eps=1e-5) -> (Tensor, Tensor)",
     check=check,
+    autocast="widest",
     eager=eager,
     fake=fake,
     save=save,

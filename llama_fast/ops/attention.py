@@ -388,6 +388,7 @@ OP = Op(
     schema="(Tensor q, Tensor k, Tensor v, bool causal=True, float? scale=None, "
     "Tensor? lengths=None, bool need_lse=False) -> (Tensor, Tensor)",
     check=check,
+    autocast="lower",
     eager=eager,
     fake=fake,
     save=save,

@@ -251,6 +251,7 @@ OP = Op(
     schema="(Tensor x, Tensor weight, Tensor targets, int ignore_index=-100, bool need_x=False, "
     "bool need_weight=False) -> (Tensor, Tensor, Tensor)",
     check=check,
+    autocast="lower",
     eager=eager,
     fake=fake,
     save=save,

@@ -154,6 +154,7 @@ OP = Op(
         " Tensor(b!) v_cache, Tensor lengths, bool interleaved=False) -> Tensor"
     ),
     check=check,
+    autocast="widest",
     eager=eager,
     fake=fake,
     instead="rope",

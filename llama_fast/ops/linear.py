@@ -175,6 +175,7 @@ OP = Op(
     name="linear",
     schema="(Tensor x, Tensor weight) -> Tensor",
     check=check,
+    autocast="lower",
     eager=eager,
     fake=fake,
     save=save,

@@ -424,6 +424,7 @@ OP = Op(
     schema="(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, "
     "int C_out, int bits, int group_size) -> Tensor",
     check=check,
+    autocast="lower",
     eager=eager,
     fake=fake,
     save=save,

@@ -144,6 +144,7 @@ OP = Op(
     name="rms_norm",
     schema="(Tensor x, Tensor weight, float eps=1e-5) -> Tensor",
     check=check,
+    autocast="widest",
     eager=eager,
     fake=fake,
     save=save,

@@ -172,6 +172,7 @@ OP = Op(
         "(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved=False) -> (Tensor, Tensor)"
     ),
     check=check,
+    autocast="widest",
     eager=eager,
     fake=fake,
     save=save,

@@ -117,6 +117,7 @@ OP = Op(
     name="swiglu",
     schema="(Tensor gate, Tensor up) -> Tensor",
     check=check,
+    autocast="widest",
     eager=eager,
     fake=fake,
     save=save,
