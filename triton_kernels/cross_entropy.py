@@ -4,7 +4,7 @@ The logits of a block of rows come from a matrix product. One kernel then reads 
 second time from L2: first for each row's lse = log Σ exp(logit), in one pass with an online
 softmax, and then to put the gradient in their place,
 
-    d_logits = (exp(logits - lse) - onehot(target)) / n        n kept rows
+    d_logits = (exp(logits - lse) - onehot(target)) / n        n kept rows, or 1 for a sum
 
 of which two matrix products make the block's share of dx and dw. So the logits are never whole, and
 their gradient takes no memory at all. Everything but the logits and d_logits is float32.
@@ -31,7 +31,7 @@ def cross_entropy_kernel(
     logits_ptr,  # (R, V) contiguous; d_logits afterwards, where NEED_GRAD
     targets_ptr,  # (R,) int64
     loss_ptr,  # (R,) float32: each row's own, 0 where it is ignored
-    count_ptr,  # () float32: kept rows, at least 1
+    count_ptr,  # () float32: kept rows, at least 1; 1 for a sum
     V,
     ignore_index,
     NEED_GRAD: tl.constexpr,
@@ -94,12 +94,13 @@ def linear_cross_entropy(
     ignore_index: int,
     need_x: bool,
     need_weight: bool,
+    mean: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the op linear_cross_entropy of llama_fast.ops.cross_entropy: (loss, dx, dw)."""
     (V, C), N = weight.shape, targets.numel()
     rows, flat = x.reshape(N, C), targets.reshape(N).contiguous()
-    kept = (flat != ignore_index).sum().float()
-    count = kept.clamp(min=1)
+    n = (flat != ignore_index).sum().float() if mean else torch.ones((), device=x.device)
+    count = n.clamp(min=1)
     losses = torch.empty(N, dtype=torch.float32, device=x.device)
     dx = x.new_empty(rows.shape if need_x else 0)
     dw = torch.zeros(weight.shape if need_weight else 0, dtype=torch.float32, device=weight.device)
@@ -128,4 +129,4 @@ def linear_cross_entropy(
         if need_weight:
             # Each block's product is rounded, their sum is not: in all about the error of one.
             dw += torch.mm(logits.t(), rows[block])
-    return losses.sum() / kept, dx.view(x.shape) if need_x else dx, dw.to(weight.dtype)
+    return losses.sum() / n, dx.view(x.shape) if need_x else dx, dw.to(weight.dtype)

@@ -2,7 +2,8 @@
 
     logits = x Wᵀ        loss = mean over the kept rows of  log Σ_v exp(logits[v]) - logits[target]
 
-A row is kept when its target is not `ignore_index`.
+A row is kept when its target is not `ignore_index`. Without `mean` the loss is the sum over these
+rows, and n below is 1.
 
 Shapes    x (..., C), weight (V, C), targets (...) int64 → loss (), float32 (float64 for float64)
 Layout    x is contiguous in C, its other dims have any stride; weight and targets are contiguous
@@ -14,8 +15,8 @@ Both are made together with the loss, since P is at hand then: three matrix prod
 backward pass that remakes the logits costs four. So the op returns (loss, dx, dw); a gradient that
 nobody needs is an empty tensor and is not computed.
 
-Without a kept row the loss is NaN, as `torch.nn.functional.cross_entropy` has it (there is nothing
-to take a mean of), and the gradients are zero.
+Without a kept row the mean is NaN, as `torch.nn.functional.cross_entropy` has it (there is nothing
+to take a mean of), the sum is 0, and the gradients are zero.
 """
 
 from __future__ import annotations
@@ -35,17 +36,28 @@ from .rms_norm import accumulate
 
 
 def linear_cross_entropy(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, ignore_index: int = -100
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> torch.Tensor:
-    """Mean cross entropy of `linear(x, weight)` against `targets`.
+    """Mean or summed cross entropy of `linear(x, weight)` against `targets`.
 
     x             (..., C), float32, bfloat16 or float16, contiguous in C
     weight        (V, C), contiguous, of x's dtype and device
     targets       (...), int64, each in [0, V) or equal to ignore_index
     ignore_index  marks the rows that do not count
-    Returns the loss, a float32 scalar; NaN when every row is ignored. Raises ShapeError when the
-    arguments do not fit, and on the CPU when a target is out of range.
+    reduction     "mean" over the rows that count, or their "sum"
+    Returns the loss, a float32 scalar; when every row is ignored, a mean of NaN or a sum of 0.
+    Raises ShapeError when the arguments do not fit, for another reduction, and on the CPU when a
+    target is out of range.
     """
+    if reduction not in ("mean", "sum"):
+        raise ShapeError(
+            f"linear_cross_entropy: reduction is {reduction!r}; it must be 'mean' or 'sum'"
+        )
     if isinstance(weight, QuantizedWeight):
         raise ShapeError(
             "linear_cross_entropy: weight is a QuantizedWeight; give it a float weight, or take "
@@ -53,7 +65,7 @@ def linear_cross_entropy(
         )
     grad = torch.is_grad_enabled()
     need_x, need_weight = grad and x.requires_grad, grad and weight.requires_grad
-    return OP(x, weight, targets, ignore_index, need_x, need_weight)[0]
+    return OP(x, weight, targets, ignore_index, need_x, need_weight, reduction == "mean")[0]
 
 
 def check(
@@ -63,6 +75,7 @@ def check(
     ignore_index: int,
     need_x: bool,
     need_weight: bool,
+    mean: bool = True,
 ) -> None:
     check_linear(x, weight)
     checks.shape("linear_cross_entropy", "targets", targets, x.shape[:-1], "(...)")
@@ -98,6 +111,7 @@ def eager(
     ignore_index: int,
     need_x: bool,
     need_weight: bool,
+    mean: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     check_range(targets, weight.shape[0], ignore_index)
     rows, targets = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
@@ -105,18 +119,20 @@ def eager(
     logits = F.linear(rows, weight).to(accumulate(x.dtype))
     log_p = logits.log_softmax(-1)
     target = targets.where(kept, 0)[:, None]
-    loss = -log_p.gather(1, target)[:, 0].where(kept, 0.0).sum() / kept.sum()
+    loss = -log_p.gather(1, target)[:, 0].where(kept, 0.0).sum()
+    n = kept.sum() if mean else 1
 
     dx = dw = x.new_empty(0)
     if need_x or need_weight:
         p = log_p.exp()
         d_logits = p.scatter_add(1, target, p.new_full(target.shape, -1.0))
-        d_logits = (d_logits * (kept.to(p.dtype) / kept.sum().clamp(min=1))[:, None]).to(x.dtype)
+        share = kept.to(p.dtype) / (n.clamp(min=1) if mean else 1)
+        d_logits = (d_logits * share[:, None]).to(x.dtype)
         if need_x:
             dx = d_logits.mm(weight).view(x.shape)
         if need_weight:
             dw = d_logits.t().mm(rows)
-    return loss, dx, dw
+    return loss / n, dx, dw
 
 
 def fake(
@@ -126,6 +142,7 @@ def fake(
     ignore_index: int,
     need_x: bool,
     need_weight: bool,
+    mean: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         x.new_empty((), dtype=accumulate(x.dtype)),
@@ -146,6 +163,7 @@ def chunked(
     ignore_index: int,
     need_x: bool,
     need_weight: bool,
+    mean: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same in blocks of rows. Beyond its results it holds one block of logits, and where weight
     is of a half type the float32 sum of dw. The blocks are the same whatever the thread count."""
@@ -153,7 +171,7 @@ def chunked(
     check_range(targets, V, ignore_index)
     rows, targets = x.reshape(N, x.shape[-1]), targets.reshape(-1)
     kept = targets != ignore_index
-    count = kept.sum()
+    count = kept.sum() if mean else torch.ones_like(kept.sum())
     target = targets.where(kept, 0)[:, None]
     loss = x.new_zeros((), dtype=accumulate(x.dtype))
     share = (kept.to(loss.dtype) / count.clamp(min=1))[:, None]
@@ -179,19 +197,19 @@ def chunked(
 
 
 def save(inputs: tuple, output: tuple) -> tuple:
-    x, weight, targets, ignore_index, need_x, need_weight = inputs
-    return (x, weight, targets), (ignore_index, {(need_x, need_weight): output[1:]})
+    x, weight, targets, ignore_index, need_x, need_weight, mean = inputs
+    return (x, weight, targets), (ignore_index, mean, {(need_x, need_weight): output[1:]})
 
 
 def gradient(
     saved: tuple, rest: tuple, needed: tuple, grad: torch.Tensor, *unused: torch.Tensor
 ) -> tuple:
-    ignore_index, made = rest
+    ignore_index, mean, made = rest
     # Taken out, so that no copy of dw is held on while autograd adds it to weight.grad. A second
     # pass through the same graph makes them again.
-    dx, dw = made.pop(needed[:2], None) or OP(*saved, ignore_index, *needed[:2])[1:]
+    dx, dw = made.pop(needed[:2], None) or OP(*saved, ignore_index, *needed[:2], mean)[1:]
     scale = torch.mul if interposed() else torch.Tensor.mul_  # a traced graph must not write them
-    return scale(dx, grad), scale(dw, grad), None, None, None, None
+    return scale(dx, grad), scale(dw, grad), None, None, None, None, None
 
 
 def cost(
@@ -201,6 +219,7 @@ def cost(
     ignore_index: int,
     need_x: bool,
     need_weight: bool,
+    mean: bool = True,
 ) -> Cost:
     products = 1 + need_x + need_weight
     elements = x.numel() * (1 + need_x) + weight.numel() * (1 + need_weight)
@@ -211,7 +230,7 @@ def cost(
 
 
 def cases() -> list[Case]:
-    def sizes(*rows: int, C: int, V: int, ignored: float = 0.0, scale: float = 1.0):
+    def sizes(*rows: int, C: int, V: int, ignored: float = 0.0, scale: float = 1.0, mean=True):
         def make(g, dtype, device):
             targets = torch.randint(V, rows, generator=g)
             targets[torch.rand(rows, generator=g) < ignored] = -100
@@ -222,6 +241,7 @@ def cases() -> list[Case]:
                 -100,
                 True,
                 True,
+                mean,
             )
 
         return make
@@ -231,13 +251,15 @@ def cases() -> list[Case]:
         return torch.cat((x, x), -1)[..., 11:51], *rest
 
     def not_needed(g, dtype, device):
-        return *sizes(7, C=32, V=50)(g, dtype, device)[:3], -100, False, False
+        return *sizes(7, C=32, V=50)(g, dtype, device)[:3], -100, False, False, True
 
     return [
         Case("one row", sizes(1, C=8, V=2)),
         Case("odd", sizes(3, 5, C=33, V=65)),
         Case("some ignored", sizes(2, 20, C=64, V=129, ignored=0.4)),
         Case("all ignored", sizes(4, C=16, V=32, ignored=1.0)),
+        Case("sum", sizes(3, 7, C=24, V=50, ignored=0.3, mean=False)),
+        Case("sum of nothing", sizes(4, C=16, V=32, ignored=1.0, mean=False)),
         Case("two blocks", sizes(ROWS + 9, C=16, V=LOGITS // ROWS)),
         Case("sure of it", sizes(20, C=64, V=100, scale=30.0)),
         Case("strided", strided),
@@ -249,7 +271,7 @@ def cases() -> list[Case]:
 OP = Op(
     name="linear_cross_entropy",
     schema="(Tensor x, Tensor weight, Tensor targets, int ignore_index=-100, bool need_x=False, "
-    "bool need_weight=False) -> (Tensor, Tensor, Tensor)",
+    "bool need_weight=False, bool mean=True) -> (Tensor, Tensor, Tensor)",
     check=check,
     autocast="lower",
     eager=eager,

@@ -189,3 +189,20 @@ def test_the_logits_are_never_held(dtype, N):
     assert found["finite"]
     assert found["forward"] <= 0.05 * found["logits"], found
     assert found["both"] <= 0.05 * found["logits"], found
+
+
+def test_a_sum_is_the_mean_of_the_kept_rows_times_their_number(backend):
+    x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
+    targets = torch.arange(15).view(3, 5)
+    targets[1, 2:] = -100
+    mean = with_gradients(linear_cross_entropy, x, weight, targets)
+    total = with_gradients(linear_cross_entropy, x, weight, targets, reduction="sum")
+    for m, t in zip(mean, total, strict=True):
+        torch.testing.assert_close(t, 12 * m, rtol=1e-5, atol=1e-6)
+
+
+def test_another_reduction_is_refused():
+    x, weight = torch.randn(2, 8), torch.randn(4, 8)
+    with pytest.raises(ShapeError, match="reduction is 'none'; it must be 'mean' or 'sum'"):
+        linear_cross_entropy(x, weight, torch.zeros(2, dtype=torch.int64), reduction="none")
