@@ -13,6 +13,8 @@ before each call and the time of the host apart.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -40,6 +42,7 @@ PARTS = {
     "memory_bound": 120,
     "attention": 120,
     "decode": 60,
+    "model_decode": 100,
     "cross_entropy": 60,
     "graph": 40,
     "cuda_tests": 170,
@@ -413,9 +416,21 @@ def memory_bound(b: Bench) -> None:
                     OURS: lambda op=op, args=args: op(*args),
                     "compile": lambda compiled=compiled, args=args: compiled(*args),
                     "eager": lambda op=op, args=args: op.eager(*args),
+                    **libraries(op, args),
                 },
                 nbytes=nbytes,
             )
+
+
+def libraries(op: Any, args: tuple) -> dict[str, Callable[[], Any]]:
+    """Calls of the libraries that are installed here and serve this call of the op."""
+    from llama_fast import contenders
+
+    found = {}
+    for name in contenders.LIBRARIES:
+        if not contenders.why_not(name, op, args):
+            found[name] = functools.partial(contenders.call(name, op), *args)
+    return found
 
 
 def sdpa(b: Bench, backend: str, q: Any, k: Any, v: Any, causal: bool) -> Any:
@@ -451,6 +466,7 @@ def attention(b: Bench) -> None:
                 {
                     OURS: lambda q=q, k=k, v=v: op(q, k, v, True, None, None, False),
                     **peers(lambda kind, q=q, k=k, v=v: sdpa(b, kind, q, k, v, True)),
+                    **libraries(op, (q, k, v, True, None, None, False)),
                 },
                 flops=forward_flops,
             )
@@ -498,9 +514,59 @@ def decode(b: Bench) -> None:
                 {
                     OURS: lambda q=q, k=k, v=v: op(q, k, v, True, None, None, False),
                     "sdpa": lambda q=q, k=k, v=v, kind=kind: sdpa(b, kind, q, k, v, False),
+                    **libraries(op, (q, k, v, True, None, None, False)),
                 },
                 nbytes=op.cost(q, k, v, True, None, None, False).bytes,
             )
+
+
+def model_decode(b: Bench) -> None:
+    """A decoding step of the 8B shape behind 1024 tokens, batch 1: bfloat16, int8 and int4. The
+    step is replayed as a CUDA graph, so the host's time is in none of them; random weights."""
+    from llama_fast.cli.measure import bytes_per_token
+    from llama_fast.config import LlamaConfig
+    from llama_fast.decode import DecodeStep
+    from llama_fast.profiling.steps import random_model
+
+    torch = b.torch
+    config = LlamaConfig.preset("8b")
+    if not b.gpu:
+        config = dataclasses.replace(
+            config, dim=64, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=96, vocab_size=96
+        )
+    context = b.size(1024, 8)
+
+    def measure(form: str | None) -> None:
+        model = random_model(
+            config,
+            layers=config.n_layers if b.gpu else 1,
+            dtype=torch.bfloat16,
+            device=b.device,
+            quantize=form,
+        )
+        cache = model.new_cache(1, context + 512)
+        cache.advance(context)
+        step = DecodeStep(model, cache)
+        token = torch.zeros(1, dtype=torch.int64, device=b.device)
+        step(token)
+        step(token)  # captured, where there is a GPU
+        b.row(
+            f"8B decode {form or 'bfloat16'}",
+            {OURS: step.replay or (lambda: step(token))},
+            nbytes=int(bytes_per_token(model, context)),
+            graph=step.replay is not None,
+        )
+
+    failures = []
+    for form in (None, "int8", "int4"):
+        try:
+            measure(form)
+        except Exception as error:  # the other forms still run
+            failures.append(f"{form or 'bfloat16'}: {type(error).__name__}: {error}")
+        if b.gpu:
+            torch.cuda.empty_cache()
+    if failures:
+        raise RuntimeError("; ".join(failures))
 
 
 def cross_entropy(b: Bench) -> None:
@@ -540,6 +606,10 @@ def cross_entropy(b: Bench) -> None:
             OURS: ours,
             "compile": lambda: torch.autograd.grad(compiled(*leaves), leaves),
             "eager": lambda: torch.autograd.grad(whole(*leaves), leaves),
+            **{
+                name: lambda call=call: torch.autograd.grad(call(), leaves)
+                for name, call in libraries(op, (*leaves, targets, -100, True, True)).items()
+            },
         },
         flops=6 * N * C * V,
         extra_memory_of_logits=(peak(ours) - results) / (N * V * x.element_size()),
@@ -581,6 +651,7 @@ MEASURES = {
     "memory_bound": [memory_bound],
     "attention": [attention],
     "decode": [decode],
+    "model_decode": [model_decode],
     "cross_entropy": [cross_entropy],
     "graph": [graph],
     "cuda_attention": [gpu_cuda.attention],

@@ -55,3 +55,33 @@ def test_a_chip_that_is_not_known(monkeypatch):
     monkeypatch.setattr(resources, "triton_interpreter", lambda: False)
     with pytest.raises(BackendError, match="no chip sm_70, sm_1; there are sm_80, sm_86"):
         resources.show_resources("sm_70,sm_90,sm_1")
+
+
+TMA = """
+import dataclasses, sys, torch
+from llama_fast.triton_kernels import attention
+from llama_fast.triton_kernels.aot import compile_for, problems, resources
+from llama_fast.triton_kernels.chips import CHIPS, assume
+from llama_fast.triton_kernels.choice import trying
+from llama_fast.triton_kernels.launch import record
+
+chip = CHIPS[sys.argv[1]]
+q, k, v = (torch.empty(2, 2048, h, 128, dtype=torch.bfloat16, device="meta") for h in (32, 8, 8))
+def forward(configs):
+    with assume(chip), record() as launches, trying(configs) as made:
+        attention.attention(q, k, v, True, None, None, True)
+    return launches, made
+_, made = forward({})
+(launch,), _ = forward({choice: dataclasses.replace(made[choice], tma=True) for choice in made})
+compiled = compile_for(chip, launch)
+print(problems(resources(chip, launch, compiled)), compiled.asm["sass"].count("UTMALDG"))
+"""
+
+
+@pytest.mark.parametrize("chip", ["sm_90", "sm_100"])
+def test_attention_with_tiles_by_tma(chip, tmp_path):
+    environment = dict(os.environ, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    command = [sys.executable, "-c", TMA, chip]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    found, _, copies = done.stdout.strip().rpartition(" ")
+    assert found == "[]" and int(copies) >= 4, done.stdout + done.stderr[-2000:]

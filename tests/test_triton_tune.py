@@ -162,8 +162,9 @@ def test_the_kernels_of_a_gradient_are_tuned_too(op):
 
 
 @INTERPRETED
+@pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("blocks", [(16, 16), (32, 64)])
-def test_another_configuration_changes_the_speed_alone(blocks):
+def test_another_configuration_changes_the_speed_alone(blocks, tma):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 37, 4, 32, generator=generator)
     k, v = (torch.randn(1, 50, 2, 32, generator=generator) for _ in "kv")
@@ -172,7 +173,7 @@ def test_another_configuration_changes_the_speed_alone(blocks):
         with trying({}) as made:
             expected = OPS["attention"](*args)
         (asked,) = made
-        config = attention.AttentionConfig(*blocks, num_warps=4, num_stages=1)
+        config = attention.AttentionConfig(*blocks, num_warps=4, num_stages=1, tma=tma)
         with trying({asked: config}) as made:
             actual = OPS["attention"](*args)
     assert made == {asked: config}

@@ -148,7 +148,6 @@ def attention_fwd_kernel(
     SPLIT: tl.constexpr,
     ODD_D: tl.constexpr,
     TMA: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,  # some warps copy while others multiply
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -181,12 +180,7 @@ def attention_fwd_kernel(
     n = tl.arange(0, BLOCK_N)
     for masked in tl.static_range(2):  # the tiles that every query sees whole, then the others
         end = most if masked else whole
-        for start in tl.range(
-            whole if masked else begin,
-            end,
-            BLOCK_N,
-            warp_specialize=WARP_SPECIALIZE and not masked,
-        ):
+        for start in range(whole if masked else begin, end, BLOCK_N):
             if TMA and not masked:
                 k = load_by_tma(k_tiles, b, start, kv_head, BLOCK_N, BLOCK_D)
             else:
@@ -461,14 +455,13 @@ def attention_bwd_dq_kernel(
 @dataclass(frozen=True)
 class AttentionConfig:
     """Rows of queries and of keys of a tile, the warps that share it, and tiles on the way;
-    of the forward pass, whether they are copied by TMA, and by warps of their own."""
+    of the forward pass, whether they are copied by TMA."""
 
     block_m: int = knob(16, 256)
     block_n: int = knob(16, 256)
     num_warps: int = knob(1, 16)
     num_stages: int = knob(1, 5, step=1)
     tma: bool = False
-    warp_specialize: bool = False
 
 
 @dataclass(frozen=True)
@@ -608,7 +601,6 @@ def attention(
         SPLIT=split,
         ODD_D=D != block_d,
         TMA=tiled[0] is not None,
-        WARP_SPECIALIZE=config.warp_specialize,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_D=block_d,
