@@ -88,8 +88,8 @@ class DecodeStep:
         if self.capturer is None:
             return self._run()
         if not self.warm:
-            self.warm = True
             self.cache.count(1)
+            self.warm = True
             with self.cache.whole():
                 return self.capturer.warm_up(self._run)
         if self.replay is None and not self._capture():

@@ -508,12 +508,10 @@ def backward_configs(
 ) -> tuple[AttentionConfig, AttentionConfig]:
     """Of the dk, dv kernel, which holds two accumulators of block_n × D, and of the dq kernel."""
     if dtype == torch.float32:
-        keys = AttentionConfig(16, 16, 8 if D > 128 and not chip.amd else 4, num_stages=1)
-        if D > 128:
-            return keys, AttentionConfig(16, 16, 4, 1) if chip.amd else AttentionConfig(
-                16, 32, 16, 1
-            )
-        return keys, AttentionConfig(16, 16, 8 if D > 64 else 4, num_stages=1)
+        if D > 128 and not chip.amd:
+            return AttentionConfig(16, 16, 8, 1), AttentionConfig(16, 32, 16, 1)
+        warps = 8 if 64 < D <= 128 else 4
+        return AttentionConfig(16, 16, 4, 1), AttentionConfig(16, 16, warps, 1)
     if D > 128:
         return AttentionConfig(32, 32, 4, num_stages=1), AttentionConfig(32, 32, 4, num_stages=1)
     if not chip.hopper:
