@@ -130,3 +130,21 @@ def test_gradients_of_rows_beyond_the_registers(dtype):
     with use_backend("triton", strict=True), torch.no_grad():
         actual = run_poisoned(op, (*args, 1e-5))
     assert_accurate(actual, eager, exact, f"rows of 8201 in {dtype}")
+
+
+@pytest.mark.parametrize("D", [64, 96, 128, 256])
+@pytest.mark.parametrize("G", [1, 3, 7, 16])
+def test_groups_and_head_dims(G, D):
+    """H = G · K at every head dim, views of larger tensors, and a row of the batch without keys."""
+    g = torch.Generator().manual_seed(G * D)
+    q = torch.randn(2, 17, G, 2 * D, generator=g).to(DEVICE, torch.bfloat16)[..., :D]
+    k, v = (torch.randn(2, 1, 23, D, generator=g).to(q).transpose(1, 2) for _ in "kv")
+    lengths = torch.tensor([23, 0], device=DEVICE)
+    with use_backend("triton", strict=True), torch.no_grad():
+        op, args = OPS["attention"], (q, k, v, True, None, lengths, True)
+        o, lse = run_poisoned(op, args)
+        assert_accurate((o, lse), *references(op, args), f"G {G}, D {D}")
+        op, args = OPS["attention_backward"], (q.sin(), q, k, v, o, lse, True, None, lengths)
+        gradients = run_poisoned(op, args)
+    assert_accurate(gradients, *references(op, args), f"gradient, G {G}, D {D}")
+    assert not o[1].any() and not any(x[1].any() for x in gradients)
