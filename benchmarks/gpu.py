@@ -596,7 +596,7 @@ def cross_entropy(b: Bench) -> None:
         return torch.cuda.max_memory_allocated() - before
 
     def ours() -> Any:
-        return op(x, weight, targets, -100, True, True)
+        return op(x, weight, targets, -100, True, True, True)
 
     ours()
     results = (x.numel() + weight.numel()) * x.element_size()
@@ -608,7 +608,7 @@ def cross_entropy(b: Bench) -> None:
             "eager": lambda: torch.autograd.grad(whole(*leaves), leaves),
             **{
                 name: lambda call=call: torch.autograd.grad(call(), leaves)
-                for name, call in libraries(op, (*leaves, targets, -100, True, True)).items()
+                for name, call in libraries(op, (*leaves, targets, -100, True, True, True)).items()
             },
         },
         flops=6 * N * C * V,

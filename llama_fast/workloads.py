@@ -147,7 +147,7 @@ def _linear_cross_entropy(m: _Maker) -> tuple:
     V, C = m.matrices()["head"]
     N = m.work.batch * m.work.tokens
     targets = torch.randint(V, (N,), generator=m.generator).to(m.device)
-    return m.randn(N, C), m.randn(V, C, scale=C**-0.5), targets, -100, False, False
+    return m.randn(N, C), m.randn(V, C, scale=C**-0.5), targets, -100, False, False, True
 
 
 _SINGLE = {
@@ -159,8 +159,8 @@ _SINGLE = {
     "attention": _attention,
     "linear_cross_entropy": _linear_cross_entropy,
 }
-# How many flags end the arguments of an op, of results that only its gradient needs.
-_FOR_GRADIENT = {"attention": 1, "linear_cross_entropy": 2}
+# Which arguments of an op ask for results that only its gradient needs.
+_FOR_GRADIENT = {"attention": slice(6, 7), "linear_cross_entropy": slice(4, 6)}
 NAMES = (*_SINGLE, "linear", "linear_quantized")
 
 
@@ -185,9 +185,10 @@ def workloads(
 
     def maker(function: Callable[..., tuple], *sizes: int) -> Callable[[int], tuple[Any, ...]]:
         def make(seed: int = 0) -> tuple[Any, ...]:
-            args = function(_Maker(config, work, dtype, device, seed), *sizes)
-            flags = _FOR_GRADIENT.get(op, 0)
-            return (*args[: len(args) - flags], *(gradient,) * flags)
+            args = list(function(_Maker(config, work, dtype, device, seed), *sizes))
+            flags = _FOR_GRADIENT.get(op, slice(0))
+            args[flags] = [gradient] * len(args[flags])
+            return tuple(args)
 
         return make
 
