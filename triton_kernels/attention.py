@@ -497,10 +497,11 @@ def forward_config(chip: Chip, rows: int, D: int, dtype: torch.dtype) -> Attenti
         return AttentionConfig(FEW_ROWS, 32 if D > 128 else 64, 4, 3 if chip.roomy else 2)
     if D > 128:
         return AttentionConfig(128 if chip.hopper and rows > 64 else 64, 32, 8, num_stages=2)
+    # mma.sync keeps both sides of a product in registers: wide heads leave room for 32 keys.
+    block_n = 64 if D <= 64 or chip.hopper or chip.amd else 32
     if rows <= 64 or not chip.roomy or chip.amd:
-        # ptxas finds too few registers for 64 × 64 on sm_120.
-        return AttentionConfig(64, 32 if chip.arch == 120 and D > 64 else 64, 4, num_stages=2)
-    return AttentionConfig(128, 64, num_warps=8, num_stages=3)
+        return AttentionConfig(64, block_n, num_warps=4, num_stages=2)
+    return AttentionConfig(128, block_n, num_warps=8, num_stages=3)
 
 
 def backward_configs(
@@ -512,10 +513,11 @@ def backward_configs(
             return AttentionConfig(16, 16, 8, 1), AttentionConfig(16, 32, 16, 1)
         warps = 8 if 64 < D <= 128 else 4
         return AttentionConfig(16, 16, 4, 1), AttentionConfig(16, 16, warps, 1)
+    warps = 8 if chip.arch == 80 and D > 64 else 4  # of dk and dv, for whose sums ptxas needs more
     if D > 128:
-        return AttentionConfig(32, 32, 4, num_stages=1), AttentionConfig(32, 32, 4, num_stages=1)
+        return AttentionConfig(32, 32, warps, 1), AttentionConfig(32, 32, 4, num_stages=1)
     if not chip.hopper:
-        return AttentionConfig(32, 64, 4, num_stages=1), AttentionConfig(64, 32, 4, num_stages=1)
+        return AttentionConfig(32, 64, warps, 1), AttentionConfig(64, 32, 4, num_stages=1)
     block_m = 32 if D > 64 else 64
     return AttentionConfig(block_m, 128, 8, num_stages=2), AttentionConfig(128, 64, 8, num_stages=2)
 
