@@ -21,8 +21,8 @@ __device__ __forceinline__ void write_rows(const AttentionArgs& a, const Problem
     const float r = softmax.sum[i] == 0.0f ? 0.0f : 1.0f / softmax.sum[i];
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
-      const uint32_t pair = pack<T>(o[n][2 * i] * r, o[n][2 * i + 1] * r);
-      memcpy(out + n * 8 + 2 * t, &pair, sizeof pair);
+      *reinterpret_cast<uint32_t*>(out + n * 8 + 2 * t) =
+          pack<T>(o[n][2 * i] * r, o[n][2 * i + 1] * r);
     }
     if (a.lse && t == 0)
       a.lse[problem.lse_at(row[i], kv, b)] = log_sum(softmax.max[i], softmax.sum[i]);

@@ -42,8 +42,9 @@ __device__ __forceinline__ Queries<D> load_queries(const T* const (&row)[2], int
   for (int k = 0; k < D / 16; ++k)
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      q.v[k][j] = 0;
-      if (row[j % 2]) memcpy(&q.v[k][j], row[j % 2] + k * 16 + j / 2 * 8 + 2 * t, 4);
+      // Not by memcpy, to which a T may stand at any even address: it would load single bytes.
+      const T* pair = row[j % 2] + k * 16 + j / 2 * 8 + 2 * t;
+      q.v[k][j] = row[j % 2] ? *reinterpret_cast<const uint32_t*>(pair) : 0;
     }
   return q;
 }
