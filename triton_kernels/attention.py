@@ -175,7 +175,8 @@ def attention_fwd_kernel(
     k_row = k_ptr + b * stride_kb + kv_head * stride_kh
     v_row = v_ptr + b * stride_vb + kv_head * stride_vh
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    # As exact as lse: beside float32, the roundings of a sum over thousands of tiles would show.
+    total = tl.zeros((BLOCK_M,), lse_ptr.dtype.element_ty)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     n = tl.arange(0, BLOCK_N)
     for masked in tl.static_range(2):  # the tiles that every query sees whole, then the others
@@ -202,7 +203,7 @@ def attention_fwd_kernel(
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
             top = new_top
 
-    o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    o = acc / tl.where(total == 0.0, 1.0, total).to(tl.float32)[:, None]
     H = K * G
     h = kv_head * G + row % G
     batch = b
