@@ -527,7 +527,16 @@ def record_decisions() -> Iterator[list[Decision]]:
         yield recorder.decisions
 
 
-class _Recorder(TorchDispatchMode):
+class DispatchMode(TorchDispatchMode):
+    """torch's, but its first call does not import torch's compiler: that takes a second and some
+    0.1 GB, and only calls that are being compiled need it."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class _Recorder(DispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.decisions: list[Decision] = []

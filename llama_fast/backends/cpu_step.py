@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..registry import OPS
+from ..registry import OPS, DispatchMode
 
 
-class CpuRecorder(TorchDispatchMode):
+class CpuRecorder(DispatchMode):
     """Captures as `decode.Capturer` says: the step that warms up is recorded while it runs.
 
     tape_of  makes an empty `_cpu.Tape`
@@ -93,7 +92,7 @@ class CpuRecorder(TorchDispatchMode):
         self._tape = None
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(DispatchMode):
     """Whether torch computes anything inside the block, and all tensors that are made there."""
 
     def __init__(self) -> None:
