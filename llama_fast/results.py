@@ -89,6 +89,19 @@ class Row:
         found = {name: statistics.median(samples) for name, samples in self.samples.items()}
         return found if self.work is None else {n: self.work / x for n, x in found.items()}
 
+    def figures(self, contender: str) -> list[str]:
+        """For a line of a table: time, spread, GB/s, GFLOP/s, part of the ceiling, × eager."""
+        seconds, share = self.seconds(contender), self.share(contender)
+        eager = self.times("eager", contender)
+        return [
+            f"{seconds * 1e6:,.1f} µs" if seconds < 1e-2 else f"{seconds * 1e3:,.1f} ms",
+            f"{self.spreads()[contender]:.0%}",
+            f"{self.bytes / seconds / 1e9:,.1f}",
+            f"{self.flops / seconds / 1e9:,.1f}",
+            "" if share is None else f"{share:.0%} {self.ceiling}",
+            "" if eager is None else f"{eager:.2f}",
+        ]
+
     def seconds(self, contender: str) -> float:
         """The median of its samples; they must be seconds."""
         return statistics.median(self.samples[contender])

@@ -228,8 +228,7 @@ def _rows(
 def _cells(row: Row, contender: str) -> list[str]:
     from ..workloads import Work
 
-    seconds, share = row.seconds(contender), row.share(contender)
-    eager = row.times("eager", contender)
+    time, spread, *others = row.figures(contender)
     call = row.call
     return [
         call["workload"],
@@ -237,12 +236,9 @@ def _cells(row: Row, contender: str) -> list[str]:
         str(Work(call["work"], call["batch"], call["tokens"], call["keys"])),
         call["pass"],
         contender,
-        f"{seconds * 1e6:,.1f} µs" if seconds < 1e-2 else f"{seconds * 1e3:,.1f} ms",
-        f"{row.spreads()[contender]:.0%}{' ~' if row.too_noisy else ''}",
-        f"{row.bytes / seconds / 1e9:,.1f}",
-        f"{row.flops / seconds / 1e9:,.1f}",
-        "" if share is None else f"{share:.0%} {row.ceiling}",
-        "" if eager is None else f"{eager:.2f}",
+        time,
+        spread + (" ~" if row.too_noisy else ""),
+        *others,
     ]
 
 

@@ -174,16 +174,10 @@ def _calls(rows: list[Row]) -> str:
 
 
 def _call(row: Row, name: str) -> str:
-    seconds, share, eager = row.seconds(name), row.share(name), row.times("eager", name)
     cells = [
         row.name + (NOISY if row.too_noisy else ""),
         name,
-        f"{seconds * 1e6:,.1f} µs" if seconds < 1e-2 else f"{seconds * 1e3:,.1f} ms",
-        f"{row.spreads()[name]:.0%}",
-        f"{row.bytes / seconds / 1e9:,.1f}",
-        f"{row.flops / seconds / 1e9:,.1f}",
-        "" if share is None else f"{share:.0%} {row.ceiling}",
-        "" if eager is None else f"{eager:.2f}",
+        *row.figures(name),
         f"{row.host[name] * 1e6:.1f} µs" if name in row.host else "",
         f"{row.memory[name] / 1e6:,.1f} MB" if name in row.memory else "",
         f"{row.errors[name]:.1e}" if name in row.errors else "",
