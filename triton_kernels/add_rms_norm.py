@@ -71,7 +71,7 @@ def add_rms_norm(
         "add_rms_norm",
         "add_rms_norm_fwd",
         chip_of(x),
-        norm.forward_config(C),
+        norm.forward_config(C, x.dtype),
         C=C,
         dtype=TYPES[x.dtype],
     )

@@ -90,10 +90,14 @@ def calls(brief: bool = False) -> Iterator[tuple[str, str, tuple]]:
                 yield "linear_quantized", "linear_quantized", given
     if brief:
         return
-    for C in (4096, 16384):
+    for C in (2048, 4096, 16384):
         x, weight = empty(B, T, C, dtype=FULL), empty(C, dtype=FULL)
         yield "rms_norm", "rms_norm", (x, weight, 1e-5)
+        yield "add_rms_norm", "add_rms_norm", (x, x, weight, 1e-5)
         yield "rms_norm", "rms_norm_backward", (x, x, weight, 1e-5)
+        yield "add_rms_norm", "add_rms_norm_backward", (x, x, x, weight, 1e-5)
+        yield "swiglu", "swiglu", (x, x)
+        yield "swiglu", "swiglu_backward", (x, x, x)
     for D, dtype in ((96, HALF), (256, HALF), (64, FULL), (128, FULL), (256, FULL)):
         q, k, v = (empty(B, T, heads, D, dtype=dtype) for heads in (8, 2, 2))
         yield from attention(q, k, v)

@@ -483,8 +483,10 @@ MAX_PARTS = 64
 LEAST_PART = 256  # keys, below which a part costs more than it helps
 
 
-def forward_config(chip: Chip, rows: int, D: int, dtype: torch.dtype) -> AttentionConfig:
-    """`rows` is T·G, of one KV head; D is rounded up to a power of two.
+def forward_config(
+    chip: Chip, rows: int, D: int, dtype: torch.dtype, odd_d: bool = False
+) -> AttentionConfig:
+    """`rows` is T·G, of one KV head; D is rounded up to a power of two, where `odd_d`.
 
     A tile of queries stays in registers or shared memory while tiles of k and v stream by, so its
     size decides how often k and v are read from L2, and the accumulator (block_m × D float32) how
@@ -495,7 +497,9 @@ def forward_config(chip: Chip, rows: int, D: int, dtype: torch.dtype) -> Attenti
             return AttentionConfig(16, 16, num_warps=4 if chip.amd else 16, num_stages=1)
         return AttentionConfig(16, 32, num_warps=8 if D > 64 else 4, num_stages=1)
     if rows <= FEW_ROWS:  # bound by memory: small tiles, several on the way
-        return AttentionConfig(FEW_ROWS, 32 if D > 128 else 64, 4, 3 if chip.roomy else 2)
+        # The masks of an odd D take registers, for which 64 keys leave no room on sm_90 and sm_100.
+        block_n = 32 if D > 128 or odd_d else 64
+        return AttentionConfig(FEW_ROWS, block_n, num_warps=4, num_stages=3 if chip.roomy else 2)
     if D > 128:
         return AttentionConfig(128 if chip.hopper and rows > 64 else 64, 32, 8, num_stages=2)
     # mma.sync keeps both sides of a product in registers: wide heads leave room for 32 keys.
@@ -561,9 +565,9 @@ def attention(
         "attention",
         "attention_fwd",
         chip,
-        forward_config(chip, T * G, block_d, q.dtype),
+        forward_config(chip, T * G, block_d, q.dtype, D != block_d),
         rows=max(FEW_ROWS, min(128, next_power_of_2(T * G))),
-        D=block_d,
+        D=D,
         dtype=TYPES[q.dtype],
     )
     tiles = -(-T * G // config.block_m)
@@ -679,7 +683,7 @@ def attention_backward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     same = {"G": G, "CAUSAL": causal, "HAS_LENGTHS": lengths is not None, "BLOCK_D": block_d}
     of_keys, of_queries = (
-        chosen("attention", kernel, chip, config, D=block_d, dtype=TYPES[q.dtype])
+        chosen("attention", kernel, chip, config, D=D, dtype=TYPES[q.dtype])
         for kernel, config in zip(
             ("attention_bwd_dk_dv", "attention_bwd_dq"),
             backward_configs(chip, block_d, q.dtype),

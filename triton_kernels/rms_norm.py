@@ -195,11 +195,12 @@ class NormBackwardConfig:
     block_c: int = knob(64, 16384, default=0)
 
 
-def forward_config(C: int) -> NormConfig:
-    """About 4096 elements a program, 32 a thread: enough loads in flight, few registers."""
+def forward_config(C: int, dtype: torch.dtype) -> NormConfig:
+    """2048 elements a program or a row, 64 bytes a thread: many loads on the way, few registers."""
     block_c = next_power_of_2(C)
     block_n = max(1, min(16, 2048 // block_c))
-    return NormConfig(block_n, num_warps=min(16, max(1, block_n * block_c // 1024)))
+    warps = block_n * block_c * dtype.itemsize // (64 * 32)
+    return NormConfig(block_n, num_warps=min(16, max(1, warps)))
 
 
 def backward_config(C: int, chip: Chip) -> NormBackwardConfig:
@@ -219,7 +220,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     N, n1, n2, (stride_x,) = rows(x)
     config = chosen(
-        "rms_norm", "rms_norm_fwd", chip_of(x), forward_config(C), C=C, dtype=TYPES[x.dtype]
+        "rms_norm",
+        "rms_norm_fwd",
+        chip_of(x),
+        forward_config(C, x.dtype),
+        C=C,
+        dtype=TYPES[x.dtype],
     )
     launch(
         rms_norm_fwd_kernel,
