@@ -15,9 +15,10 @@ import llama_fast.ops  # noqa: F401  registers the ops
 from benchmarks import elementwise
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import WrongResultError
+from llama_fast.reference import distance, outputs
 from llama_fast.registry import OPS, Op, use_backend
 from llama_fast.results import OURS
-from llama_fast.speed import TOLERANCE, distance, outputs
+from llama_fast.speed import TOLERANCE
 from llama_fast.timing import OtherPrograms, interleaved
 from llama_fast.workloads import Work, workloads
 

@@ -33,9 +33,9 @@ from llama_fast.errors import WrongResultError
 from llama_fast.memory import extra_memory
 from llama_fast.model import Llama
 from llama_fast.numerics import relative_rms
+from llama_fast.reference import EXACT_BYTES
 from llama_fast.registry import use_backend
 from llama_fast.results import OURS, Row
-from llama_fast.speed import EXACT_BYTES
 from llama_fast.timing import OtherPrograms, interleaved, interleaved_on_gpu
 
 LONG, ROUNDS_OF_LONG = ("load", "training step"), 3  # seconds each

@@ -19,6 +19,7 @@ except ImportError:
     _cpu = None
 
 BYTES = 256 * 2**20  # several times the last cache of most machines
+BYTES_ON_GPU = 2**30  # some hundred microseconds, of which starting and ending are no part
 REPEATS = 5
 SECONDS = 0.2
 PRODUCT = 8192  # rows and columns, large enough for any GPU to reach its best
@@ -83,7 +84,7 @@ def multiply_add_rate(*, pairs: bool) -> float | None:
 def _cpu_read(threads: int, isa: str) -> float:
     source, sink = _memory(BYTES), torch.zeros(threads)
     return BYTES / _shortest(
-        lambda: _cpu.read_memory(source.data_ptr(), BYTES, threads, sink.data_ptr())
+        lambda: _host_seconds(_cpu.read_memory, source.data_ptr(), BYTES, threads, sink.data_ptr())
     )
 
 
@@ -92,7 +93,7 @@ def _cpu_copy(threads: int, isa: str) -> float:
     half = BYTES // 2
     source, target = _memory(half), _memory(half)
     return BYTES / _shortest(
-        lambda: _cpu.copy_memory(source.data_ptr(), target.data_ptr(), half, threads)
+        lambda: _host_seconds(_cpu.copy_memory, source.data_ptr(), target.data_ptr(), half, threads)
     )
 
 
@@ -105,19 +106,16 @@ def _cpu_multiply_add(pairs: bool, threads: int, isa: str) -> float:
         start = time.perf_counter()
         flops = _cpu.multiply_add(pairs, steps, threads, sink.data_ptr())
         seconds = time.perf_counter() - start
-    return flops / _shortest(lambda: _cpu.multiply_add(pairs, steps, threads, sink.data_ptr()))
+    return flops / _shortest(
+        lambda: _host_seconds(_cpu.multiply_add, pairs, steps, threads, sink.data_ptr())
+    )
 
 
 @functools.cache
 def _cuda_copy(device: torch.device) -> float:
-    source = torch.ones(BYTES, dtype=torch.uint8, device=device)
+    source = torch.ones(BYTES_ON_GPU, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-
-    def copy() -> None:
-        target.copy_(source)
-        torch.cuda.synchronize(device)
-
-    return 2 * BYTES / _shortest(copy)
+    return 2 * BYTES_ON_GPU / _shortest(lambda: _cuda_seconds(device, target.copy_, source))
 
 
 @functools.cache
@@ -125,12 +123,18 @@ def _cuda_product(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a product of square matrices, in float32 as torch has been told to round it."""
     n = PRODUCT
     x, y = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / _shortest(lambda: _cuda_seconds(device, torch.mm, x, y))
 
-    def product() -> None:
-        torch.mm(x, y)
-        torch.cuda.synchronize(device)
 
-    return 2 * n**3 / _shortest(product)
+def _cuda_seconds(device: str | torch.device, call: Callable[..., object], *args: object) -> float:
+    """Of a call on the device, by its own clock."""
+    with torch.cuda.device(device):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        call(*args)
+        after.record()
+        torch.cuda.synchronize()
+    return before.elapsed_time(after) / 1e3
 
 
 def forget() -> None:
@@ -147,11 +151,15 @@ def _memory(nbytes: int) -> torch.Tensor:
     return fresh.fill_(1)
 
 
-def _shortest(call: Callable[[], object]) -> float:
-    call()
+def _shortest(seconds: Callable[[], float]) -> float:
+    seconds()
     times: list[float] = []
     while len(times) < REPEATS or sum(times) < SECONDS:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
+        times.append(seconds())
     return min(times)
+
+
+def _host_seconds(call: Callable[..., object], *args: object) -> float:
+    start = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - start

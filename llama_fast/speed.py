@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,17 @@ from .ceilings import BYTES, Ceilings
 from .config import LlamaConfig
 from .errors import BackendError, FallbackWarning, WrongResultError
 from .memory import extra_memory
-from .numerics import relative_rms
+from .reference import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    GRADIENT_IN_FORWARD,
+    distance,
+    gradients_of,
+    outputs,
+    reference,
+    with_leaves,
+)
 from .registry import OPS, Cost, Op, wrapped_launches
 from .results import Row
 from .timing import OtherPrograms, interleaved, interleaved_on_gpu
@@ -37,12 +47,6 @@ FEWEST_ROUNDS = 3  # but not fewer than these
 SETS = 64  # of arguments, at most
 # Of an output's own root mean square, by the dtype: rounding, not another result.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-# Bytes of float64 copies up to which the reference is made of them, and of float32 ones beyond.
-EXACT_BYTES = 6e9
-
-FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
-# The op makes its gradients in the forward pass: only both passes together compare.
-GRADIENT_IN_FORWARD = ("linear_cross_entropy",)
 # What a call costs besides its kernel is timed on a model as small as this.
 SMALL = LlamaConfig(
     dim=64, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=64, vocab_size=64
@@ -69,6 +73,7 @@ def measure(
     warm: bool = False,
     thorough: bool = False,
     failed: dict[str, Exception] | None = None,
+    others: Mapping[str, contenders.Call] | None = None,
 ) -> Row:
     """Times contenders (`llama_fast.contenders`) on one of `llama_fast.workloads`.
 
@@ -76,6 +81,7 @@ def measure(
     warm      the same arguments in every call, so that they may lie in a cache
     thorough  also the host's time of a call, and the memory that it takes
     failed    takes the exceptions of contenders that fail or are wrong; the others are timed
+    others    more contenders: functions of the op's arguments
     A backend that cannot serve the pass goes to the row's `missing`.
     Raises WrongResultError for an output that is not the eager reference's, and whatever else a
     contender raises, where there is no `failed` to take it.
@@ -91,12 +97,13 @@ def measure(
     results = outputs(op, op.fake(*first))  # memory of their shapes, not what is in it
     least = cost(op, untouched(), which)
     row = _row(workload, shape, work, dtype, which, warm, least)
-    expected = _reference(op, untouched(), which)
+    expected = reference(op, untouched(), which)
     once: dict[str, _Call] = {}
-    for name in names:
+    others = others or {}
+    for name in (*names, *others):
         try:
             # The first call compiles, where there is something to compile.
-            found = _Call(op, contenders.call(name, op), [untouched()], which)
+            found = _Call(op, others.get(name) or contenders.call(name, op), [untouched()], which)
             row.errors[name] = _error(found, name, expected, dtype)
             once[name] = found
         except BackendError as error:  # such as one without a kernel for the backward pass
@@ -104,11 +111,13 @@ def measure(
         except Exception as error:
             if failed is None:
                 raise
+            if isinstance(error, torch.OutOfMemoryError):
+                error = error.with_traceback(None)  # whose frames would hold the memory
             failed[name] = error
     del expected
     row.ceiling, row.at_best = at_best(op, least, results, dtype, ceilings)
     if device.type == "cuda":
-        times = interleaved_on_gpu(once, ROUNDS_ON_GPU * rounds, warm=warm)
+        times = interleaved_on_gpu(once, _rounds_on_gpu(once, rounds), warm=warm)
         row.samples = times.seconds
         row.host = {name: statistics.median(values) for name, values in times.host.items()}
     else:
@@ -118,7 +127,9 @@ def measure(
         if thorough and which == FORWARD:
             for name in once:
                 # torch.compile would compile anew for the small shape.
-                if name != contenders.COMPILED and (host := host_seconds(workload, name, dtype)):
+                if name == contenders.COMPILED or name in others:
+                    continue
+                if host := host_seconds(workload, name, dtype):
                     row.host[name] = host
     if thorough:
         for name, call in once.items():
@@ -159,6 +170,16 @@ def _row(
     )
 
 
+def _rounds_on_gpu(calls: dict[str, _Call], rounds: int) -> int:
+    start = time.perf_counter()
+    for call in calls.values():
+        call.prepare()
+        call()
+    torch.cuda.synchronize()
+    one_round = time.perf_counter() - start
+    return max(FEWEST_ROUNDS, min(ROUNDS_ON_GPU * rounds, int(PATIENCE / one_round)))
+
+
 def _time_on_cpu(
     row: Row,
     op: Op,
@@ -170,13 +191,17 @@ def _time_on_cpu(
     # Graphs of as many calls as a sample has are held at once.
     most = None if which == FORWARD else max(1, BYTES // max(1, row.bytes))
     calls = {name: _Call(op, first.call, inputs, which) for name, first in once.items()}
-    one_round = sum(call.repeat(SAMPLE, most) for call in calls.values())
-    rounds = min(rounds, max(FEWEST_ROUNDS, int(PATIENCE / one_round)))
     with OtherPrograms([os.getpid()]) as others:
-        seconds = interleaved(calls, rounds, warm_up=False)
+        first = {name: call.repeat(SAMPLE, most) for name, call in calls.items()}
+        one_round = sum(first.values())
+        rounds = min(rounds, max(FEWEST_ROUNDS, int(PATIENCE / one_round)))
+        # Of what takes seconds, that was a round already.
+        begun = [first] if one_round > PATIENCE else []
+        seconds = interleaved(calls, rounds - len(begun), warm_up=False)
     row.others = others.share
     row.samples = {
-        name: [value / calls[name].count for value in values] for name, values in seconds.items()
+        name: [value / calls[name].count for value in (*(one[name] for one in begun), *values)]
+        for name, values in seconds.items()
     }
 
 
@@ -228,110 +253,6 @@ class _Call:
             self.count = count if most is None else min(most, count)
 
 
-def with_leaves(op: Op, args: tuple) -> tuple[tuple, list[Tensor]]:
-    """The arguments, of which those that have a gradient are leaves that ask for it; and these."""
-    names = [argument.name for argument in op._torch_op._schema.arguments]
-    args = tuple(
-        x.detach().requires_grad_()
-        if isinstance(x, Tensor) and x.is_floating_point() and name not in op.constants
-        else x
-        for name, x in zip(names, args, strict=True)
-    )
-    return args, [x for x in args if isinstance(x, Tensor) and x.requires_grad]
-
-
-def gradients_of(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Normal numbers, the same for every contender in every dtype."""
-    generator = torch.Generator(found[0].device).manual_seed(0)
-    return tuple(
-        torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        .normal_(generator=generator)
-        .to(torch.bfloat16)  # what any dtype holds
-        .to(x.dtype)
-        for x in found
-    )
-
-
-def outputs(op: Op, found: Any) -> tuple[Tensor, ...]:
-    """Those that the op is for, not those that only its gradient needs."""
-    if isinstance(found, Tensor):
-        return (found,)
-    found = tuple(found)
-    declared = len(op._torch_op._schema.returns)
-    return found[: declared - op.auxiliary] if len(found) == declared else found
-
-
-def distance(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """Of the farthest output: the root mean square of the difference, relative to that of what is
-    expected."""
-    return max(relative_rms(one, other) for one, other in zip(found, expected, strict=True))
-
-
-def _reference(op: Op, args: tuple, which: str) -> tuple[Tensor, ...]:
-    """What the pass gives by the eager definition in float64 (in float32 where that is too large):
-    outputs, gradients, or both."""
-    if op.name == "attention" and _scores(args) * 8 > EXACT_BYTES:
-        return _reference_by_heads(op, args, which)
-    args = _exact(args)
-    if op.name in GRADIENT_IN_FORWARD and which == BOTH:
-        with torch.no_grad():
-            loss, *gradients = op.eager(*args)
-        return (loss, *(x for x in gradients if x.numel()))
-    return _run_reference(op, args, which, None)
-
-
-def _exact(args: tuple) -> tuple:
-    size = sum(x.numel() for x in args if isinstance(x, Tensor) and x.is_floating_point())
-    dtype = torch.float64 if 8 * size <= EXACT_BYTES else torch.float32
-    return tuple(
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args
-    )
-
-
-def _run_reference(
-    op: Op, args: tuple, which: str, gradients: tuple[Tensor, ...] | None
-) -> tuple[Tensor, ...]:
-    """The outputs of these arguments, or the gradients of those of the outputs."""
-    if which == FORWARD:
-        with torch.no_grad():
-            return outputs(op, op.eager(*args))
-    args, leaves = with_leaves(op, args)
-    found = outputs(op, op.eager(*args))
-    return torch.autograd.grad(found, leaves, gradients or gradients_of(found))
-
-
-def _scores(args: tuple) -> int:
-    """How many scores the eager reference of attention holds at once."""
-    B, T, H, _ = args[0].shape
-    return B * H * T * args[1].shape[1]
-
-
-def _reference_by_heads(op: Op, args: tuple, which: str) -> tuple[Tensor, ...]:
-    """Attention's, a sequence and a KV head at a time: its scores would not fit otherwise."""
-    q, k, v, causal, scale, lengths, need_lse = args
-    B, _, H, _ = q.shape
-    K = k.shape[2]
-    G = H // K
-    (whole,) = gradients_of((q,))  # the output has q's shape
-    made: list[list[tuple[Tensor, ...]]] = []
-    for b in range(B):
-        made.append([])
-        for h in range(K):
-            queries, one = (slice(b, b + 1), slice(None)), slice(h * G, (h + 1) * G)
-            part = _exact(
-                (q[queries][:, :, one], k[queries][:, :, h : h + 1], v[queries][:, :, h : h + 1])
-            )
-            rows = None if lengths is None else lengths[b : b + 1]
-            gradient = whole[queries][:, :, one].to(part[0].dtype)
-            made[-1].append(
-                _run_reference(op, (*part, causal, scale, rows, need_lse), which, (gradient,))
-            )
-    return tuple(
-        torch.cat([torch.cat([heads[i] for heads in row], dim=2) for row in made])
-        for i in range(len(made[0][0]))
-    )
-
-
 def _error(call: _Call, name: str, expected: tuple[Tensor, ...], dtype: torch.dtype) -> float:
     call.prepare()
     found = call()
@@ -347,7 +268,8 @@ def _error(call: _Call, name: str, expected: tuple[Tensor, ...], dtype: torch.dt
 
 
 def cost(op: Op, args: tuple, which: str) -> Cost:
-    """What a pass must move and compute at least: a backward pass what the ops do that it calls."""
+    """What a pass must move and compute at least: a backward pass what the ops do that it calls. No
+    kernel runs for it."""
     if which != BACKWARD:
         return op.cost(*args)
     counted: list[Cost] = []
@@ -355,7 +277,7 @@ def cost(op: Op, args: tuple, which: str) -> Cost:
     def count(called: Op, backend: str, launch: Callable[..., Any]) -> Callable[..., Any]:
         def counting(*args: Any) -> Any:
             counted.append(called.cost(*args))
-            return launch(*args)
+            return called.fake(*args)
 
         return counting
 
@@ -395,7 +317,7 @@ def at_best(
     return arithmetic, computing
 
 
-def host_seconds(workload: str, name: str, dtype: torch.dtype, calls: int = 200) -> float | None:
+def host_seconds(workload: str, name: str, dtype: torch.dtype, most: int = 200) -> float | None:
     """Processor time of a call with next to nothing to compute, the least of some batches; None
     where the contender does not serve a shape so small."""
     op = OPS[workload.split()[0]]
@@ -405,6 +327,9 @@ def host_seconds(workload: str, name: str, dtype: torch.dtype, calls: int = 200)
     call = contenders.call(name, op)
     best = float("inf")
     with torch.no_grad():
+        start = time.process_time()
+        call(*args)
+        calls = max(1, min(most, int(SAMPLE / max(1e-9, time.process_time() - start))))
         for _ in range(4):
             start = time.process_time()
             for _ in range(calls):

@@ -55,14 +55,15 @@ class _Maker:
         self, config: LlamaConfig, work: Work, dtype: torch.dtype, device: str, seed: int
     ) -> None:
         self.config, self.work, self.dtype, self.device = config, work, dtype, device
-        self.generator = torch.Generator().manual_seed(seed)
+        where = "cpu" if device == "meta" else device
+        self.generator = torch.Generator(where).manual_seed(seed)
 
     def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
         if self.device == "meta":
             return torch.empty(shape, dtype=self.dtype, device="meta")
         # Drawn in their own dtype: a head of float32 numbers would take a gigabyte more.
-        x = torch.empty(shape, dtype=self.dtype).normal_(0, scale, generator=self.generator)
-        return x.to(self.device)
+        x = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return x.normal_(0, scale, generator=self.generator)
 
     def rows(self, width: int) -> Tensor:
         """(B, T, width)"""
@@ -137,16 +138,17 @@ def _linear_quantized(m: _Maker, C_out: int, C_in: int, bits: int, group_size: i
         packed = torch.empty(codes, dtype=torch.uint8, device="meta")
         sizes = torch.empty(scales, dtype=torch.float16, device="meta")
     else:
-        packed = torch.randint(256, codes, dtype=torch.uint8, generator=m.generator)
-        sizes = 0.5 + torch.rand(scales, generator=m.generator)
+        drawn = {"generator": m.generator, "device": m.device}
+        packed = torch.randint(256, codes, dtype=torch.uint8, **drawn)
+        sizes = 0.5 + torch.rand(scales, **drawn)
         sizes = (sizes * C_in**-0.5 / 2 ** (bits - 1)).half()
-    return m.rows(C_in), packed.to(m.device), sizes.to(m.device), None, C_out, bits, group_size
+    return m.rows(C_in), packed, sizes, None, C_out, bits, group_size
 
 
 def _linear_cross_entropy(m: _Maker) -> tuple:
     V, C = m.matrices()["head"]
     N = m.work.batch * m.work.tokens
-    targets = torch.randint(V, (N,), generator=m.generator).to(m.device)
+    targets = torch.randint(V, (N,), generator=m.generator, device=m.generator.device).to(m.device)
     return m.randn(N, C), m.randn(V, C, scale=C**-0.5), targets, -100, False, False, True
 
 

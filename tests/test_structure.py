@@ -42,7 +42,9 @@ MAY_IMPORT = {
     | {"ceilings", "decode", "speed", "timing", "train", "triton_kernels", "workloads"},
     "results": {"atomic", "timing"},
     "contenders": BASE,
-    "speed": PARTS | {"ceilings", "contenders", "memory", "results", "timing", "workloads"},
+    "reference": BASE,
+    "speed": PARTS
+    | {"ceilings", "contenders", "memory", "reference", "results", "timing", "workloads"},
     "report": {"atomic", "machine", "results"},
     "checkpoint": {"atomic", "config", "quantize", "special_tokens", "tokenizer"},
     "model": MODEL,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendError
 from .terminal import growing, note, table
+from .units import write_json
 
 if TYPE_CHECKING:
     import torch
