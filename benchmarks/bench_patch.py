@@ -2,58 +2,105 @@
 
     python -m benchmarks.bench_patch                       # Llama 3.2 1B's shape, random weights
     python -m benchmarks.bench_patch --layers 2 --rows training
-    python -m benchmarks.bench_patch --contenders eager patched --rows decode
+    python -m benchmarks.bench_patch --contenders transformers llama_fast --rows decode
 
-Each contender lives in a process of its own and is timed in turn with the others. Rates are of the
-median time; a ratio is the median over the rounds of transformers' own time over the contender's.
-Memory is the peak of the process: it counts torch and the weights too.
+Each contender lives in a process of its own, and they take turns; before that, what each computes
+is compared with what transformers does. The rows go to the results file of this machine, for
+`llama-fast report`: tokens per second, and the memory that a call holds at its peak beyond what was
+held before, such as the weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import os
+import sys
+from dataclasses import dataclass
 from functools import partial
-from statistics import median
+from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from benchmarks.worker import Worker, WorkerError
-from llama_fast.config import LlamaConfig
-from llama_fast.memory import resident_peak
-from llama_fast.timing import OtherPrograms, interleaved, ratio
+from benchmarks.models import PAUSE, missing, shape
+from benchmarks.worker import Worker, WorkerError, run_apart
+from llama_fast import ceilings, machine, results
+from llama_fast.errors import LlamaFastError
+from llama_fast.memory import extra_memory
+from llama_fast.numerics import relative_rms
+from llama_fast.results import OURS, Goal, Row
+from llama_fast.timing import OtherPrograms, interleaved
 
-CONTENDERS = ("eager", "compiled", "liger", "patched")
-ROWS = ("prefill", "decode", "training")
+TRANSFORMERS, COMPILED, LIGER = "transformers", "torch.compile", "liger-kernel"
+CONTENDERS = (OURS, TRANSFORMERS, COMPILED, LIGER)
+# Layers of the 1B shape that a row has, where --layers does not say.
+ROWS = {"prefill": 16, "decode": 16, "training": 4}
+WHAT = {"prefill": "prefill", "decode": "decode", "training": "training step"}
+# What the patch must reach, in times as fast as each; and of the memory of transformers.
+GOALS = {
+    "cpu": {
+        "prefill": {TRANSFORMERS: 1.15},
+        "decode": {TRANSFORMERS: 2.5},
+        "training": {TRANSFORMERS: 1.0},
+    },
+    "cuda": {"training": {COMPILED: 1.10, LIGER: 1.10}},
+}
+MEMORY = {"cuda": {"training": 0.5}}
+# How far a contender may be from transformers, both in bfloat16, in units of the size of what it
+# computes: logits, and of a training step the gradient of the first norm. Unrelated: 1.4.
+TOLERANCE = {"prefill": 0.1, "decode": 0.1, "training": 0.3}
+# Calls before the clock: a compiled model compiles again when it has seen a second length.
+WARM_UPS = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """tokens  of a prompt or of each sequence of a training step; batch: sequences of that
+    steps   tokens of a sample of decode"""
+
+    shape: str = "1b"
+    layers: int | None = None
+    batch: int = 1
+    tokens: int = 128
+    steps: int = 4
+    rounds: int = 5
+    threads: int = os.cpu_count() or 1
+    device: str = "cpu"
+    contenders: tuple[str, ...] = CONTENDERS
+
+    def layers_of(self, row: str) -> int:
+        return self.layers or ROWS[row]
 
 
 class Contender:
-    """One way to run a model of Llama 3.2 1B's shape with `layers` layers, in bfloat16."""
+    """One way to run a model, in bfloat16, with the same random weights in every process."""
 
-    def __init__(self, kind: str, layers: int, prompt: int, steps: int, device: str) -> None:
-        self.prompt, self.steps, self.device = prompt, steps, device
-        shape = dataclasses.replace(LlamaConfig.preset("1b"), n_layers=layers)
-        config = transformers.LlamaConfig(**shape.to_hf())
+    def __init__(self, kind: str, options: Options, layers: int) -> None:
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        self.options, self.device = options, options.device
+        of = dataclasses.replace(shape(options.shape), n_layers=layers)
+        config = transformers.LlamaConfig(**of.to_hf())
         torch.manual_seed(0)
-        with torch.device(device):
-            self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        self.model.eval()
-        if kind == "patched":
+        self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        self.model.to(self.device).eval()
+        if kind == OURS:
             import llama_fast
 
             llama_fast.patch(self.model, strict=True)
-        elif kind == "liger":
+        elif kind == LIGER:
             from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
             _apply_liger_kernel_to_instance(model=self.model)
-        self.run = torch.compile(self.model) if kind == "compiled" else self.model
-        self.ids = torch.randint(shape.vocab_size, (1, prompt), device=device)
+        self.run = torch.compile(self.model) if kind == COMPILED else self.model
+        generator = torch.Generator().manual_seed(0)
+        size = (options.batch, options.tokens)
+        self.ids = torch.randint(of.vocab_size, size, generator=generator).to(self.device)
 
     def prefill(self) -> None:
-        self.model.eval()
         with torch.no_grad():
             self.out = self.run(input_ids=self.ids, use_cache=True, logits_to_keep=1)
         self._wait()
@@ -61,83 +108,188 @@ class Contender:
     def decode(self) -> None:
         """`steps` tokens after the last prefill, and those of earlier calls."""
         with torch.no_grad():
-            for _ in range(self.steps):
+            for _ in range(self.options.steps):
                 token = self.out.logits[:, -1].argmax(-1, keepdim=True)
                 cache = self.out.past_key_values
                 self.out = self.run(input_ids=token, past_key_values=cache, use_cache=True)
         self._wait()
 
     def training(self) -> None:
+        """The gradients of one batch. Those of the step before are let go first, as an optimiser
+        does after it."""
+        self.model.zero_grad(set_to_none=True)
         self.model.train()
         self.run(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
-        self.model.zero_grad(set_to_none=True)
         self._wait()
 
-    def memory(self) -> float:
-        """Peak in bytes."""
-        if self.device == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return resident_peak()
+    def computed(self, row: str) -> torch.Tensor:
+        """What the row is for, in float32: the last logits, or of a training step a gradient that
+        all layers have a part in."""
+        if row == "decode":
+            self.prefill()
+        getattr(self, row)()
+        if row == "training":
+            found = self.model.get_parameter("model.layers.0.input_layernorm.weight").grad
+        elif row == "decode":  # the same tokens for all, whatever each finds the likeliest
+            with torch.no_grad():
+                found = self.run(input_ids=self.ids[:, :1], use_cache=False).logits[:, -1]
+            self.prefill()
+        else:
+            found = self.out.logits[:, -1]
+        return found.float().cpu()
+
+    def memory(self, row: str) -> int | None:
+        """Bytes."""
+        self.model.zero_grad(set_to_none=True)
+        return extra_memory(getattr(self, row), self.device)
 
     def _wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
 
-def start(kind: str, arguments: argparse.Namespace, row: str) -> Worker:
-    """A worker that has run the row once, so that it is warm. Raises WorkerError."""
-    a = arguments
-    made = (kind, a.layers, a.prompt, a.steps, a.device)
-    worker = Worker(Contender, *made, threads=a.threads)
+def why_not(kind: str, device: str) -> str | None:
+    """Why a contender cannot take part, or None."""
+    if kind == LIGER and importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed: pip install -c constraints.txt '.[peers]'"
+    if kind == LIGER and device == "cpu":
+        return "liger-kernel needs a GPU: its kernels run nowhere else"
+    return missing(TRANSFORMERS)
+
+
+def name_of(row: str, options: Options) -> str:
+    many = f"{options.batch} × " if options.batch > 1 else ""
+    layers = options.layers_of(row)
+    tokens = "" if row == "decode" else f", {many}{options.tokens} tokens"
+    return f"patched {WHAT[row]}, {options.shape} with {layers} layers{tokens}"
+
+
+def measure(row: str, options: Options) -> Row:
+    """A row of ROWS. Raises WorkerError where our own contender does."""
+    name = name_of(row, options)
+    work = options.steps if row == "decode" else options.batch * options.tokens
+    found = Row(name, f"{name}, beside transformers as it is", "tok/s", work)
+    workers: dict[str, Worker] = {}
     try:
-        for call in ("prefill", "decode") if row == "decode" else (row,):
-            worker.ask(call)
+        for kind in options.contenders:
+            if why := why_not(kind, options.device):
+                found.missing[kind] = why
+                continue
+            try:
+                workers[kind] = _start(kind, row, options)
+            except WorkerError as error:
+                if kind == OURS:
+                    raise
+                found.missing[kind] = error.text.splitlines()[0]
+        _compare(row, workers, found)
+        calls: dict[str, Any] = {kind: partial(w.ask, row) for kind, w in workers.items()}
+        processes = [os.getpid(), *(worker.process for worker in workers.values())]
+        with OtherPrograms(processes) as others:
+            found.samples = interleaved(calls, options.rounds, PAUSE)
+        found.others = others.share if options.device == "cpu" else None
+        for kind, worker in workers.items():
+            if (held := worker.ask("memory", row)) is not None:
+                found.memory[kind] = held
+    finally:
+        for worker in workers.values():
+            worker.close()
+    found.goals = _goals(row, found, options.device)
+    return found
+
+
+def _start(kind: str, row: str, options: Options) -> Worker:
+    """A worker that has run the row, so that it is warm. Raises WorkerError."""
+    layers = options.layers_of(row)
+    worker = Worker(Contender, kind, options, layers, threads=options.threads)
+    try:
+        for _ in range(WARM_UPS):
+            for call in ("prefill", "decode") if row == "decode" else (row,):
+                worker.ask(call)
     except BaseException:
         worker.close()
         raise
     return worker
 
 
-def measure(row: str, arguments: argparse.Namespace) -> None:
-    workers: dict[str, Worker] = {}
-    try:
-        for kind in arguments.contenders:
-            try:
-                workers[kind] = start(kind, arguments, row)
-            except WorkerError as error:
-                print(f"{row:9} {kind:9} does not run here: {error.text.splitlines()[0]}")
-        calls: dict[str, Any] = {k: partial(w.ask, row) for k, w in workers.items()}
-        processes = [os.getpid(), *(worker.process for worker in workers.values())]
-        with OtherPrograms(processes) as others:
-            samples = interleaved(calls, arguments.rounds, 0.05)
-        tokens = arguments.steps if row == "decode" else arguments.prompt
-        for kind, times in samples.items():
-            line = f"{row:9} {kind:9} {tokens / median(times):9.1f} tokens/s"
-            if "eager" in samples and kind != "eager":
-                line += f"  {ratio(samples, 'eager', kind):5.2f} x eager"
-            print(f"{line}  peak {workers[kind].ask('memory') / 1e9:.2f} GB", flush=True)
-        if others.share is not None:
-            print(f"{row:9} other programs took {others.share:.0%} of the processors")
-    finally:
-        for worker in workers.values():
-            worker.close()
+def _compare(row: str, workers: dict[str, Worker], found: Row) -> None:
+    """Leaves out who computes something else than transformers does."""
+    if TRANSFORMERS not in workers:
+        return
+    expected = workers[TRANSFORMERS].ask("computed", row)
+    for kind in [kind for kind in workers if kind != TRANSFORMERS]:
+        error = relative_rms(workers[kind].ask("computed", row), expected)
+        if not error <= TOLERANCE[row]:
+            found.missing[kind] = (
+                f"what it computes is {error:.2g} of its size away from transformers; at most "
+                f"{TOLERANCE[row]} is sound, so its time means nothing"
+            )
+            workers.pop(kind).close()
+        else:
+            found.notes.append(f"{kind}: {error:.2g} away from transformers")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt or a step")
-    parser.add_argument("--steps", type=int, default=4, help="tokens of a round of decoding")
-    parser.add_argument("--rounds", type=int, default=5)
+def _goals(row: str, found: Row, device: str) -> list[Goal]:
+    goals = [
+        Goal(f"× {rival}", needed, found.times(rival, OURS))
+        for rival, needed in GOALS[device].get(row, {}).items()
+    ]
+    needed = MEMORY.get(device, {}).get(row)
+    if needed is not None:
+        held, own = found.memory.get(TRANSFORMERS), found.memory.get(OURS)
+        share = own / held if own is not None and held else None
+        goals.append(Goal("of transformers' memory", needed, share, at_most=True))
+    return goals
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_patch", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--shape", default="1b", help="a preset, or demo for a quick try")
+    parser.add_argument("--layers", type=int, help="of the shape; else 16, of training 4")
+    parser.add_argument("--tokens", type=int, default=128, help="of a prompt or a step")
+    parser.add_argument("--batch", type=int, default=1, help="sequences of a prompt or a step")
+    parser.add_argument("--steps", type=int, default=4, help="tokens of a sample of decode")
+    parser.add_argument("--rounds", type=int, default=5, help="samples of each contender")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
-    arguments = parser.parse_args()
-    transformers.utils.logging.set_verbosity_error()
-    for row in arguments.rows:
-        measure(row, arguments)
+    parser.add_argument("--json", type=Path, help="results file; else one named by the machine")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from rich.console import Console
+
+    from benchmarks.table import show
+
+    given = vars(parse(arguments))
+    rows, path = given.pop("rows"), given.pop("json")
+    options = Options(**{**given, "contenders": tuple(given["contenders"])})
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    try:
+        found = run_apart(ceilings.measure, options.device, threads=options.threads)
+        where = machine.describe(found.isa)
+        stem = machine.file_name(where, options.threads, options.device)
+        path = path or Path(__file__).parent / "results" / f"{stem}.json"
+        for name in rows:
+            row = measure(name, options)
+            row.measured_with = {
+                "date": results.today(),
+                "shape": options.shape,
+                "threads": found.threads,
+                "ceilings": dataclasses.asdict(found),
+                "versions": machine.versions("transformers", "triton", "liger-kernel"),
+            }
+            results.save(path, where, [row])
+            show(console, row)
+    except (LlamaFastError, WorkerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    console.print(f"written to {path}", markup=False)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,11 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import elementwise, kernels, memory, models
+from benchmarks.table import show, table_of
 from benchmarks.worker import Worker, WorkerError, run_apart
 from llama_fast import ceilings, machine, results
 from llama_fast.ceilings import Ceilings
@@ -268,14 +267,6 @@ def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
     return 0
 
 
-def show(console: Console, row: Row) -> None:
-    console.print(table_of([row]))
-    for absent, why in row.missing.items():
-        console.print(f"  {absent} did not take part: {why}", markup=False)
-    for why in row.too_noisy:
-        console.print(f"  too noisy: {why}")
-
-
 def say(text: str) -> None:
     print(f"… {text}", file=sys.stderr, flush=True)
 
@@ -286,29 +277,6 @@ def _ceilings_line(where: dict[str, Any], ceilings: Ceilings) -> str:
         rate = getattr(ceilings, name)
         said.append(f"{name} {rate / 1e9:.1f} {unit}" if rate else f"{name} not measured")
     return " · ".join(said)
-
-
-def table_of(rows: list[Row]) -> Table:
-    table = Table("row", "contender", "median", "spread", "goal", "measured", box=box.SIMPLE_HEAD)
-    for row in rows:
-        medians, spreads = row.medians(), row.spreads()
-        left = [
-            (name, f"{median:.4g} {row.unit}", f"{spreads[name]:.0%}")
-            for name, median in medians.items()
-        ]
-        right = [(str(goal), _measured(goal)) for goal in row.goals]
-        for index in range(max(len(left), len(right), 1)):
-            first = row.name if index == 0 else ""
-            cells = left[index] if index < len(left) else ("", "", "")
-            table.add_row(first, *cells, *(right[index] if index < len(right) else ("", "")))
-        table.add_section()
-    return table
-
-
-def _measured(goal: Goal) -> str:
-    if goal.value is None:
-        return "not measured"
-    return f"{goal.value:.3g} {'holds' if goal.holds else 'missed'}"
 
 
 if __name__ == "__main__":

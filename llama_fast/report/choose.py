@@ -34,12 +34,16 @@ def baselines(row: Row) -> list[str]:
 
 
 def sweeps(rows: list[Row]) -> list[list[Row]]:
-    """Rows of attention that differ in their length alone, the shortest first; three at least."""
+    """Rows of attention that differ in their length, the shortest first; three at least. The batch
+    is the same, or the number of all tokens is."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
         if row.call.get("op") == "attention" and row.own() and not row.call["warm"]:
-            key = tuple(row.call[k] for k in ("shape", "batch", "work", "dtype", "pass"))
-            found.setdefault(key, []).append(row)
+            kind = tuple(row.call[k] for k in ("shape", "work", "dtype", "pass"))
+            batch, tokens = row.call["batch"], row.call["batch"] * row.call["tokens"]
+            found.setdefault((*kind, "sequences", batch), []).append(row)
+            if row.call["tokens"] > 1:
+                found.setdefault((*kind, "tokens", tokens), []).append(row)
     many = [sorted(group, key=size) for group in found.values() if len(group) >= 3]
     return sorted(many, key=lambda group: PARTS.index(group[0].call["work"]))
 

@@ -48,7 +48,10 @@ def write(
         drawn = _draw(where, rows, about, folder) if figures else {}
         made += drawn.values()
         links = [f"![{said}]({path.name})" for said, path in drawn.items()]
-        tables = filter(None, (_ceilings(rows), targets(rows), _calls(rows), _versions(rows)))
+        tables = filter(
+            None,
+            (_ceilings(rows), targets(rows), _calls(rows), _checks(rows), _versions(rows)),
+        )
         parts.append("\n\n".join([f"## {about}", *links, *tables]))
         start = relative_to or Path.cwd()
         near = {s: Path(os.path.relpath(p, start)).as_posix() for s, p in drawn.items()}
@@ -140,14 +143,13 @@ def targets(rows: list[Row]) -> str:
 
 
 def _target(row: Row) -> str:
-    unit, medians = row.unit, row.medians()
-    if OURS in medians:
-        ours = f"{medians[OURS]:.3g} {unit}"
-        others = {name: value for name, value in medians.items() if name != OURS}
-    else:  # the contenders are our own ops
-        dearest = max(medians, key=medians.__getitem__)
-        ours, others = f"{medians[dearest]:.3g} {unit} ({dearest})", {}
-    beside = ", ".join(f"{name} {value:.3g}" for name, value in others.items())
+    medians, own = row.medians(), row.own()
+    others = [name for name in medians if name != own]
+    if own is None:  # the contenders are our own ops
+        own, others = max(medians, key=medians.__getitem__), []
+    ours = f"{medians[own]:.3g} {row.unit}{_held(row, own)}"
+    ours += f" ({own})" if own != OURS else ""
+    beside = ", ".join(f"{name} {medians[name]:.3g}{_held(row, name)}" for name in others)
     goals = ", ".join(
         f"{goal.value:.2f} {goal.what} ({_verdict(goal)})"
         for goal in row.goals
@@ -155,6 +157,13 @@ def _target(row: Row) -> str:
     )
     noisy = " — too noisy to count" if row.too_noisy else ""
     return f"| {row.what} | {ours} | {beside} | {goals}{noisy} |"
+
+
+def _held(row: Row, contender: str) -> str:
+    """A model's memory; that of a single call is in a table of its own."""
+    if row.call or contender not in row.memory:
+        return ""
+    return f", {row.memory[contender] / 1e9:.2g} GB"
 
 
 def _verdict(goal: Goal) -> str:
@@ -183,6 +192,12 @@ def _call(row: Row, name: str) -> str:
         f"{row.errors[name]:.1e}" if name in row.errors else "",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _checks(rows: list[Row]) -> str:
+    """Results in words: rows that no contender took part in."""
+    return "\n".join(f"- {row.what}: {'; '.join(row.notes)}" for row in rows
+                     if row.notes and not row.samples)  # fmt: skip
 
 
 def _versions(rows: list[Row]) -> str:

@@ -1,0 +1,156 @@
+"""Whole models: the step that decodes a token, and a training step of a patched transformers model.
+
+Random weights. A step of decoding is replayed as a CUDA graph, so the host's time is none of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import bench_patch
+from llama_fast.backends import cuda
+from llama_fast.cli.measure import bytes_per_token
+from llama_fast.decode import DecodeStep
+from llama_fast.errors import WrongResultError
+from llama_fast.numerics import relative_rms
+from llama_fast.profiling.steps import random_model
+from llama_fast.registry import backends, use_backend
+from llama_fast.results import OURS, Row
+from llama_fast.timing import OtherPrograms, interleaved, interleaved_on_gpu
+
+from .goals import bandwidth
+from .part import measured
+from .setting import KERNELS, Setting
+
+DECODE = {"bf16": 0.90, "int8": 0.85, "int4": 0.75}  # of bandwidth
+# Of the logits' own size, from the eager definitions in the same dtype: rounding through all
+# layers. Unrelated logits are 1.4 away.
+TOLERANCE = 0.1
+STEPS = 512  # that a cache has room for
+ROUNDS = 20
+EAGER = "eager"
+
+
+def decode(setting: Setting) -> list[str]:
+    sizes = setting.sizes
+    of = f"{sizes.shape} with {sizes.layers} layers behind {sizes.context} tokens"
+    names = {form: f"decode {form}, {of}" for form in DECODE}
+    return measured(
+        setting, {name: partial(_decode, form, name, setting) for form, name in names.items()}
+    )
+
+
+def _decode(form: str, name: str, setting: Setting, failed: dict[str, Exception]) -> Row:
+    sizes = setting.sizes
+    model = random_model(
+        sizes.config,
+        layers=sizes.layers,
+        dtype=torch.bfloat16,
+        device=setting.device,
+        quantize=None if form == "bf16" else form,
+    )
+    row = Row(name, name, "tok/s", 1.0, missing=dict(setting.without))
+    token = torch.zeros(1, dtype=torch.int64, device=setting.device)
+    with use_backend(EAGER, strict=True):
+        expected = _step(model, sizes.context)(token).clone()
+    steps: dict[str, Callable[[], Any]] = {}
+    for who, backend, constant in _contenders():
+        if backend in setting.without:
+            continue
+        if backend != EAGER and (why := backends()[backend].unavailable):
+            row.missing[who] = "; ".join(why)
+            continue
+        try:
+            with use_backend(backend, strict=True), _set(constant):
+                step = _step(model, sizes.context)
+                row.errors[who] = _error(step, token, expected)
+        except Exception as error:
+            failed[who] = error
+            row.missing[who] = f"{type(error).__name__}: {error}"
+            continue
+        if setting.gpu and step.replay is None:
+            row.notes.append(f"{who}: the step could not be captured, and is run in Python")
+        steps[who] = step.replay or _in_python(step, token, backend, constant)
+    if setting.gpu:
+        row.samples, _ = interleaved_on_gpu(steps, ROUNDS)
+    else:
+        with OtherPrograms([os.getpid()]) as others:
+            row.samples = interleaved(steps, 3)
+        row.others = others.share
+    row.bytes = int(bytes_per_token(model, sizes.context))
+    row.ceiling = "read"
+    row.at_best = row.bytes / setting.ceilings.read if setting.ceilings.read else None
+    row.goals = [bandwidth(DECODE[form]).measured(row)]
+    return row
+
+
+def _contenders() -> list[tuple[str, str, str]]:
+    """(name, backend, the constant of backends.cuda that is set for it)"""
+    rows = [(name, name, "") for name in (*KERNELS, EAGER)]
+    if hasattr(cuda, "OVERLAP"):
+        rows.insert(1, (f"{OURS} cuda overlap", "cuda", "OVERLAP"))
+    return rows
+
+
+@contextmanager
+def _set(constant: str):
+    if not constant:
+        yield
+        return
+    before = getattr(cuda, constant)
+    setattr(cuda, constant, True)
+    try:
+        yield
+    finally:
+        setattr(cuda, constant, before)
+
+
+def _step(model: Any, context: int) -> DecodeStep:
+    """The first steps after so many tokens, the same random ones every time."""
+    cache = model.new_cache(1, context + STEPS)
+    generator = torch.Generator(model.device).manual_seed(0)
+    for x in (cache._k, cache._v):
+        x.normal_(generator=generator)
+    cache.advance(context)
+    return DecodeStep(model, cache)
+
+
+def _error(step: DecodeStep, token: Tensor, expected: Tensor) -> float:
+    """Of the first step, and of the same one replayed. Raises WrongResultError."""
+    errors = [relative_rms(step(token), expected)]
+    for _ in range(2):  # the second is captured, the third replayed
+        step.cache.reset()
+        step.cache.advance(step.cache.max_seq_len - STEPS)
+        errors.append(relative_rms(step(token), expected))
+    if not max(errors) <= TOLERANCE:
+        raise WrongResultError(
+            f"its logits are {max(errors):.2g} of their size away from the eager definition's; at "
+            f"most {TOLERANCE} is rounding, so its time means nothing"
+        )
+    return errors[-1]
+
+
+def _in_python(step: DecodeStep, token: Tensor, backend: str, constant: str) -> Callable[[], Any]:
+    def run() -> None:
+        with use_backend(backend, strict=True), _set(constant):
+            step(token)
+
+    return run
+
+
+def training(setting: Setting) -> list[str]:
+    """A training step of a transformers model as it is, compiled, with Liger, and patched."""
+    if setting.gpu:
+        options = bench_patch.Options(layers=16, batch=4, tokens=2048, device="cuda", rounds=10)
+    else:
+        kinds = (bench_patch.TRANSFORMERS, OURS)
+        options = bench_patch.Options("demo", 1, tokens=8, threads=1, rounds=2, contenders=kinds)
+    name = bench_patch.name_of("training", options)
+    return measured(setting, {name: lambda failed: bench_patch.measure("training", options)})

@@ -1,0 +1,166 @@
+"""Which calls of which ops are measured, beside whom, and what they must reach: lists to add to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from llama_fast import contenders, speed
+from llama_fast.backends import cuda
+from llama_fast.reference import BACKWARD, BOTH, FORWARD
+from llama_fast.registry import OPS
+from llama_fast.results import OURS, Row
+from llama_fast.workloads import Work, workloads
+
+from .goals import (
+    COMPILED,
+    CUDNN,
+    Target,
+    bandwidth,
+    faster,
+    host_time,
+    memory_of_logits,
+    triton_alone,
+)
+from .part import measured
+from .setting import KERNELS, Setting, Sizes
+
+EAGER = "eager"
+# What holds no matrix of scores: the others could not serve the longest prompts.
+FUSED = (CUDNN, "torch flash", "flash-attn", "flashinfer")
+MEMORY_BOUND = ("rms_norm", "add_rms_norm", "rope", "swiglu")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One row.
+
+    rivals  who is timed beside our kernels; None: eager, and everybody who has it
+    asked_for  constants of llama_fast.backends.cuda, each of which asks for another way of its
+            kernel: it is timed too, where there is a constant of that name
+    """
+
+    workload: str
+    work: Work
+    which: str = FORWARD
+    targets: tuple[Target, ...] = ()
+    rivals: Sequence[str] | None = None
+    asked_for: tuple[str, ...] = ()
+
+    @property
+    def op(self) -> str:
+        return self.workload.split()[0]
+
+
+def memory_bound(s: Sizes) -> list[Call]:
+    large, small = Work.prefill(s.rows), Work.prefill(s.few_rows)
+    forward = (bandwidth(0.95), faster(COMPILED))
+    return [
+        *(Call(name, large, FORWARD, forward) for name in MEMORY_BOUND),
+        *(Call(name, Work.training(s.rows), BACKWARD, (bandwidth(0.88),)) for name in MEMORY_BOUND),
+        *(Call(name, small, FORWARD, (host_time(),)) for name in MEMORY_BOUND),
+    ]
+
+
+def attention(s: Sizes) -> list[Call]:
+    """Causal, without a cache."""
+    calls = []
+    for T in s.prompts:
+        judged = T >= 4096 or s.at_once < 4096  # the rehearsal has no long ones
+        work = Work.training(T, batch=s.at_once // T)
+        for which, times in ((FORWARD, 0.8), (BACKWARD, 1 / 1.3)):
+            goals = (faster(CUDNN), triton_alone(CUDNN, round(times, 2))) if judged else ()
+            other = ("WARPGROUPS",) if which == FORWARD else ()
+            calls.append(Call("attention", work, which, goals, FUSED, other))
+    return calls
+
+
+def attention_decode(s: Sizes) -> list[Call]:
+    works = (Work("decode", B, 1, S) for B, S in s.caches)
+    return [Call("attention", w, FORWARD, (bandwidth(0.90),), (EAGER, *FUSED)) for w in works]
+
+
+def linear(s: Sizes) -> list[Call]:
+    """Products of few rows with the weights of a layer, bfloat16 and quantised."""
+    kinds = ("linear {}", "linear_quantized {} int8", "linear_quantized {} int4")
+    return [
+        Call(kind.format(matrix), Work("decode", batch, 1, 1), FORWARD, (), (EAGER,), ("OVERLAP",))
+        for matrix in s.matrices
+        for batch in s.batches
+        for kind in kinds
+    ]
+
+
+def loss(s: Sizes) -> list[Call]:
+    """Both gradients with it, beside logits that are stored whole."""
+    targets = (faster(COMPILED), memory_of_logits(s.config, s.rows, 0.05))
+    return [Call("linear_cross_entropy", Work.training(s.rows), BOTH, targets)]
+
+
+CALLS: dict[str, Callable[[Sizes], list[Call]]] = {
+    "memory_bound": memory_bound,
+    "attention": attention,
+    "attention_decode": attention_decode,
+    "linear": linear,
+    "loss": loss,
+}
+
+
+def measure(setting: Setting, part: str) -> list[str]:
+    """Runs a part of CALLS; returns what failed."""
+    rows = {name_of(c, setting.sizes): partial(row, c, setting) for c in CALLS[part](setting.sizes)}
+    return measured(setting, rows)
+
+
+def name_of(call: Call, sizes: Sizes) -> str:
+    return f"{call.workload}, {sizes.shape}, {call.work}, bfloat16, {call.which}"
+
+
+def row(call: Call, setting: Setting, failed: dict[str, Exception]) -> Row:
+    """Measures one call; contenders that fail go to `failed`, those that cannot take part to the
+    row's `missing`."""
+    op, sizes, gradient = OPS[call.op], setting.sizes, call.which != FORWARD
+    make = workloads(
+        call.op, sizes.config, call.work, device=setting.device, gradient=gradient
+    )[call.workload]  # fmt: skip
+    missing, able = dict(setting.without), []
+    if not setting.gpu:
+        missing[COMPILED] = "compiling would be most of a rehearsal"
+    rivals = (EAGER, *contenders.peers(op)) if call.rivals is None else call.rivals
+    args = make(0)
+    for name in (*KERNELS, *rivals):
+        if name in missing:
+            continue
+        if why := contenders.why_not(name, op, args, gradient=gradient):
+            missing[name] = "; ".join(why)
+        else:
+            able.append(name)
+    del args
+    asked = [name for name in call.asked_for if "cuda" in able and hasattr(cuda, name)]
+    others = {f"{OURS} cuda {name.lower()}": with_setting(name, call.op) for name in asked}
+    found = speed.measure(
+        call.workload, make, able, shape=sizes.shape, work=call.work, ceilings=setting.ceilings,
+        which=call.which, rounds=sizes.rounds, thorough=True, failed=failed, others=others,
+    )  # fmt: skip
+    for name, error in failed.items():
+        found.missing[name] = f"{type(error).__name__}: {error}"
+    found.missing = {**missing, **found.missing}
+    found.goals = [target.measured(found) for target in call.targets]
+    return found
+
+
+def with_setting(name: str, op: str) -> Callable[..., Any]:
+    """The CUDA C++ kernel of an op, with a constant of llama_fast.backends.cuda set to True."""
+    call = contenders.call("cuda", OPS[op])
+
+    def set_and_call(*args: Any) -> Any:
+        before = getattr(cuda, name)
+        setattr(cuda, name, True)
+        try:
+            return call(*args)
+        finally:
+            setattr(cuda, name, before)
+
+    return set_and_call
