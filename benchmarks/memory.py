@@ -62,7 +62,7 @@ def prompt(config: LlamaConfig, tokens: int, threads: int, gigabytes: float) -> 
 
 @torch.no_grad()
 def _prefill(config: LlamaConfig, tokens: int) -> float:
-    from llama_fast.generate import PREFILL_CHUNK
+    from llama_fast.generate import prefill
     from llama_fast.memory import extra_memory
     from llama_fast.model import Llama
 
@@ -73,8 +73,7 @@ def _prefill(config: LlamaConfig, tokens: int) -> float:
 
     def run() -> None:
         cache.reset()
-        for chunk in ids.split(PREFILL_CHUNK, dim=1):
-            model(chunk, cache=cache, last_only=True)
+        prefill(model, ids, cache)
 
     run()  # the cache's pages are there now, and what is set up once
     extra = extra_memory(run)

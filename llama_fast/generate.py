@@ -14,6 +14,7 @@ from .buckets import borrow_step, filled
 from .config import LlamaConfig
 from .decode import DecodeStep
 from .errors import PromptError
+from .kv_cache import KVCache
 from .model import Llama
 from .sampling import Sampling, logprobs
 from .tokenizer import StreamDecoder, Tokenizer
@@ -148,6 +149,14 @@ def check_prompts(
             )
 
 
+def prefill(model: Llama, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Appends tokens (B,T) int64 to the cache, PREFILL_CHUNK of each row at a time → the logits
+    after the last, (B,V) float32."""
+    for chunk in tokens.split(PREFILL_CHUNK, dim=1):
+        logits = model(chunk, cache=cache, last_only=True)
+    return logits[:, -1]
+
+
 class _Rows:
     """The state of a batch while it is generated."""
 
@@ -204,9 +213,7 @@ class _Rows:
         ids = [[0] * pad + prompt for pad, prompt in zip(padding, self.prompts, strict=True)]
         tokens = torch.tensor(ids, device=self.model.device)
         with filled(step, padding) as cache:
-            for chunk in tokens.split(PREFILL_CHUNK, dim=1):
-                logits = self.model(chunk, cache=cache, last_only=True)
-        return logits[:, -1]
+            return prefill(self.model, tokens, cache)
 
     def _finish(self, index: int, token: int, count: int) -> tuple[str, str | None]:
         """What to show after this token, and why the row ends with it, or None."""

@@ -282,7 +282,7 @@ BAD = {
     "bench work": (["bench", "--work", "chat"], 2, "decode or prefill"),
     "bench shape": (["bench", "--shapes", "9b"], 1, "there is no preset '9b'"),
     "doctor arch": (["doctor", "--arch", "sm_90"], 2, "--arch is of --resources"),
-    "bench device": (["bench", "--device", "tpu"], 1, "no device 'tpu'"),
+    "bench device": (["bench", "--device", "tpu"], 1, "--device is 'tpu'"),
     "profile unknown": (["profile", "conv"], 1, "there are decode, prefill, train, and the ops"),
     "profile shape": (["profile", "decode", "--shape", "9b"], 1, "there is no preset '9b'"),
     "profile tokens": (["profile", "decode", "--tokens", "2"], 2, "one token a step"),

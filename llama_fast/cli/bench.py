@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, DType, Threads, example, set_threads
+from .options import Debug, Device, DType, Threads, device_named, example, set_threads
 from .terminal import growing, note, show, table
 from .tune import tune_here
 
@@ -62,7 +62,7 @@ def bench(
         ),
     ] = False,
     dtype: Annotated[DType, typer.Option(help="Of the tensors.")] = DType.bfloat16,
-    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    device: Device = "cpu",
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Samples of each.")] = 5,
     warm: Annotated[
         bool, typer.Option("--warm", help="The same tensors in every call: they may be in a cache.")
@@ -95,6 +95,7 @@ def bench(
     """
     from .. import ceilings as measured
     from .. import machine, results
+    from ..registry import ORDER
 
     set_threads(threads)
     if ceilings:
@@ -104,8 +105,9 @@ def bench(
     if tune:
         tune_here(wanted, dtype.torch)
         return
-    names = _order(device) if backends is None else backends.split(",")
-    found = measured.measure(device)
+    where = device_named(device)
+    names = ORDER[where.type] if backends is None else backends.split(",")
+    found = measured.measure(str(where))
     measured_with = {
         "date": results.today(),
         "threads": found.threads,
@@ -115,7 +117,7 @@ def bench(
     done: list[Row] = []
     thorough = json_file is not None
     with growing(table(*COLUMNS, numbers=True)) as lines:
-        for row in _rows(wanted, found, names, peers, dtype, device, rounds, warm, thorough):
+        for row in _rows(wanted, found, names, peers, dtype, str(where), rounds, warm, thorough):
             row.measured_with = measured_with
             done.append(row)
             for contender in row.samples:
@@ -158,21 +160,6 @@ def _wanted(
         for one in works[kind]
         for op in ops or NAMES
     ]
-
-
-def _order(device: str) -> Sequence[str]:
-    """The backends in line for a device that is there."""
-    import torch
-
-    from ..errors import BackendError
-    from ..registry import ORDER
-
-    kind = device.partition(":")[0]
-    if kind not in ORDER:
-        raise BackendError(f"no device {device!r}; there are {', '.join(ORDER)}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise BackendError("no GPU that this torch can use; leave --device out, or see doctor")
-    return ORDER[kind]
 
 
 def _rows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..atomic import atomic_file
 from ..errors import PromptError
 from .convert import report_written
 from .options import Debug, DType, Threads, example, set_threads
 from .terminal import show, table, weights_bar
+from .units import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,8 +172,7 @@ def _report(checkpoint: Checkpoint, target: Path, tokens: Tensor) -> None:
     quantized = Llama.from_pretrained(target, device="cpu", max_seq_len=tokens.shape[1])
     with weights_bar("Comparing with the float model") as progress:
         found = compare(checkpoint, quantized, tokens, progress=progress)
-    with atomic_file(target / REPORT) as path:
-        path.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    write_json(target / REPORT, found.to_dict())
 
     rows = table("", "", numbers=True)
     for name, value in (

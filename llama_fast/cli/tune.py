@@ -80,8 +80,8 @@ def calls(
     a prompt, which training has too, its gradient."""
     import torch
 
+    from ..reference import outputs
     from ..registry import OPS, use_backend
-    from ..speed import outputs
     from ..workloads import workloads
 
     def forward(op: Op, args: tuple) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -135,7 +135,6 @@ def spills(chip: Any, launches: list[Launch]) -> str:
 
 def write(found: list[Tuned], device: str, arch: int | str) -> list[Any]:
     """Writes a file for each stem, whose rows of other kernels and shapes stay; returns them."""
-    from ..atomic import atomic_file
     from ..machine import versions
     from ..triton_kernels.choice import Choice, file_of, measured
 
@@ -153,8 +152,7 @@ def write(found: list[Tuned], device: str, arch: int | str) -> list[Any]:
             "versions": versions("triton"),
             "rows": [rows[choice] for choice in sorted(rows, key=str)],
         }
-        with atomic_file(path) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(path, content)
         paths.append(path)
     measured.cache_clear()
     return paths

@@ -71,9 +71,7 @@ class Patch:
                 )
         for original, given, before in self._configs:
             _carry_over(original, given, before)
-        while self._changes:
-            _undo(self._changes.pop())
-        self._configs.clear()
+        self._take_back()
 
     def verify(
         self, inputs: Tensor | dict[str, Any], *, tolerance: float | None = None
@@ -118,6 +116,11 @@ class Patch:
         finally:
             for change in self._changes:
                 vars(change.module)[change.name] = change.after
+
+    def _take_back(self) -> None:
+        while self._changes:
+            _undo(self._changes.pop())
+        self._configs.clear()
 
     def __enter__(self) -> Patch:
         return self
@@ -184,8 +187,7 @@ def patch(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = 
             )
         patched._set(model, HANDLE, patched)
     except BaseException:
-        while patched._changes:
-            _undo(patched._changes.pop())
+        patched._take_back()
         raise
     return patched
 
