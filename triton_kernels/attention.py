@@ -483,10 +483,8 @@ MAX_PARTS = 64
 LEAST_PART = 256  # keys, below which a part costs more than it helps
 
 
-def forward_config(
-    chip: Chip, rows: int, D: int, dtype: torch.dtype, odd_d: bool = False
-) -> AttentionConfig:
-    """`rows` is T·G, of one KV head; D is rounded up to a power of two, where `odd_d`.
+def forward_config(chip: Chip, rows: int, D: int, dtype: torch.dtype) -> AttentionConfig:
+    """`rows` is T·G, of one KV head; D is rounded up to a power of two.
 
     A tile of queries stays in registers or shared memory while tiles of k and v stream by, so its
     size decides how often k and v are read from L2, and the accumulator (block_m × D float32) how
@@ -497,9 +495,8 @@ def forward_config(
             return AttentionConfig(16, 16, num_warps=4 if chip.amd else 16, num_stages=1)
         return AttentionConfig(16, 32, num_warps=8 if D > 64 else 4, num_stages=1)
     if rows <= FEW_ROWS:  # bound by memory: small tiles, several on the way
-        # The masks of an odd D take registers, for which 64 keys leave no room on sm_90 and sm_100.
-        block_n = 32 if D > 128 or odd_d else 64
-        return AttentionConfig(FEW_ROWS, block_n, num_warps=4, num_stages=3 if chip.roomy else 2)
+        stages = (3 if D > 128 or D <= 64 else 4) - (not chip.roomy)
+        return AttentionConfig(FEW_ROWS, 32 if D > 64 else 64, 4, stages)
     if D > 128:
         return AttentionConfig(128 if chip.hopper and rows > 64 else 64, 32, 8, num_stages=2)
     # mma.sync keeps both sides of a product in registers: wide heads leave room for 32 keys.
@@ -565,7 +562,7 @@ def attention(
         "attention",
         "attention_fwd",
         chip,
-        forward_config(chip, T * G, block_d, q.dtype, D != block_d),
+        forward_config(chip, T * G, block_d, q.dtype),
         rows=max(FEW_ROWS, min(128, next_power_of_2(T * G))),
         D=D,
         dtype=TYPES[q.dtype],

@@ -203,10 +203,10 @@ def forward_config(C: int, dtype: torch.dtype) -> NormConfig:
     return NormConfig(block_n, num_warps=min(16, max(1, warps)))
 
 
-def backward_config(C: int, chip: Chip) -> NormBackwardConfig:
+def backward_config(C: int, chip: Chip, dtype: torch.dtype) -> NormBackwardConfig:
     """Four live rows of float32 (x, g, w, dw): 16 elements of each a thread fill 64 registers."""
     if C > WHOLE_ROWS:
-        return NormBackwardConfig(4, num_warps=8, programs=2, block_c=1024)
+        return NormBackwardConfig(4, num_warps=8, programs=2, block_c=2048 // dtype.itemsize)
     block_c = next_power_of_2(C)
     block_n = max(1, min(16, 1024 // block_c))
     warps = min(16 if chip.amd else 32, max(1, block_n * block_c // (16 * chip.warp)))
@@ -267,7 +267,12 @@ def backward(
     has_addend = addend is not None
     N, n1, n2, strides = rows(grad, addend if has_addend else grad, x)
     config = chosen(
-        "rms_norm", "rms_norm_bwd", chip, backward_config(C, chip), C=C, dtype=TYPES[x.dtype]
+        "rms_norm",
+        "rms_norm_bwd",
+        chip,
+        backward_config(C, chip, x.dtype),
+        C=C,
+        dtype=TYPES[x.dtype],
     )
     programs = max(1, min(config.programs * chip.processors, -(-N // config.block_n)))
     wide = C > WHOLE_ROWS

@@ -136,10 +136,10 @@ class RopeConfig:
 
 
 def config_for(H: int, K: int, D: int) -> RopeConfig:
-    """At most 2048 pairs at a time: 16 a thread, 32 registers of float32."""
+    """At most 2048 pairs at a time, 4 a thread, or 8 where 8 warps are not enough."""
     most = max(1, 2048 // next_power_of_2(D // 2))
     block_h = min(next_power_of_2(H), most)
-    warps = min(4, max(1, block_h * next_power_of_2(D // 2) // 256))
+    warps = min(8, max(1, block_h * next_power_of_2(D // 2) // (4 * 32)))
     return RopeConfig(block_h, min(next_power_of_2(K), most), warps)
 
 
