@@ -18,7 +18,7 @@ import torch
 from .decode import Capturer, CudaGraphs, DecodeStep, is_plain
 from .kv_cache import KVCache
 from .model import Llama
-from .registry import request
+from .registry import launch_settings
 
 # Then multiples of the last, the rows that one tile of the kernels holds.
 SMALL = (1, 2, 4, 8, 16)
@@ -106,7 +106,7 @@ def _cuda_graphs(model: Llama) -> Callable[[KVCache], Capturer | None]:
 def _state(model: Llama) -> tuple:
     """What a captured step depends on besides its cache."""
     addresses = tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
-    return addresses, model.dtype, is_plain(model), request()
+    return addresses, model.dtype, is_plain(model), launch_settings()
 
 
 @contextmanager

@@ -52,7 +52,8 @@ class Implementation(NamedTuple):
 class Backend:
     """A family of kernels: why it cannot run here at all (or nothing), and its rows by op name.
 
-    `recorder`, where there is one, makes a `decode.Capturer` for steps of its ops. `reserve`, where
+    `recorder`, where there is one, makes a `decode.Capturer` for steps of its ops. `settings`,
+    where there is one, says what its launches depend on besides their arguments. `reserve`, where
     there is one, readies fresh memory that weights are to fill.
     """
 
@@ -60,6 +61,7 @@ class Backend:
     unavailable: list[str]
     implementations: dict[str, Implementation]
     recorder: Callable[[], Any] | None = None
+    settings: Callable[[], tuple] | None = None
     reserve: Callable[[Tensor], Tensor] | None = None
 
 
@@ -437,9 +439,11 @@ def recorder(device: torch.device) -> Any:
     return backend.recorder() if _request.get().backend in (None, first) else None
 
 
-def request() -> Request:
-    """What `use_backend` asks for here."""
-    return _request.get()
+def launch_settings() -> tuple:
+    """What launches depend on besides their arguments: what `use_backend` asks for here, and what
+    the backends are set to."""
+    settings = (backend.settings for backend in backends().values())
+    return _request.get(), *(now() for now in settings if now is not None)
 
 
 def reserve(fresh: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 
 import llama_fast
 from llama_fast import buckets
+from llama_fast.backends import cuda
 from llama_fast.buckets import borrow_step, bucket, filled, forget_steps
 from llama_fast.config import LlamaConfig
 from llama_fast.model import Llama
@@ -103,7 +104,7 @@ def test_batches_of_other_sizes_share_the_cache(model):
     assert {graphs[i].cache._k.data_ptr() for i in range(3)} == {graphs[0].cache._k.data_ptr()}
 
 
-def test_what_a_replay_would_miss_makes_new_steps(model):
+def test_what_a_replay_would_miss_makes_new_steps(model, monkeypatch):
     graphs = Graphs()
 
     def made(**options) -> int:
@@ -118,6 +119,10 @@ def test_what_a_replay_would_miss_makes_new_steps(model):
     with use_backend("eager"):
         assert made() == 1
     assert made() == 1
+    monkeypatch.setattr(cuda, "OVERLAP", True)
+    assert made() == 1 and made() == 0
+    monkeypatch.setattr(cuda, "WARPGROUPS", True)
+    assert made() == 1 and made() == 0
     hook = model.layers[0].register_forward_hook(lambda *args: None)
     assert made() == 1
     hook.remove()

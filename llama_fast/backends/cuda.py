@@ -539,6 +539,7 @@ def _of_torch(op: str) -> tuple[str, Callable[..., Any], Callable[..., list[str]
 BACKEND = Backend(
     name="cuda",
     unavailable=_unavailable,
+    settings=lambda: (OVERLAP, WARPGROUPS),
     implementations={
         name: _row(name, launch, unsupported)
         for name, launch, unsupported in [
