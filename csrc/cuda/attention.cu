@@ -14,7 +14,7 @@ template <class T, int D> static void launch_few(const Target& target, const Att
   using Shared = FewQueriesShared<T, D>;
   static_assert(sizeof(Shared) <= MOST_SHARED, "fits every GPU");
   const Launch how{"attention_few",
-                   {unsigned(a.splits), unsigned(a.K), unsigned(a.B)},
+                   {unsigned(a.B), unsigned(a.K), unsigned(a.splits)},
                    {FEW_WARPS * WARP},
                    sizeof(Shared),
                    true};

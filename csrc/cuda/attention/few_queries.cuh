@@ -58,7 +58,8 @@ attention_few_kernel(AttentionArgs a) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
   wait_for_kernel_before();
   let_next_kernel_begin();
-  const int split = blockIdx.x, splits = gridDim.x, kv = blockIdx.y, b = blockIdx.z;
+  // Only gridDim.x goes beyond 65,535: a batch may.
+  const int b = blockIdx.x, kv = blockIdx.y, split = blockIdx.z, splits = gridDim.z;
   const Problem<T> problem(a, kv, b);
   const int limit[2] = {problem.limit(g), problem.limit(g + 8)};
   const int end = problem.limit(problem.rows() - 1);
