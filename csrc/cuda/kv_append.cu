@@ -22,18 +22,18 @@ template <class T, bool WIDE>
 __global__ void __launch_bounds__(THREADS)
 kv_append_fwd_kernel(Heads q, Heads k, Heads v, T* q_out, const float* cos, const float* sin,
                      int64_t cos_stride, int64_t sin_stride, Heads k_cache, Heads v_cache,
-                     const int64_t* lengths, int64_t lengths_stride, int64_t tokens, int64_t most,
+                     const int64_t* lengths, int64_t lengths_stride, int tokens, int64_t most,
                      int64_t D, bool interleaved) {
   constexpr int COUNT = PAIRS<T, WIDE>;
   wait_for_kernel_before();
   let_next_kernel_begin();
-  const int64_t b = blockIdx.x / tokens, t = blockIdx.x % tokens;
+  const int64_t b = int(blockIdx.x) / tokens, t = int(blockIdx.x) % tokens;
   const int64_t position = lengths[b * lengths_stride] - tokens + t;
   const bool valid = position >= 0 && position < most;
-  const int items = D / 2 / COUNT;  // of a head
+  const int items = D / 2 / COUNT;  // of a head; divisions of 64 bits would take longer than the rest
   cos += position * cos_stride;
   sin += position * sin_stride;
-  for (int64_t i = blockIdx.y * THREADS + threadIdx.x; i < (q.heads + 2 * k.heads) * items;
+  for (int i = blockIdx.y * THREADS + threadIdx.x; i < (q.heads + 2 * k.heads) * items;
        i += gridDim.y * THREADS) {
     const int64_t h = i / items, p = i % items * COUNT;
     if (h < q.heads) {
@@ -76,7 +76,7 @@ void kv_append(const Target& target, const KvAppendArgs& a) {
                      true};
     launch(target, how, wide ? kv_append_fwd_kernel<T, true> : kv_append_fwd_kernel<T, false>, a.q,
            a.k, a.v, static_cast<T*>(a.q_out), a.cos, a.sin, a.cos_stride, a.sin_stride,
-           a.k_cache, a.v_cache, a.lengths, a.lengths_stride, a.T, a.S < a.P ? a.S : a.P, a.D,
+           a.k_cache, a.v_cache, a.lengths, a.lengths_stride, int(a.T), a.S < a.P ? a.S : a.P, a.D,
            a.interleaved);
   });
 }

@@ -12,12 +12,12 @@ template <class T, bool WIDE>
 __global__ void __launch_bounds__(THREADS)
 rope_fwd_kernel(Heads q, Heads k, T* q_out, T* k_out, const float* cos, const float* sin,
                 int64_t cos_stride_b, int64_t cos_stride_t, int64_t sin_stride_b,
-                int64_t sin_stride_t, int64_t tokens, int64_t D, bool interleaved) {
-  const int64_t b = blockIdx.x / tokens, t = blockIdx.x % tokens;
+                int64_t sin_stride_t, int tokens, int64_t D, bool interleaved) {
+  const int64_t b = int(blockIdx.x) / tokens, t = int(blockIdx.x) % tokens;
   const int items = D / 2 / PAIRS<T, WIDE>;  // of a head
   cos += b * cos_stride_b + t * cos_stride_t;
   sin += b * sin_stride_b + t * sin_stride_t;
-  for (int64_t i = blockIdx.y * THREADS + threadIdx.x; i < (q.heads + k.heads) * items;
+  for (int i = blockIdx.y * THREADS + threadIdx.x; i < (q.heads + k.heads) * items;
        i += gridDim.y * THREADS) {
     int64_t h = i / items;
     const int64_t p = i % items * PAIRS<T, WIDE>;
@@ -44,7 +44,7 @@ void rope(const Target& target, const RopeArgs& a) {
                      {THREADS}};
     launch(target, how, wide ? rope_fwd_kernel<T, true> : rope_fwd_kernel<T, false>, a.q, a.k,
            static_cast<T*>(a.q_out), static_cast<T*>(a.k_out), a.cos, a.sin, a.cos_stride_b,
-           a.cos_stride_t, a.sin_stride_b, a.sin_stride_t, a.T, a.D, a.interleaved);
+           a.cos_stride_t, a.sin_stride_b, a.sin_stride_t, int(a.T), a.D, a.interleaved);
   });
 }
 
