@@ -90,6 +90,14 @@ class Linear(_Weighted):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
 
 
+class GateUp(Linear):
+    """silu(x W_gateᵀ) · (x W_upᵀ): x (..., in_features) → (..., out_features / 2). The weight's
+    first half are the rows of the gate, its second those of `up`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear_swiglu(x, self.weight)
+
+
 class Embedding(_Weighted):
     """A row of the weight for each token: tokens (...) int64 → (..., embedding_dim), of the
     weight's dtype; float32 where it is quantised."""
@@ -191,9 +199,8 @@ class MLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.gate_up = Linear(config.dim, 2 * config.hidden_dim, device, dtype)
+        self.gate_up = GateUp(config.dim, 2 * config.hidden_dim, device, dtype)
         self.down = Linear(config.hidden_dim, config.dim, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(ops.swiglu(gate, up))
+        return self.down(self.gate_up(x))

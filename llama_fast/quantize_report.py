@@ -131,7 +131,8 @@ def _observe(
         rows = torch.arange(start, start + len(exact), device=exact.device)
         change += float((weight.rows(rows) - exact).square().sum())
         size += float(exact.square().sum())
-    forward = type(module).forward  # not the call, which would observe itself
+    # Not the call, which would observe itself, and not what a GateUp goes on with.
+    forward = (Linear if isinstance(module, Linear) else Embedding).forward
     exact = forward(module, inputs).float()
     report.weights.append(
         WeightError(
@@ -140,7 +141,7 @@ def _observe(
             group_size=weight.group_size,
             symmetric=weight.symmetric,
             weights=math.sqrt(change / size) if size else 0.0,
-            outputs=relative_rms(other(inputs), exact),
+            outputs=relative_rms(forward(other, inputs), exact),
         )
     )
 

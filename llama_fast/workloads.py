@@ -145,6 +145,10 @@ def _linear_quantized(m: _Maker, C_out: int, C_in: int, bits: int, group_size: i
     return m.rows(C_in), packed, sizes, None, C_out, bits, group_size
 
 
+def _linear_swiglu(m: _Maker) -> tuple:
+    return _linear(m, *m.matrices()["gate_up"])
+
+
 def _linear_cross_entropy(m: _Maker) -> tuple:
     V, C = m.matrices()["head"]
     N = m.work.batch * m.work.tokens
@@ -159,11 +163,12 @@ _SINGLE = {
     "rope": _rope,
     "kv_append": _kv_append,
     "attention": _attention,
+    "linear_swiglu": _linear_swiglu,
     "linear_cross_entropy": _linear_cross_entropy,
 }
 # Which arguments of an op ask for results that only its gradient needs.
 _FOR_GRADIENT = {"attention": slice(6, 7), "linear_cross_entropy": slice(4, 6)}
-NAMES = (*_SINGLE, "linear", "linear_quantized")
+NAMES = (*_SINGLE, "linear", "linear_quantized", "linear_swiglu_quantized")
 
 
 def workloads(
@@ -199,11 +204,18 @@ def workloads(
     matrices = _Maker(config, work, dtype, device, 0).matrices()
     if op == "linear":
         return {f"linear {name}": maker(_linear, *shape) for name, shape in matrices.items()}
+    forms = {form: (q.mlp.bits, q.mlp.group_size) for form, q in NAMED.items()}
     if op == "linear_quantized":
-        forms = {form: (q.mlp.bits, q.mlp.group_size) for form, q in NAMED.items()}
         return {
             f"linear_quantized {name} {form}": maker(_linear_quantized, *shape, *sizes)
             for form, sizes in forms.items()
             for name, shape in matrices.items()
+        }
+    if op == "linear_swiglu_quantized":
+        return {
+            f"linear_swiglu_quantized {form}": maker(
+                _linear_quantized, *matrices["gate_up"], *sizes
+            )
+            for form, sizes in forms.items()
         }
     raise ConfigError(f"no model calls an op named {op!r}; there are {', '.join(NAMES)}")

@@ -150,7 +150,7 @@ def test_generate_ends_with_the_figures(run, tiny, monkeypatch):
     )
     assert re.search(r"^peak memory +\d+ MB|[\d.]+ GB$", err, re.M)
     served = re.search(r"^backends +(.*)$", err, re.M)[1]
-    for op in ("rms_norm", "linear", "kv_append", "attention", "add_rms_norm", "swiglu"):
+    for op in ("rms_norm", "linear", "kv_append", "attention", "add_rms_norm", "linear_swiglu"):
         assert re.search(rf"\b{op}\b", served), served
 
 

@@ -169,7 +169,7 @@ def test_kernels_of_decoding_wait_for_the_one_before(monkeypatch):
     monkeypatch.setattr(cuda, "OVERLAP", True)
     with host.use_host(), use_backend("cuda", strict=True):
         host.take_launches()
-        for name in ("rms_norm", "add_rms_norm", "swiglu", "kv_append", "attention", "linear"):
+        for name in OF_DECODING:
             for case in OPS[name].cases():
                 args = case.make(torch.Generator().manual_seed(0), torch.bfloat16, "cpu")
                 if not OPS[name].explain(*args).reasons["cuda"]:
@@ -180,6 +180,9 @@ def test_kernels_of_decoding_wait_for_the_one_before(monkeypatch):
         "swiglu_fwd",
         "kv_append_fwd",
         "linear_fwd",
+        "linear_quantized_fwd",
+        "linear_swiglu_fwd",
+        "linear_swiglu_quantized_fwd",
         "attention_few",
     } <= launched
 

@@ -118,6 +118,12 @@ def test_matrix_instructions_are_where_they_should_be():
 
 
 @needs_cuobjdump
+def test_linear_has_no_division_of_whole_numbers():
+    """It begins by I2F, a conversion; nothing else of these kernels has one."""
+    assert not [code for code in instructions()["linear_fwd"] if code.startswith("I2F")]
+
+
+@needs_cuobjdump
 def test_products_of_warpgroups_are_not_serialised():
     """Where ptxas cannot follow the registers of a product, it waits behind each: there would be
     more waits than the source has, four in each instance."""

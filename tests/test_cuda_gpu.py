@@ -16,6 +16,7 @@ from llama_fast.backends import cuda
 from llama_fast.registry import OPS, use_backend
 
 from .ops.oracle import assert_accurate, references, run_poisoned
+from .test_cuda import OF_DECODING
 
 ROOT = Path(__file__).parent.parent
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which(
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 def test_what_must_be_asked_for(setting, dtype, monkeypatch):
     """On an sm_90 the kernel with wgmma, and kernels that overlap; elsewhere nothing changes."""
     monkeypatch.setattr(cuda, setting, True)
-    for name in ("attention", "rms_norm", "add_rms_norm", "swiglu", "linear", "linear_quantized"):
+    for name in OF_DECODING:
         op = OPS[name]
         for case in op.cases():
             args = case.make(torch.Generator().manual_seed(0), dtype, "cuda")

@@ -244,6 +244,8 @@ def test_kernels_of_an_op_are_found_in_its_sources():
     backward = cuda_code.kernel_names("add_rms_norm_backward")
     assert backward == ["rms_norm_bwd_kernel", "rms_norm_bwd_sum_kernel"]
     assert cuda_code.kernel_names("linear_quantized") == ["linear_fwd_kernel"]
+    assert cuda_code.stem_of("linear_swiglu") == "linear_swiglu"
+    assert cuda_code.kernel_names("linear_swiglu_quantized") == ["linear_fwd_kernel"]
     assert cuda_code.kernel_names("linear_cross_entropy") == []
     assert cuda_code.kernel_names("linear_backward_x") == []
 

@@ -36,7 +36,7 @@ TRITON = [
 ]
 # Of the CUDA kernels, which are compiled already: files, and what of them.
 CUDA = [
-    (OP_TESTS, "cuda and not cuda-host"),
+    (f"{OP_TESTS} tests/ops/test_linear_swiglu.py", "cuda and not cuda-host"),
     ("tests/test_decode.py tests/test_buckets.py", "cuda_graphs"),
     ("tests/test_cuda_gpu.py", "not sanitizer"),
 ]

@@ -83,13 +83,17 @@ def attention_decode(s: Sizes) -> list[Call]:
 
 
 def linear(s: Sizes) -> list[Call]:
-    """Products of few rows with the weights of a layer, bfloat16 and quantised."""
+    """Products of few rows with the weights of a layer, bfloat16 and quantised, and the first half
+    of an MLP, whose weight is gate_up."""
     kinds = ("linear {}", "linear_quantized {} int8", "linear_quantized {} int4")
+    names = [
+        *(kind.format(matrix) for matrix in s.matrices for kind in kinds),
+        *("linear_swiglu", "linear_swiglu_quantized int8", "linear_swiglu_quantized int4"),
+    ]
     return [
-        Call(kind.format(matrix), Work("decode", batch, 1, 1), FORWARD, (), (EAGER,), ("OVERLAP",))
-        for matrix in s.matrices
+        Call(name, Work("decode", batch, 1, 1), FORWARD, (), (EAGER,), ("OVERLAP",))
+        for name in names
         for batch in s.batches
-        for kind in kinds
     ]
 
 

@@ -126,21 +126,28 @@ PYBIND11_MODULE(_cuda, m) {
                S, P, D, interleaved});
   });
 
-  m.def("linear", [](const Place& place, int dtype, uintptr_t x, uintptr_t weight, uintptr_t y,
-                     const Layout& layout, int64_t C_in, int64_t C_out) {
-    linear(target(place), {DType(dtype), pointer<void>(x), pointer<void>(weight),
-                           pointer<void>(y), rows(layout), C_in, C_out});
-  });
+  const auto of_linear = [](auto run) {
+    return [run](const Place& place, int dtype, uintptr_t x, uintptr_t weight, uintptr_t y,
+                 const Layout& layout, int64_t C_in, int64_t C_out) {
+      run(target(place), LinearArgs{DType(dtype), pointer<void>(x), pointer<void>(weight),
+                                    pointer<void>(y), rows(layout), C_in, C_out});
+    };
+  };
+  m.def("linear", of_linear(&linear));
+  m.def("linear_swiglu", of_linear(&linear_swiglu));
 
-  m.def("linear_quantized", [](const Place& place, int dtype, uintptr_t x, uintptr_t codes,
-                               uintptr_t scales, uintptr_t offsets, uintptr_t y,
-                               const Layout& layout, int64_t C_in, int64_t C_out, int64_t bits,
-                               int64_t group_size) {
-    linear_quantized(target(place), {DType(dtype), pointer<void>(x), pointer<void>(codes),
-                                     pointer<void>(scales), pointer<void>(offsets),
-                                     pointer<void>(y), rows(layout), C_in, C_out, bits,
-                                     group_size});
-  });
+  const auto of_quantized = [](auto run) {
+    return [run](const Place& place, int dtype, uintptr_t x, uintptr_t codes, uintptr_t scales,
+                 uintptr_t offsets, uintptr_t y, const Layout& layout, int64_t C_in, int64_t C_out,
+                 int64_t bits, int64_t group_size) {
+      run(target(place),
+          LinearQuantizedArgs{DType(dtype), pointer<void>(x), pointer<void>(codes),
+                              pointer<void>(scales), pointer<void>(offsets), pointer<void>(y),
+                              rows(layout), C_in, C_out, bits, group_size});
+    };
+  };
+  m.def("linear_quantized", of_quantized(&linear_quantized));
+  m.def("linear_swiglu_quantized", of_quantized(&linear_swiglu_quantized));
 
   m.def("attention_part_bytes", &attention_part_bytes, py::arg("D"));
 

@@ -136,17 +136,19 @@ struct KvAppendArgs {
 };
 void kv_append(const Target&, const KvAppendArgs&);
 
+// C_in is a multiple of 8, and x's rows and the weight are aligned to 16 bytes.
 struct LinearArgs {
   DType dtype;         // bf16 or f16
   const void* x;       // M <= 16 rows of C_in
-  const void* weight;  // (C_out, C_in) contiguous
+  const void* weight;  // (C_out, C_in) contiguous; of linear_swiglu (2 C_out, C_in), gate and then up
   void* y;             // (M, C_out) contiguous
   Rows rows;
   int64_t C_in, C_out;
 };
 void linear(const Target&, const LinearArgs&);
+void linear_swiglu(const Target&, const LinearArgs&);
 
-// The layout of llama_fast/ops/linear_quantized.py.
+// The layout of llama_fast/ops/linear_quantized.py; x as above, C_in less than 8 beyond the weight's.
 struct LinearQuantizedArgs {
   DType dtype;          // bf16 or f16
   const void* x;        // M <= 16 rows of C_in
@@ -158,6 +160,7 @@ struct LinearQuantizedArgs {
   int64_t C_in, C_out, bits, group_size;
 };
 void linear_quantized(const Target&, const LinearQuantizedArgs&);
+void linear_swiglu_quantized(const Target&, const LinearQuantizedArgs&);
 
 // Outer strides of a (B, T, heads, D) tensor; the last dim has stride 1.
 struct HeadStrides { int64_t b, t, h; };

@@ -7,6 +7,7 @@
 
 #include "common/numeric.cuh"
 #include "common/rows.cuh"
+#include "swiglu.cuh"
 
 namespace llama_fast::cuda {
 
@@ -30,11 +31,7 @@ swiglu_fwd_kernel(const T* gate, const T* up, T* h, Rows gate_rows, Rows up_rows
     const auto u = load<VEC>(up + offset(up_rows, row) + f);
     Pack<T, VEC> y;
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) {
-      const float zf = to_float(z.v[i]);
-      const T silu = from_float<T>(zf / (1.0f + exponential<T>(-zf)));
-      y.v[i] = from_float<T>(to_float(silu) * to_float(u.v[i]));
-    }
+    for (int i = 0; i < VEC; ++i) y.v[i] = swiglu_of(z.v[i], u.v[i]);
     store(h + row * F + f, y);
   }
 }

@@ -16,7 +16,7 @@ from ..ops.attention import lse_dtype, too_long
 from ..ops.cross_entropy import chunked as linear_cross_entropy_in_blocks
 from ..ops.kv_append import too_long as too_long_for_cache
 from ..registry import OPS, Backend, Implementation, nothing, register_backend
-from . import limits
+from . import composed, limits
 from .cpu_step import CpuRecorder
 from .layout import DTYPES
 from .layout import rows as _rows
@@ -477,6 +477,14 @@ register_backend(
             "linear_quantized": _prepared(_linear_quantized, limits.linear),
             "linear_quantized_backward_x": Implementation(
                 OPS["linear_quantized_backward_x"].eager, nothing
+            ),
+            "linear_swiglu": composed.linear_swiglu(
+                "linear", _prepared(_linear, limits.linear), _prepared(_swiglu, limits.swiglu)
+            ),
+            "linear_swiglu_quantized": composed.linear_swiglu(
+                "linear_quantized",
+                _prepared(_linear_quantized, limits.linear),
+                _prepared(_swiglu, limits.swiglu),
             ),
             "linear_cross_entropy": Implementation(linear_cross_entropy_in_blocks, nothing),
             "rms_norm": _prepared(_rms_norm, limits.rms_norm),

@@ -110,6 +110,14 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
+def _whole_vectors(x: torch.Tensor) -> torch.Tensor:
+    """x as rows of whole vectors of 16 bytes: copied, and zeros put behind, where they are not."""
+    C = x.shape[-1]
+    if C % 8 == 0 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1]):
+        return x
+    return F.pad(x, (0, -C % 8))
+
+
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     y = _new(x)
     _cuda.rms_norm(
@@ -442,25 +450,56 @@ FEW_ROWS = 16
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    C_out, C_in = weight.shape
-    if x.dtype is torch.float32 or x.numel() > FEW_ROWS * C_in or C_in == 0:
-        return F.linear(x, weight).contiguous()
+    if _of_few_rows(x, weight):
+        return _few_rows(_cuda.linear, x, weight, weight.shape[0])
+    return F.linear(x, weight).contiguous()
+
+
+def _linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if _of_few_rows(x, weight):
+        return _few_rows(_cuda.linear_swiglu, x, weight, weight.shape[0] // 2)
+    return _swiglu(*_linear(x, weight).chunk(2, dim=-1))
+
+
+def _of_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernels take the product: few rows of a half type, and weights in whole vectors,
+    as those of every model are. torch has it otherwise."""
+    C_in = weight.shape[1]
+    whole = C_in % 8 == 0 and weight.data_ptr() % 16 == 0
+    return x.dtype is not torch.float32 and 0 < C_in and x.numel() <= FEW_ROWS * C_in and whole
+
+
+def _few_rows(
+    launch: Callable[..., None], x: torch.Tensor, weight: torch.Tensor, C_out: int
+) -> torch.Tensor:
+    """`linear` or `linear_swiglu` of few rows; y has C_out columns."""
+    x = _whole_vectors(x)
     y = x.new_empty((*x.shape[:-1], C_out))
-    _cuda.linear(
+    launch(
         _place(x),
         DTYPES[x.dtype],
         x.data_ptr(),
         weight.data_ptr(),
         y.data_ptr(),
         rows(x),
-        C_in,
+        x.shape[-1],
         C_out,
     )
     return y
 
 
-def _linear_quantized(
+def _linear_quantized(x: torch.Tensor, *weight: Any) -> torch.Tensor:
+    return _few_rows_quantized(_cuda.linear_quantized, x, weight[3], *weight)
+
+
+def _linear_swiglu_quantized(x: torch.Tensor, *weight: Any) -> torch.Tensor:
+    return _few_rows_quantized(_cuda.linear_swiglu_quantized, x, weight[3] // 2, *weight)
+
+
+def _few_rows_quantized(
+    launch: Callable[..., None],
     x: torch.Tensor,
+    outputs: int,
     codes: torch.Tensor,
     scales: torch.Tensor,
     offsets: torch.Tensor | None,
@@ -468,8 +507,10 @@ def _linear_quantized(
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
-    y = x.new_empty((*x.shape[:-1], C_out))
-    _cuda.linear_quantized(
+    """The same of a quantised weight; y has `outputs` columns."""
+    x = _whole_vectors(x)
+    y = x.new_empty((*x.shape[:-1], outputs))
+    launch(
         _place(x),
         DTYPES[x.dtype],
         x.data_ptr(),
@@ -477,9 +518,9 @@ def _linear_quantized(
         scales.data_ptr(),
         0 if offsets is None else offsets.data_ptr(),
         y.data_ptr(),
-        rows(x) if x.shape[-1] else (1, 1, y.numel() // C_out if C_out else 0, 0, 0, 0),
+        rows(x) if x.shape[-1] else (1, 1, x.shape[:-1].numel(), 0, 0, 0),
         x.shape[-1],
-        C_out,
+        outputs,
         bits,
         group_size,
     )
@@ -556,6 +597,8 @@ BACKEND = Backend(
             _of_torch("linear_backward_x"),
             _of_torch("linear_backward_weight"),
             ("linear_quantized", _linear_quantized, _linear_quantized_unsupported),
+            ("linear_swiglu", _linear_swiglu, limits.linear),
+            ("linear_swiglu_quantized", _linear_swiglu_quantized, _linear_quantized_unsupported),
         ]
     },
 )

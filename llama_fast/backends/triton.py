@@ -16,6 +16,7 @@ import torch
 
 from ..environment import triton_interpreter
 from ..registry import OPS, Backend, Implementation, register_backend
+from . import composed
 from .layout import DTYPES, dense, stride_reasons
 
 INTERPRETED = triton_interpreter()
@@ -134,6 +135,9 @@ def products(name: str) -> Implementation:
     return Implementation(OPS[name].eager, lambda *args: device_reasons(args[0]))
 
 
+SWIGLU = implementation("swiglu", "swiglu", _swiglu)
+LINEAR_QUANTIZED = implementation("linear_quantized", "linear_quantized", _linear_quantized)
+
 register_backend(
     Backend(
         name="triton",
@@ -149,7 +153,7 @@ register_backend(
             "add_rms_norm_backward": implementation(
                 "add_rms_norm", "add_rms_norm_backward", _rms_norm_backward, grads=2
             ),
-            "swiglu": implementation("swiglu", "swiglu", _swiglu),
+            "swiglu": SWIGLU,
             "swiglu_backward": implementation("swiglu", "swiglu_backward", _swiglu, grads=1),
             "rope": implementation("rope", "rope", _rope),
             "attention": implementation("attention", "attention", _attention),
@@ -162,10 +166,12 @@ register_backend(
             "linear_cross_entropy": implementation(
                 "cross_entropy", "linear_cross_entropy", _linear_cross_entropy
             ),
-            "linear_quantized": implementation(
-                "linear_quantized", "linear_quantized", _linear_quantized
-            ),
+            "linear_quantized": LINEAR_QUANTIZED,
             "linear_quantized_backward_x": products("linear_quantized_backward_x"),
+            "linear_swiglu": composed.linear_swiglu("linear", products("linear"), SWIGLU),
+            "linear_swiglu_quantized": composed.linear_swiglu(
+                "linear_quantized", LINEAR_QUANTIZED, SWIGLU
+            ),
             "kv_append": implementation("kv_append", "kv_append", _kv_append),
         },
     )

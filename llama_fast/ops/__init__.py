@@ -6,6 +6,8 @@ from .cross_entropy import linear_cross_entropy
 from .kv_append import kv_append
 from .linear import linear
 from .linear_quantized import linear_quantized
+from .linear_swiglu import linear_swiglu
+from .linear_swiglu_quantized import linear_swiglu_quantized
 from .quantized_weight import QuantizedWeight
 from .rms_norm import rms_norm
 from .rope import rope
@@ -19,6 +21,8 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_quantized",
+    "linear_swiglu",
+    "linear_swiglu_quantized",
     "rms_norm",
     "rope",
     "swiglu",

@@ -43,18 +43,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor | QuantizedWeight) -> torch.Ten
     return linear_quantized(x, *weight.arguments)
 
 
-def check(x: torch.Tensor, weight: torch.Tensor) -> None:
-    checks.same_kind("linear", "x", x, weight=weight)
-    checks.rows("linear", "x", x, "(..., C_in)")
-    checks.ndim("linear", "weight", weight, 2, "(C_out, C_in)")
+def check(x: torch.Tensor, weight: torch.Tensor, op: str = "linear") -> None:
+    checks.same_kind(op, "x", x, weight=weight)
+    checks.rows(op, "x", x, "(..., C_in)")
+    checks.ndim(op, "weight", weight, 2, "(C_out, C_in)")
     if x.shape[-1] != weight.shape[1]:
         raise ShapeError(
-            f"linear: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; the last dim "
+            f"{op}: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; the last dim "
             f"of both must be C_in, and {x.shape[-1]} is not {weight.shape[1]}"
         )
     if not weight.is_contiguous():
         raise ShapeError(
-            f"linear: weight has strides {weight.stride()}; it must be contiguous (C_out, C_in): "
+            f"{op}: weight has strides {weight.stride()}; it must be contiguous (C_out, C_in): "
             "call .contiguous() on it once, not in every step"
         )
 

@@ -111,12 +111,11 @@ def check(
     C_out: int,
     bits: int,
     group_size: int,
+    op: str = "linear_quantized",
 ) -> None:
-    checks.same_kind("linear_quantized", "x", x)
-    checks.rows("linear_quantized", "x", x, "(..., C_in)")
-    _check_weight(
-        "linear_quantized", x, codes, scales, offsets, (C_out, x.shape[-1]), bits, group_size
-    )
+    checks.same_kind(op, "x", x)
+    checks.rows(op, "x", x, "(..., C_in)")
+    _check_weight(op, x, codes, scales, offsets, (C_out, x.shape[-1]), bits, group_size)
 
 
 def _check_weight(

@@ -25,8 +25,9 @@ MANGLED = {torch.bfloat16: "13__nv_bfloat16", torch.float16: "6__half"}
 
 def stem_of(op: str) -> str | None:
     """The file of an op's kernels, or of those of its gradient; None where there is none."""
-    stem = op.removesuffix("_backward").removeprefix("linear_" * (op != "linear_quantized"))
-    return stem if (SOURCES / f"{stem}.cu").is_file() else None
+    stem = op.removesuffix("_backward")
+    names = (stem, stem.removeprefix("linear_"))
+    return next((name for name in names if (SOURCES / f"{name}.cu").is_file()), None)
 
 
 def kernel_names(op: str) -> list[str]:

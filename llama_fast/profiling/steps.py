@@ -175,7 +175,7 @@ def op_step(
     """Calls an op once with each of its workloads' arguments: for the linear layers, one for each
     matrix of the model. As many calls with other arguments as make the data come from memory.
 
-    quantize  of linear_quantized, only these forms
+    quantize  of an op of quantised weights, only these forms
     backward  its gradient too
     Raises ConfigError for an op that has none.
     """

@@ -50,6 +50,8 @@ def arguments(g: torch.Generator, to: str) -> dict[str, tuple[tuple, tuple[int, 
         "attention of one query": ((one, k_cache, v_cache, True, None, lengths, False), (0, 1, 2)),
         "linear": ((new(2, C), new(C, C)), (0,)),
         "linear_quantized": ((new(2, C), *quantized.arguments), (0,)),
+        "linear_swiglu": ((new(2, C), new(C, C)), (0,)),
+        "linear_swiglu_quantized": ((new(2, C), *quantized.arguments), (0,)),
     }
 
 
