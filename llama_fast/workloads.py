@@ -16,6 +16,7 @@ from torch import Tensor
 from .config import LlamaConfig
 from .errors import ConfigError
 from .ops.linear_quantized import packed_shapes
+from .ops.quantized_kv import QuantizedKV
 from .quantize import NAMED
 from .rope import rope_tables
 
@@ -82,6 +83,19 @@ class _Maker:
         shape = (self.work.batch, c.n_kv_heads, self.work.keys, c.head_dim)
         return self.randn(*shape).transpose(1, 2)
 
+    def quantized_cache(self) -> QuantizedKV:
+        """A cache of the same layout in 8 bits, of numbers about as large."""
+        c = self.config
+        shape = (self.work.batch, c.n_kv_heads, self.work.keys)
+        if self.device == "meta":
+            codes = torch.empty((*shape, c.head_dim), dtype=torch.int8, device="meta")
+            scales = torch.empty(shape, device="meta")
+        else:
+            codes = torch.empty((*shape, c.head_dim), dtype=torch.int8)
+            codes.random_(-127, 128, generator=self.generator)
+            scales = (0.5 + torch.rand(shape, generator=self.generator)) / 64
+        return QuantizedKV(*(x.to(self.device).transpose(1, 2) for x in (codes, scales)))
+
     def lengths(self) -> Tensor:
         return torch.full((self.work.batch,), self.work.keys, device=self.device)
 
@@ -128,6 +142,17 @@ def _attention(m: _Maker) -> tuple:
     return m.heads()[0], m.cache(), m.cache(), True, None, m.lengths(), False
 
 
+def _kv_append_quantized(m: _Maker) -> tuple:
+    tables = rope_tables(m.config, m.work.keys, device=m.device)
+    caches = (*m.quantized_cache(), *m.quantized_cache())
+    return (*m.heads(), *tables, *caches, m.lengths(), False)
+
+
+def _attention_quantized(m: _Maker) -> tuple:
+    q = m.heads()[0]
+    return q, *m.quantized_cache(), *m.quantized_cache(), True, None, m.lengths()
+
+
 def _linear(m: _Maker, C_out: int, C_in: int) -> tuple:
     return m.rows(C_in), m.randn(C_out, C_in, scale=C_in**-0.5)
 
@@ -162,7 +187,9 @@ _SINGLE = {
     "swiglu": _swiglu,
     "rope": _rope,
     "kv_append": _kv_append,
+    "kv_append_quantized": _kv_append_quantized,
     "attention": _attention,
+    "attention_quantized": _attention_quantized,
     "linear_swiglu": _linear_swiglu,
     "linear_cross_entropy": _linear_cross_entropy,
 }

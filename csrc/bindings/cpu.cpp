@@ -86,6 +86,14 @@ Heads heads(uintptr_t data, int64_t count, const Strides& s) {
   return {pointer<void>(data), count, heads(s)};
 }
 
+// Codes and scales of a cache in 8 bits, and the strides of codes (B, S, K, D) and scales (B, S, K).
+using Coded = std::array<uintptr_t, 2>;
+using CodedStrides = std::pair<Strides, std::array<int64_t, 3>>;
+QuantizedHeads coded(const Coded& at, const CodedStrides& s) {
+  return {pointer<int8_t>(at[0]), heads(s.first), pointer<float>(at[1]),
+          {s.second[0], s.second[1], s.second[2]}};
+}
+
 // Asks the system to back fresh memory by huge pages. A large output is mapped anew for each call,
 // and to fault it in by pages of 4 kB takes longer than to compute it.
 void prefer_huge_pages(uintptr_t address, uint64_t bytes) {
@@ -158,6 +166,25 @@ PYBIND11_MODULE(_cpu, m) {
     return -1;
   });
 
+  // As attention.
+  m.def("attention_quantized", [](int dtype, uintptr_t q, const Coded& k, const Coded& v,
+                                  uintptr_t o, uintptr_t lengths,
+                                  const std::array<int64_t, 4>& q_shape,
+                                  const std::array<int64_t, 4>& k_shape, const Strides& q_stride,
+                                  const CodedStrides& k_strides, const CodedStrides& v_strides,
+                                  bool causal, float scale) -> int64_t {
+    const auto [B, T, H, D] = q_shape;
+    const int64_t S = k_shape[1], K = k_shape[2];
+    const auto* length = pointer<const int64_t>(lengths);
+    for (int64_t b = 0; length && b < B; ++b)
+      if (length[b] > S) return b;
+    launch(&KernelTable::attention_quantized, AttentionQuantizedArgs{
+           {DType(dtype), pointer<void>(q), nullptr, nullptr, pointer<void>(o), nullptr, length, B,
+            T, S, H, K, D, heads(q_stride), {}, {}, causal, scale},
+           coded(k, k_strides), coded(v, v_strides)});
+    return -1;
+  });
+
   m.def("read_memory", [](uintptr_t source, int64_t bytes, int64_t threads, uintptr_t sink) {
     launch(&KernelTable::read_memory, CeilingArgs{pointer<void>(source), nullptr, bytes, 0,
            threads, pointer<float>(sink)});
@@ -221,6 +248,27 @@ PYBIND11_MODULE(_cpu, m) {
            pointer<float>(cos), pointer<float>(sin), cos_stride, sin_stride,
            heads(k_cache, K, k_cache_strides), heads(v_cache, K, v_cache_strides),
            length, lengths_stride, B, T, D, interleaved});
+    return -1;
+  });
+
+  // As kv_append.
+  m.def("kv_append_quantized", [](int dtype, uintptr_t q, const Strides& q_strides, uintptr_t k,
+                                  const Strides& k_strides, uintptr_t v, const Strides& v_strides,
+                                  uintptr_t q_out, uintptr_t cos, int64_t cos_stride,
+                                  uintptr_t sin, int64_t sin_stride, const Coded& k_cache,
+                                  const CodedStrides& k_cache_strides, const Coded& v_cache,
+                                  const CodedStrides& v_cache_strides, uintptr_t lengths,
+                                  int64_t lengths_stride, int64_t B, int64_t T, int64_t S,
+                                  int64_t P, int64_t H, int64_t K, int64_t D,
+                                  bool interleaved) -> int64_t {
+    const auto* length = pointer<const int64_t>(lengths);
+    for (int64_t b = 0; b < B; ++b)
+      if (length[b * lengths_stride] > std::min(S, P)) return b;
+    launch(&KernelTable::kv_append_quantized, KvAppendQuantizedArgs{
+           {DType(dtype), heads(q, H, q_strides), heads(k, K, k_strides), heads(v, K, v_strides),
+            pointer<void>(q_out), pointer<float>(cos), pointer<float>(sin), cos_stride, sin_stride,
+            {}, {}, length, lengths_stride, B, T, D, interleaved},
+           coded(k_cache, k_cache_strides), coded(v_cache, v_cache_strides)});
     return -1;
   });
 

@@ -52,6 +52,19 @@ struct AttentionArgs {
   float scale;
 };
 
+// Keys or values in 8 bits; scales have a head in each place of codes' (B, S, K).
+struct QuantizedHeads {
+  int8_t* codes;          // (B, S, K, D)
+  HeadStrides stride;
+  float* scales;          // (B, S, K)
+  HeadStrides scale_stride;
+};
+
+struct AttentionQuantizedArgs {
+  AttentionArgs plain;    // without k, v and lse
+  QuantizedHeads k, v;
+};
+
 struct AddRmsNormArgs {
   DType dtype;
   const void* x;         // rows of C
@@ -109,6 +122,11 @@ struct KvAppendArgs {
   bool interleaved;
 };
 
+struct KvAppendQuantizedArgs {
+  KvAppendArgs plain;     // without caches
+  QuantizedHeads k_cache, v_cache;
+};
+
 struct LinearArgs {
   DType dtype;
   const void* x;       // M <= 28 rows of C_in
@@ -160,11 +178,13 @@ struct CeilingArgs {
 
 struct KernelTable {
   void (*attention)(const AttentionArgs&);
+  void (*attention_quantized)(const AttentionQuantizedArgs&);
   void (*rms_norm)(const RmsNormArgs&);
   void (*add_rms_norm)(const AddRmsNormArgs&);
   void (*swiglu)(const SwigluArgs&);
   void (*rope)(const RopeArgs&);
   void (*kv_append)(const KvAppendArgs&);
+  void (*kv_append_quantized)(const KvAppendQuantizedArgs&);
   void (*linear)(const LinearArgs&);
   void (*linear_quantized)(const LinearQuantizedArgs&);
   void (*matmul)(const MatmulArgs&);

@@ -6,11 +6,13 @@ namespace llama_fast {
 namespace ISA {
 
 void attention(const AttentionArgs&);
+void attention_quantized(const AttentionQuantizedArgs&);
 void rms_norm(const RmsNormArgs&);
 void add_rms_norm(const AddRmsNormArgs&);
 void swiglu(const SwigluArgs&);
 void rope(const RopeArgs&);
 void kv_append(const KvAppendArgs&);
+void kv_append_quantized(const KvAppendQuantizedArgs&);
 void linear(const LinearArgs&);
 void linear_quantized(const LinearQuantizedArgs&);
 void matmul(const MatmulArgs&);
@@ -21,11 +23,13 @@ void multiply_add_bf16(const CeilingArgs&);
 
 const KernelTable kernels = {
     attention,
+    attention_quantized,
     rms_norm,
     add_rms_norm,
     swiglu,
     rope,
     kv_append,
+    kv_append_quantized,
     linear,
     linear_quantized,
     matmul,

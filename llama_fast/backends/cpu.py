@@ -203,6 +203,58 @@ def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> Lau
     return launch
 
 
+def _kv_append_quantized(
+    q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, interleaved
+) -> Launcher:
+    dtype, new = DTYPES[q.dtype], _maker(q)
+    q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
+    cos_stride, sin_stride = cos.stride(0), sin.stride(0)
+    k_cache_strides = (k_codes.stride(), k_scales.stride())
+    v_cache_strides = (v_codes.stride(), v_scales.stride())
+    lengths_stride = lengths.stride(0)
+    B, T, H, D = q.shape
+    S, P = k_codes.shape[1], cos.shape[0]
+    sizes = (B, T, S, P, H, k.shape[2], D)
+
+    def launch(
+        q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, interleaved
+    ) -> torch.Tensor:
+        q_out = new()
+        bad_row = _cpu.kv_append_quantized(
+            dtype,
+            q.data_ptr(),
+            q_strides,
+            k.data_ptr(),
+            k_strides,
+            v.data_ptr(),
+            v_strides,
+            q_out.data_ptr(),
+            cos.data_ptr(),
+            cos_stride,
+            sin.data_ptr(),
+            sin_stride,
+            (k_codes.data_ptr(), k_scales.data_ptr()),
+            k_cache_strides,
+            (v_codes.data_ptr(), v_scales.data_ptr()),
+            v_cache_strides,
+            lengths.data_ptr(),
+            lengths_stride,
+            *sizes,
+            interleaved,
+        )
+        if bad_row >= 0:
+            raise too_long_for_cache(bad_row, int(lengths[bad_row]), S, P)
+        return q_out
+
+    return launch
+
+
+def _kv_append_quantized_unsupported(
+    q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, interleaved
+) -> list[str]:
+    return limits.kv_append(q, k, v, cos, sin, k_codes, v_codes, lengths, interleaved)
+
+
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -269,6 +321,45 @@ def _attention_unsupported(
     if lengths is not None and not lengths.is_contiguous():
         reasons.append("lengths is not contiguous")
     return reasons
+
+
+def _attention_quantized(
+    q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths
+) -> Launcher:
+    dtype, new = DTYPES[q.dtype], _maker(q)
+    sizes = (tuple(q.shape), tuple(k_codes.shape), q.stride())
+    k_strides, v_strides = (
+        (k_codes.stride(), k_scales.stride()),
+        (v_codes.stride(), v_scales.stride()),
+    )
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def launch(q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths) -> torch.Tensor:
+        o = new()
+        bad_row = _cpu.attention_quantized(
+            dtype,
+            q.data_ptr(),
+            (k_codes.data_ptr(), k_scales.data_ptr()),
+            (v_codes.data_ptr(), v_scales.data_ptr()),
+            o.data_ptr(),
+            0 if lengths is None else lengths.data_ptr(),
+            *sizes,
+            k_strides,
+            v_strides,
+            causal,
+            factor,
+        )
+        if bad_row >= 0:
+            raise too_long(bad_row, int(lengths[bad_row]), k_codes.shape[1])
+        return o
+
+    return launch
+
+
+def _attention_quantized_unsupported(
+    q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths
+) -> list[str]:
+    return _attention_unsupported(q, k_codes, v_codes, causal, scale, lengths, False)
 
 
 # Rows of x up to which `linear` reads the weight once and is limited by that: torch's product is no
@@ -469,6 +560,9 @@ register_backend(
         reserve=_reserve,
         implementations={
             "attention": _prepared(_attention, _attention_unsupported),
+            "attention_quantized": _prepared(
+                _attention_quantized, _attention_quantized_unsupported
+            ),
             "linear": _prepared(_linear, limits.linear, _linear_how),
             "linear_backward_x": Implementation(_linear_backward_x, nothing, _gradient_how),
             "linear_backward_weight": Implementation(
@@ -492,6 +586,9 @@ register_backend(
             "swiglu": _prepared(_swiglu, limits.swiglu),
             "rope": _prepared(_rope, limits.rope),
             "kv_append": _prepared(_kv_append, limits.kv_append),
+            "kv_append_quantized": _prepared(
+                _kv_append_quantized, _kv_append_quantized_unsupported
+            ),
         },
     )
 )

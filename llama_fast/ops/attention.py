@@ -30,10 +30,11 @@ import math
 
 import torch
 
-from ..errors import ShapeError
-from ..registry import Case, Cost, Op
+from ..errors import GradientError, ShapeError
+from ..registry import OPS, Case, Cost, Op
 from . import checks
 from .inputs import randn
+from .quantized_kv import QuantizedKV, is_quantized
 from .rms_norm import accumulate
 
 BLOCK = 2**22  # scores that the backward reference holds at a time
@@ -41,8 +42,8 @@ BLOCK = 2**22  # scores that the backward reference holds at a time
 
 def attention(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    k: torch.Tensor | QuantizedKV,
+    v: torch.Tensor | QuantizedKV,
     *,
     causal: bool = True,
     scale: float | None = None,
@@ -51,15 +52,24 @@ def attention(
     """Scaled dot-product attention with grouped-query heads.
 
     q        (B, T, H, D), float32, bfloat16 or float16, contiguous in D
-    k, v     (B, S, K, D), of q's dtype and device; H is a multiple of K
+    k, v     (B, S, K, D), of q's dtype and device; H is a multiple of K. Or each a QuantizedKV of
+             that shape, which the op `attention_quantized` reads
     causal   a query sees the keys up to its own position only
     scale    factor of the scores; 1/√D when None
     lengths  (B,) int64, the valid keys of each row, at most S; S when None. The T queries are the
              last T of them. Zero or less: the row sees nothing.
     Returns o (B, T, H, D), contiguous, of q's dtype; zeros where a query sees no key. Raises
-    ShapeError when the arguments do not fit. On a GPU the values of `lengths` are not checked.
+    ShapeError when the arguments do not fit, and GradientError when a gradient is to be recorded
+    through a QuantizedKV. On a GPU the values of `lengths` are not checked.
     """
     grad = torch.is_grad_enabled()
+    if is_quantized("attention", k, v):
+        if grad and q.requires_grad:
+            raise GradientError(
+                "attention has no gradient against keys and values in 8 bits, but q requires one: "
+                "call it under torch.no_grad(), or give tensors"
+            )
+        return OPS["attention_quantized"](q, *k, *v, causal, scale, lengths)
     need_lse = grad and (q.requires_grad or k.requires_grad or v.requires_grad)
     return OP(q, k, v, causal, scale, lengths, need_lse)[0]
 
@@ -277,7 +287,7 @@ def cost(
 ) -> Cost:
     """Each tensor once, of k and v the valid keys; 4·D FLOPs for each query and key it sees."""
     _, _, H, D = q.shape
-    keys, pairs = _keys_and_pairs(q, k, causal, lengths)
+    keys, pairs = keys_and_pairs(q, k, causal, lengths)
     elements = 2 * q.numel() + 2 * keys * k.shape[2] * D
     return Cost(bytes=elements * q.element_size(), flops=4 * D * H * pairs)
 
@@ -295,12 +305,12 @@ def backward_cost(
 ) -> Cost:
     """Each tensor once; five products, where the forward pass has two."""
     _, _, H, D = q.shape
-    keys, pairs = _keys_and_pairs(q, k, causal, lengths)
+    keys, pairs = keys_and_pairs(q, k, causal, lengths)
     elements = 4 * q.numel() + 4 * keys * k.shape[2] * D
     return Cost(bytes=elements * q.element_size() + lse.nbytes, flops=10 * D * H * pairs)
 
 
-def _keys_and_pairs(
+def keys_and_pairs(
     q: torch.Tensor, k: torch.Tensor, causal: bool, lengths: torch.Tensor | None
 ) -> tuple[int, int]:
     """The valid keys of all rows, and the pairs of a query and a key that it sees. Lengths of the

@@ -22,9 +22,10 @@ from __future__ import annotations
 import torch
 
 from ..errors import ShapeError
-from ..registry import Case, Cost, Op
+from ..registry import OPS, Case, Cost, Op
 from . import checks
 from .inputs import randn
+from .quantized_kv import QuantizedKV, is_quantized
 from .rope import check_tables, rotate, tables
 
 
@@ -34,8 +35,8 @@ def kv_append(
     v: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: torch.Tensor | QuantizedKV,
+    v_cache: torch.Tensor | QuantizedKV,
     lengths: torch.Tensor,
     *,
     interleaved: bool = False,
@@ -45,7 +46,8 @@ def kv_append(
     q                 (B,T,H,D), float32, bfloat16 or float16, D even
     k, v              (B,T,K,D), of q's dtype and device
     cos, sin          (P, D/2) float32: a row for each position
-    k_cache, v_cache  (B,S,K,D), of q's dtype and device; written at each token's position
+    k_cache, v_cache  (B,S,K,D), of q's dtype and device; written at each token's position. Or each
+                      a QuantizedKV of that shape, which the op `kv_append_quantized` writes
     lengths           (B,) int64: valid keys of each row after the append, at most min(S, P)
     interleaved       whether the pairs are (2i, 2i + 1) rather than (i, i + D/2)
     Returns q' (B,T,H,D), contiguous; 0 for tokens at negative positions. Raises ShapeError when the
@@ -53,22 +55,31 @@ def kv_append(
     the tables (on a GPU such tokens are not stored and their q' is 0, since to ask would be to
     wait).
     """
+    if is_quantized("kv_append", k_cache, v_cache):
+        append = OPS["kv_append_quantized"]
+        return append(q, k, v, cos, sin, *k_cache, *v_cache, lengths, interleaved)
     return OP(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved)
 
 
 def check(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> None:
-    checks.same_kind("kv_append", "q", q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    checks.heads("kv_append", q, k=k)
+    checks.same_kind("kv_append", "q", q, k_cache=k_cache, v_cache=v_cache)
+    check_tokens("kv_append", q, k, v, cos, sin, lengths)
     B, _, K, D = k.shape
-    checks.shape("kv_append", "v", v, k.shape, "k's shape")
     checks.ndim("kv_append", "k_cache", k_cache, 4, "(B, S, K, D)")
     checks.shape("kv_append", "k_cache", k_cache, (B, k_cache.shape[1], K, D), "(B, S, K, D)")
     checks.shape("kv_append", "v_cache", v_cache, k_cache.shape, "k_cache's shape")
-    checks.ndim("kv_append", "cos", cos, 2, "(P, D/2)")
-    checks.shape("kv_append", "cos", cos, (cos.shape[0], D // 2), "(P, D/2)")
-    checks.shape("kv_append", "sin", sin, cos.shape, "cos's shape")
-    check_tables("kv_append", q, cos, sin)
-    checks.lengths("kv_append", lengths, q)
+
+
+def check_tokens(op: str, q, k, v, cos, sin, lengths) -> None:
+    """What is appended, whatever the cache: everything but the caches."""
+    checks.same_kind(op, "q", q, k=k, v=v)
+    checks.heads(op, q, k=k)
+    checks.shape(op, "v", v, k.shape, "k's shape")
+    checks.ndim(op, "cos", cos, 2, "(P, D/2)")
+    checks.shape(op, "cos", cos, (cos.shape[0], q.shape[-1] // 2), "(P, D/2)")
+    checks.shape(op, "sin", sin, cos.shape, "cos's shape")
+    check_tables(op, q, cos, sin)
+    checks.lengths(op, lengths, q)
 
 
 def too_long(row: int, length: int, S: int, P: int) -> ShapeError:
@@ -78,14 +89,22 @@ def too_long(row: int, length: int, S: int, P: int) -> ShapeError:
     )
 
 
-def eager(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> torch.Tensor:
-    T, S, P = q.shape[1], k_cache.shape[1], cos.shape[0]
+def places(
+    q: torch.Tensor, lengths: torch.Tensor, S: int, P: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Row, token and position of each token that is stored; raises ShapeError where one would lie
+    beyond the cache of S slots or the tables of P positions."""
+    T = q.shape[1]
     if lengths.is_cpu and (lengths > min(S, P)).any():  # elsewhere, to ask would be to wait
         row = int(lengths.argmax())
         raise too_long(row, int(lengths[row]), S, P)
     position = lengths[:, None] - T + torch.arange(T, device=q.device)  # (B, T)
     b, t = ((position >= 0) & (position < min(S, P))).nonzero(as_tuple=True)
-    p = position[b, t]
+    return b, t, position[b, t]
+
+
+def eager(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> torch.Tensor:
+    b, t, p = places(q, lengths, k_cache.shape[1], cos.shape[0])
     cos, sin = cos[p, None], sin[p, None]
     k_cache[b, p] = rotate(k[b, t], cos, sin, interleaved)
     v_cache[b, p] = v[b, t]

@@ -164,6 +164,9 @@ static inline __m256 _mm256_maskz_loadu_ps(__mmask8 k, const void* p) {
 static inline __m256i _mm256_maskz_loadu_epi16(__mmask16 k, const void* p) {
   return host::load<__m256i, int16_t>(k, p);
 }
+static inline __m256i _mm256_maskz_loadu_epi8(__mmask32 k, const void* p) {
+  return host::load<__m256i, int8_t>(k, p);
+}
 static inline void _mm512_storeu_ps(void* p, __m512 a) { std::memcpy(p, &a, sizeof(a)); }
 static inline void _mm512_storeu_si512(void* p, __m512i a) { std::memcpy(p, &a, sizeof(a)); }
 static inline void _mm512_mask_storeu_ps(void* p, __mmask16 k, __m512 a) {
@@ -222,6 +225,9 @@ static inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int from) {
 // Conversions.
 static inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
   return host::words([&](int i) { return host::lane<uint16_t>(a, i); });
+}
+static inline __m512i _mm512_cvtepi8_epi16(__m256i a) {
+  return host::halfwords([&](int i) { return host::lane<int8_t>(a, i); });
 }
 static inline __m256i _mm512_cvtepi32_epi16(__m512i a) {
   return host::each<__m256i, int16_t>([&](int i) { return int16_t(host::lane<int32_t>(a, i)); });
@@ -305,6 +311,16 @@ static inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
     uint32_t total = host::lane<uint32_t>(sum, i);
     for (int j = 4 * i; j < 4 * i + 4; ++j)
       total += uint32_t(host::lane<uint8_t>(a, j) * host::lane<int8_t>(b, j));
+    return int32_t(total);
+  });
+}
+
+// Lane i: sum[i] + both products of its signed words, modulo 2^32.
+static inline __m512i _mm512_dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {
+  return host::words([&](int i) {
+    uint32_t total = host::lane<uint32_t>(sum, i);
+    for (int j = 2 * i; j < 2 * i + 2; ++j)
+      total += uint32_t(host::lane<int16_t>(a, j) * host::lane<int16_t>(b, j));
     return int32_t(total);
   });
 }

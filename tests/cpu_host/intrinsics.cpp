@@ -130,6 +130,10 @@ static void expect_bytes() {
   const __m512i r = _mm512_dpbusd_epi32(_mm512_set1_epi32(7), _mm512_set1_epi32(-1),
                                         _mm512_set1_epi32(int(0x80808080)));
   expect_bits("four times 255 · -128", as<uint32_t>(as<__m512>(r)[0]), 7u - 4 * 255 * 128);
+  const __m512i w = _mm512_dpwssd_epi32(_mm512_set1_epi32(7), _mm512_set1_epi32(int(0x80007fff)),
+                                        _mm512_set1_epi32(int(0x7fff0002)));
+  expect_bits("2 · 32767 - 32768 · 32767", as<uint32_t>(as<__m512>(w)[0]),
+              7u + 2 * 32767 - 32768u * 32767);
 }
 
 // ---- hashes ----
@@ -264,6 +268,7 @@ static void print_hashes() {
   HASH(_mm512_maskz_loadu_epi16, in.k, in.p);
   HASH(_mm256_maskz_loadu_ps, __mmask8(in.k), in.p);
   HASH(_mm256_maskz_loadu_epi16, __mmask16(in.k), in.p);
+  HASH(_mm256_maskz_loadu_epi8, in.k, in.p);
   HASH_STORE(_mm512_storeu_ps, in.a);
   HASH_STORE(_mm512_storeu_si512, in.i);
   HASH_STORE(_mm512_mask_storeu_ps, __mmask16(in.k), in.a);
@@ -287,11 +292,13 @@ static void print_hashes() {
   HASH(_mm512_shuffle_f32x4, in.a, in.b, 0x1b);
 
   HASH(_mm512_cvtepu16_epi32, in.half);
+  HASH(_mm512_cvtepi8_epi16, in.half);
   HASH(_mm512_cvtepi32_epi16, in.i);
   HASH(_mm512_cvtepi32_epi8, in.i);
   HASH(_mm512_cvtepi32_ps, in.i);
   HASH(_mm512_cvtps_epi32, in.a);
   HASH(_mm512_dpbusd_epi32, in.i, in.j, in.l);
+  HASH(_mm512_dpwssd_epi32, in.i, in.j, in.l);
   HASH(_mm512_cvtph_ps, in.half);
   HASH(_mm512_cvtps_ph, in.a, 0);
 

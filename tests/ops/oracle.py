@@ -87,6 +87,11 @@ def assert_accurate(actual, eager, exact, what: str, factor: float = 2.0) -> Non
     root mean square; half a unit in the last place of the largest value is always allowed."""
     for i, (a, e, r) in enumerate(zip(actual, eager, exact, strict=True)):
         assert a.shape == e.shape and a.dtype == e.dtype, f"{what}: {a.shape} {a.dtype}"
+        if a.dtype is torch.int8:  # a value between two codes may become either
+            apart = (a.int() - e.int()).abs()
+            assert not a.numel() or apart.max() <= 1, f"{what}: code {i} is off by {apart.max()}"
+            assert apart.sum() <= 1 + 0.01 * a.numel(), f"{what}: {apart.sum()} codes differ"
+            continue
         if not a.is_floating_point():
             assert torch.equal(a, e), f"{what}: output {i} differs"
             continue

@@ -12,6 +12,7 @@ import torch
 
 from llama_fast import QuantizedWeight
 from llama_fast.ops.inputs import randn
+from llama_fast.ops.quantized_kv import quantize
 from llama_fast.ops.rope import tables
 from llama_fast.registry import OPS
 
@@ -40,6 +41,7 @@ def arguments(g: torch.Generator, to: str) -> dict[str, tuple[tuple, tuple[int, 
     lengths = torch.tensor([4, 9], device=to)
     one = new(B, 1, H, D)
     quantized = QuantizedWeight.from_float(new(C, C), 8, 64)
+    coded = (*quantize(k_cache), *quantize(v_cache))
     return {
         "rms_norm": ((new(2, C), new(C), 1e-5), (0,)),
         "add_rms_norm": ((new(2, C), new(2, C), new(C), 1e-5), (0, 1)),
@@ -48,6 +50,15 @@ def arguments(g: torch.Generator, to: str) -> dict[str, tuple[tuple, tuple[int, 
         "kv_append": ((q, k, v, cos, sin, k_cache, v_cache, lengths, False), (0, 1, 2, 5, 6)),
         "attention": ((q, k_cache, v_cache, True, None, lengths, False), (0, 1, 2)),
         "attention of one query": ((one, k_cache, v_cache, True, None, lengths, False), (0, 1, 2)),
+        "kv_append_quantized": (
+            (q, k, v, cos, sin, *coded, lengths, False),
+            (0, 1, 2, 5, 6, 7, 8),
+        ),
+        "attention_quantized": ((q, *coded, True, None, lengths), (0, 1, 2, 3, 4)),
+        "attention_quantized of one query": (
+            (one, *coded, True, None, lengths),
+            (0, 1, 2, 3, 4),
+        ),
         "linear": ((new(2, C), new(C, C)), (0,)),
         "linear_quantized": ((new(2, C), *quantized.arguments), (0,)),
         "linear_swiglu": ((new(2, C), new(C, C)), (0,)),
