@@ -36,17 +36,23 @@ class Steps:
     weights lie where they lay and nothing else that a replay would repeat has changed."""
 
     def __init__(
-        self, model: Llama, batch: int, slots: int, capture: Callable[[KVCache], Capturer | None]
+        self,
+        model: Llama,
+        batch: int,
+        slots: int,
+        kv_cache: str | None,
+        capture: Callable[[KVCache], Capturer | None],
     ) -> None:
-        context = model.config.max_seq_len
-        self.cache = model.new_cache(bucket(batch), min(context, -(-slots // SLOTS) * SLOTS))
+        room = min(model.config.max_seq_len, -(-slots // SLOTS) * SLOTS)
+        self.cache = model.new_cache(bucket(batch), room, kv_cache)
+        self.kv_cache = kv_cache
         self.state = _state(model)
         self.capture = capture
         self.by_rows: dict[int, DecodeStep] = {}
 
-    def serve(self, model: Llama, batch: int, slots: int) -> bool:
+    def serve(self, model: Llama, batch: int, slots: int, kv_cache: str | None) -> bool:
         room = self.cache.batch >= bucket(batch) and self.cache.max_seq_len >= slots
-        return room and self.state == _state(model)
+        return room and self.kv_cache == kv_cache and self.state == _state(model)
 
     def of(self, model: Llama, batch: int) -> DecodeStep:
         rows = bucket(batch)
@@ -70,23 +76,25 @@ def borrow_step(
     batch: int,
     slots: int,
     capture: Callable[[KVCache], Capturer | None] | None = None,
+    kv_cache: str | None = None,
 ) -> Iterator[DecodeStep]:
     """A decode step for `batch` sequences of at most `slots` tokens; `step.cache` has at least so
     many rows and slots. Inside the block it is nobody else's: another generation of the same model
     at the same time gets one of its own. An exception leaves nothing behind.
 
-    capture  makes what captures steps on a cache; None: CUDA graphs on a GPU, and elsewhere nothing
-             is kept
+    capture   makes what captures steps on a cache; None: CUDA graphs on a GPU, and elsewhere
+              nothing is kept
+    kv_cache  what the cache is stored as: see `Llama.new_cache`
     """
     if capture is None and torch.device(model.device).type != "cuda":
-        yield DecodeStep(model, model.new_cache(batch, slots))
+        yield DecodeStep(model, model.new_cache(batch, slots, kv_cache))
         return
     if capture is None:
         capture = _cuda_graphs(model)
     steps = _kept.pop(model, None)
-    if steps is None or not steps.serve(model, batch, slots):
+    if steps is None or not steps.serve(model, batch, slots, kv_cache):
         steps = None  # its memory is free before the new one is made
-        steps = Steps(model, batch, slots, capture)
+        steps = Steps(model, batch, slots, kv_cache, capture)
     ended = False
     try:
         yield steps.of(model, batch)

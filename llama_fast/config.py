@@ -100,8 +100,11 @@ class LlamaConfig:
         return vocabulary + self.n_layers * layer + self.dim
 
     def kv_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bytes of KV cache that one token of one sequence takes, over all layers."""
-        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * dtype.itemsize
+        """Bytes of KV cache that one token of one sequence takes, over all layers. In torch.int8
+        each head's vector has a float32 scale too."""
+        scale = torch.float32.itemsize if dtype is torch.int8 else 0
+        head = self.head_dim * dtype.itemsize + scale
+        return 2 * self.n_layers * self.n_kv_heads * head
 
     def shortened(self, max_seq_len: int | None) -> LlamaConfig:
         """The same with a context of `max_seq_len` tokens (None: its own), for smaller tables and

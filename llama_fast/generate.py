@@ -14,7 +14,7 @@ from .buckets import borrow_step, filled
 from .config import LlamaConfig
 from .decode import DecodeStep
 from .errors import PromptError
-from .kv_cache import KVCache
+from .kv_cache import KVCache, cache_dtype
 from .model import Llama
 from .sampling import Sampling, logprobs
 from .tokenizer import StreamDecoder, Tokenizer
@@ -63,6 +63,7 @@ def generate(
     top_k: int = 0,
     seed: int | Sequence[int] | None = None,
     stop: Sequence[str] = (),
+    kv_cache: str | None = None,
 ) -> list[Completion]:
     """Continues each prompt; see `stream` for the arguments. Returns one Completion a prompt."""
     prompts = encode_prompts(tokenizer, prompts)
@@ -76,6 +77,7 @@ def generate(
         top_k=top_k,
         seed=seed,
         stop=stop,
+        kv_cache=kv_cache,
     )
     completions = [Completion() for _ in prompts]
     for chunk in chunks:
@@ -99,6 +101,7 @@ def stream(
     top_k: int = 0,
     seed: int | Sequence[int] | None = None,
     stop: Sequence[str] = (),
+    kv_cache: str | None = None,
 ) -> Iterator[Chunk]:
     """Yields a Chunk for each new token of each prompt, as they are made.
 
@@ -108,11 +111,14 @@ def stream(
     temperature, top_p, top_k   see `llama_fast.sampling.Sampling`
     seed            of every row's own generator, or one seed a row; None: a fresh one
     stop            texts that end a row; they are left out of its text
+    kv_cache        "int8" stores keys and values in about half the memory, and rounds them; None:
+                    in the model's dtype
 
     Raises PromptError for an empty prompt, one that fills the context, token ids that the model
-    does not have, or values out of range.
+    does not have, or values out of range, and ConfigError for another kv_cache.
     """
-    rows = _Rows(model, tokenizer, encode_prompts(tokenizer, prompts), max_new_tokens, seed, stop)
+    prompts = encode_prompts(tokenizer, prompts)
+    rows = _Rows(model, tokenizer, prompts, max_new_tokens, seed, stop, kv_cache)
     return rows.run(Sampling(temperature, top_p, top_k))
 
 
@@ -168,13 +174,16 @@ class _Rows:
         max_new_tokens: int,
         seed: int | Sequence[int] | None,
         stop: Sequence[str],
+        kv_cache: str | None,
     ) -> None:
         check_prompts(model.config, tokenizer, prompts)
+        cache_dtype(kv_cache, model.dtype)
         if max_new_tokens < 1:
             raise PromptError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
         if isinstance(stop, str) or not all(stop):
             raise PromptError(f"stop is {stop!r}; it must be a list of texts that are not empty")
         self.model = model
+        self.kv_cache = kv_cache
         self.prompts = prompts
         context = model.config.max_seq_len
         self.limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
@@ -184,7 +193,7 @@ class _Rows:
 
     def run(self, sampling: Sampling) -> Iterator[Chunk]:
         slots = max(len(prompt) + n for prompt, n in zip(self.prompts, self.limits, strict=True))
-        with borrow_step(self.model, len(self.prompts), slots) as step:
+        with borrow_step(self.model, len(self.prompts), slots, kv_cache=self.kv_cache) as step:
             yield from self._decode(sampling, step)
 
     def _decode(self, sampling: Sampling, step: DecodeStep) -> Iterator[Chunk]:

@@ -9,23 +9,40 @@ no token is fed twice.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from .config import LlamaConfig
-from .errors import PromptError, ShapeError
+from .errors import ConfigError, PromptError, ShapeError
+from .ops import QuantizedKV
+
+# Names of what a cache may be stored as, where that is not the model's dtype.
+KV_CACHES = {"int8": torch.int8}
+
+
+def cache_dtype(kv_cache: str | None, dtype: torch.dtype) -> torch.dtype:
+    """What a cache of this name is stored as; `dtype`, the model's, for None. Raises ConfigError
+    for a name that is none of KV_CACHES."""
+    if kv_cache is not None and kv_cache not in KV_CACHES:
+        raise ConfigError(
+            f"kv_cache is {kv_cache!r}; it must be {', '.join(map(repr, KV_CACHES))}, or None to "
+            "store keys and values in the model's dtype"
+        )
+    return dtype if kv_cache is None else KV_CACHES[kv_cache]
 
 
 class KVCache:
     """Rotated keys and values of every layer, for B sequences of at most `max_seq_len` tokens.
 
+    dtype    the model's; or torch.int8, for codes and a float32 scale for each head's vector
     lengths  (B,) int64 on the device: tokens held by each row; negative while padding is due
     used     the largest length; lengths are known on the host too, so no call asks the device
 
     Takes 2 · layers · B · K · max_seq_len · D elements, stored (layers, B, K, S, D): what one head
-    reads is contiguous.
+    reads is contiguous. Scales are stored (layers, B, K, S).
     """
 
     def __init__(
@@ -44,12 +61,20 @@ class KVCache:
             )
         if batch < 1:
             raise ShapeError(f"a cache for a batch of {batch} was asked for; it must be at least 1")
-        shape = (config.n_layers, batch, config.n_kv_heads, max_seq_len, config.head_dim)
-        # Left uninitialised: only slots below a row's length are ever read.
-        self._k = torch.empty(shape, device=device, dtype=dtype)
-        self._v = torch.empty(shape, device=device, dtype=dtype)
+        heads = (config.n_layers, batch, config.n_kv_heads, max_seq_len)
+
+        def stored() -> Tensor | QuantizedKV:
+            # Left uninitialised: only slots below a row's length are ever read.
+            vectors = torch.empty((*heads, config.head_dim), device=device, dtype=dtype)
+            if dtype is not torch.int8:
+                return vectors
+            return QuantizedKV(vectors, torch.empty(heads, device=device, dtype=torch.float32))
+
+        self.dtype = dtype
+        self._k, self._v = stored(), stored()
         self.lengths = torch.zeros(batch, device=device, dtype=torch.int64)
         self._lengths = [0] * batch
+        self._max_seq_len = max_seq_len
         self._whole = False
 
     @property
@@ -58,15 +83,15 @@ class KVCache:
 
     @property
     def batch(self) -> int:
-        return self._k.shape[1]
+        return len(self._lengths)
 
     @property
     def max_seq_len(self) -> int:
-        return self._k.shape[3]
+        return self._max_seq_len
 
     @property
     def nbytes(self) -> int:
-        return self._k.nbytes + self._v.nbytes
+        return sum(part.nbytes for x in (self._k, self._v) for part in _parts(x))
 
     def reset(self, padding: Sequence[int] | None = None) -> None:
         """Forgets everything; row b then expects `padding[b]` tokens of padding first."""
@@ -85,7 +110,7 @@ class KVCache:
         """A cache of the first rows alone, in the same memory. On the host it counts for itself:
         `take_lengths` brings this one up to date."""
         part = copy.copy(self)
-        part._k, part._v = self._k[:, :rows], self._v[:, :rows]
+        part._k, part._v = (_each(x, lambda x: x[:, :rows]) for x in (self._k, self._v))
         part.lengths, part._lengths = self.lengths[:rows], self._lengths[:rows]
         return part
 
@@ -93,7 +118,7 @@ class KVCache:
         """What a cache of the first rows has counted."""
         self._lengths = [*part._lengths, *self._lengths[part.batch :]]
 
-    def advance(self, T: int) -> torch.Tensor:
+    def advance(self, T: int) -> Tensor:
         """Makes room for T more tokens in every row; returns the lengths after them."""
         if not self._whole:
             self.count(T)
@@ -124,8 +149,19 @@ class KVCache:
         self._lengths = lengths
         self.lengths.copy_(torch.tensor(lengths))
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, index: int) -> tuple[Tensor, Tensor] | tuple[QuantizedKV, QuantizedKV]:
         """Keys and values of one layer, (B,S,K,D) views of the slots in use."""
         used = self.max_seq_len if self._whole else max(self.used, 0)
-        k, v = self._k[index, :, :, :used], self._v[index, :, :, :used]
-        return k.transpose(1, 2), v.transpose(1, 2)
+
+        def view(x: Tensor) -> Tensor:
+            return x[index, :, :, :used].transpose(1, 2)
+
+        return _each(self._k, view), _each(self._v, view)
+
+
+def _parts(x: Tensor | QuantizedKV) -> tuple[Tensor, ...]:
+    return x if isinstance(x, QuantizedKV) else (x,)
+
+
+def _each(x: Tensor | QuantizedKV, f: Callable[[Tensor], Tensor]) -> Tensor | QuantizedKV:
+    return QuantizedKV(*map(f, x)) if isinstance(x, QuantizedKV) else f(x)

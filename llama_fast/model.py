@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import checkpoint, ops
 from .config import LlamaConfig
 from .errors import ConfigError, ShapeError
-from .kv_cache import KVCache
+from .kv_cache import KVCache, cache_dtype
 from .nn import MLP, Attention, Embedding, LayerCache, Linear, RMSNorm, RotaryEmbedding
 from .ops import QuantizedWeight
 from .quantize import Quantization, quantization_of, round_weight
@@ -144,9 +144,10 @@ class Llama(nn.Module):
             return nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index)
         return ops.linear_cross_entropy(h, self.head.weight, targets, ignore_index=ignore_index)
 
-    def new_cache(self, batch: int, max_seq_len: int) -> KVCache:
-        """An empty cache of this model's device and dtype."""
-        return KVCache(self.config, batch, max_seq_len, device=self.device, dtype=self.dtype)
+    def new_cache(self, batch: int, max_seq_len: int, kv_cache: str | None = None) -> KVCache:
+        """An empty cache on this model's device, of its dtype or as `kv_cache` ("int8") says."""
+        dtype = cache_dtype(kv_cache, self.dtype)
+        return KVCache(self.config, batch, max_seq_len, device=self.device, dtype=dtype)
 
     @property
     def device(self) -> torch.device:

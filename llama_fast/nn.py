@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import ops
 from .config import LlamaConfig
 from .errors import ShapeError
-from .ops import QuantizedWeight
+from .ops import QuantizedKV, QuantizedWeight
 from .rope import rope_tables
 
 
@@ -186,7 +186,7 @@ class Attention(nn.Module):
 
 
 # One layer's share of a KV cache: keys (B,S,K,D), values (B,S,K,D), lengths (B,) after the append.
-LayerCache = tuple[Tensor, Tensor, Tensor]
+LayerCache = tuple[Tensor | QuantizedKV, Tensor | QuantizedKV, Tensor]
 
 
 class MLP(nn.Module):

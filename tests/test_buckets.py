@@ -69,8 +69,8 @@ def poisoned(model):
     """Makes NaN of what a cache holds at first: what no row has written is never read."""
     make = model.new_cache
 
-    def new_cache(batch, slots):
-        cache = make(batch, slots)
+    def new_cache(*args):
+        cache = make(*args)
         cache._k.fill_(float("nan"))
         cache._v.fill_(float("nan"))
         return cache
@@ -126,6 +126,9 @@ def test_what_a_replay_would_miss_makes_new_steps(model, monkeypatch):
     hook = model.layers[0].register_forward_hook(lambda *args: None)
     assert made() == 1
     hook.remove()
+    assert made() == 1
+    with borrow_step(model, 1, 40, graphs, "int8") as step:
+        assert step.cache.dtype is torch.int8
     assert made() == 1
 
 

@@ -206,6 +206,22 @@ def test_generate_quantises_the_weights_as_it_reads_them(run, tiny):
     assert "linear_quantized" in err
 
 
+def test_generate_with_a_cache_of_integers(run, tiny):
+    (expected,) = generate(
+        Llama.from_pretrained(tiny, device="cpu"),
+        Tokenizer.from_pretrained(tiny),
+        "abc",
+        max_new_tokens=8,
+        temperature=0,
+        kv_cache="int8",
+    )
+    command = ("generate", "abc", "-m", tiny, "-n", 8, "--temperature", 0)
+    code, out, err = run(*command, "--kv-cache", "int8")
+    assert code == 0 and out == expected.text + "\n"
+    assert "attention_quantized" in err and "kv_append_quantized" in err
+    assert "attention_quantized" not in run(*command)[2]
+
+
 def test_generate_sets_the_number_of_threads(run, tiny):
     assert run("generate", "abc", "-m", tiny, "-n", 1, "-q", "--threads", 3)[0] == 0
     assert torch.get_num_threads() == 3
@@ -225,6 +241,8 @@ def test_bytes_of_a_token_count_one_row_of_an_untied_embedding():
     assert measure.bytes_per_token(llama, 10) == all_weights - embedding + 2 * 32 + cache
     tied = Llama(TINY, dtype=torch.bfloat16)
     assert measure.bytes_per_token(tied, 10) == 2 * TINY.n_params + cache
+    coded = 10 * 2 * 2 * 2 * (8 + 4)  # a byte an element, and a scale a head
+    assert measure.bytes_per_token(tied, 10, "int8") == 2 * TINY.n_params + coded
 
 
 # --- errors -----------------------------------------------------------------------------------
@@ -240,6 +258,7 @@ BAD = {
     "negative temperature": (["generate", "a", "--temperature", "-1"], 2, "--temperature"),
     "negative seed": (["generate", "a", "--seed", "-1"], 2, "--seed"),
     "top-p zero": (["generate", "a", "-m", "{tiny}", "--top-p", "0"], 1, "top_p is 0"),
+    "kv cache": (["generate", "a", "-m", "{tiny}", "--kv-cache", "int4"], 2, "--kv-cache"),
     "empty stop": (["generate", "a", "-m", "{tiny}", "--stop", ""], 1, "not empty"),
     "no number": (["generate", "a", "-n", "many"], 2, "--max-new-tokens"),
     "unknown backend": (["generate", "a", "--backend", "tpu"], 2, "'cpu', 'cuda', 'triton'"),
@@ -439,6 +458,8 @@ def test_info_of_a_published_size(run):
     assert "parameters 8,030,261,248" in words and "131,072 tokens" in words
     # 16.06 GB of weights, and 131,072 bytes a token: 0.27, 1.07, 4.29 and 17.2 GB
     assert "bfloat16, float16 16.1 GB 16.3 GB 17.1 GB 20.4 GB 33.2 GB" in words
+    # 2 · 32 layers · 8 heads · (128 + 4) bytes
+    assert "int8 (--kv-cache int8) 67.6 kB 138 MB 554 MB 2.21 GB 8.86 GB" in words
 
 
 def test_tokenize(run, tiny):

@@ -79,6 +79,8 @@ def test_published_shapes(name):
     assert config.n_params == n_params
     assert config.kv_bytes_per_token() == kv_bytes
     assert config.kv_bytes_per_token(torch.float32) == 2 * kv_bytes
+    scales = 2 * config.n_layers * config.n_kv_heads * 4
+    assert config.kv_bytes_per_token(torch.int8) == kv_bytes / 2 + scales
     assert config.tied == (name in ("1b", "3b"))
     assert (config.norm_eps, config.rope_theta, config.vocab_size) == (1e-5, 500000.0, 128256)
 

@@ -88,10 +88,10 @@ def model() -> Llama:
     return Llama(config, device="cpu").eval()
 
 
-def prefilled(model: Llama):
-    cache = model.new_cache(B, SLOTS)
-    cache._k.fill_(float("nan"))  # what no row holds is never read
-    cache._v.fill_(float("nan"))
+def prefilled(model: Llama, kv_cache: str | None = None):
+    cache = model.new_cache(B, SLOTS, kv_cache)
+    for x in (cache._k, cache._v):  # what no row holds is never read
+        (x if kv_cache is None else x.scales).fill_(float("nan"))
     cache.reset([0, 3, 1])
     tokens = torch.randint(50, (B, 7), generator=torch.Generator().manual_seed(1))
     model(tokens, cache=cache, last_only=True)
@@ -187,8 +187,8 @@ def half(model: Llama, quantize: str | None) -> Llama:
     return made
 
 
-def run_on_cpu(model: Llama, steps: int, captured: bool):
-    cache = prefilled(model)
+def run_on_cpu(model: Llama, steps: int, captured: bool, kv_cache: str | None = None):
+    cache = prefilled(model, kv_cache)
     step = DecodeStep(model, cache)
     assert step.capturer is not None
     if not captured:
@@ -204,11 +204,12 @@ def run_on_cpu(model: Llama, steps: int, captured: bool):
     return torch.stack(found), cache, step
 
 
+@pytest.mark.parametrize("kv_cache", [None, "int8"])
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_replays_on_the_cpu_are_the_steps_bit_for_bit(model, quantize):
+def test_replays_on_the_cpu_are_the_steps_bit_for_bit(model, quantize, kv_cache):
     model = half(model, quantize)
-    expected, plain, _ = run_on_cpu(model, 12, captured=False)
-    found, cache, step = run_on_cpu(model, 12, captured=True)
+    expected, plain, _ = run_on_cpu(model, 12, captured=False, kv_cache=kv_cache)
+    found, cache, step = run_on_cpu(model, 12, captured=True, kv_cache=kv_cache)
     assert found.isfinite().all() and torch.equal(found, expected)
     assert cache._lengths == plain._lengths == cache.lengths.tolist() == plain.lengths.tolist()
     # Python between the kernels of two layers would be steps of its own.

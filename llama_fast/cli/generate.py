@@ -14,6 +14,7 @@ from .options import (
     Debug,
     Device,
     DType,
+    KvCache,
     Model,
     Named,
     Threads,
@@ -82,6 +83,13 @@ def generate(
             show_default="as stored",
         ),
     ] = None,
+    kv_cache: Annotated[
+        KvCache | None,
+        typer.Option(
+            help="Store keys and values as integers, in about half the memory.",
+            show_default="in the weights' dtype",
+        ),
+    ] = None,
     device: Device = "auto",
     backend: Annotated[
         Backend | None,
@@ -137,6 +145,8 @@ def generate(
     # No more of the rotary tables than this text can need: those of 131,072 tokens take 34 MB.
     needed = min(config.max_seq_len, len(prompts[0]) + max_new_tokens)
 
+    form = kv_cache and kv_cache.value
+
     start = time.perf_counter()
     with weights_bar("Loading the weights") as progress:
         llama = Llama.from_pretrained(
@@ -162,6 +172,7 @@ def generate(
             top_k=top_k,
             seed=seed,
             stop=stop or (),
+            kv_cache=form,
         )
         try:
             for chunk in chunks:
@@ -175,19 +186,24 @@ def generate(
             return 130
         print(flush=True)
         if not quiet:
-            _summary(llama, prompts[0], times, loaded, ended)
+            _summary(llama, prompts[0], form, times, loaded, ended)
     return 0
 
 
 def _summary(
-    llama: Llama, prompt: list[int], times: list[float], loaded: float, ended: str | None
+    llama: Llama,
+    prompt: list[int],
+    kv_cache: str | None,
+    times: list[float],
+    loaded: float,
+    ended: str | None,
 ) -> None:
     from .. import ceilings
     from ..quantize import quantization_of
     from . import measure
 
     peak = measure.peak_memory(llama.device)  # before the ceilings take memory of their own
-    served = measure.who_served(llama, prompt)
+    served = measure.who_served(llama, prompt, kv_cache)
     new = len(times) - 1
     dtype = str(llama.dtype).removeprefix("torch.")
     if quantization := quantization_of(llama):
@@ -201,7 +217,7 @@ def _summary(
     if new > 1:
         rate = (new - 1) / (times[-1] - times[1])
         decode += f", {rate:.1f} tokens/s"
-        bytes_read = measure.bytes_per_token(llama, len(prompt) + new / 2)
+        bytes_read = measure.bytes_per_token(llama, len(prompt) + new / 2, kv_cache)
         ceiling = ceilings.read_bandwidth(llama.device)
         if ceiling is not None:
             decode += (

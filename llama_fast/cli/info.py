@@ -59,6 +59,7 @@ def info(
         "Memory for one sequence: weights and KV cache, by tokens of context",
         _memory(config, quantization),
     )
+    show("Memory of the KV cache alone", _caches(config))
 
 
 def _config(
@@ -103,13 +104,32 @@ def _files(folder: Path) -> Table:
     return rows
 
 
+def _contexts(config: LlamaConfig) -> list[int]:
+    return [n for n in CONTEXTS if n < config.max_seq_len] + [config.max_seq_len]
+
+
+def _caches(config: LlamaConfig) -> Table:
+    import torch
+
+    contexts = _contexts(config)
+    rows = table("stored as", "a token", *(f"{n:,}" for n in contexts), numbers=True)
+    for name, dtype in (
+        ("float32", torch.float32),
+        ("bfloat16, float16", torch.bfloat16),
+        ("int8 (--kv-cache int8)", torch.int8),
+    ):
+        token = config.kv_bytes_per_token(dtype)
+        rows.add_row(name, size(token), *(size(n * token) for n in contexts))
+    return rows
+
+
 def _memory(config: LlamaConfig, quantization: Quantization | None) -> Table:
     import torch
 
     from ..checkpoint import quantized_bytes
     from ..quantize import NAMED
 
-    contexts = [n for n in CONTEXTS if n < config.max_seq_len] + [config.max_seq_len]
+    contexts = _contexts(config)
     rows = table("weights", "size", *(f"{n:,}" for n in contexts), numbers=True)
     kinds = [
         ("float32", torch.float32, config.n_params * 4),

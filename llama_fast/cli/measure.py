@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from ..kv_cache import cache_dtype
 from ..memory import resident_peak
 from ..model import Llama
 from ..ops import QuantizedWeight
@@ -26,17 +27,18 @@ def weight_bytes(llama: Llama) -> int:
     return sum(weight.nbytes for weight in (*llama.parameters(), *quantized))
 
 
-def bytes_per_token(llama: Llama, context: float) -> float:
+def bytes_per_token(llama: Llama, context: float, kv_cache: str | None = None) -> float:
     """Bytes that decoding one token must read: every weight, of an untied embedding one row alone,
-    and the keys and values of `context` tokens."""
+    and the keys and values of `context` tokens, stored as `kv_cache` says."""
     read = weight_bytes(llama)
     if not llama.config.tied:
         weight = llama.embed.weight
         read -= weight.nbytes - weight.nbytes // weight.shape[0]
-    return read + context * llama.config.kv_bytes_per_token(llama.dtype)
+    dtype = cache_dtype(kv_cache, llama.dtype)
+    return read + context * llama.config.kv_bytes_per_token(dtype)
 
 
-def who_served(llama: Llama, prompt: list[int]) -> str:
+def who_served(llama: Llama, prompt: list[int], kv_cache: str | None = None) -> str:
     """ "cpu: attention, linear …": which backend serves which op, in the prefill and in a step.
 
     The first layer and the head are run again on at most 32 tokens of the prompt and on one token,
@@ -47,7 +49,7 @@ def who_served(llama: Llama, prompt: list[int]) -> str:
     one_layer.embed, one_layer.head, one_layer.norm = llama.embed, llama.head, llama.norm
     one_layer.layers, one_layer.rope = llama.layers[:1], llama.rope
     tokens = torch.tensor([prompt[:32]], device=llama.device)
-    cache = one_layer.new_cache(1, tokens.shape[1] + 1)
+    cache = one_layer.new_cache(1, tokens.shape[1] + 1, kv_cache)
     with record_decisions() as decisions:
         one_layer(tokens, cache=cache, last_only=True)
         one_layer(tokens[:, :1], cache=cache, last_only=True)

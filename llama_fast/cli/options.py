@@ -53,6 +53,12 @@ class Named(str, Enum):
     int4 = "int4"
 
 
+class KvCache(str, Enum):
+    """`llama_fast.kv_cache.KV_CACHES`."""
+
+    int8 = "int8"
+
+
 class Backend(str, Enum):
     cpu = "cpu"
     cuda = "cuda"
