@@ -133,7 +133,7 @@ def test_a_row_depends_on_itself_alone(isa, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T", [1, 40])
+@pytest.mark.parametrize("T", [1, 3, 40])
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 def test_a_bad_number_reaches_its_own_heads_alone(backend, dtype, T, which):
     q, k, v = inputs(2, T, 50, 4, 2, 64, dtype)

@@ -7,6 +7,8 @@
 // within 2^-16 of the largest, less than what the half types round by; a float takes two words.
 #pragma once
 
+#include <cstring>
+
 #include "../simd/words.h"
 #include "few_queries.h"
 
@@ -16,6 +18,11 @@ namespace ISA {
 constexpr int CODED_TILE = 64;  // keys; k and v of a tile fit L1 up to D = 256
 
 template <class T> constexpr int WORDS = std::is_same_v<T, float> ? 2 : 1;  // of a number
+
+// The nearest integer that is a word, of NaN too.
+static inline vf whole_word(vf x) {
+  return round(min(max(x, set(-WORD_MAX)), set(WORD_MAX)));
+}
 
 // x[0 … n) as NUMBER rows of words, `stride` apart; x is the sum of the rows, each times its step.
 // Whole vectors of x and of the rows are read and written. A step is NaN where x is not finite.
@@ -32,11 +39,11 @@ static void to_words(const float* x, int64_t n, int16_t* words, int64_t stride, 
   const vf factor = set(top > 1e-30f ? WORD_MAX / top : 0.f);  // none that is infinite
   steps[0] = top / WORD_MAX + sum(bad);
   if constexpr (NUMBER == 2) steps[1] = steps[0] / (2 * WORD_MAX);
-  const auto word = [](vf v) { return round(min(max(v, set(-WORD_MAX)), set(WORD_MAX))); };
   for (int64_t i = 0; i < n; i += W) {
-    const vf v = load(x + i) * factor, high = word(v);
+    const vf v = load(x + i) * factor, high = whole_word(v);
     store_words(words + i, high);
-    if constexpr (NUMBER == 2) store_words(words + stride + i, word((v - high) * set(2 * WORD_MAX)));
+    if constexpr (NUMBER == 2)
+      store_words(words + stride + i, whole_word((v - high) * set(2 * WORD_MAX)));
   }
 }
 
@@ -69,14 +76,76 @@ static void score_words(const int16_t* q, int64_t q_stride, Tile<int8_t> k, int6
           __builtin_prefetch(ahead.row(j + i) + e * 2 * W);
     });
     for (int g = 0; g < GROUPS; ++g) {
-      vf sums_of[W];
       float lanes[W];
-      for (int i = 0; i < W; ++i) sums_of[i] = to_float(total[g][i]);
-      store(lanes, sums(sums_of));
+      store(lanes, sums(total[g]));
       for (int n = g * W; n < std::min((g + 1) * W, R * KEYS); ++n)
         s[n / KEYS * CODED_TILE + j + n % KEYS] = lanes[n - g * W];
     }
   }
+}
+
+// The scales of a tile's keys or values, zeros behind the last of them, and the largest; NaN where
+// one is not finite.
+struct TileScales {
+  float kept[CODED_TILE];
+  const float* of;
+  float largest;
+
+  TileScales(const QuantizedHeads& x, int64_t b, int64_t head, int64_t tile, int64_t count) {
+    const int64_t stride = x.scale_stride.t;
+    of = x.scales + b * x.scale_stride.b + head * x.scale_stride.h + tile * stride;
+    if (stride != 1 || count < CODED_TILE) {
+      for (int64_t j = 0; j < CODED_TILE; ++j) kept[j] = j < count ? of[j * stride] : 0.f;
+      of = kept;
+    }
+    vf top = zero(), bad = zero();
+    for (int64_t j = 0; j < CODED_TILE; j += vf::W) {
+      const vf scale = load(of + j);
+      top = max(top, scale);
+      bad = bad + (scale - scale);
+    }
+    largest = max_of(top) + sum(bad);
+  }
+};
+
+// Softmax over the first `count` keys of a tile, for one query: sums of products s become weights,
+// times the values' scales, as words. `top` is the largest exponent so far, and the lanes of `total`
+// add up to the sum of the weights without those scales. What was summed under an older top has to
+// be multiplied by the result.
+template <int NUMBER>
+static float weigh(float* s, const float* q_steps, const TileScales& k, const TileScales& v,
+                   int64_t count, float factor, float& top, float* total, int16_t* words,
+                   float* steps) {
+  constexpr int W = vf::W;
+  for (int64_t j = 0; j < count; j += W) {
+    vf x = load(s + j) * set(q_steps[0] * factor);
+    if constexpr (NUMBER == 2)
+      x = fma(load(s + CODED_TILE + j), set(q_steps[1] * factor), x);
+    store(s + j, x * load(k.of + j));
+  }
+  for (int64_t j = count; j < CODED_TILE; ++j) s[j] = -std::numeric_limits<float>::infinity();
+  vf largest = load(s);
+  for (int64_t j = W; j < CODED_TILE; j += W) largest = max(largest, load(s + j));
+  const float tile_top = max_of(largest), before = top;
+  top = std::max(top, tile_top);
+  // One of both is 1: what was summed before, or the largest weight of this tile.
+  const float smaller = exp2_of(std::min(before, tile_top) - top);
+  const float correction = tile_top > before ? smaller : 1.f;
+  const float bound = (tile_top > before ? 1.f : smaller) * v.largest;
+  const vf to_word = set(bound > 1e-30f ? WORD_MAX / bound : 0.f);  // none that is infinite
+  steps[0] = bound / WORD_MAX;
+  if constexpr (NUMBER == 2) steps[1] = steps[0] / (2 * WORD_MAX);
+  vf sum_of = load(total) * set(correction);
+  for (int64_t j = 0; j < CODED_TILE; j += W) {
+    const vf p = exp2(load(s + j) - set(top));
+    sum_of = sum_of + p;
+    const vf x = p * load(v.of + j) * to_word, high = whole_word(x);
+    store_words(words + j, high);
+    if constexpr (NUMBER == 2)
+      store_words(words + CODED_TILE + j, whole_word((x - high) * set(2 * WORD_MAX)));
+  }
+  store(total, sum_of);
+  return correction;
 }
 
 // o[r / NUMBER] += steps[r] · weights[r] · v for R rows of words and C runs of v from element d on;
@@ -136,7 +205,7 @@ static void add_words(const int16_t* weights, const float* steps, Tile<int8_t> v
 // The working memory of few_queries_quantized, besides its result.
 static inline int64_t few_quantized_floats(int64_t rows, int64_t D) {
   const int64_t words = 2 * rows * round_up(D, 2 * vf::W);
-  return words / 2 + 16 + round_up(D, 2 * vf::W) + 2 * rows;
+  return words / 2 + 16 + round_up(D, 2 * vf::W) + (2 + vf::W) * rows;
 }
 
 // The queries of a row of the batch and a KV head, query by query and head by head, over the keys
@@ -149,7 +218,8 @@ static void few_queries_quantized(const AttentionQuantizedArgs& args, const Row&
   const AttentionArgs& a = args.plain;
   const int64_t G = a.H / a.K, D = a.D, rows = row.queries * G, q_stride = round_up(D, 2 * W);
   float* wide = memory;
-  float* q_steps = wide + q_stride;
+  float* total = wide + q_stride;  // W lanes of each query
+  float* q_steps = total + rows * W;
   int16_t* q = reinterpret_cast<int16_t*>(q_steps + round_up(2 * rows, 16));
 
   for (int64_t d = 0; d < q_stride; d += W) store(wide + d, zero());
@@ -159,18 +229,13 @@ static void few_queries_quantized(const AttentionQuantizedArgs& args, const Row&
     for_each_vector(D, [&](int64_t d, auto width) { store(wide + d, load(from + d, width)); });
     to_words<NUMBER>(wide, q_stride, q + r * NUMBER * q_stride, q_stride, q_steps + r * NUMBER);
     result.top[r] = -std::numeric_limits<float>::infinity();
-    result.total[r] = 0.f;
+    store(total + r * W, zero());
     for (int64_t d = 0; d < result.stride; d += W) store(result.sums_of + r * result.stride + d, zero());
   }
 
   const float factor = a.scale * 1.44269504f;  // weights are powers of two
   const auto of_head = [&](const QuantizedHeads& x) {
     return x.codes + b * x.stride.b + head * x.stride.h;
-  };
-  const auto scales_of = [&](const QuantizedHeads& x, int64_t tile, int64_t count, float* to) {
-    const float* from = x.scales + b * x.scale_stride.b + head * x.scale_stride.h;
-    for (int64_t j = 0; j < CODED_TILE; ++j)
-      to[j] = j < count ? from[(tile + j) * x.scale_stride.t] : 0.f;
   };
   const int8_t *keys = of_head(args.k), *values = of_head(args.v);
   const int64_t k_stride = args.k.stride.t, v_stride = args.v.stride.t;
@@ -181,36 +246,31 @@ static void few_queries_quantized(const AttentionQuantizedArgs& args, const Row&
     const Tile<int8_t> k{keys + tile * k_stride, k_stride, count};
     const Tile<int8_t> v{values + tile * v_stride, v_stride, count};
     const Tile<int8_t> next{k.row(count), k_stride, after};
-    float k_scales[CODED_TILE], v_scales[CODED_TILE];
-    scales_of(args.k, tile, count, k_scales);
-    scales_of(args.v, tile, count, v_scales);
+    const TileScales k_scales(args.k, b, head, tile, count), v_scales(args.v, b, head, tile, count);
 
     auto some = [&](int64_t r, auto number) {
       constexpr int R = decltype(number)::value;
       // The last of these queries sees the most.
       const int64_t seen = std::min(count, row.visible(a, row.first + (r + R - 1) / G) - tile);
       if (seen <= 0) return;
-      const int64_t padded = round_up(seen, std::max(W, 2));
       float s[R * NUMBER * CODED_TILE];
       int16_t weights[R * NUMBER * CODED_TILE];
       float steps[R * NUMBER], correction[R];
       score_words<R * NUMBER>(q + r * NUMBER * q_stride, q_stride, {k.data, k.stride, seen}, D, s,
                               r == 0 ? v : none);
       for (int i = 0; i < R; ++i) {
-        const float* step = q_steps + (r + i) * NUMBER;
-        float* scores = s + i * NUMBER * CODED_TILE;
-        for (int64_t j = 0; j < padded; j += W) {
-          vf x = load(scores + j) * set(step[0]);
-          if constexpr (NUMBER == 2) x = fma(load(scores + CODED_TILE + j), set(step[1]), x);
-          store(scores + j, x * load(k_scales + j));
-        }
         const int64_t visible = row.visible(a, row.first + (r + i) / G) - tile;
-        correction[i] = softmax_part<float>(scores, std::min(count, visible), padded, factor,
-                                            result.top[r + i], result.total[r + i]);
-        for (int64_t j = 0; j < padded; j += W)
-          store(scores + j, load(scores + j) * load(v_scales + j));
-        to_words<NUMBER>(scores, padded, weights + i * NUMBER * CODED_TILE, CODED_TILE,
-                         steps + i * NUMBER);
+        int16_t* words = weights + i * NUMBER * CODED_TILE;
+        if (visible <= 0) {
+          std::memset(words, 0, NUMBER * CODED_TILE * sizeof(int16_t));
+          for (int n = 0; n < NUMBER; ++n) steps[i * NUMBER + n] = 0.f;
+          correction[i] = 1.f;
+          continue;
+        }
+        correction[i] = weigh<NUMBER>(s + i * NUMBER * CODED_TILE, q_steps + (r + i) * NUMBER,
+                                      k_scales, v_scales, std::min(count, visible), factor,
+                                      result.top[r + i], total + (r + i) * W, words,
+                                      steps + i * NUMBER);
       }
       constexpr int VECTORS = vf::W == 16 ? 16 : 8;  // sums that leave registers for the rest
       constexpr int C = std::min(4, std::max(1, VECTORS / (R * NUMBER * 2)));
@@ -229,6 +289,7 @@ static void few_queries_quantized(const AttentionQuantizedArgs& args, const Row&
   }
 
   for (int64_t r = 0; r < rows; ++r) {
+    result.total[r] = sum(load(total + r * W));
     for (int64_t d = 0; d < D; d += 2 * W) {
       float* at = result.sums_of + r * result.stride + d;
       vf first, second;

@@ -46,6 +46,30 @@ static inline vi dot_words(vi a, vi b, vi acc) {
   return {_mm512_dpwssd_epi32(acc.v, a.v, b.v)};
 #endif
 }
+// Lane i is the sum of x[i]. A blend and a shuffle bring two halves together where `sums` of floats
+// takes two shuffles, of which a cycle has one.
+static inline __m512i fold(__m512i blended, __m512 shuffled) {
+  return _mm512_add_epi32(blended, _mm512_castps_si512(shuffled));
+}
+static inline vf sums(const vi (&x)[16]) {
+  const auto f = [](__m512i a) { return _mm512_castsi512_ps(a); };
+  __m512i a[8], b[4], c[2];
+  for (int i = 0; i < 8; ++i) {
+    const __m512i p = x[2 * i].v, q = x[2 * i + 1].v;
+    a[i] = fold(_mm512_mask_mov_epi32(p, 0xcccc, q), _mm512_shuffle_ps(f(p), f(q), 0x4e));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 p = f(a[2 * i]), q = f(a[2 * i + 1]);
+    b[i] = fold(_mm512_castps_si512(_mm512_shuffle_ps(p, q, 0x88)), _mm512_shuffle_ps(p, q, 0xdd));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m512i p = b[2 * i], q = b[2 * i + 1];
+    c[i] = fold(_mm512_mask_mov_epi32(p, 0xff00, q), _mm512_shuffle_f32x4(f(p), f(q), 0x4e));
+  }
+  const __m512 p = f(c[0]), q = f(c[1]);
+  return to_float(vi{fold(_mm512_castps_si512(_mm512_shuffle_f32x4(p, q, 0x88)),
+                          _mm512_shuffle_f32x4(p, q, 0xdd))});
+}
 // Integral floats in -32767 … 32767 as words.
 static inline void store_words(int16_t* p, vf x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
@@ -83,6 +107,11 @@ static inline void order_columns(vf a, vf b, vf& first, vf& second) {
 static inline vi dot_words(vi a, vi b, vi acc) {
   return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(a.v, b.v))};
 }
+static inline vf sums(const vi (&x)[8]) {
+  vf lanes[8];
+  for (int i = 0; i < 8; ++i) lanes[i] = to_float(x[i]);
+  return sums(lanes);
+}
 static inline void store_words(int16_t* p, vf x) {
   const __m256i words = _mm256_cvtps_epi32(x.v);
   _mm_storeu_si128(
@@ -113,6 +142,7 @@ static inline void order_columns(vf a, vf b, vf& first, vf& second) {
 static inline vi dot_words(vi a, vi b, vi acc) {
   return {acc.v + int16_t(a.v) * int16_t(b.v) + (a.v >> 16) * (b.v >> 16)};
 }
+static inline vf sums(const vi (&x)[1]) { return to_float(x[0]); }
 static inline void store_words(int16_t* p, vf x) { *p = int16_t(x.v); }
 
 #endif
