@@ -114,9 +114,10 @@ def _worst_first(verdict: Verdict) -> tuple[bool, float]:
 
 
 def measured(
-    wanted: list[tuple[str, Work]], found: ceilings.Ceilings, rounds: int, everybody: bool
+    wanted: list[tuple[str, Work]], rounds: int, everybody: bool
 ) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """(name of the row, what measures it), of our backend beside eager or beside everybody."""
+    """(name of the row, what measures it), of our backend beside eager or beside everybody. The
+    ceilings are measured with each row: on a machine that others use too they drift."""
     for workload, work in wanted:
         op, training = OPS[workload.split()[0]], work.name == "training"
         which = speed.passes(op)[-1] if training else speed.FORWARD
@@ -127,10 +128,19 @@ def measured(
         ) -> Row:
             args, names = make(0), [*ORDER["cpu"], *(contenders.peers(op) if everybody else ())]
             able = [n for n in names if not contenders.why_not(n, op, args, gradient=training)]
-            return speed.measure(
+            ceilings.forget()
+            found = ceilings.measure("cpu")
+            row = speed.measure(
                 workload, make, able, shape=SHAPE, work=work, ceilings=found, which=which,
                 rounds=rounds, thorough=everybody,
             )  # fmt: skip
+            row.measured_with = {
+                "date": results.today(),
+                "threads": found.threads,
+                "ceilings": dataclasses.asdict(found),
+                "versions": machine.versions("triton"),
+            }
+            return row
 
         yield f"{workload}, {SHAPE}, {work}, bfloat16, {which}", measure
 
@@ -146,40 +156,41 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    found = ceilings.measure("cpu")
-    where = machine.describe(found.isa)
+    where = machine.describe(ceilings.measure("cpu").isa)
     path = given.against or RESULTS / f"{machine.file_name(where, given.threads)}.json"
     words = given.rows or []
     try:
         rows = [
             (name, measure)
             for name, measure in measured(
-                RECORDED if given.record else CHECKED, found, given.rounds, given.record
+                RECORDED if given.record else CHECKED, given.rounds, given.record
             )
             if all(word in name for word in words)
         ]
         if not rows:
             raise LlamaFastError(f"no row's name has all of {', '.join(words)}")
-        return _record(path, where, rows, found) if given.record else _check(path, rows)
+        return _record(path, where, rows) if given.record else _check(path, rows)
     except LlamaFastError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _record(path: Path, where: dict, rows: list, found: ceilings.Ceilings) -> int:
-    run = {
-        "date": results.today(),
-        "threads": found.threads,
-        "ceilings": dataclasses.asdict(found),
-        "versions": machine.versions("triton"),
-    }
+def _record(path: Path, where: dict, rows: list) -> int:
     for name, measure in rows:
         row = measure()
-        row.measured_with = run
         results.save(path, where, [row])
         print(f"{name}: {'; '.join(row.too_noisy) or 'recorded'}", flush=True)
     print(f"written to {path}")
     return 0
+
+
+def _recorded(rows: list[Row]) -> str:
+    """When, and at which commits."""
+    runs = [row.measured_with for row in rows]
+    dates = {run["date"] for run in runs if "date" in run}
+    commits = {run.get("versions", {}).get("commit") for run in runs} - {None}
+    found = {"recorded on": sorted(dates), "at": sorted(commits)}
+    return "".join(f", {word} {', '.join(some)}" for word, some in found.items() if some)
 
 
 def _check(path: Path, rows: list) -> int:
@@ -189,6 +200,8 @@ def _check(path: Path, rows: list) -> int:
             "some with python -m benchmarks.check --record, or name a file with --against"
         )
     committed = results.load(path).rows
+    wanted = [committed[name] for name, _ in rows if name in committed]
+    print(f"compared with {path}{_recorded(wanted)}", flush=True)
     bad, judged = [], 0
     for name, measure in rows:
         if name not in committed:
@@ -205,8 +218,10 @@ def _check(path: Path, rows: list) -> int:
         if verdict.slower:
             bad.append(name)
     if bad:
-        print(f"{len(bad)} of {judged} rows are slower or wrong: {'; '.join(bad)}")
+        print(f"{len(bad)} of {len(wanted)} rows are slower or wrong: {'; '.join(bad)}")
         return 1
+    if judged < len(rows):
+        print(f"{len(rows) - judged} of {len(rows)} rows could not be judged")
     if not judged:
         raise LlamaFastError(f"no row could be judged against {path}: record them anew")
     print(f"{judged} rows are as they were")

@@ -74,8 +74,10 @@ def recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(check, "CHECKED", [("rms_norm", Work.prefill(64))])
     path = tmp_path / "results.json"
     found = ceilings.measure("cpu")
-    ((_, measure),) = check.measured(check.CHECKED, found, 3, False)
-    results.save(path, machine.describe(found.isa), [measure()])
+    ((_, measure),) = check.measured(check.CHECKED, 3, False)
+    row = measure()
+    assert row.measured_with["ceilings"]["isa"] == found.isa
+    results.save(path, machine.describe(found.isa), [row])
     return path
 
 
@@ -122,7 +124,9 @@ def test_a_slowed_kernel_is_caught(recorded, change, capsys):
 def test_a_wrong_kernel_is_refused(recorded, change, capsys):
     change(lambda launch: lambda *args: launch(*args) * 1.05)
     assert run(recorded) == 1
-    assert "REFUSED: rms_norm (forward) by cpu is 0.0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"compared with {recorded}, recorded on " in said
+    assert "REFUSED: rms_norm (forward) by cpu is 0.0" in said and "1 of 1 rows are" in said
 
 
 def test_what_is_missing_is_said(tmp_path, recorded, capsys):
