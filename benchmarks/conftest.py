@@ -7,7 +7,8 @@ next sample. Comparison, histogram, JSON and --benchmark-compare-fail are the pl
 
 `extra_info` has what a call must move and compute, GB/s, TFLOP/s, the ceiling that bounds it and
 the part of it that was reached, the host's time, peak memory, the error against float64;
-`machine_info` has the ceilings, the processor and the versions.
+`machine_info` has the processor, and what is another in every run, the ceilings and the versions,
+stands beside it: the plugin warns where the `machine_info` of two runs differ.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def play(benchmark: Any, row: Row, contender: str, group: str) -> None:
     benchmark.pedantic(turn, rounds=len(samples))
 
 
-# Each contender's own, which its benchmark has; and the run's, which is in machine_info.
+# Each contender's own, which its benchmark has; and the run's, which the file has.
 NOT_OF_THE_ROW: dict[str, Any] = {
     key: {} for key in ("samples", "errors", "host", "memory", "measured_with", "missing")
 }
@@ -123,8 +124,14 @@ NOT_OF_THE_ROW: dict[str, Any] = {
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     found = measured_ceilings(config.getoption("--device"))
-    machine_info["llama_fast"] = {
-        **machine.describe(found.isa),
+    machine_info["llama_fast"] = machine.describe(found.isa)
+    for momentary in [key for key in machine_info["cpu"] if key.startswith("hz_actual")]:
+        del machine_info["cpu"][momentary]
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
+    found = measured_ceilings(config.getoption("--device"))
+    output_json["llama_fast"] = {
         "threads": torch.get_num_threads(),
         "ceilings": dataclasses.asdict(found),
         "versions": machine.versions(

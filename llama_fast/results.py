@@ -233,7 +233,7 @@ def load(path: Path) -> Results:
         for name, record in content["rows"].items():
             rows[name] = Row.from_record({**record, "measured_with": runs[record["run"]]})
         return Results(content["machine"], rows)
-    if isinstance(content, dict) and "llama_fast" in content.get("machine_info", {}):
+    if isinstance(content, dict) and {"machine_info", "llama_fast"} <= content.keys():
         return _from_pytest(content)
     raise ResultsError(
         f"{path} holds no results: give a file of llama-fast bench --json, of make bench-cpu, or "
@@ -243,9 +243,8 @@ def load(path: Path) -> Results:
 
 def _from_pytest(content: dict[str, Any]) -> Results:
     """A group of pytest-benchmark is a row, each of its benchmarks a contender."""
-    where = dict(content["machine_info"]["llama_fast"])
-    run = {key: where.pop(key) for key in ("ceilings", "versions", "threads")}
-    run["date"] = content["datetime"][:10]
+    where = content["machine_info"]["llama_fast"]
+    run = {**content["llama_fast"], "date": content["datetime"][:10]}
     rows: dict[str, Row] = {}
     for benchmark in content["benchmarks"]:
         info, stats = benchmark["extra_info"], benchmark["stats"]

@@ -52,7 +52,7 @@ def test_a_run_updates_its_rows_and_keeps_the_others(tmp_path):
     assert len(results.load(path).rows) == 3
 
 
-@pytest.mark.parametrize("text", ["no JSON", "[]", "{}", '{"machine_info": {}}'])
+@pytest.mark.parametrize("text", ["no JSON", "[]", "{}", '{"machine_info": {"llama_fast": {}}}'])
 def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "file.json"
     path.write_text(text)
