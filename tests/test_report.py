@@ -152,3 +152,38 @@ def test_without_matplotlib_the_tables_are_still_to_be_had(found, tmp_path, monk
     with pytest.raises(LlamaFastError, match=r"pip install 'llama_fast\[report\]'"):
         write([found], tmp_path)
     assert write([found], tmp_path, figures=False).figures == []
+
+
+def test_no_two_contenders_look_alike():
+    names = ["triton", "cuda", "llama_fast cuda overlap", "transformers", "eager", "llama.cpp q4_0"]
+    found = figures.colours_of(names)
+    assert len(set(found.values())) == len(names)
+    assert found["cuda"] == figures.COLOURS[0] != found["transformers"]
+
+
+def test_models_of_several_sizes_are_told_apart():
+    rows = [a_call("swiglu", "prefill", {"cpu": 1e-4, "eager": 5e-4}) for _ in "ab"]
+    assert choose.labels(rows[:1]) == {rows[0].name: "swiglu"}
+    rows[1].call["shape"], rows[1].name = "8b", "other"
+    assert list(choose.labels(rows).values()) == ["swiglu 1b", "swiglu 8b"]
+
+
+def test_lengths_of_as_many_tokens_are_a_sweep():
+    rows = []
+    for batch, tokens in ((8, 2048), (4, 4096), (2, 8192)):
+        row = a_call("attention", "training", {"triton": 1e-4}, keys=tokens)
+        row.call |= {"batch": batch, "tokens": tokens}
+        rows.append(row)
+    (sweep,) = choose.sweeps(rows)
+    assert [row.call["tokens"] for row in sweep] == [2048, 4096, 8192]
+
+
+def test_results_in_words_and_memory_of_models_are_shown(tmp_path):
+    said = Row("part tests", "part tests", "", notes=["FAILED after 3 s"], measured_with=RUN)
+    model = Row("patched decode", "patched decode", "tok/s", 1.0, measured_with=RUN)
+    model.samples = {"cuda": [0.01] * 3, "triton": [0.02] * 3, "transformers": [0.05] * 3}
+    model.memory, model.goals = {"cuda": 2 * 10**9}, [Goal("× transformers", 2.5, 5.0)]
+    made = write([Results(WHERE, {"a": said, "b": model})], tmp_path, figures=False)
+    text = made.page.read_text()
+    assert "- part tests: FAILED after 3 s" in text
+    assert "| 100 tok/s, 2 GB (cuda) | triton 50, transformers 20 |" in text

@@ -57,10 +57,16 @@ def said(contender: str) -> str:
     return f"{OURS} ({contender})" if contender in OWN and contender != OURS else contender
 
 
-def label(row: Row) -> str:
-    """What tells it from the other rows of its part; a mark where ours is too noisy."""
+def labels(rows: list[Row]) -> dict[str, str]:
+    """By the row's name what tells it from the others of its part; a mark where ours is too noisy.
+    The model's size is said where there are several."""
+    several = len({row.call["shape"] for row in rows}) > 1
+    return {row.name: _label(row, several) for row in rows}
+
+
+def _label(row: Row, with_shape: bool) -> str:
     call = row.call
-    words = [call["workload"]]
+    words = [call["workload"], *([call["shape"]] if with_shape else [])]
     if call["work"] == "training":
         words.append("" if call["pass"] == "backward" else f"({call['pass']})")
     return " ".join(filter(None, words)) + mark(row)

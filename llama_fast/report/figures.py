@@ -6,11 +6,12 @@ nothing for it. A row that is too noisy to count is marked with ~ and drawn pale
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LlamaFastError
-from ..results import OWN, Row
-from .choose import NOISY, PARTS, baselines, calls, label, mark, said, sweeps
+from ..results import OURS, OWN, Row
+from .choose import NOISY, PARTS, baselines, calls, labels, mark, said, sweeps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,14 +19,16 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which every eye tells apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C8C00",
-           "#000000", "#999999")  # fmt: skip
+           "#000000", "#999999", "#6B4226", "#F0E442")  # fmt: skip
 MARKERS = {"decode": "o", "prefill": "^", "training": "s"}
 # The same contender has the same colour in every figure.
 CONTENDERS = {
     "eager": COLOURS[1], "torch": COLOURS[2], "torch flash": COLOURS[3], "torch math": COLOURS[4],
     "torch.compile": COLOURS[5], "torch cudnn": COLOURS[6], "torch efficient": COLOURS[7],
     "liger-kernel": COLOURS[8], "flash-attn": COLOURS[9], **dict.fromkeys(OWN, COLOURS[0]),
+    "triton": "#00364F",
 }  # fmt: skip
+OTHER_WAYS = "#8FBFDD"  # of our own kernels
 LEAST_MEMORY = 1e7  # bytes: calls that hold less are no matter
 DPI = 100
 MOST_CALLS = 10  # of the figure of memory, the hungriest first
@@ -58,8 +61,12 @@ def ceilings_of(rows: list[Row]) -> dict[str, float]:
 
 
 def colours_of(contenders: list[str]) -> dict[str, str]:
-    others = iter(COLOURS * 2)
-    return {name: CONTENDERS.get(name) or next(others) for name in contenders}
+    """Ours are blue, and two contenders have one colour only where there are more than colours."""
+    found = {name: CONTENDERS[name] for name in contenders if name in CONTENDERS}
+    found |= {n: OTHER_WAYS for n in contenders if n not in found and n.startswith(OURS)}
+    free = [colour for colour in COLOURS[1:] if colour not in found.values()]
+    others = itertools.cycle(free or COLOURS[1:])
+    return {name: found.get(name) or next(others) for name in contenders}
 
 
 def roofline(rows: list[Row], title: str) -> Figure | None:
@@ -88,8 +95,9 @@ def roofline(rows: list[Row], title: str) -> Figure | None:
     _draw_ceilings(axes, ceilings, low, high, {row.call["dtype"] for row in rows})
     axes.set(
         xscale="log", yscale="log", xlim=(low, high),
-        xlabel="FLOPs for each byte that must be moved", ylabel="GFLOP/s", title=title,
+        xlabel="FLOPs for each byte that must be moved", ylabel="GFLOP/s",
     )  # fmt: skip
+    figure.suptitle(title, fontsize=11)
     axes.grid(alpha=0.25, which="major")
     _roofline_legend(axes, colours, rows)
     return figure
@@ -119,9 +127,10 @@ def _draw_ceilings(
         start = rate / ceilings["read"]
         if start < high:
             axes.plot([start, high], [rate / 1e9] * 2, color="#444444", linewidth=1.4)
+        # At the knee, where no kernel is: those that arithmetic bounds are further right.
         axes.annotate(
-            f"{name} multiply-add {rate / 1e9:.3g} GFLOP/s", (high, rate / 1e9),
-            xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=8, color="#444444",
+            f"{name} multiply-add {rate / 1e9:.3g} GFLOP/s", (max(low, start), rate / 1e9),
+            xytext=(0, 4), textcoords="offset points", ha="left", fontsize=8, color="#444444",
         )  # fmt: skip
 
 
@@ -155,7 +164,7 @@ def speed_ups(rows: list[Row], title: str) -> Figure | None:
     """How many times faster ours is than each baseline: a panel for each kind of work."""
     rows = [row for row in calls(rows) if baselines(row)]
     parts = {part: [row for row in rows if row.call["work"] == part] for part in PARTS}
-    return _bar_figure({k: v for k, v in parts.items() if v}, title, {})
+    return _bar_figure({k: v for k, v in parts.items() if v}, title, labels(rows))
 
 
 def models(rows: list[Row], title: str) -> Figure | None:
@@ -191,7 +200,7 @@ def _bar_figure(parts: dict[str, list[Row]], title: str, names: dict[str, str]) 
                     xytext=(3, 0), textcoords="offset points", va="center", fontsize=7,
                 )  # fmt: skip
                 y += 1
-            ticks.append(((top + y - 1) / 2, names.get(row.name) or label(row)))
+            ticks.append(((top + y - 1) / 2, names[row.name]))
             y += 0.8
         axes.set(xscale="log", title=part if len(parts) > 1 else "")
         axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=8)
@@ -223,7 +232,8 @@ def _plain_ticks(axes: Axes, panels: Any) -> None:
 
     low, high = axes.get_xlim()
     low, high = min(low, 0.8), max(high * 1.25, 2.5)
-    steps = [m * 10.0**e for e in range(-3, 5) for m in (1, 2, 5)]
+    between = (1, 2, 5) if high / low < 1000 else (1,)
+    steps = [m * 10.0**e for e in range(-4, 6) for m in between]
     for panel in panels:
         panel.set_xlim(low, high)
         panel.xaxis.set_major_locator(FixedLocator([x for x in steps if low <= x <= high]))
@@ -295,7 +305,7 @@ def memory(rows: list[Row], title: str) -> Figure | None:
     bars = sum(len(row.memory) + 1 for row in rows)
     figure = new_figure(8.0, 1.3 + 0.17 * bars)
     axes = figure.add_subplot()
-    ticks, y = [], 0.0
+    ticks, y, names = [], 0.0, labels(rows)
     for row in rows:
         top = y
         for name, nbytes in row.memory.items():
@@ -306,13 +316,13 @@ def memory(rows: list[Row], title: str) -> Figure | None:
                 xytext=(3, 0), textcoords="offset points", va="center", fontsize=7,
             )  # fmt: skip
             y += 1
-        ticks.append(((top + y - 1) / 2, f"{label(row).removesuffix(NOISY)}\n{row.call['work']}"))
+        said_of = f"{names[row.name].removesuffix(NOISY)}\n{row.call['work']}"
+        ticks.append(((top + y - 1) / 2, said_of))
         y += 0.8
     axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=8)
     axes.set_ylim(y - 0.4, -0.9)
-    axes.set(
-        xlabel="MB that a call holds at its peak, its results among them (log scale)", title=title
-    )
+    axes.set(xlabel="MB that a call holds at its peak, its results among them (log scale)")
+    figure.suptitle(title, fontsize=11)
     axes.set(xscale="log", xlim=(0.08, None))
     axes.margins(x=0.1)
     axes.grid(alpha=0.25, axis="x")
