@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..ops.attention import lse_dtype, too_long
+from ..ops.attention import head_dim_reasons, lse_dtype, too_long
 from ..ops.cross_entropy import chunked as linear_cross_entropy_in_blocks
 from ..ops.kv_append import too_long as too_long_for_cache
 from ..registry import OPS, Backend, Implementation, nothing, register_backend
@@ -314,10 +314,7 @@ def _attention_unsupported(
     lengths: torch.Tensor | None,
     need_lse: bool,
 ) -> list[str]:
-    reasons = limits.reasons(q.dtype, q=q, k=k, v=v)
-    D = q.shape[-1]
-    if D % 8 or D > 256:
-        reasons.append(f"D is {D}; it must be a multiple of 8 up to 256")
+    reasons = limits.reasons(q.dtype, q=q, k=k, v=v) + head_dim_reasons(q.shape[-1])
     if lengths is not None and not lengths.is_contiguous():
         reasons.append("lengths is not contiguous")
     return reasons

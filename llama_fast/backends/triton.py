@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..environment import triton_interpreter
+from ..ops.attention import head_dim_reasons
 from ..registry import OPS, Backend, Implementation, register_backend
 from . import composed
 from .layout import DTYPES, dense, stride_reasons
@@ -111,10 +112,7 @@ def _attention_backward(q, k, v, o, lse, causal, scale, lengths) -> list[str]:
 
 
 def attention_reasons(q, k, v, scale, lengths) -> list[str]:
-    reasons = stride_reasons(q=q, k=k, v=v)
-    D = q.shape[-1]
-    if D % 8 or D > 256:
-        reasons.append(f"D is {D}; it must be a multiple of 8 up to 256")
+    reasons = stride_reasons(q=q, k=k, v=v) + head_dim_reasons(q.shape[-1])
     if scale is not None and not scale > 0:
         reasons.append(f"scale is {scale}; it must be positive")
     if lengths is not None and not lengths.is_contiguous():

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .. import ops
+from ..ops.attention import head_dim_reasons
 from ..registry import ORDER, backends, interposed
 from .forwards import fits, needs_gradient
 
@@ -116,7 +117,7 @@ def _with_weights(
 
 def _served(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether a kernel computes it, and its gradient where one will be needed."""
-    if query.shape[-1] % 8 or query.shape[-1] > 256:
+    if head_dim_reasons(query.shape[-1]):
         return False
     names = ("attention",)
     if needs_gradient(query, key, value):

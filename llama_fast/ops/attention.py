@@ -143,6 +143,11 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
+def head_dim_reasons(D: int) -> list[str]:
+    """Why no kernel serves heads of D elements, whatever its backend; nothing where one may."""
+    return [f"D is {D}; it must be a multiple of 8 up to 256"] if D % 8 or D > 256 else []
+
+
 def softmax_weights(scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """Softmax over the keys seen, in float32; zeros for the others and for a query without keys."""
     scores = scores.to(accumulate(scores.dtype)).masked_fill(~seen, float("-inf"))
