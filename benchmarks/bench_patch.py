@@ -17,6 +17,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,8 +86,9 @@ class Contender:
         of = dataclasses.replace(shape(options.shape), n_layers=layers)
         config = transformers.LlamaConfig(**of.to_hf())
         torch.manual_seed(0)
-        self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        self.model.to(self.device).eval()
+        with torch.device(self.device):
+            self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        self.model.eval()
         if kind == OURS:
             import llama_fast
 
@@ -157,11 +159,14 @@ def why_not(kind: str, device: str) -> str | None:
     return missing(TRANSFORMERS)
 
 
+def with_layers(shape: str, layers: int) -> str:
+    return f"{shape} with {layers} layer{'s' * (layers != 1)}"
+
+
 def name_of(row: str, options: Options) -> str:
     many = f"{options.batch} × " if options.batch > 1 else ""
-    layers = options.layers_of(row)
     tokens = "" if row == "decode" else f", {many}{options.tokens} tokens"
-    return f"patched {WHAT[row]}, {options.shape} with {layers} layers{tokens}"
+    return f"patched {WHAT[row]}, {with_layers(options.shape, options.layers_of(row))}{tokens}"
 
 
 def measure(row: str, options: Options) -> Row:
@@ -171,17 +176,8 @@ def measure(row: str, options: Options) -> Row:
     found = Row(name, f"{name}, beside transformers as it is", "tok/s", work)
     workers: dict[str, Worker] = {}
     try:
-        for kind in options.contenders:
-            if why := why_not(kind, options.device):
-                found.missing[kind] = why
-                continue
-            try:
-                workers[kind] = _start(kind, row, options)
-            except WorkerError as error:
-                if kind == OURS:
-                    raise
-                found.missing[kind] = error.text.splitlines()[0]
-        _compare(row, workers, found)
+        _start_all(row, options, workers, found)
+        compare(row, workers, found)
         calls: dict[str, Any] = {kind: partial(w.ask, row) for kind, w in workers.items()}
         processes = [os.getpid(), *(worker.process for worker in workers.values())]
         with OtherPrograms(processes) as others:
@@ -195,6 +191,26 @@ def measure(row: str, options: Options) -> Row:
             worker.close()
     found.goals = _goals(row, found, options.device)
     return found
+
+
+def _start_all(row: str, options: Options, workers: dict[str, Worker], found: Row) -> None:
+    """Fills `workers`, or `found.missing`. On a GPU they start side by side: much of it is the
+    host's work."""
+    for kind in options.contenders:
+        if why := why_not(kind, options.device):
+            found.missing[kind] = why
+    kinds = [kind for kind in options.contenders if kind not in found.missing]
+    with ThreadPoolExecutor(max(1, len(kinds)) if options.device == "cuda" else 1) as pool:
+        started = {kind: pool.submit(_start, kind, row, options) for kind in kinds}
+    failed: dict[str, WorkerError] = {}
+    for kind, future in started.items():
+        try:
+            workers[kind] = future.result()
+        except WorkerError as error:
+            failed[kind] = error
+            found.missing[kind] = error.text.splitlines()[0]
+    if OURS in failed:
+        raise failed[OURS]
 
 
 def _start(kind: str, row: str, options: Options) -> Worker:
@@ -211,7 +227,7 @@ def _start(kind: str, row: str, options: Options) -> Worker:
     return worker
 
 
-def _compare(row: str, workers: dict[str, Worker], found: Row) -> None:
+def compare(row: str, workers: dict[str, Worker], found: Row) -> None:
     """Leaves out who computes something else than transformers does."""
     if TRANSFORMERS not in workers:
         return

@@ -13,13 +13,15 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import cpu, memory, models
+from benchmarks import bench_patch, cpu, memory, models
 from benchmarks.worker import Worker, WorkerError
 from llama_fast import machine, results
 from llama_fast.checkpoint import write_random
 from llama_fast.config import LlamaConfig, RopeScaling
 from llama_fast.errors import WrongResultError
+from llama_fast.report import write
 from llama_fast.results import Row
 from llama_fast.timing import OtherPrograms, interleaved, ratio, spread
 
@@ -244,11 +246,12 @@ def test_the_pytest_suite_writes_its_fields(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    where = json.loads(path.read_text())["machine_info"]["llama_fast"]
-    assert where["ceilings"]["read"] > 1e8 and where["versions"]["torch"]
-    assert where["threads"] == 1
+    content = json.loads(path.read_text())
+    assert content["machine_info"]["llama_fast"]["isa"] == _cpu.isa()
+    run = content["llama_fast"]
+    assert run["ceilings"]["read"] > 1e8 and run["versions"]["torch"] and run["threads"] == 1
     groups: dict[str, dict] = {}
-    for entry in json.loads(path.read_text())["benchmarks"]:
+    for entry in content["benchmarks"]:
         groups.setdefault(entry["group"], {})[entry["extra_info"]["contender"]] = entry
     rows = results.load(path).rows
     assert set(rows) == set(groups)
@@ -277,9 +280,94 @@ def test_the_pytest_suite_writes_its_fields(tmp_path):
     assert "transformers" in groups["training step, demo, whole model"]
 
 
+def test_runs_are_compared_by_the_plugin(tmp_path):
+    """Its own flags: a run is saved, and the next one is held against it, test by test."""
+    pytest.importorskip("pygal", reason="histograms need pygal: '.[test]'")
+    ops = "rms_norm and decode and not add and (cpu or eager)"
+
+    def run(*flags: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [
+                *(sys.executable, "-m", "pytest", "benchmarks/test_ops.py", "-k", ops),
+                *("--threads", "1", "--shapes", "demo", "--rounds", "3"),
+                *(f"--benchmark-storage=file://{tmp_path}", *flags),
+            ],
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+        )
+
+    saved = run("--benchmark-save=before", "--benchmark-autosave")
+    assert saved.returncode == 0, saved.stdout + saved.stderr
+    (path,) = tmp_path.glob("*/0001_*.json")
+    content = json.loads(path.read_text())
+    for entry in content["benchmarks"]:  # one was a thousand times slower, one faster
+        factor = 1e3 if entry["extra_info"]["contender"] == "cpu" else 1e-3
+        entry["stats"]["median"] *= factor
+    path.write_text(json.dumps(content))
+    found = run(
+        *("--benchmark-compare", "--benchmark-compare-fail=median:15%"),
+        f"--benchmark-histogram={tmp_path}/bars",
+    )
+    said = found.stdout + found.stderr
+    assert found.returncode != 0 and "Performance has regressed" in said
+    worse = [line for line in said.splitlines() if "Field 'median'" in line]
+    assert len(worse) == 1 and "eager" in worse[0], said
+    assert "machine_info is different" not in said
+    assert list(tmp_path.glob("bars*.svg"))
+
+
 def test_the_rows_of_memory(tmp_path):
     made = models.Models(models.shape("demo"), tmp_path, 1, 1, 8, 2, print)
     row = memory.peak(made, "demo", "int8", "int8", 1.0)
     assert row.name == "memory demo int8" and 0.05 < row.samples[results.OURS][0] < 5
     prompt = memory.prompt(made.config, 256, 1, 1.0)
     assert 0 <= prompt.samples[results.OURS][0] < 1 and prompt.goals[0].needed == 1.0
+
+
+# --- a patched transformers model -------------------------------------------------------------
+
+
+def test_a_patched_model_beside_transformers(tmp_path, capsys):
+    """Rows that the report shows, with the goals; who cannot run here is missing by name."""
+    pytest.importorskip("transformers", reason="transformers is not installed: '.[test]'")
+    path = tmp_path / "results.json"
+    sizes = ("--shape", "demo", "--layers", "1", "--tokens", "8", "--steps", "2", "--rounds", "2")
+    who = ("--contenders", "llama_fast", "transformers", "liger-kernel", "--threads", "1")
+    assert bench_patch.main([*sizes, *who, "--device", "cpu", "--json", str(path)]) == 0
+    rows = results.load(path).rows
+    assert list(rows) == [
+        "patched prefill, demo with 1 layer, 8 tokens",
+        "patched decode, demo with 1 layer",
+        "patched training step, demo with 1 layer, 8 tokens",
+    ]
+    for row, needed in zip(rows.values(), (1.15, 2.5, 1.0), strict=True):
+        assert set(row.samples) == {"llama_fast", "transformers"} and row.own() == "llama_fast"
+        assert "liger-kernel" in row.missing and len(row.samples["llama_fast"]) == 2
+        (goal,) = row.goals
+        assert (goal.what, goal.needed) == ("× transformers", needed) and goal.value > 0
+        assert row.measured_with["ceilings"]["read"] > 1e8
+    assert bench_patch.why_not("liger-kernel", "cpu")
+    page = write([results.load(path)], tmp_path / "report", figures=False).page.read_text()
+    assert "| patched decode, demo with 1 layer, beside transformers as it is |" in page
+
+
+def test_a_model_that_computes_something_else_has_no_time():
+    class Says:
+        closed = False
+
+        def __init__(self, value: float) -> None:
+            self.value = torch.tensor([1.0, value])
+
+        def ask(self, method: str, row: str) -> torch.Tensor:
+            return self.value
+
+        def close(self) -> None:
+            self.closed = True
+
+    wrong = Says(3.0)
+    workers = {"llama_fast": wrong, "torch.compile": Says(2.01), "transformers": Says(2.0)}
+    row = Row("decode", "", "tok/s")
+    bench_patch.compare("decode", workers, row)
+    assert set(workers) == {"torch.compile", "transformers"} and wrong.closed
+    assert "its time means nothing" in row.missing["llama_fast"]

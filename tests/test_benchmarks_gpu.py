@@ -58,7 +58,7 @@ def test_the_rehearsal_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert "llama_fast cuda warpgroups" in attention.samples or "cuda" in attention.missing
     host = found["rms_norm, tiny, prefill, 4 tokens, bfloat16, forward"].goals[0]
     assert host.value > 0 and host.at_most
-    assert found["decode int4, tiny with 1 layers behind 8 tokens"].goals[0].needed == 0.75
+    assert found["decode int4, tiny with 1 layer, behind 8 tokens"].goals[0].needed == 0.75
     (trained,) = (row for name, row in found.items() if name.startswith("patched training"))
     assert {"llama_fast", "transformers"} == set(trained.samples) and trained.memory
 

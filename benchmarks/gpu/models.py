@@ -26,7 +26,7 @@ from llama_fast.results import OURS, Row
 from llama_fast.timing import OtherPrograms, interleaved, interleaved_on_gpu
 
 from .goals import bandwidth
-from .part import measured
+from .part import measured, said
 from .setting import KERNELS, Setting
 
 DECODE = {"bf16": 0.90, "int8": 0.85, "int4": 0.75}  # of bandwidth
@@ -40,8 +40,8 @@ EAGER = "eager"
 
 def decode(setting: Setting) -> list[str]:
     sizes = setting.sizes
-    of = f"{sizes.shape} with {sizes.layers} layers behind {sizes.context} tokens"
-    names = {form: f"decode {form}, {of}" for form in DECODE}
+    of = bench_patch.with_layers(sizes.shape, sizes.layers)
+    names = {form: f"decode {form}, {of}, behind {sizes.context} tokens" for form in DECODE}
     return measured(
         setting, {name: partial(_decode, form, name, setting) for form, name in names.items()}
     )
@@ -73,7 +73,8 @@ def _decode(form: str, name: str, setting: Setting, failed: dict[str, Exception]
                 row.errors[who] = _error(step, token, expected)
         except Exception as error:
             failed[who] = error
-            row.missing[who] = f"{type(error).__name__}: {error}"
+            row.missing[who] = said(error)
+            row.notes.append(f"{who} failed: {said(error)}")
             continue
         if setting.gpu and step.replay is None:
             row.notes.append(f"{who}: the step could not be captured, and is run in Python")

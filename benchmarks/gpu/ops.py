@@ -24,7 +24,7 @@ from .goals import (
     memory_of_logits,
     triton_alone,
 )
-from .part import measured
+from .part import measured, said
 from .setting import KERNELS, Setting, Sizes
 
 EAGER = "eager"
@@ -149,7 +149,8 @@ def row(call: Call, setting: Setting, failed: dict[str, Exception]) -> Row:
         which=call.which, rounds=sizes.rounds, thorough=True, failed=failed, others=others,
     )  # fmt: skip
     for name, error in failed.items():
-        found.missing[name] = f"{type(error).__name__}: {error}"
+        found.missing[name] = said(error)
+        found.notes.append(f"{name} failed: {said(error)}")
     found.missing = {**missing, **found.missing}
     found.goals = [target.measured(found) for target in call.targets]
     return found

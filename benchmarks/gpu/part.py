@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from llama_fast.registry import backends
-from llama_fast.results import Row
+from llama_fast.results import OURS, OWN, Row
 
 from .parts import PARTS
 from .setting import Setting, kernels
 
 # Seconds for one row: what takes longer hangs, and the process ends with a traceback.
-PATIENCE = 100
+PATIENCE = 140
 LOST = 3  # the exit code of a process whose GPU answers nothing any more
 
 
@@ -40,8 +40,9 @@ def run_part(file: Path) -> int:
 def measured(setting: Setting, rows: dict[str, Callable[[dict[str, Exception]], Row]]) -> list[str]:
     """Measures the rows, by name, that are not done; returns what failed, in sentences.
 
-    A row is a function that takes a dict for the exceptions of contenders that it leaves out. Where
-    the GPU is lost, the contender that failed first is named, and the process ends.
+    A row is a function that takes a dict for the exceptions of contenders that it leaves out, of
+    which those of our own fail. Where the GPU is lost, the contender that failed first is named,
+    and the process ends.
     """
     failures = []
     for name, measure in rows.items():
@@ -57,7 +58,11 @@ def measured(setting: Setting, rows: dict[str, Callable[[dict[str, Exception]], 
         except Exception as error:  # the other rows still run
             failures.append(f"{name}: {said(error)}")
         faulthandler.cancel_dump_traceback_later()
-        failures += [f"{name} by {who}: {said(error)}" for who, error in failed.items()]
+        failures += [
+            f"{name} by {who}: {said(error)}"
+            for who, error in failed.items()
+            if who in OWN or who.startswith(OURS)
+        ]
         if setting.gpu and (lost := why_lost()):
             print("\n".join(failures))
             setting.write(lost=next(iter(failed), None), why=lost)

@@ -16,7 +16,7 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "build": Part(110, "checks:build"),
+    "build": Part(105, "checks:build"),
     "tests": Part(60, "checks:triton_tests"),
     "memory_bound": Part(55, "ops:measure"),
     "attention": Part(55, "ops:measure"),
@@ -25,7 +25,7 @@ PARTS = {
     "loss": Part(30, "ops:measure"),
     "graph": Part(10, "checks:graph"),
     "decode": Part(55, "models:decode"),
-    "training": Part(60, "models:training"),
+    "training": Part(80, "models:training"),
     "cuda_tests": Part(40, "checks:cuda_tests"),
     "sanitizers": Part(20, "checks:sanitizers"),
 }
