@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.models import PAUSE, missing, shape
+from benchmarks.models import PAUSE, missing, shape, with_layers
 from benchmarks.worker import Worker, WorkerError, run_apart
 from llama_fast import ceilings, machine, results
 from llama_fast.errors import LlamaFastError
@@ -157,10 +157,6 @@ def why_not(kind: str, device: str) -> str | None:
     if kind == LIGER and device == "cpu":
         return "liger-kernel needs a GPU: its kernels run nowhere else"
     return missing(TRANSFORMERS)
-
-
-def with_layers(shape: str, layers: int) -> str:
-    return f"{shape} with {layers} layer{'s' * (layers != 1)}"
 
 
 def name_of(row: str, options: Options) -> str:

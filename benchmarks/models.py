@@ -42,6 +42,11 @@ def shape(name: str) -> LlamaConfig:
     return open_checkpoint(DEMO).config
 
 
+def with_layers(shape: str, layers: int) -> str:
+    """For the names of rows."""
+    return f"{shape} with {layers} layer{'s' * (layers != 1)}"
+
+
 @dataclass(frozen=True)
 class Weights:
     """A form of the weights: how `Llama.from_pretrained` names it, and the peers that have it.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import llama_fast
 from benchmarks.conftest import MEASURED, SHAPES, chosen, play, rivals
-from benchmarks.models import CONTEXT_TOKENS, WEIGHTS, missing, prefill_flops
+from benchmarks.models import CONTEXT_TOKENS, WEIGHTS, missing, prefill_flops, with_layers
 from benchmarks.models import shape as shape_of
 from llama_fast.ceilings import Ceilings
 from llama_fast.checkpoint import write_random
@@ -222,7 +222,7 @@ class Setting:
         c = self.config
         length = self.given(work).shape[1]
         samples = {"decode": STEPS, "load": 2 * c.n_params / 1e9}.get(work, length)
-        what = f"{work}, {shape} with {c.n_layers} layers"
+        what = f"{work}, {with_layers(shape, c.n_layers)}"
         if work in ("prefill", "training step"):
             what += f", {length} tokens"
         row = Row(what, what, "GB/s" if work == "load" else "tok/s", samples)

@@ -83,6 +83,8 @@ def _quick(workload: str, kind: str) -> bool:
     op, *matrix = workload.split()
     if op == "linear_quantized":
         return matrix[0] in QUANTIZED and (kind != "training" or matrix[1] == "int8")
+    if op == "linear_swiglu_quantized":  # its gradients are those of the two ops that it is
+        return kind != "training"
     # Of a prompt the head sees the last token alone; its gradients are linear_cross_entropy's.
     return op != "linear" or matrix[0] in (MATRICES if kind == "decode" else MATRICES[:2])
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench_patch
+from benchmarks.models import with_layers
 from llama_fast.backends import cuda
 from llama_fast.cli.measure import bytes_per_token
 from llama_fast.decode import DecodeStep
@@ -40,7 +41,7 @@ EAGER = "eager"
 
 def decode(setting: Setting) -> list[str]:
     sizes = setting.sizes
-    of = bench_patch.with_layers(sizes.shape, sizes.layers)
+    of = with_layers(sizes.shape, sizes.layers)
     names = {form: f"decode {form}, {of}, behind {sizes.context} tokens" for form in DECODE}
     return measured(
         setting, {name: partial(_decode, form, name, setting) for form, name in names.items()}
