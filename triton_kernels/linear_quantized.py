@@ -1,7 +1,8 @@
 """Linear layer whose weight is 8-bit or 4-bit integers: y = x Wᵀ, dequantised on the way.
 
     y[m, o] = Σ over groups of scale[o] · (Σ_i x[m, i] · (code[o, i] - centre))
-                            (or scale · Σ x · code + offset · Σ x, where there are offsets)
+        (and + (offset + centre · scale) · Σ x, where there are offsets: of codes that are not
+        centred the two sums would be large and nearly cancel, which float32 x shows)
 
 Bound by reading the codes while rows are few: a program owns 16 to 64 rows of W and walks their
 groups. A code is a whole number of at most 8 bits, which the half types hold exactly, so a group is
@@ -54,6 +55,7 @@ def linear_quantized_kernel(
     block, r = (o // 16).to(tl.int64), o % 16
     x_row = x_ptr + row_offset(row, n1, n2, stride_x0, stride_x1, stride_x2)
     RUN: tl.constexpr = 32 // BITS  # columns of the four bytes that lie together
+    CENTRE: tl.constexpr = 1 << (BITS - 1)
     # Bytes from a block's start to (row r, column i) of its first group.
     byte = r[:, None] * 4 + (i // RUN)[None, :] * 64 + (i % 4)[None, :]
     code_row = codes_ptr + (block * groups * (GROUP // RUN * 64))[:, None] + byte
@@ -68,14 +70,13 @@ def linear_quantized_kernel(
         if BITS == 4:  # the second four columns of a run are the high halves
             code = (code >> (i % RUN // 4 * 4)[None, :].to(tl.uint8)) & 15
         scale = tl.load(scales_ptr + scale_at + group * 16, mask=valid, other=0.0).to(tl.float32)
-        w = code.to(tl.float32)
-        if not HAS_OFFSETS:
-            w -= 1 << (BITS - 1)
+        w = code.to(tl.float32) - CENTRE
         s = tl.dot(x, tl.trans(w.to(x.dtype)), input_precision="ieee")
         acc += s * scale[None, :]
         if HAS_OFFSETS:
             offset = tl.load(offsets_ptr + scale_at + group * 16, mask=valid, other=0.0)
-            acc += tl.sum(x.to(tl.float32), axis=1)[:, None] * offset.to(tl.float32)[None, :]
+            offset = offset.to(tl.float32) + CENTRE * scale
+            acc += tl.sum(x.to(tl.float32), axis=1)[:, None] * offset[None, :]
     inside = (row[:, None] < M) & (o[None, :] < C_out)
     y_at = row[:, None] * C_out + o[None, :]
     tl.store(y_ptr + y_at, acc.to(y_ptr.dtype.element_ty), mask=inside)
