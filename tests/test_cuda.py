@@ -159,6 +159,18 @@ def test_after_a_launch_that_fails_the_next_one_runs():
         assert torch.equal(attention(many[:2], many[:2], many[:2]), many[:2])
 
 
+@on_host
+def test_decoding_takes_a_batch_of_any_size(monkeypatch):
+    """Its rows are gridDim.x, which alone goes beyond 65,535; here with two blocks to a row."""
+    monkeypatch.setattr(cuda, "splits", lambda *sizes: 2)
+    q, k, v = torch.randn(3, 7, 40, 1, 64).bfloat16()
+    with use_backend("eager"):
+        expected = attention(q[:, :1], k, v)
+    with host.use_host(grid_limit=6), use_backend("cuda", strict=True):
+        found = attention(q[:, :1], k, v)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.01)
+
+
 OF_DECODING = """rms_norm add_rms_norm swiglu kv_append attention linear linear_quantized
     linear_swiglu linear_swiglu_quantized""".split()
 

@@ -16,6 +16,9 @@ extern "C" {
 __attribute__((visibility("default"))) void cuda_host_set_order(int order) {
   cuda_host::order = order;
 }
+__attribute__((visibility("default"))) void cuda_host_set_grid_limit(unsigned limit) {
+  cuda_host::grid_limit = limit;
+}
 __attribute__((visibility("default"))) const char* cuda_host_take_launches() {
   static std::string taken;
   taken = cuda_host::take_launches();

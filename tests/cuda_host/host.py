@@ -56,12 +56,16 @@ def why_not() -> str:
     return ""
 
 
+GRID_LIMIT = 65535  # of gridDim.y and gridDim.z
+
+
 @contextmanager
-def use_host(*, order: int = 0) -> Iterator[None]:
+def use_host(*, order: int = 0, grid_limit: int = GRID_LIMIT) -> Iterator[None]:
     """Inside the block, the backend "cuda" runs on CPU tensors, its blocks and threads in order,
-    or in reverse with order=1."""
+    or in reverse with order=1. A smaller grid_limit shows what a launch does beyond it."""
     real = cuda._cuda, cuda.BACKEND.unavailable
     library().cuda_host_set_order(order)
+    library().cuda_host_set_grid_limit(grid_limit)
     _take(module(), [])
     try:
         yield

@@ -43,6 +43,7 @@ namespace cuda_host {
 
 const Thread* self = nullptr;
 int order = 0;
+unsigned grid_limit = 65535;
 
 namespace {
 
@@ -281,8 +282,8 @@ void run(const char* name, dim3 grid, dim3 block, size_t bytes, const std::funct
     throw llama_fast::cuda::LaunchError("kernel " + kernel + ": " + why);
   };
   if (threads == 0 || threads > 1024) refuse(std::to_string(threads) + " threads to a block");
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
-      grid.z > 65535)
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu ||
+      grid.y > grid_limit || grid.z > grid_limit)
     refuse("a grid that no GPU takes");
   thread_body = &body;
   must_wait = overlaps;

@@ -80,6 +80,9 @@ void waited_for_kernel_before();
 // 0: blocks and threads in order; 1: in reverse.
 extern int order;
 
+// What gridDim.y and gridDim.z may be: 65535 on GPUs, less to see what a launch does beyond it.
+extern unsigned grid_limit;
+
 // The launches since the list was last taken, as "kernel\tblocks\tthreads\tshared bytes" lines.
 std::string take_launches();
 
