@@ -75,9 +75,9 @@ class Wanted:
         if self.backward and not self.is_op:
             raise typer.BadParameter("it is of ops; train has gradients by itself",
                                      param_hint="--backward")  # fmt: skip
-        of_quantized = self.what in ("decode", "prefill") or self.what.endswith("_quantized")
-        if self.quantize and not of_quantized:
-            raise typer.BadParameter("it is of decode, prefill and ops of quantised weights",
+        forms = ("decode", "prefill", "linear_quantized", "linear_swiglu_quantized")
+        if self.quantize and self.what not in forms:
+            raise typer.BadParameter(f"it is of {', '.join(forms)}",
                                      param_hint="--quantize")  # fmt: skip
         if self.what == "decode" and (self.tokens or 1) != 1:
             raise typer.BadParameter("decoding takes one token a step; give prefill for more",
