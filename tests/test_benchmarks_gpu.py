@@ -112,6 +112,19 @@ def test_failures_do_not_start_a_part_anew(setting):
     assert begin(setting, [], seconds=1.0)[0] == "no time was left"
 
 
+@pytest.mark.parametrize("who", ["cuda", "llama_fast cuda warpgroups"])
+def test_what_was_left_out_is_missing_from_the_row(setting, who):
+    setting.without[who] = "a process ended with it"
+    call = ops.attention(TINY)[0]
+    failed: dict[str, Exception] = {}
+    with part.kernels(setting):
+        row = ops.row(call, setting, failed)
+    assert not failed and who not in row.samples and "triton" in row.samples
+    assert row.missing[who] == "a process ended with it"
+    if who != "cuda" and "cuda" not in row.missing:
+        assert "cuda" in row.samples
+
+
 def test_a_process_that_ends_in_a_row_says_which(setting, monkeypatch):
     """A real one: a row that hangs is ended with a traceback, and what was measured is kept."""
     monkeypatch.setattr(part, "PATIENCE", 0.5)

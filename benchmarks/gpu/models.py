@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -28,7 +27,7 @@ from llama_fast.timing import OtherPrograms, interleaved, interleaved_on_gpu
 
 from .goals import bandwidth
 from .part import measured, said
-from .setting import KERNELS, Setting
+from .setting import KERNELS, Setting, constant
 
 DECODE = {"bf16": 0.90, "int8": 0.85, "int4": 0.75}  # of bandwidth
 # Of the logits' own size, from the eager definitions in the same dtype: rounding through all
@@ -48,7 +47,7 @@ def decode(setting: Setting) -> list[str]:
     )
 
 
-def _decode(form: str, name: str, setting: Setting, failed: dict[str, Exception]) -> Row:
+def _decode(form: str, what: str, setting: Setting, failed: dict[str, Exception]) -> Row:
     sizes = setting.sizes
     model = random_model(
         sizes.config,
@@ -57,19 +56,20 @@ def _decode(form: str, name: str, setting: Setting, failed: dict[str, Exception]
         device=setting.device,
         quantize=None if form == "bf16" else form,
     )
-    row = Row(name, name, "tok/s", 1.0, missing=dict(setting.without))
+    row = Row(what, what, "tok/s", 1.0, missing=dict(setting.without))
     token = torch.zeros(1, dtype=torch.int64, device=setting.device)
     with use_backend(EAGER, strict=True):
         expected = _step(model, sizes.context)(token).clone()
     steps: dict[str, Callable[[], Any]] = {}
-    for who, backend, constant in _contenders():
-        if backend in setting.without:
+    kept = []  # a replay writes to the memory of its step
+    for who, backend, name in _contenders():
+        if {who, backend} & setting.without.keys():
             continue
         if backend != EAGER and (why := backends()[backend].unavailable):
             row.missing[who] = "; ".join(why)
             continue
         try:
-            with use_backend(backend, strict=True), _set(constant):
+            with use_backend(backend, strict=True), constant(name):
                 step = _step(model, sizes.context)
                 row.errors[who] = _error(step, token, expected)
         except Exception as error:
@@ -79,7 +79,8 @@ def _decode(form: str, name: str, setting: Setting, failed: dict[str, Exception]
             continue
         if setting.gpu and step.replay is None:
             row.notes.append(f"{who}: the step could not be captured, and is run in Python")
-        steps[who] = step.replay or _in_python(step, token, backend, constant)
+        kept.append(step)
+        steps[who] = step.replay or _in_python(step, token, backend, name)
     if setting.gpu:
         row.samples, _ = interleaved_on_gpu(steps, ROUNDS)
     else:
@@ -99,19 +100,6 @@ def _contenders() -> list[tuple[str, str, str]]:
     if hasattr(cuda, "OVERLAP"):
         rows.insert(1, (f"{OURS} cuda overlap", "cuda", "OVERLAP"))
     return rows
-
-
-@contextmanager
-def _set(constant: str):
-    if not constant:
-        yield
-        return
-    before = getattr(cuda, constant)
-    setattr(cuda, constant, True)
-    try:
-        yield
-    finally:
-        setattr(cuda, constant, before)
 
 
 def _step(model: Any, context: int) -> DecodeStep:
@@ -139,9 +127,9 @@ def _error(step: DecodeStep, token: Tensor, expected: Tensor) -> float:
     return errors[-1]
 
 
-def _in_python(step: DecodeStep, token: Tensor, backend: str, constant: str) -> Callable[[], Any]:
+def _in_python(step: DecodeStep, token: Tensor, backend: str, name: str) -> Callable[[], Any]:
     def run() -> None:
-        with use_backend(backend, strict=True), _set(constant):
+        with use_backend(backend, strict=True), constant(name):
             step(token)
 
     return run

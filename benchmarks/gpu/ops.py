@@ -25,7 +25,7 @@ from .goals import (
     triton_alone,
 )
 from .part import measured, said
-from .setting import KERNELS, Setting, Sizes
+from .setting import KERNELS, Setting, Sizes, constant
 
 EAGER = "eager"
 # What holds no matrix of scores: the others could not serve the longest prompts.
@@ -142,8 +142,12 @@ def row(call: Call, setting: Setting, failed: dict[str, Exception]) -> Row:
         else:
             able.append(name)
     del args
-    asked = [name for name in call.asked_for if "cuda" in able and hasattr(cuda, name)]
-    others = {f"{OURS} cuda {name.lower()}": with_setting(name, call.op) for name in asked}
+    asked = {f"{OURS} cuda {name.lower()}": name for name in call.asked_for if "cuda" in able}
+    others = {
+        who: with_setting(name, call.op)
+        for who, name in asked.items()
+        if who not in missing and hasattr(cuda, name)
+    }
     found = speed.measure(
         call.workload, make, able, shape=sizes.shape, work=call.work, ceilings=setting.ceilings,
         which=call.which, rounds=sizes.rounds, thorough=True, failed=failed, others=others,
@@ -161,11 +165,7 @@ def with_setting(name: str, op: str) -> Callable[..., Any]:
     call = contenders.call("cuda", OPS[op])
 
     def set_and_call(*args: Any) -> Any:
-        before = getattr(cuda, name)
-        setattr(cuda, name, True)
-        try:
+        with constant(name):
             return call(*args)
-        finally:
-            setattr(cuda, name, before)
 
     return set_and_call

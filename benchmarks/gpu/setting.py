@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llama_fast.backends import cuda
 from llama_fast.ceilings import Ceilings
 from llama_fast.config import LlamaConfig
 from llama_fast.registry import ORDER
@@ -28,8 +29,8 @@ class Sizes:
     prompts   lengths of causal attention, of `at_once` tokens in all
     caches    (B,S) of attention that decodes a token
     batches   rows of the products of decoding; matrices: of the model's, by `llama_fast.workloads`
-    context   tokens before a model's decoded one
-    batch, sequence  of a training step
+    context   tokens before a model's decoded one; layers: of that model
+    rounds    samples of each contender, on a GPU times speed.ROUNDS_ON_GPU
     """
 
     shape: str
@@ -126,6 +127,20 @@ class Setting:
         part = found.pop("part")
         given = {"lines": Path(found.pop("lines")), "ceilings": Ceilings(**found.pop("ceilings"))}
         return cls(**found, **given), part
+
+
+@contextmanager
+def constant(name: str) -> Iterator[None]:
+    """Inside the block, a constant of llama_fast.backends.cuda is True, which asks for another way
+    of a kernel; without a name nothing is."""
+    before = getattr(cuda, name) if name else None
+    if name:
+        setattr(cuda, name, True)
+    try:
+        yield
+    finally:
+        if name:
+            setattr(cuda, name, before)
 
 
 @contextmanager
