@@ -9,6 +9,11 @@ from pathlib import Path
 
 import torch
 
+try:
+    from . import _cpu
+except ImportError:
+    _cpu = None
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _HIGHEST_IS_NOW = "5"  # what proc(5) has one write there
@@ -40,7 +45,9 @@ def extra_memory(call: Callable[[], object], device: str | torch.device = "cpu")
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        # What the allocator keeps of earlier calls would be used again and not be seen.
+        # What allocators keep of earlier calls would be used again and not be seen.
+        if _cpu is not None:
+            _cpu.free_idle_blocks()
         ctypes.CDLL(None).malloc_trim(0)
         _CLEAR.write_text(_HIGHEST_IS_NOW)
     except (AttributeError, OSError):

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import BackendError, FallbackWarning, GradientError
+from .kind_of_call import kind_of_call
 
 ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
 # Kinds of calls that an op remembers at most.
@@ -207,21 +207,12 @@ class Op:
         record a gradient, or for tensor subclasses; the direct call costs a tenth as much."""
         if interposed():
             return self._torch_op(*args)
-        grad = torch.is_grad_enabled()
-        kind_of_call = [_request.get()]
-        for arg in args:
-            kind = type(arg)
-            if kind is Tensor or kind is Parameter:
-                if grad and arg.requires_grad:
-                    return self._torch_op(*args)
-                kind_of_call += (arg.is_cpu or arg.device, arg.dtype, arg.shape, arg.stride())
-            elif isinstance(arg, Tensor):
-                return self._torch_op(*args)
-            else:
-                kind_of_call.append(arg)
+        kind = kind_of_call(args, torch.is_grad_enabled())
+        if kind is None:
+            return self._torch_op(*args)
         if self._written:
             self._count_writes(args)
-        key = tuple(kind_of_call)
+        key = (_request.get(), kind)
         try:
             launch = self._known.get(key)
         except TypeError:  # an argument that cannot be hashed is of no type that an op takes
@@ -424,9 +415,8 @@ class Op:
 
     def _count_writes(self, args: tuple) -> None:
         """Tells autograd that the tensors have changed, should a gradient need their old values."""
-        for i in self._written:
-            if not args[i].is_inference():
-                torch.autograd.graph.increment_version(args[i])
+        counted = [args[i] for i in self._written if not args[i].is_inference()]
+        torch.autograd.graph.increment_version(counted)
 
 
 def recorder(device: torch.device) -> Any:
@@ -459,14 +449,20 @@ def nothing(*args: Any) -> list[str]:
     return []
 
 
+# Every call of an op asks these, and to find them would take as long as they do.
+_is_autocast_enabled = torch._C._is_any_autocast_enabled
+_count_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.maybe_current_level
+
+
 def interposed() -> bool:
     """True while something traces or transforms calls: torch.compile, a mode, functorch or
     autocast."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
+        or _is_autocast_enabled()
+        or _count_dispatch_modes() > 0
+        or _functorch_level() is not None
     )
 
 

@@ -2,9 +2,6 @@
 // argument before it calls; nothing is checked twice here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <array>
@@ -14,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/blocks.h"
+#include "bindings/kind_of_call.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -75,6 +74,19 @@ void set_isa(const std::string& name) {
 
 template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
+// What makes the kinds of calls with tensors of these types, or None where their library does not
+// offer DLPack's C functions (torch does from 2.10 on).
+py::object kinds_of_calls(py::type tensor, py::type parameter, py::function fallback) {
+  const auto capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return py::none();
+  const auto* api = static_cast<const DLPackExchangeAPI*>(
+      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api->major != 1 || !api->dltensor_from_py_object) return py::none();
+  return py::cpp_function(
+      [kind = KindOfCall(std::move(tensor), std::move(parameter), api, std::move(fallback))](
+          const py::tuple& args, bool grad) { return kind(args, grad); });
+}
+
 // n0, n1, n2, stride0, stride1, stride2
 using Layout = std::array<int64_t, 6>;
 Rows rows(const Layout& l) { return {l[0], l[1], l[2], l[3], l[4], l[5]}; }
@@ -86,23 +98,43 @@ Heads heads(uintptr_t data, int64_t count, const Strides& s) {
   return {pointer<void>(data), count, heads(s)};
 }
 
-// Codes and scales of a cache in 8 bits, and the strides of codes (B, S, K, D) and scales (B, S, K).
-using Coded = std::array<uintptr_t, 2>;
+// Strides of codes (B, S, K, D) and scales (B, S, K) of a cache in 8 bits.
 using CodedStrides = std::pair<Strides, std::array<int64_t, 3>>;
-QuantizedHeads coded(const Coded& at, const CodedStrides& s) {
-  return {pointer<int8_t>(at[0]), heads(s.first), pointer<float>(at[1]),
-          {s.second[0], s.second[1], s.second[2]}};
+QuantizedHeads coded(const CodedStrides& s) {
+  return {nullptr, heads(s.first), nullptr, {s.second[0], s.second[1], s.second[2]}};
 }
 
-// Asks the system to back fresh memory by huge pages. A large output is mapped anew for each call,
-// and to fault it in by pages of 4 kB takes longer than to compute it.
-void prefer_huge_pages(uintptr_t address, uint64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t PAGE = 4096;
-  const uintptr_t begin = (address + PAGE - 1) & ~(PAGE - 1), end = (address + bytes) & ~(PAGE - 1);
-  // Where the system refuses, everything works as without.
-  if (begin < end) (void)madvise(pointer<void>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+// The first row that would end beyond `most` slots of a cache, or -1.
+int64_t row_beyond(const KvAppendArgs& call, int64_t most) {
+  for (int64_t b = 0; b < call.B; ++b)
+    if (call.lengths[b * call.lengths_stride] > most) return b;
+  return -1;
+}
+// The first row whose length exceeds S, or -1.
+int64_t row_beyond(const AttentionArgs& call) {
+  for (int64_t b = 0; call.lengths && b < call.B; ++b)
+    if (call.lengths[b] > call.S) return b;
+  return -1;
+}
+
+void set_tensors(KvAppendArgs& call, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t cos,
+                 uintptr_t sin, uintptr_t q_out) {
+  call.q.data = pointer<void>(q);
+  call.k.data = pointer<void>(k);
+  call.v.data = pointer<void>(v);
+  call.cos = pointer<float>(cos);
+  call.sin = pointer<float>(sin);
+  call.q_out = pointer<void>(q_out);
+}
+
+// An uninitialised tensor as a capsule that torch.from_dlpack takes, which renames it.
+py::capsule large_tensor(bool bfloat16, int64_t itemsize, std::vector<int64_t> shape) {
+  auto* managed = BlockTensor::make(bfloat16 ? kDLBfloat : kDLFloat, itemsize, std::move(shape));
+  return py::capsule(managed, "dltensor", [](PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;  // a tensor has it
+    auto* unused = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    unused->deleter(unused);
+  });
 }
 
 // Kernels launched by one thread, to be launched again with the same pointers.
@@ -137,6 +169,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return chosen.first; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("address"), py::arg("bytes"));
+  m.def("large_tensor", &large_tensor, py::arg("bfloat16"), py::arg("itemsize"), py::arg("shape"),
+        "An uninitialised tensor of floats, as a DLPack capsule, in memory that is used again.");
+  m.def("free_idle_blocks", [] { blocks().free_idle(); },
+        "Frees what is kept for the next `large_tensor`.");
+
+  m.def("kinds_of_calls", &kinds_of_calls, py::arg("tensor"), py::arg("parameter"),
+        py::arg("fallback"));
 
   py::class_<Tape>(m, "Tape", "The kernels that were launched while it recorded.")
       .def(py::init<>())
@@ -148,42 +187,6 @@ PYBIND11_MODULE(_cpu, m) {
       .def("run", &Tape::run,
            "Launches all again. Lengths that lie in memory are not checked anew.")
       .def("__len__", [](const Tape& tape) { return tape.launches.size(); });
-
-  // Returns the first row whose length exceeds S, having done nothing then, or -1.
-  m.def("attention", [](int dtype, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
-                        uintptr_t lse, uintptr_t lengths, const std::array<int64_t, 4>& q_shape,
-                        const std::array<int64_t, 4>& k_shape, const Strides& q_stride,
-                        const Strides& k_stride, const Strides& v_stride, bool causal,
-                        float scale) -> int64_t {
-    const auto [B, T, H, D] = q_shape;
-    const int64_t S = k_shape[1], K = k_shape[2];
-    const auto* length = pointer<const int64_t>(lengths);
-    for (int64_t b = 0; length && b < B; ++b)
-      if (length[b] > S) return b;
-    launch(&KernelTable::attention, AttentionArgs{DType(dtype), pointer<void>(q), pointer<void>(k),
-           pointer<void>(v), pointer<void>(o), pointer<void>(lse), length, B, T, S, H, K, D, heads(q_stride),
-           heads(k_stride), heads(v_stride), causal, scale});
-    return -1;
-  });
-
-  // As attention.
-  m.def("attention_quantized", [](int dtype, uintptr_t q, const Coded& k, const Coded& v,
-                                  uintptr_t o, uintptr_t lengths,
-                                  const std::array<int64_t, 4>& q_shape,
-                                  const std::array<int64_t, 4>& k_shape, const Strides& q_stride,
-                                  const CodedStrides& k_strides, const CodedStrides& v_strides,
-                                  bool causal, float scale) -> int64_t {
-    const auto [B, T, H, D] = q_shape;
-    const int64_t S = k_shape[1], K = k_shape[2];
-    const auto* length = pointer<const int64_t>(lengths);
-    for (int64_t b = 0; length && b < B; ++b)
-      if (length[b] > S) return b;
-    launch(&KernelTable::attention_quantized, AttentionQuantizedArgs{
-           {DType(dtype), pointer<void>(q), nullptr, nullptr, pointer<void>(o), nullptr, length, B,
-            T, S, H, K, D, heads(q_stride), {}, {}, causal, scale},
-           coded(k, k_strides), coded(v, v_strides)});
-    return -1;
-  });
 
   m.def("read_memory", [](uintptr_t source, int64_t bytes, int64_t threads, uintptr_t sink) {
     launch(&KernelTable::read_memory, CeilingArgs{pointer<void>(source), nullptr, bytes, 0,
@@ -200,90 +203,203 @@ PYBIND11_MODULE(_cpu, m) {
     return steps * threads * 12 * table.lanes * (pairs && table.bf16_pairs ? 4 : 2);
   }, "Runs the loop and returns its floating-point operations.");
 
-  m.def("rms_norm", [](int dtype, uintptr_t x, uintptr_t weight, uintptr_t y, const Layout& layout,
-                       int64_t C, float eps) {
-    launch(&KernelTable::rms_norm, RmsNormArgs{DType(dtype), pointer<void>(x),
-           pointer<void>(weight), pointer<void>(y), rows(layout), C, eps});
+  // Each of these takes what calls of one kind have in common, and returns what launches such a call:
+  // it takes the addresses of the tensors.
+
+  m.def("rms_norm", [](int dtype, const Layout& layout, int64_t C, float eps) {
+    const RmsNormArgs kind{DType(dtype), nullptr, nullptr, nullptr, rows(layout), C, eps};
+    return py::cpp_function([kind](uintptr_t x, uintptr_t weight, uintptr_t y) {
+      RmsNormArgs call = kind;
+      call.x = pointer<void>(x);
+      call.weight = pointer<void>(weight);
+      call.y = pointer<void>(y);
+      launch(&KernelTable::rms_norm, call);
+    });
   });
 
-  m.def("add_rms_norm", [](int dtype, uintptr_t x, uintptr_t residual, uintptr_t weight,
-                           uintptr_t y, uintptr_t total, const Layout& x_layout,
-                           const Layout& residual_layout, int64_t C, float eps) {
-    launch(&KernelTable::add_rms_norm, AddRmsNormArgs{DType(dtype), pointer<void>(x),
-           pointer<void>(residual), pointer<void>(weight), pointer<void>(y), pointer<void>(total),
-           rows(x_layout), rows(residual_layout), C, eps});
+  m.def("add_rms_norm", [](int dtype, const Layout& x_layout, const Layout& residual_layout,
+                           int64_t C, float eps) {
+    const AddRmsNormArgs kind{DType(dtype), nullptr, nullptr, nullptr, nullptr, nullptr,
+                              rows(x_layout), rows(residual_layout), C, eps};
+    return py::cpp_function([kind](uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t y,
+                                   uintptr_t total) {
+      AddRmsNormArgs call = kind;
+      call.x = pointer<void>(x);
+      call.residual = pointer<void>(residual);
+      call.weight = pointer<void>(weight);
+      call.y = pointer<void>(y);
+      call.total = pointer<void>(total);
+      launch(&KernelTable::add_rms_norm, call);
+    });
   });
 
-  m.def("swiglu", [](int dtype, uintptr_t gate, uintptr_t up, uintptr_t h,
-                     const Layout& gate_layout, const Layout& up_layout, int64_t F) {
-    launch(&KernelTable::swiglu, SwigluArgs{DType(dtype), pointer<void>(gate), pointer<void>(up),
-           pointer<void>(h), rows(gate_layout), rows(up_layout), F});
+  m.def("swiglu", [](int dtype, const Layout& gate_layout, const Layout& up_layout, int64_t F) {
+    const SwigluArgs kind{DType(dtype), nullptr, nullptr, nullptr, rows(gate_layout),
+                          rows(up_layout), F};
+    return py::cpp_function([kind](uintptr_t gate, uintptr_t up, uintptr_t h) {
+      SwigluArgs call = kind;
+      call.gate = pointer<void>(gate);
+      call.up = pointer<void>(up);
+      call.h = pointer<void>(h);
+      launch(&KernelTable::swiglu, call);
+    });
   });
 
-  m.def("rope", [](int dtype, uintptr_t q, const Strides& q_strides, uintptr_t k,
-                   const Strides& k_strides, uintptr_t q_out, uintptr_t k_out, uintptr_t cos,
-                   int64_t cos_stride_b, int64_t cos_stride_t, uintptr_t sin, int64_t sin_stride_b,
-                   int64_t sin_stride_t, int64_t B, int64_t T, int64_t H, int64_t K, int64_t D,
-                   bool interleaved) {
-    launch(&KernelTable::rope, RopeArgs{DType(dtype), heads(q, H, q_strides),
-           heads(k, K, k_strides), pointer<void>(q_out), pointer<void>(k_out), pointer<float>(cos),
-           pointer<float>(sin), cos_stride_b, cos_stride_t, sin_stride_b, sin_stride_t, B, T, D,
-           interleaved});
+  m.def("rope", [](int dtype, const Strides& q_strides, const Strides& k_strides,
+                   const std::array<int64_t, 2>& cos_strides,
+                   const std::array<int64_t, 2>& sin_strides, int64_t B, int64_t T, int64_t H,
+                   int64_t K, int64_t D, bool interleaved) {
+    const RopeArgs kind{DType(dtype), heads(0, H, q_strides), heads(0, K, k_strides), nullptr,
+                        nullptr, nullptr, nullptr, cos_strides[0], cos_strides[1], sin_strides[0],
+                        sin_strides[1], B, T, D, interleaved};
+    return py::cpp_function([kind](uintptr_t q, uintptr_t k, uintptr_t cos, uintptr_t sin,
+                                   uintptr_t q_out, uintptr_t k_out) {
+      RopeArgs call = kind;
+      call.q.data = pointer<void>(q);
+      call.k.data = pointer<void>(k);
+      call.cos = pointer<float>(cos);
+      call.sin = pointer<float>(sin);
+      call.q_out = pointer<void>(q_out);
+      call.k_out = pointer<void>(k_out);
+      launch(&KernelTable::rope, call);
+    });
   });
 
-  // Returns the first row that would end beyond the cache or the tables, having done nothing then,
-  // or -1.
-  m.def("kv_append", [](int dtype, uintptr_t q, const Strides& q_strides, uintptr_t k,
-                        const Strides& k_strides, uintptr_t v, const Strides& v_strides,
-                        uintptr_t q_out, uintptr_t cos, int64_t cos_stride, uintptr_t sin,
-                        int64_t sin_stride, uintptr_t k_cache, const Strides& k_cache_strides,
-                        uintptr_t v_cache, const Strides& v_cache_strides, uintptr_t lengths,
+  // A call returns the first row that would end beyond the cache or the tables, having done nothing
+  // then, or -1.
+  m.def("kv_append", [](int dtype, const Strides& q_strides, const Strides& k_strides,
+                        const Strides& v_strides, int64_t cos_stride, int64_t sin_stride,
+                        const Strides& k_cache_strides, const Strides& v_cache_strides,
                         int64_t lengths_stride, int64_t B, int64_t T, int64_t S, int64_t P,
-                        int64_t H, int64_t K, int64_t D, bool interleaved) -> int64_t {
-    const auto* length = pointer<const int64_t>(lengths);
-    for (int64_t b = 0; b < B; ++b)
-      if (length[b * lengths_stride] > std::min(S, P)) return b;
-    launch(&KernelTable::kv_append, KvAppendArgs{DType(dtype), heads(q, H, q_strides),
-           heads(k, K, k_strides), heads(v, K, v_strides), pointer<void>(q_out),
-           pointer<float>(cos), pointer<float>(sin), cos_stride, sin_stride,
-           heads(k_cache, K, k_cache_strides), heads(v_cache, K, v_cache_strides),
-           length, lengths_stride, B, T, D, interleaved});
-    return -1;
+                        int64_t H, int64_t K, int64_t D, bool interleaved) {
+    const KvAppendArgs kind{DType(dtype), heads(0, H, q_strides), heads(0, K, k_strides),
+                            heads(0, K, v_strides), nullptr, nullptr, nullptr, cos_stride,
+                            sin_stride, heads(0, K, k_cache_strides), heads(0, K, v_cache_strides),
+                            nullptr, lengths_stride, B, T, D, interleaved};
+    return py::cpp_function([kind, most = std::min(S, P)](
+                                uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t cos, uintptr_t sin,
+                                uintptr_t k_cache, uintptr_t v_cache, uintptr_t lengths,
+                                uintptr_t q_out) -> int64_t {
+      KvAppendArgs call = kind;
+      call.lengths = pointer<int64_t>(lengths);
+      if (const int64_t b = row_beyond(call, most); b >= 0) return b;
+      set_tensors(call, q, k, v, cos, sin, q_out);
+      call.k_cache.data = pointer<void>(k_cache);
+      call.v_cache.data = pointer<void>(v_cache);
+      launch(&KernelTable::kv_append, call);
+      return -1;
+    });
   });
 
   // As kv_append.
-  m.def("kv_append_quantized", [](int dtype, uintptr_t q, const Strides& q_strides, uintptr_t k,
-                                  const Strides& k_strides, uintptr_t v, const Strides& v_strides,
-                                  uintptr_t q_out, uintptr_t cos, int64_t cos_stride,
-                                  uintptr_t sin, int64_t sin_stride, const Coded& k_cache,
-                                  const CodedStrides& k_cache_strides, const Coded& v_cache,
-                                  const CodedStrides& v_cache_strides, uintptr_t lengths,
-                                  int64_t lengths_stride, int64_t B, int64_t T, int64_t S,
-                                  int64_t P, int64_t H, int64_t K, int64_t D,
-                                  bool interleaved) -> int64_t {
-    const auto* length = pointer<const int64_t>(lengths);
-    for (int64_t b = 0; b < B; ++b)
-      if (length[b * lengths_stride] > std::min(S, P)) return b;
-    launch(&KernelTable::kv_append_quantized, KvAppendQuantizedArgs{
-           {DType(dtype), heads(q, H, q_strides), heads(k, K, k_strides), heads(v, K, v_strides),
-            pointer<void>(q_out), pointer<float>(cos), pointer<float>(sin), cos_stride, sin_stride,
-            {}, {}, length, lengths_stride, B, T, D, interleaved},
-           coded(k_cache, k_cache_strides), coded(v_cache, v_cache_strides)});
-    return -1;
+  m.def("kv_append_quantized", [](int dtype, const Strides& q_strides, const Strides& k_strides,
+                                  const Strides& v_strides, int64_t cos_stride, int64_t sin_stride,
+                                  const CodedStrides& k_cache_strides,
+                                  const CodedStrides& v_cache_strides, int64_t lengths_stride,
+                                  int64_t B, int64_t T, int64_t S, int64_t P, int64_t H, int64_t K,
+                                  int64_t D, bool interleaved) {
+    const KvAppendQuantizedArgs kind{
+        {DType(dtype), heads(0, H, q_strides), heads(0, K, k_strides), heads(0, K, v_strides),
+         nullptr, nullptr, nullptr, cos_stride, sin_stride, {}, {}, nullptr, lengths_stride, B, T,
+         D, interleaved},
+        coded(k_cache_strides), coded(v_cache_strides)};
+    return py::cpp_function([kind, most = std::min(S, P)](
+                                uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t cos, uintptr_t sin,
+                                uintptr_t k_codes, uintptr_t k_scales, uintptr_t v_codes,
+                                uintptr_t v_scales, uintptr_t lengths,
+                                uintptr_t q_out) -> int64_t {
+      KvAppendQuantizedArgs call = kind;
+      KvAppendArgs& plain = call.plain;
+      plain.lengths = pointer<int64_t>(lengths);
+      if (const int64_t b = row_beyond(plain, most); b >= 0) return b;
+      set_tensors(plain, q, k, v, cos, sin, q_out);
+      call.k_cache.codes = pointer<int8_t>(k_codes);
+      call.k_cache.scales = pointer<float>(k_scales);
+      call.v_cache.codes = pointer<int8_t>(v_codes);
+      call.v_cache.scales = pointer<float>(v_scales);
+      launch(&KernelTable::kv_append_quantized, call);
+      return -1;
+    });
   });
 
-  m.def("linear", [](int dtype, uintptr_t x, uintptr_t weight, uintptr_t y, const Layout& layout,
-                     int64_t C_in, int64_t C_out) {
-    launch(&KernelTable::linear, LinearArgs{DType(dtype), pointer<void>(x), pointer<void>(weight),
-           pointer<void>(y), rows(layout), C_in, C_out});
+  // A call returns the first row whose length exceeds S, having done nothing then, or -1. `lse` and
+  // `lengths` may be null.
+  m.def("attention", [](int dtype, const std::array<int64_t, 4>& q_shape,
+                        const std::array<int64_t, 4>& k_shape, const Strides& q_strides,
+                        const Strides& k_strides, const Strides& v_strides, bool causal,
+                        float scale) {
+    const auto [B, T, H, D] = q_shape;
+    const AttentionArgs kind{DType(dtype), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+                             B, T, k_shape[1], H, k_shape[2], D, heads(q_strides),
+                             heads(k_strides), heads(v_strides), causal, scale};
+    return py::cpp_function([kind](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t lengths,
+                                   uintptr_t o, uintptr_t lse) -> int64_t {
+      AttentionArgs call = kind;
+      call.lengths = pointer<int64_t>(lengths);
+      if (const int64_t b = row_beyond(call); b >= 0) return b;
+      call.q = pointer<void>(q);
+      call.k = pointer<void>(k);
+      call.v = pointer<void>(v);
+      call.o = pointer<void>(o);
+      call.lse = pointer<void>(lse);
+      launch(&KernelTable::attention, call);
+      return -1;
+    });
   });
 
-  m.def("linear_quantized", [](int dtype, uintptr_t x, uintptr_t codes, uintptr_t scales,
-                               uintptr_t offsets, uintptr_t y, const Layout& layout, int64_t C_in,
-                               int64_t C_out, int64_t group_size, int bits) {
-    launch(&KernelTable::linear_quantized, LinearQuantizedArgs{DType(dtype), pointer<void>(x),
-           pointer<uint8_t>(codes), pointer<f16>(scales), pointer<f16>(offsets), pointer<void>(y),
-           rows(layout), C_in, C_out, group_size, bits});
+  // As attention.
+  m.def("attention_quantized", [](int dtype, const std::array<int64_t, 4>& q_shape,
+                                  const std::array<int64_t, 4>& k_shape, const Strides& q_strides,
+                                  const CodedStrides& k_strides, const CodedStrides& v_strides,
+                                  bool causal, float scale) {
+    const auto [B, T, H, D] = q_shape;
+    const AttentionQuantizedArgs kind{
+        {DType(dtype), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, B, T, k_shape[1], H,
+         k_shape[2], D, heads(q_strides), {}, {}, causal, scale},
+        coded(k_strides), coded(v_strides)};
+    return py::cpp_function([kind](uintptr_t q, uintptr_t k_codes, uintptr_t k_scales,
+                                   uintptr_t v_codes, uintptr_t v_scales, uintptr_t lengths,
+                                   uintptr_t o) -> int64_t {
+      AttentionQuantizedArgs call = kind;
+      call.plain.lengths = pointer<int64_t>(lengths);
+      if (const int64_t b = row_beyond(call.plain); b >= 0) return b;
+      call.plain.q = pointer<void>(q);
+      call.plain.o = pointer<void>(o);
+      call.k.codes = pointer<int8_t>(k_codes);
+      call.k.scales = pointer<float>(k_scales);
+      call.v.codes = pointer<int8_t>(v_codes);
+      call.v.scales = pointer<float>(v_scales);
+      launch(&KernelTable::attention_quantized, call);
+      return -1;
+    });
+  });
+
+  m.def("linear", [](int dtype, const Layout& layout, int64_t C_in, int64_t C_out) {
+    const LinearArgs kind{DType(dtype), nullptr, nullptr, nullptr, rows(layout), C_in, C_out};
+    return py::cpp_function([kind](uintptr_t x, uintptr_t weight, uintptr_t y) {
+      LinearArgs call = kind;
+      call.x = pointer<void>(x);
+      call.weight = pointer<void>(weight);
+      call.y = pointer<void>(y);
+      launch(&KernelTable::linear, call);
+    });
+  });
+
+  // `offsets` may be null.
+  m.def("linear_quantized", [](int dtype, const Layout& layout, int64_t C_in, int64_t C_out,
+                               int64_t group_size, int bits) {
+    const LinearQuantizedArgs kind{DType(dtype), nullptr, nullptr, nullptr, nullptr, nullptr,
+                                   rows(layout), C_in, C_out, group_size, bits};
+    return py::cpp_function([kind](uintptr_t x, uintptr_t codes, uintptr_t scales,
+                                   uintptr_t offsets, uintptr_t y) {
+      LinearQuantizedArgs call = kind;
+      call.x = pointer<void>(x);
+      call.codes = pointer<uint8_t>(codes);
+      call.scales = pointer<f16>(scales);
+      call.offsets = pointer<f16>(offsets);
+      call.y = pointer<void>(y);
+      launch(&KernelTable::linear_quantized, call);
+    });
   });
 
   m.def("matmul", [](int dtype, uintptr_t rows_data, const Layout& rows_layout,

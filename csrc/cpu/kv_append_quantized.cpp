@@ -56,6 +56,7 @@ template <class T> static void append(const KvAppendQuantizedArgs& args) {
     T* rotated = reinterpret_cast<T*>(scratch<Rotated>(K * D));
     for (int64_t n = begin; n < end; ++n) {
       const int64_t b = n / a.T, t = n % a.T;
+      const int64_t next = n + 1 < end ? n + 1 : n, next_b = next / a.T, next_t = next % a.T;
       const int64_t position = a.lengths[b * a.lengths_stride] - a.T + t;
       T* q_out = static_cast<T*>(a.q_out) + n * a.q.heads * D;
       if (position < 0) {
@@ -64,8 +65,10 @@ template <class T> static void append(const KvAppendQuantizedArgs& args) {
       }
       const float* cos = a.cos + position * a.cos_stride;
       const float* sin = a.sin + position * a.sin_stride;
-      rotate_heads(a.q.at<T>(b, t), a.q.heads, a.q.stride.h, cos, sin, q_out, D, D, a.interleaved);
-      rotate_heads(a.k.at<T>(b, t), K, a.k.stride.h, cos, sin, rotated, D, D, a.interleaved);
+      rotate_heads(a.q.at<T>(b, t), a.q.at<T>(next_b, next_t), a.q.heads, a.q.stride.h, cos, sin,
+                   q_out, D, D, a.interleaved);
+      rotate_heads(a.k.at<T>(b, t), a.k.at<T>(next_b, next_t), K, a.k.stride.h, cos, sin, rotated,
+                   D, D, a.interleaved);
       for (int64_t h = 0; h < K; ++h) {
         put(args.k_cache, b, position, h, rotated + h * D, D);
         put(args.v_cache, b, position, h, a.v.at<T>(b, t) + h * a.v.stride.h, D);

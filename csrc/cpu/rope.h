@@ -8,18 +8,6 @@
 namespace llama_fast {
 namespace ISA {
 
-// y (D,) = x (D,) with the pairs (i, i + D/2) rotated; cos, sin (D/2,).
-template <class T>
-static inline void rotate_halves(const T* x, const float* cos, const float* sin, T* y, int64_t D) {
-  const int64_t half = D / 2;
-  for_each_vector(half, [&](int64_t i, auto width) {
-    const vf a = load(x + i, width), b = load(x + half + i, width);
-    const vf c = load(cos + i, width), s = load(sin + i, width);
-    store(y + i, a * c - b * s, width);
-    store(y + half + i, fma(b, c, a * s), width);
-  });
-}
-
 // y (D,) = x (D,) with the pairs (2i, 2i + 1) rotated; cos, sin (D/2,).
 template <class T>
 static inline void rotate_pairs(const T* x, const float* cos, const float* sin, T* y, int64_t D) {
@@ -43,15 +31,45 @@ static inline void rotate_pairs(const T* x, const float* cos, const float* sin, 
   }
 }
 
-// One token's heads, each of D contiguous elements.
+// Each head's y (D,) = x (D,) with the pairs (i, i + D/2) rotated; cos, sin (D/2,). The angles are
+// put beside the elements once for all heads.
 template <class T>
-static inline void rotate_heads(const T* x, int64_t heads, int64_t x_stride, const float* cos,
-                                const float* sin, T* y, int64_t y_stride, int64_t D,
-                                bool interleaved) {
-  for (int64_t h = 0; h < heads; ++h) {
-    if (interleaved) rotate_pairs(x + h * x_stride, cos, sin, y + h * y_stride, D);
-    else rotate_halves(x + h * x_stride, cos, sin, y + h * y_stride, D);
+static inline void rotate_halves(const T* x, int64_t heads, int64_t x_stride, const float* cos,
+                                 const float* sin, T* y, int64_t y_stride, int64_t D) {
+  constexpr int64_t PART = 128;  // of D/2: all of it up to D = 256
+  const int64_t half = D / 2;
+  alignas(64) float c[PART], s[PART];
+  for (int64_t first = 0; first < half; first += PART) {
+    const int64_t n = half - first < PART ? half - first : PART;
+    for_each_pair(n, [&](int64_t i, auto width) {
+      store(c + i, load_beside<T>(cos + first + i, width), width);
+      store(s + i, load_beside<T>(sin + first + i, width), width);
+    });
+    for (int64_t h = 0; h < heads; ++h) {
+      const T* from = x + h * x_stride + first;
+      T* to = y + h * y_stride + first;
+      for_each_pair(n, [&](int64_t i, auto width) {
+        const auto a = load(from + i, width), b = load(from + half + i, width);
+        const auto ci = load(c + i, width), si = load(s + i, width);
+        store(to + i, a * ci - b * si, width);
+        store(to + half + i, fma(b, ci, a * si), width);
+      });
+    }
   }
+}
+
+// One token's heads, each of D contiguous elements. Those of the token that comes next, `ahead`, are
+// fetched meanwhile.
+template <class T>
+static inline void rotate_heads(const T* x, const T* ahead, int64_t heads, int64_t x_stride,
+                                const float* cos, const float* sin, T* y, int64_t y_stride,
+                                int64_t D, bool interleaved) {
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t i = 0; i < D; i += 64 / int64_t(sizeof(T)))
+      __builtin_prefetch(ahead + h * x_stride + i);
+  if (!interleaved) return rotate_halves(x, heads, x_stride, cos, sin, y, y_stride, D);
+  for (int64_t h = 0; h < heads; ++h)
+    rotate_pairs(x + h * x_stride, cos, sin, y + h * y_stride, D);
 }
 
 // Tokens for one thread at least, so that sharing them pays.

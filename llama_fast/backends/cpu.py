@@ -5,12 +5,14 @@ The ops have checked shapes, dtypes and devices before a launcher runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from ..ops.attention import head_dim_reasons, lse_dtype, too_long
 from ..ops.cross_entropy import chunked as linear_cross_entropy_in_blocks
@@ -33,8 +35,13 @@ else:
     _unavailable = []
 
 Launcher = Callable[..., Any]
+# Elements up to which memory may be held for a pattern of an output.
+SMALL = 2**14
 # Elements from which an output is worth huge pages.
 LARGE = 2**21
+# Bytes from which glibc at the latest maps an allocation anew each time (M_MMAP_THRESHOLD): such
+# outputs lie in memory that is used again.
+MAPPED = 2**25
 
 
 def isas() -> list[str]:
@@ -67,22 +74,31 @@ def _reserve(y: torch.Tensor) -> torch.Tensor:
 
 def _maker(like: torch.Tensor, shape: tuple[int, ...] | None = None) -> Callable[[], torch.Tensor]:
     """What makes fresh contiguous tensors of `like`'s dtype and of its shape, or of `shape`."""
-    # torch.empty takes three times as long as torch.empty_like. One element stands for them all.
-    pattern = torch.empty((), dtype=like.dtype).expand(like.shape if shape is None else shape)
+    shape, dtype = tuple(like.shape if shape is None else shape), like.dtype
+    numel = math.prod(shape)
+    if numel * dtype.itemsize >= MAPPED:
+        kind = (dtype is torch.bfloat16, dtype.itemsize, shape)
+        return lambda: from_dlpack(_cpu.large_tensor(*kind))
+    # torch.empty takes twice as long as torch.empty_like.
+    if numel <= SMALL:
+        return partial(torch.empty_like, torch.empty(shape, dtype=dtype))
+    pattern = torch.empty((), dtype=dtype).expand(shape)  # one element stands for them all
     make = partial(torch.empty_like, pattern, memory_format=torch.contiguous_format)
-    return (lambda: _reserve(make())) if pattern.numel() >= LARGE else make
+    return (lambda: _reserve(make())) if numel >= LARGE else make
 
 
 # Each of the functions that follow takes an op's arguments and returns a launcher for calls of
-# their kind: whatever depends on shapes, strides and dtypes is settled beforehand.
+# their kind: whatever depends on shapes, strides and dtypes is settled beforehand, and what is left
+# are the addresses.
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Launcher:
-    dtype, new, rows, C = DTYPES[x.dtype], _maker(x), _rows(x), x.shape[-1]
+    new = _maker(x)
+    run = _cpu.rms_norm(DTYPES[x.dtype], _rows(x), x.shape[-1], eps)
 
     def launch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         y = new()
-        _cpu.rms_norm(dtype, x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, C, eps)
+        run(x.data_ptr(), weight.data_ptr(), y.data_ptr())
         return y
 
     return launch
@@ -91,37 +107,26 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Launcher:
 def _add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> Launcher:
-    dtype, new, C = DTYPES[x.dtype], _maker(x), x.shape[-1]
-    x_rows, residual_rows = _rows(x), _rows(residual)
+    new = _maker(x)
+    run = _cpu.add_rms_norm(DTYPES[x.dtype], _rows(x), _rows(residual), x.shape[-1], eps)
 
     def launch(
         x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         y, total = new(), new()
-        _cpu.add_rms_norm(
-            dtype,
-            x.data_ptr(),
-            residual.data_ptr(),
-            weight.data_ptr(),
-            y.data_ptr(),
-            total.data_ptr(),
-            x_rows,
-            residual_rows,
-            C,
-            eps,
-        )
+        run(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), y.data_ptr(), total.data_ptr())
         return y, total
 
     return launch
 
 
 def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> Launcher:
-    dtype, new, F = DTYPES[gate.dtype], _maker(gate), gate.shape[-1]
-    gate_rows, up_rows = _rows(gate), _rows(up)
+    new = _maker(gate)
+    run = _cpu.swiglu(DTYPES[gate.dtype], _rows(gate), _rows(up), gate.shape[-1])
 
     def launch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         h = new()
-        _cpu.swiglu(dtype, gate.data_ptr(), up.data_ptr(), h.data_ptr(), gate_rows, up_rows, F)
+        run(gate.data_ptr(), up.data_ptr(), h.data_ptr())
         return h
 
     return launch
@@ -130,32 +135,23 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> Launcher:
 def _rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> Launcher:
-    dtype, new_q, new_k = DTYPES[q.dtype], _maker(q), _maker(k)
-    q_strides, k_strides = q.stride(), k.stride()
-    cos_strides, sin_strides = (
-        (t.stride(0) if t.ndim == 3 else 0, t.stride(-2)) for t in (cos, sin)
-    )
+    new_q, new_k = _maker(q), _maker(k)
+    angle_strides = ((t.stride(0) if t.ndim == 3 else 0, t.stride(-2)) for t in (cos, sin))
     B, T, H, D = q.shape
     sizes = (B, T, H, k.shape[2], D)
+    run = _cpu.rope(DTYPES[q.dtype], q.stride(), k.stride(), *angle_strides, *sizes, interleaved)
 
     def launch(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         q_out, k_out = new_q(), new_k()
-        _cpu.rope(
-            dtype,
+        run(
             q.data_ptr(),
-            q_strides,
             k.data_ptr(),
-            k_strides,
+            cos.data_ptr(),
+            sin.data_ptr(),
             q_out.data_ptr(),
             k_out.data_ptr(),
-            cos.data_ptr(),
-            *cos_strides,
-            sin.data_ptr(),
-            *sin_strides,
-            *sizes,
-            interleaved,
         )
         return q_out, k_out
 
@@ -163,38 +159,35 @@ def _rope(
 
 
 def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> Launcher:
-    dtype, new = DTYPES[q.dtype], _maker(q)
-    q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
-    cos_stride, sin_stride = cos.stride(0), sin.stride(0)
-    k_cache_strides, v_cache_strides = k_cache.stride(), v_cache.stride()
-    lengths_stride = lengths.stride(0)
+    new = _maker(q)
     B, T, H, D = q.shape
     S, P = k_cache.shape[1], cos.shape[0]
-    sizes = (B, T, S, P, H, k.shape[2], D)
+    run = _cpu.kv_append(
+        DTYPES[q.dtype],
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        cos.stride(0),
+        sin.stride(0),
+        k_cache.stride(),
+        v_cache.stride(),
+        lengths.stride(0),
+        *(B, T, S, P, H, k.shape[2], D),
+        interleaved,
+    )
 
     def launch(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> torch.Tensor:
         q_out = new()
-        bad_row = _cpu.kv_append(
-            dtype,
+        bad_row = run(
             q.data_ptr(),
-            q_strides,
             k.data_ptr(),
-            k_strides,
             v.data_ptr(),
-            v_strides,
-            q_out.data_ptr(),
             cos.data_ptr(),
-            cos_stride,
             sin.data_ptr(),
-            sin_stride,
             k_cache.data_ptr(),
-            k_cache_strides,
             v_cache.data_ptr(),
-            v_cache_strides,
             lengths.data_ptr(),
-            lengths_stride,
-            *sizes,
-            interleaved,
+            q_out.data_ptr(),
         )
         if bad_row >= 0:
             raise too_long_for_cache(bad_row, int(lengths[bad_row]), S, P)
@@ -206,41 +199,39 @@ def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> Lau
 def _kv_append_quantized(
     q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, interleaved
 ) -> Launcher:
-    dtype, new = DTYPES[q.dtype], _maker(q)
-    q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
-    cos_stride, sin_stride = cos.stride(0), sin.stride(0)
-    k_cache_strides = (k_codes.stride(), k_scales.stride())
-    v_cache_strides = (v_codes.stride(), v_scales.stride())
-    lengths_stride = lengths.stride(0)
+    new = _maker(q)
     B, T, H, D = q.shape
     S, P = k_codes.shape[1], cos.shape[0]
-    sizes = (B, T, S, P, H, k.shape[2], D)
+    run = _cpu.kv_append_quantized(
+        DTYPES[q.dtype],
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        cos.stride(0),
+        sin.stride(0),
+        (k_codes.stride(), k_scales.stride()),
+        (v_codes.stride(), v_scales.stride()),
+        lengths.stride(0),
+        *(B, T, S, P, H, k.shape[2], D),
+        interleaved,
+    )
 
     def launch(
         q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, interleaved
     ) -> torch.Tensor:
         q_out = new()
-        bad_row = _cpu.kv_append_quantized(
-            dtype,
+        bad_row = run(
             q.data_ptr(),
-            q_strides,
             k.data_ptr(),
-            k_strides,
             v.data_ptr(),
-            v_strides,
-            q_out.data_ptr(),
             cos.data_ptr(),
-            cos_stride,
             sin.data_ptr(),
-            sin_stride,
-            (k_codes.data_ptr(), k_scales.data_ptr()),
-            k_cache_strides,
-            (v_codes.data_ptr(), v_scales.data_ptr()),
-            v_cache_strides,
+            k_codes.data_ptr(),
+            k_scales.data_ptr(),
+            v_codes.data_ptr(),
+            v_scales.data_ptr(),
             lengths.data_ptr(),
-            lengths_stride,
-            *sizes,
-            interleaved,
+            q_out.data_ptr(),
         )
         if bad_row >= 0:
             raise too_long_for_cache(bad_row, int(lengths[bad_row]), S, P)
@@ -264,13 +255,15 @@ def _attention(
     lengths: torch.Tensor | None,
     need_lse: bool,
 ) -> Launcher:
-    dtype, new = DTYPES[q.dtype], _maker(q)
-    q_shape, k_shape = tuple(q.shape), tuple(k.shape)
-    q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    B, T, H, _ = q.shape
-    pattern = torch.empty(0, dtype=lse_dtype(q.dtype))
-    new_lse = _maker(pattern, (B, H, T) if need_lse else (0,))
+    new = _maker(q)
+    B, T, H, D = q.shape
+    S = k.shape[1]
+    no_lse = torch.empty(0, dtype=lse_dtype(q.dtype))
+    new_lse = _maker(no_lse, (B, H, T)) if need_lse else lambda: no_lse
+    factor = D**-0.5 if scale is None else scale
+    run = _cpu.attention(
+        DTYPES[q.dtype], q.shape, k.shape, q.stride(), k.stride(), v.stride(), causal, factor
+    )
 
     def launch(
         q: torch.Tensor,
@@ -282,24 +275,16 @@ def _attention(
         need_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         o, lse = new(), new_lse()
-        bad_row = _cpu.attention(
-            dtype,
+        bad_row = run(
             q.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
+            0 if lengths is None else lengths.data_ptr(),
             o.data_ptr(),
             lse.data_ptr(),  # null when it is empty
-            0 if lengths is None else lengths.data_ptr(),
-            q_shape,
-            k_shape,
-            q_strides,
-            k_strides,
-            v_strides,
-            causal,
-            factor,
         )
         if bad_row >= 0:
-            raise too_long(bad_row, int(lengths[bad_row]), k_shape[1])
+            raise too_long(bad_row, int(lengths[bad_row]), S)
         return o, lse
 
     return launch
@@ -323,31 +308,33 @@ def _attention_unsupported(
 def _attention_quantized(
     q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths
 ) -> Launcher:
-    dtype, new = DTYPES[q.dtype], _maker(q)
-    sizes = (tuple(q.shape), tuple(k_codes.shape), q.stride())
-    k_strides, v_strides = (
+    new = _maker(q)
+    S = k_codes.shape[1]
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    run = _cpu.attention_quantized(
+        DTYPES[q.dtype],
+        q.shape,
+        k_codes.shape,
+        q.stride(),
         (k_codes.stride(), k_scales.stride()),
         (v_codes.stride(), v_scales.stride()),
+        causal,
+        factor,
     )
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
 
     def launch(q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths) -> torch.Tensor:
         o = new()
-        bad_row = _cpu.attention_quantized(
-            dtype,
+        bad_row = run(
             q.data_ptr(),
-            (k_codes.data_ptr(), k_scales.data_ptr()),
-            (v_codes.data_ptr(), v_scales.data_ptr()),
-            o.data_ptr(),
+            k_codes.data_ptr(),
+            k_scales.data_ptr(),
+            v_codes.data_ptr(),
+            v_scales.data_ptr(),
             0 if lengths is None else lengths.data_ptr(),
-            *sizes,
-            k_strides,
-            v_strides,
-            causal,
-            factor,
+            o.data_ptr(),
         )
         if bad_row >= 0:
-            raise too_long(bad_row, int(lengths[bad_row]), k_codes.shape[1])
+            raise too_long(bad_row, int(lengths[bad_row]), S)
         return o
 
     return launch
@@ -396,7 +383,7 @@ def _product(
     A side is (tensor, Rows, transposed): MatrixSide of csrc/cpu/kernels.h, which says what `rows`
     and `lanes` are.
     """
-    out = _reserve(torch.empty(shape, dtype=dtype))
+    out = _maker(rows[0][0], shape)()
     R, L = out.shape[-1], out.shape[:-1].numel()
     if not transposed:
         R, L = L, R
@@ -461,11 +448,12 @@ def _linear_of_many_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _linear_of_few_rows(x: torch.Tensor, weight: torch.Tensor) -> Launcher:
     C_out, C_in = weight.shape
-    dtype, new, rows = DTYPES[x.dtype], _maker(x, (*x.shape[:-1], C_out)), _rows(x)
+    new = _maker(x, (*x.shape[:-1], C_out))
+    run = _cpu.linear(DTYPES[x.dtype], _rows(x), C_in, C_out)
 
     def launch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         y = new()
-        _cpu.linear(dtype, x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, C_in, C_out)
+        run(x.data_ptr(), weight.data_ptr(), y.data_ptr())
         return y
 
     return launch
@@ -511,7 +499,7 @@ def _linear_quantized(
     new, C_in = _maker(x, (*x.shape[:-1], C_out)), x.shape[-1]
     if C_in == 0:
         return lambda *args: new().zero_()
-    dtype, rows = DTYPES[x.dtype], _rows(x)
+    run = _cpu.linear_quantized(DTYPES[x.dtype], _rows(x), C_in, C_out, group_size, bits)
 
     def launch(
         x: torch.Tensor,
@@ -523,18 +511,12 @@ def _linear_quantized(
         group_size: int,
     ) -> torch.Tensor:
         y = new()
-        _cpu.linear_quantized(
-            dtype,
+        run(
             x.data_ptr(),
             codes.data_ptr(),
             scales.data_ptr(),
             0 if offsets is None else offsets.data_ptr(),
             y.data_ptr(),
-            rows,
-            C_in,
-            C_out,
-            group_size,
-            bits,
         )
         return y
 

@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 
 from llama_fast.backends import cpu
+from llama_fast.registry import OPS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -58,11 +59,19 @@ def why_no_x86_compiler() -> str:
 def use_isa(isa: str) -> Iterator[None]:
     """Inside the block, the CPU kernels are those of instruction set `isa`, emulated."""
     real, cpu._cpu = cpu._cpu, module()
+    # Launchers that the ops have kept are those of the module before.
+    forget_launchers()
     try:
         with cpu.use_isa(isa):
             yield
     finally:
         cpu._cpu = real
+        forget_launchers()
+
+
+def forget_launchers() -> None:
+    for op in OPS.values():
+        op.forget_order()
 
 
 @functools.cache

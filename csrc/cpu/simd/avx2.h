@@ -116,7 +116,7 @@ static inline void floor_and_rest(vf t, vf& whole, vf& part) {
 static inline vf divide_half(vf a, vf b) { return a / b; }
 
 // 16 bf16 as two vectors, the even and the odd ones: a shift and a mask, where loads in order need
-// shuffles. `join` puts two such vectors in order.
+// shuffles. `join` puts two such vectors in order, `part` is its inverse.
 static inline void split(__m256i x, vf& even, vf& odd) {
   even = {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))};
   odd = {_mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(int(0xffff0000))))};
@@ -138,6 +138,13 @@ static inline void join(vf even, vf odd, vf& first, vf& second) {
   const __m256 lo = _mm256_unpacklo_ps(even.v, odd.v), hi = _mm256_unpackhi_ps(even.v, odd.v);
   first = {_mm256_permute2f128_ps(lo, hi, 0x20)};
   second = {_mm256_permute2f128_ps(lo, hi, 0x31)};
+}
+static inline void part(vf first, vf second, vf& even, vf& odd) {
+  const auto in_order = [](__m256 x) {  // 64-bit elements 0, 2, 1, 3
+    return vf{_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8))};
+  };
+  even = in_order(_mm256_shuffle_ps(first.v, second.v, 0x88));
+  odd = in_order(_mm256_shuffle_ps(first.v, second.v, 0xdd));
 }
 
 // Lane i is the sum of x[i].

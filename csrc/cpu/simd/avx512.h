@@ -110,7 +110,7 @@ static inline void floor_and_rest(vf t, vf& whole, vf& part) {
 static inline vf divide_half(vf a, vf b) { return {_mm512_mul_ps(a.v, _mm512_rcp14_ps(b.v))}; }
 
 // 32 bf16 as two vectors, the even and the odd ones: a shift and a mask, where loads in order need
-// shuffles. `join` puts two such vectors in order.
+// shuffles. `join` puts two such vectors in order, `part` is its inverse.
 static inline void split(__m512i x, vf& even, vf& odd) {
   even = {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))};
   odd = {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000))))};
@@ -143,6 +143,13 @@ static inline void join(vf even, vf odd, vf& first, vf& second) {
   const __m512i hi = _mm512_add_epi32(lo, _mm512_set1_epi32(8));
   first = {_mm512_permutex2var_ps(even.v, lo, odd.v)};
   second = {_mm512_permutex2var_ps(even.v, hi, odd.v)};
+}
+static inline void part(vf first, vf second, vf& even, vf& odd) {
+  const __m512i evens =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+  even = {_mm512_permutex2var_ps(first.v, evens, second.v)};
+  odd = {_mm512_permutex2var_ps(first.v, odds, second.v)};
 }
 
 // Rows become columns.

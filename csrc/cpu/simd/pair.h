@@ -2,6 +2,8 @@
 // which takes fewer instructions, of the other types the first and the second half.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace llama_fast {
@@ -20,13 +22,21 @@ static inline vf2 load2(const bf16* p) {
   return x;
 }
 static inline void store2(bf16* p, vf2 x) { store_split(p, x.a, x.b); }
+// Floats in the order in which load2 has the elements of a T.
+template <class T> static inline vf2 load2_beside(const float* p) {
+  vf2 x = load2(p);
+  if constexpr (std::is_same_v<T, bf16>) part(x.a, x.b, x.a, x.b);
+  return x;
+}
 
 static inline vf2 operator+(vf2 x, vf2 y) { return {x.a + y.a, x.b + y.b}; }
 static inline vf2 operator+(vf x, vf2 y) { return {x + y.a, x + y.b}; }
+static inline vf2 operator-(vf2 x, vf2 y) { return {x.a - y.a, x.b - y.b}; }
 static inline vf2 operator-(vf x, vf2 y) { return {x - y.a, x - y.b}; }
 static inline vf2 operator*(vf2 x, vf2 y) { return {x.a * y.a, x.b * y.b}; }
 static inline vf2 operator*(vf2 x, vf y) { return {x.a * y, x.b * y}; }
 static inline vf2 operator/(vf2 x, vf2 y) { return {x.a / y.a, x.b / y.b}; }
+static inline vf2 fma(vf2 x, vf2 y, vf2 z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
 static inline vf2 exp(vf2 x) { return {exp(x.a), exp(x.b)}; }
 static inline vf2 exp_half(vf2 x) { return {exp_half(x.a), exp_half(x.b)}; }
 static inline vf2 divide_half(vf2 x, vf2 y) {
@@ -36,6 +46,10 @@ static inline vf2 divide_half(vf2 x, vf2 y) {
 struct Pair {};
 template <class T> static inline vf2 load(const T* p, Pair) { return load2(p); }
 template <class T> static inline void store(T* p, vf2 x, Pair) { store2(p, x); }
+template <class T> static inline vf2 load_beside(const float* p, Pair) { return load2_beside<T>(p); }
+template <class T, class Width> static inline vf load_beside(const float* p, Width width) {
+  return load(p, width);
+}
 
 // for_each_vector, with as many pairs of vectors as there are first, as f(i, Pair).
 template <class F> static inline void for_each_pair(int64_t n, F&& f) {

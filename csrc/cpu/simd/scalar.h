@@ -63,6 +63,10 @@ static inline void join(vf even, vf odd, vf& first, vf& second) {
   first = even;
   second = odd;
 }
+static inline void part(vf first, vf second, vf& even, vf& odd) {
+  even = first;
+  odd = second;
+}
 static inline vf sums(const vf (&x)[1]) { return x[0]; }
 static inline void transpose(vf (&)[1]) {}
 
