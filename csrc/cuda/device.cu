@@ -6,9 +6,9 @@ namespace llama_fast::cuda {
 const char* device_type() { return "cuda"; }
 
 int multiprocessors(int device) {
-  const Launch asked{"none, its device is asked for its multiprocessors", {}, {}};
   int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), asked);
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+        "the number of the device's multiprocessors");
   return count;
 }
 

@@ -19,7 +19,8 @@ def library() -> ctypes.CDLL:
     target = host.ROOT / "build" / "cuda-host-launches.so"
     target.parent.mkdir(exist_ok=True)
     folder = host.HERE / "runtime"
-    command = [host.CXX, *host.CXX_FLAGS.split(), "-shared", f"-I{folder}"]
+    includes = (f"-I{folder}", f"-I{host.ROOT}/csrc/cuda")
+    command = [host.CXX, *host.CXX_FLAGS.split(), "-shared", *includes]
     subprocess.run([*command, folder / "launches.cpp", "-o", target], check=True)
     loaded = ctypes.CDLL(str(target))
     loaded.try_launch.restype = ctypes.c_char_p
@@ -58,6 +59,16 @@ def test_a_failing_call_is_told_and_taken(call):
     assert library().current_device() == 0
     assert library().launches() == 0
     assert launch() == "" and library().launches() == 1
+
+
+def test_a_question_that_fails_is_told_and_taken():
+    ask = library().try_multiprocessors
+    ask.restype = ctypes.c_char_p
+    assert ask(b"") == b""
+    assert ask(b"cudaDeviceGetAttribute") == (
+        b"the number of the device's multiprocessors: cudaErrorFault: a fault was asked for"
+    )
+    assert library().last_error() == 0
 
 
 def test_the_device_that_was_current_is_current_again():

@@ -33,12 +33,18 @@ inline std::string text(dim3 size) {
   return std::to_string(size.x) + " x " + std::to_string(size.y) + " x " + std::to_string(size.z);
 }
 
-inline void check(cudaError_t error, const Launch& how) {
+inline std::string text(const Launch& how) {
+  return std::string("kernel ") + how.kernel + " (grid " + text(how.grid) + ", block " +
+         text(how.block) + ", " + std::to_string(how.shared_bytes) + " bytes of shared memory)";
+}
+
+inline std::string text(const char* words) { return words; }
+
+// Throws for a call of CUDA's that failed: `what` it was for, a launch or some words.
+template <class What> void check(cudaError_t error, const What& what) {
   if (error == cudaSuccess) return;
   (void)cudaGetLastError();  // reported here; must not be found again by someone else
-  throw LaunchError(std::string("kernel ") + how.kernel + " (grid " + text(how.grid) + ", block " +
-                    text(how.block) + ", " + std::to_string(how.shared_bytes) +
-                    " bytes of shared memory): " + cudaGetErrorName(error) + ": " +
+  throw LaunchError(text(what) + ": " + cudaGetErrorName(error) + ": " +
                     cudaGetErrorString(error));
 }
 

@@ -1,5 +1,5 @@
-// The part of CUDA's runtime that csrc/cuda/common/launch.cuh calls, with faults on demand: see
-// ../launches.cpp. An error stays the last one until somebody takes it, as CUDA has it.
+// The part of CUDA's runtime that csrc/cuda/common/launch.cuh and csrc/cuda/device.cu call, with faults on
+// demand: see launches.cpp. An error stays the last one until somebody takes it, as CUDA has it.
 #pragma once
 
 #include <cstddef>
@@ -64,6 +64,11 @@ inline cudaError_t cudaSetDevice(int device) {
   const cudaError_t error = runtime.done("cudaSetDevice");
   if (error == cudaSuccess) runtime.device = device;
   return error;
+}
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 7;
+  return runtime.done("cudaDeviceGetAttribute");
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
   runtime.shared_bytes = bytes;

@@ -1,5 +1,6 @@
-// csrc/cuda/common/launch.cuh itself on a runtime that fails on demand; for test_launch.py.
+// csrc/cuda/common/launch.cuh and device.cu on a runtime that fails on demand; for test_launch.py.
 #include "../../../csrc/cuda/common/launch.cuh"
+#include "../../../csrc/cuda/device.cu"
 
 #include "../faults.h"
 
@@ -21,6 +22,14 @@ EXPORTED const char* try_launch(const char* failing, int device, size_t shared_b
   return caught([&] {
     if (ptx_version >= 90) launch({device, nullptr, overlap}, how, kernel, 1);
     else launch({device, nullptr, overlap}, how, older_kernel, 1L);
+  });
+}
+// Asks for a device's multiprocessors; returns the error's text, or nothing.
+EXPORTED const char* try_multiprocessors(const char* failing) {
+  runtime = {};
+  runtime.failing = failing;
+  return caught([] {
+    if (llama_fast::cuda::multiprocessors(0) != 7) throw llama_fast::cuda::LaunchError("not 7");
   });
 }
 EXPORTED int last_error() { return runtime.last; }
