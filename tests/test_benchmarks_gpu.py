@@ -127,16 +127,15 @@ def test_what_was_left_out_is_missing_from_the_row(setting, who):
 
 def test_a_process_that_ends_in_a_row_says_which(setting, monkeypatch):
     """A real one: a row that hangs is ended with a traceback, and what was measured is kept."""
-    monkeypatch.setattr(part, "PATIENCE", 0.5)
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
         "from benchmarks.gpu import part, setting\n"
         "from llama_fast.results import Row\n"
-        "part.PATIENCE = 0.5\n"
         "found, _ = setting.Setting.load(Path(sys.argv[1]))\n"
         "row = Row('right', 'right', 'GB/s')\n"
-        "part.measured(found, {'right': lambda failed: row, 'hangs': lambda f: time.sleep(60)})\n"
+        "rows = {'right': lambda failed: row, 'hangs': lambda failed: time.sleep(60)}\n"
+        "part.measured(found, rows, 0.5)\n"
     )
     real = subprocess.Popen
 
@@ -159,10 +158,11 @@ def test_a_row_that_fails_leaves_the_others(setting):
         failed["triton"] = RuntimeError("out of resources")
         return a_row("x")
 
-    found = part.measured(setting, {"a": fails, "b": half, "c": lambda failed: a_row("x")})
+    rows = {"a": fails, "b": half, "c": lambda failed: a_row("x")}
+    found = part.measured(setting, rows, 60)
     assert found == ["a: ValueError: no such thing", "b by triton: RuntimeError: out of resources"]
     setting.done.append("c")
-    assert part.measured(setting, {"c": fails}) == []
+    assert part.measured(setting, {"c": fails}, 60) == []
     lines = run.Lines(setting.lines)
     assert [x["row"]["name"] for x in lines.new() if "row" in x] == ["b", "c"]
     assert list(lines.new()) == []
@@ -177,7 +177,7 @@ def test_a_lost_gpu_ends_the_process_and_names_who_lost_it(setting, monkeypatch)
         return a_row("x")
 
     with pytest.raises(SystemExit):
-        part.measured(setting, {"a": lose, "b": lose})
+        part.measured(setting, {"a": lose, "b": lose}, 60)
     last = list(run.Lines(setting.lines).new())[-1]
     assert last == {"lost": "cuda", "why": "illegal memory access"}
 

@@ -27,6 +27,7 @@ from llama_fast.timing import OtherPrograms, interleaved, interleaved_on_gpu
 
 from .goals import bandwidth
 from .part import measured, said
+from .parts import PARTS
 from .setting import KERNELS, Setting, constant
 
 DECODE = {"bf16": 0.90, "int8": 0.85, "int4": 0.75}  # of bandwidth
@@ -42,9 +43,8 @@ def decode(setting: Setting) -> list[str]:
     sizes = setting.sizes
     of = with_layers(sizes.shape, sizes.layers)
     names = {form: f"decode {form}, {of}, behind {sizes.context} tokens" for form in DECODE}
-    return measured(
-        setting, {name: partial(_decode, form, name, setting) for form, name in names.items()}
-    )
+    rows = {name: partial(_decode, form, name, setting) for form, name in names.items()}
+    return measured(setting, rows, PARTS["decode"].row)
 
 
 def _decode(form: str, what: str, setting: Setting, failed: dict[str, Exception]) -> Row:
@@ -143,4 +143,5 @@ def training(setting: Setting) -> list[str]:
         kinds = (bench_patch.TRANSFORMERS, OURS)
         options = bench_patch.Options("demo", 1, tokens=8, threads=1, rounds=2, contenders=kinds)
     name = bench_patch.name_of("training", options)
-    return measured(setting, {name: lambda failed: bench_patch.measure("training", options)})
+    rows = {name: lambda failed: bench_patch.measure("training", options)}
+    return measured(setting, rows, PARTS["training"].row)

@@ -25,6 +25,7 @@ from .goals import (
     triton_alone,
 )
 from .part import measured, said
+from .parts import PARTS
 from .setting import KERNELS, Setting, Sizes, constant
 
 EAGER = "eager"
@@ -115,7 +116,7 @@ CALLS: dict[str, Callable[[Sizes], list[Call]]] = {
 def measure(setting: Setting, part: str) -> list[str]:
     """Runs a part of CALLS; returns what failed."""
     rows = {name_of(c, setting.sizes): partial(row, c, setting) for c in CALLS[part](setting.sizes)}
-    return measured(setting, rows)
+    return measured(setting, rows, PARTS[part].row)
 
 
 def name_of(call: Call, sizes: Sizes) -> str:

@@ -17,8 +17,6 @@ from llama_fast.results import OURS, OWN, Row
 from .parts import PARTS
 from .setting import Setting, kernels
 
-# Seconds for one row: what takes longer hangs, and the process ends with a traceback.
-PATIENCE = 140
 LOST = 3  # the exit code of a process whose GPU answers nothing any more
 
 
@@ -37,12 +35,15 @@ def run_part(file: Path) -> int:
     return 1 if failures else 0
 
 
-def measured(setting: Setting, rows: dict[str, Callable[[dict[str, Exception]], Row]]) -> list[str]:
+def measured(
+    setting: Setting, rows: dict[str, Callable[[dict[str, Exception]], Row]], patience: float
+) -> list[str]:
     """Measures the rows, by name, that are not done; returns what failed, in sentences.
 
     A row is a function that takes a dict for the exceptions of contenders that it leaves out, of
     which those of our own fail. Where the GPU is lost, the contender that failed first is named,
-    and the process ends.
+    and the process ends; so it does, with a traceback, where a row takes more seconds than
+    `patience`.
     """
     failures = []
     for name, measure in rows.items():
@@ -50,7 +51,7 @@ def measured(setting: Setting, rows: dict[str, Callable[[dict[str, Exception]], 
             continue
         failed: dict[str, Exception] = {}
         setting.write(begun=name)
-        faulthandler.dump_traceback_later(PATIENCE, exit=True)
+        faulthandler.dump_traceback_later(patience, exit=True)
         try:
             row = measure(failed)
             row.name = name

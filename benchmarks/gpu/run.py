@@ -138,7 +138,8 @@ def start_process(part: str, setting: Setting, seconds: float) -> Iterator[Row |
             yield Row.from_record(last["row"])
     text = last_lines(log.read_text(encoding="utf-8", errors="replace"))
     if stopped:
-        yield Ended(f"stopped after {seconds:.0f} s; {text}")
+        where = f" in {last['begun']}" if "begun" in last else ""
+        yield Ended(f"stopped after {seconds:.0f} s{where}; {text}")
     elif "begun" in last or "lost" in last:
         where = last.get("begun") or last["why"]
         yield Ended(f"its process ended at {where}; {text}", True, last.get("lost"))
