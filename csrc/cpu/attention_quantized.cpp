@@ -17,7 +17,7 @@ namespace ISA {
 void attention(const AttentionArgs&);
 
 constexpr int64_t FEW_HEADS = 16;  // query heads of a KV head, as in attention
-constexpr int64_t CODED_PART = 512, MAX_CODED_PARTS = 32;  // keys of a part, parts of a row
+constexpr int64_t CODED_PART = 1024, MAX_CODED_PARTS = 32;  // keys of a part, parts of a row
 constexpr int64_t CODED_WORK = 1 << 18;  // multiply-adds that make up for waking a thread
 
 // The tokens [0, keys) of one row as (keys, K, D) of T.

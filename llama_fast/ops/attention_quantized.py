@@ -129,8 +129,8 @@ def cases() -> list[Case]:
     few = [
         Case("wide, a tail of 8", quantized(_dense(2, 1, 131, 6, 2, 72, lengths=[131, 9]))),
         Case("a group of 5", quantized(_dense(1, 1, 70, 5, 1, 128))),
-        Case("three parts", quantized(_dense(1, 1, 1100, 8, 2, 64))),
-        Case("two queries a part apart", quantized(_dense(1, 2, 514, 4, 2, 64))),
+        Case("three parts", quantized(_dense(1, 1, 2100, 8, 2, 64))),
+        Case("two queries a part apart", quantized(_dense(1, 2, 1026, 4, 2, 64))),
         Case("few and many", quantized(_dense(3, 21, 60, 4, 1, 64, lengths=[60, 3, -1]))),
     ]
     usual = [

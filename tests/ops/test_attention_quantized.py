@@ -108,9 +108,9 @@ def test_what_lies_behind_a_length_is_not_used(backend, dtype, T):
 def test_a_row_depends_on_itself_alone(isa, dtype):
     """Neither on the rows beside it, be they of many queries, nor on the padding that those cause,
     nor on the number of threads."""
-    T, S = 21, 1100
+    T, S = 21, 2100
     q, k, v = inputs(4, T, S, 8, 2, 64, dtype)
-    lengths = [1, 1100, 3, 700]
+    lengths = [1, 2100, 3, 1300]
     before = torch.get_num_threads()
     try:
         with cpu.use_isa(isa), use_backend("cpu", strict=True):

@@ -7,6 +7,7 @@
 // within 2^-16 of the largest, less than what the half types round by; a float takes two words.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "../simd/words.h"
@@ -73,7 +74,7 @@ static void score_words(const int16_t* q, int64_t q_stride, Tile<int8_t> k, int6
       }
       if (e * 2 * W % 64 == 0)
         for (int i = 0; i < KEYS && j + i < ahead.count; ++i)
-          __builtin_prefetch(ahead.row(j + i) + e * 2 * W);
+          __builtin_prefetch(ahead.row(j + i) + e * 2 * W, 0, 2);
     });
     for (int g = 0; g < GROUPS; ++g) {
       float lanes[W];
@@ -108,44 +109,61 @@ struct TileScales {
   }
 };
 
-// Softmax over the first `count` keys of a tile, for one query: sums of products s become weights,
-// times the values' scales, as words. `top` is the largest exponent so far, and the lanes of `total`
-// add up to the sum of the weights without those scales. What was summed under an older top has to
-// be multiplied by the result.
-template <int NUMBER>
-static float weigh(float* s, const float* q_steps, const TileScales& k, const TileScales& v,
-                   int64_t count, float factor, float& top, float* total, int16_t* words,
-                   float* steps) {
-  constexpr int W = vf::W;
-  for (int64_t j = 0; j < count; j += W) {
-    vf x = load(s + j) * set(q_steps[0] * factor);
-    if constexpr (NUMBER == 2)
-      x = fma(load(s + CODED_TILE + j), set(q_steps[1] * factor), x);
-    store(s + j, x * load(k.of + j));
+// Softmax over a part of the keys of a tile, count[i] of them, for R queries: sums of products s
+// become weights, times the values' scales, as words. `top` is the largest exponent of a query so
+// far, and its W lanes of `total` add up to the sum of the weights without those scales. What was
+// summed under an older top has to be multiplied by the correction. Each step is taken for all
+// queries before the next, so that none waits for the one before.
+template <int R, int NUMBER>
+static void weigh(float* s, const float* q_steps, const TileScales& k, const TileScales& v,
+                  const int64_t (&count)[R], float factor, float* top, float* total,
+                  int16_t* words, float* steps, float* correction) {
+  constexpr int W = vf::W, LANES = (R + W - 1) / W * W;
+  float tile_top[R], smaller[LANES] = {};
+  for (int i = 0; i < R; ++i) {
+    float* scores = s + i * NUMBER * CODED_TILE;
+    for (int64_t j = 0; j < count[i]; j += W) {
+      vf x = load(scores + j) * set(q_steps[i * NUMBER] * factor);
+      if constexpr (NUMBER == 2)
+        x = fma(load(scores + CODED_TILE + j), set(q_steps[i * NUMBER + 1] * factor), x);
+      store(scores + j, x * load(k.of + j));
+    }
+    for (int64_t j = std::max<int64_t>(count[i], 0); j < CODED_TILE; ++j)
+      scores[j] = -std::numeric_limits<float>::infinity();
+    vf largest = load(scores);
+    for (int64_t j = W; j < CODED_TILE; j += W) largest = max(largest, load(scores + j));
+    tile_top[i] = count[i] > 0 ? max_of(largest) : top[i];
+    smaller[i] = std::min(top[i], tile_top[i]) - std::max(top[i], tile_top[i]);
   }
-  for (int64_t j = count; j < CODED_TILE; ++j) s[j] = -std::numeric_limits<float>::infinity();
-  vf largest = load(s);
-  for (int64_t j = W; j < CODED_TILE; j += W) largest = max(largest, load(s + j));
-  const float tile_top = max_of(largest), before = top;
-  top = std::max(top, tile_top);
-  // One of both is 1: what was summed before, or the largest weight of this tile.
-  const float smaller = exp2_of(std::min(before, tile_top) - top);
-  const float correction = tile_top > before ? smaller : 1.f;
-  const float bound = (tile_top > before ? 1.f : smaller) * v.largest;
-  const vf to_word = set(bound > 1e-30f ? WORD_MAX / bound : 0.f);  // none that is infinite
-  steps[0] = bound / WORD_MAX;
-  if constexpr (NUMBER == 2) steps[1] = steps[0] / (2 * WORD_MAX);
-  vf sum_of = load(total) * set(correction);
-  for (int64_t j = 0; j < CODED_TILE; j += W) {
-    const vf p = exp2(load(s + j) - set(top));
-    sum_of = sum_of + p;
-    const vf x = p * load(v.of + j) * to_word, high = whole_word(x);
-    store_words(words + j, high);
-    if constexpr (NUMBER == 2)
-      store_words(words + CODED_TILE + j, whole_word((x - high) * set(2 * WORD_MAX)));
+  for (int i = 0; i < LANES; i += W) store(smaller + i, exp2(load(smaller + i)));
+  for (int i = 0; i < R; ++i) {
+    const float* scores = s + i * NUMBER * CODED_TILE;
+    int16_t* to = words + i * NUMBER * CODED_TILE;
+    if (count[i] <= 0) {
+      std::memset(to, 0, NUMBER * CODED_TILE * sizeof(int16_t));
+      for (int n = 0; n < NUMBER; ++n) steps[i * NUMBER + n] = 0.f;
+      correction[i] = 1.f;
+      continue;
+    }
+    // One of both is 1: what was summed before, or the largest weight of this tile.
+    const bool raised = tile_top[i] > top[i];
+    correction[i] = raised ? smaller[i] : 1.f;
+    const float bound = (raised ? 1.f : smaller[i]) * v.largest;
+    top[i] = std::max(top[i], tile_top[i]);
+    const vf to_word = set(bound > 1e-30f ? WORD_MAX / bound : 0.f);  // none that is infinite
+    steps[i * NUMBER] = bound / WORD_MAX;
+    if constexpr (NUMBER == 2) steps[i * NUMBER + 1] = steps[i * NUMBER] / (2 * WORD_MAX);
+    vf sum_of = load(total + i * W) * set(correction[i]);
+    for (int64_t j = 0; j < CODED_TILE; j += W) {
+      const vf p = exp2(load(scores + j) - set(top[i]));
+      sum_of = sum_of + p;
+      const vf x = p * load(v.of + j) * to_word, high = whole_word(x);
+      store_words(to + j, high);
+      if constexpr (NUMBER == 2)
+        store_words(to + CODED_TILE + j, whole_word((x - high) * set(2 * WORD_MAX)));
+    }
+    store(total + i * W, sum_of);
   }
-  store(total, sum_of);
-  return correction;
 }
 
 // o[r / NUMBER] += steps[r] · weights[r] · v for R rows of words and C runs of v from element d on;
@@ -165,8 +183,8 @@ static void add_word_runs(const int16_t* weights, const float* steps, Tile<int8_
     for (int c = 0; c < C; ++c) {
       load_columns(row0 + c * RUN, row1 + c * RUN, x[c][0], x[c][1], width);
       if (c * RUN % 64 == 0 && j < ahead.count) {
-        __builtin_prefetch(ahead.row(j) + d + c * RUN);
-        __builtin_prefetch(ahead.row(j + 1) + d + c * RUN);
+        __builtin_prefetch(ahead.row(j) + d + c * RUN, 0, 2);
+        __builtin_prefetch(ahead.row(j + 1) + d + c * RUN, 0, 2);
       }
     }
     for (int r = 0; r < R; ++r) {
@@ -258,20 +276,11 @@ static void few_queries_quantized(const AttentionQuantizedArgs& args, const Row&
       float steps[R * NUMBER], correction[R];
       score_words<R * NUMBER>(q + r * NUMBER * q_stride, q_stride, {k.data, k.stride, seen}, D, s,
                               r == 0 ? v : none);
-      for (int i = 0; i < R; ++i) {
-        const int64_t visible = row.visible(a, row.first + (r + i) / G) - tile;
-        int16_t* words = weights + i * NUMBER * CODED_TILE;
-        if (visible <= 0) {
-          std::memset(words, 0, NUMBER * CODED_TILE * sizeof(int16_t));
-          for (int n = 0; n < NUMBER; ++n) steps[i * NUMBER + n] = 0.f;
-          correction[i] = 1.f;
-          continue;
-        }
-        correction[i] = weigh<NUMBER>(s + i * NUMBER * CODED_TILE, q_steps + (r + i) * NUMBER,
-                                      k_scales, v_scales, std::min(count, visible), factor,
-                                      result.top[r + i], total + (r + i) * W, words,
-                                      steps + i * NUMBER);
-      }
+      int64_t own[R];
+      for (int i = 0; i < R; ++i)
+        own[i] = std::min(count, row.visible(a, row.first + (r + i) / G) - tile);
+      weigh<R, NUMBER>(s, q_steps + r * NUMBER, k_scales, v_scales, own, factor, result.top + r,
+                       total + r * W, weights, steps, correction);
       constexpr int VECTORS = vf::W == 16 ? 16 : 8;  // sums that leave registers for the rest
       constexpr int C = std::min(4, std::max(1, VECTORS / (R * NUMBER * 2)));
       add_words<R * NUMBER, NUMBER, C>(weights, steps, {v.data, v.stride, seen}, 0, D,
