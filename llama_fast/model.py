@@ -19,7 +19,7 @@ from .errors import ConfigError, ShapeError
 from .kv_cache import KVCache, cache_dtype
 from .nn import MLP, Attention, Embedding, LayerCache, Linear, RMSNorm, RotaryEmbedding
 from .ops import QuantizedWeight
-from .quantize import Quantization, quantization_of, round_weight
+from .quantize import Quantization, quantization_of, round_rows
 from .registry import reserve
 
 
@@ -179,8 +179,8 @@ class Llama(nn.Module):
         max_seq_len  a shorter context than the model's own: smaller tables and caches
         progress     called as progress(bytes done, bytes in all, name) while the weights stream in
 
-        Weights are streamed: the peak of memory is the model and a few blocks of one weight, or one
-        weight where they are quantised on the way. Those of a quantised folder are mapped: on the
+        Weights are streamed: the peak of memory is the model and a few blocks of one weight, also
+        where they are quantised on the way. Those of a quantised folder are mapped: on the
         CPU they take no time to load, and of memory the pages that are used.
         Raises CheckpointError or ConfigError, naming the file and the remedy.
         """
@@ -204,11 +204,13 @@ class Llama(nn.Module):
                     )
                 model.set_weight(name, weight.to(device))
         elif settings is not None:
-            for name, weight in source.tensors(progress=progress):
-                weight = weight.to(device)
-                form = settings.of_weight(name)
-                if form is not None:
-                    weight = round_weight(weight, form).settle()
+            shapes = checkpoint.state_shapes(config)
+            for name, rows in source.rows(progress=progress):
+                form, on_device = settings.of_weight(name), (part.to(device) for part in rows)
+                if form is None:
+                    weight = torch.cat(list(on_device))
+                else:
+                    weight = round_rows(shapes[name], on_device, form, device)
                 model.set_weight(name, weight)
         else:
             for name, shape in checkpoint.state_shapes(config).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,6 +160,17 @@ def round_weight(weight: Tensor, form: WeightFormat) -> QuantizedWeight:
     return QuantizedWeight.from_float(
         weight, form.bits, form.group_size, form.symmetric, fit=best_fit
     )
+
+
+def round_rows(
+    shape: tuple[int, int],
+    rows: Iterable[Tensor],
+    form: WeightFormat,
+    device: torch.device | str | None = None,
+) -> QuantizedWeight:
+    """As `round_weight`, for a matrix of `shape` (C_out, C_in) whose rows come some at a time."""
+    of_form = (form.bits, form.group_size, form.symmetric)
+    return QuantizedWeight.from_rows(shape, rows, *of_form, fit=best_fit, device=device)
 
 
 def best_fit(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:

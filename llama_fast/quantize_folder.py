@@ -24,7 +24,7 @@ from .gptq import Inputs, round_compensated
 from .model import Llama
 from .nn import Linear, RotaryEmbedding
 from .ops import QuantizedWeight
-from .quantize import Quantization, round_weight
+from .quantize import Quantization, round_rows, round_weight
 
 
 def quantize_folder(
@@ -135,9 +135,10 @@ def _part(name: str) -> str:
 def _nearest(
     checkpoint: Checkpoint, settings: Quantization, progress: Progress | None
 ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-    for name, weight in checkpoint.tensors(progress=progress):
+    shapes = state_shapes(checkpoint.config)
+    for name, rows in checkpoint.rows(progress=progress):
         form = settings.of_weight(name)
-        yield name, weight if form is None else round_weight(weight, form)
+        yield name, torch.cat(list(rows)) if form is None else round_rows(shapes[name], rows, form)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from llama_fast.checkpoint import (
     write_meta,
 )
 from llama_fast.config import LlamaConfig, RopeScaling
+from llama_fast.errors import CheckpointError
 from tests.checkpoints import SMALL, load, meta_files, meta_state, random_state, save_meta
 
 TIED = dataclasses.replace(SMALL, tied=True)
@@ -342,6 +343,33 @@ def test_mixed_dtypes_are_kept(tmp_path, form):
     checkpoint = open_checkpoint(tmp_path / form)
     assert checkpoint.dtype == torch.bfloat16
     assert_same(dict(checkpoint.tensors()), state)
+
+
+@pytest.mark.parametrize("form", ["hf", "meta", "meta-2"])
+def test_rows_in_their_order_are_the_tensors(tmp_path, form, monkeypatch):
+    """Also where they come a few at a time, permuted, or from several files."""
+    monkeypatch.setattr("llama_fast.checkpoint.pieces.BLOCK_BYTES", 2500)
+    state = random_state(SMALL, torch.bfloat16)
+    if form == "hf":
+        write_hf(tmp_path / form, SMALL, state)
+    else:
+        write_meta(tmp_path / form, SMALL, state, n_files=2 if form == "meta-2" else 1)
+    parts = {name: list(rows) for name, rows in open_checkpoint(tmp_path / form).rows()}
+    assert list(parts) == list(state_shapes(SMALL))
+    assert len(parts["embed.weight"]) > 1
+    assert_same({name: torch.cat(rows) for name, rows in parts.items()}, state)
+
+
+def test_rows_that_are_not_finite_are_refused(tmp_path):
+    state = random_state(SMALL)
+    state["layers.1.mlp.down.weight"][3, 5] = torch.nan
+    write_hf(tmp_path / "hf", SMALL, state)
+    checkpoint = open_checkpoint(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=r"down_proj.*not finite"):
+        for _, rows in checkpoint.rows():
+            list(rows)
+    for _, rows in checkpoint.rows(check_finite=False):
+        list(rows)
 
 
 def test_load_into_a_state_with_its_tied_head(tmp_path):

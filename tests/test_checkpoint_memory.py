@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from llama_fast.checkpoint import state_shapes, write_hf, write_meta
+from llama_fast.checkpoint.quantized import quantized_bytes
 from llama_fast.config import LlamaConfig
+from llama_fast.quantize import NAMED
 
 CONFIG = LlamaConfig(
     dim=1024, n_layers=4, n_heads=16, n_kv_heads=4, head_dim=64, hidden_dim=4096, vocab_size=32000
@@ -19,12 +21,15 @@ WEIGHTS = CONFIG.n_params * 2  # 252 MB in bfloat16
 LARGEST = CONFIG.vocab_size * CONFIG.dim * 2
 # Mapped pages between two releases (64 MiB), a block, and what torch allocates for itself.
 SLACK = 110e6
+# What blocks take that are rounded; less than the embedding as it is stored, 66 MB.
+QUANTIZING = 60e6
 
 _HIGH_WATER = """
 import sys
 from pathlib import Path
 import torch
 from llama_fast.checkpoint import convert, open_checkpoint, state_shapes
+from llama_fast.model import Llama
 
 def high_water():  # bytes; VmHWM, because ru_maxrss is inherited from the parent process
     status = Path("/proc/self/status").read_text()
@@ -33,7 +38,9 @@ def high_water():  # bytes; VmHWM, because ru_maxrss is inherited from the paren
 torch.zeros(2**20, dtype=torch.bfloat16).add(1).sum()  # torch's own threads and buffers
 before = high_water()
 source, target = sys.argv[1:]
-if target == "memory":
+if target == "int8":
+    Llama.from_pretrained(source, device="cpu", quantize="int8", max_seq_len=16)
+elif target == "memory":
     checkpoint = open_checkpoint(source)
     shapes = state_shapes(checkpoint.config)
     state = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
@@ -77,6 +84,15 @@ def _peak(source: Path, target: str | Path) -> int:
 def test_peak_of_loading(folders, name):
     peak = _peak(folders / name, "memory")
     assert WEIGHTS < peak < WEIGHTS + SLACK
+
+
+@needs_proc
+@pytest.mark.parametrize("name", ["hf", "meta"])
+def test_peak_of_quantizing(folders, name):
+    """Neither a float matrix nor a second copy of a quantised one is ever held."""
+    peak = _peak(folders / name, "int8")
+    weights = quantized_bytes(CONFIG, NAMED["int8"])
+    assert weights < peak < weights + QUANTIZING
 
 
 @needs_proc

@@ -22,7 +22,8 @@ class Ours(Contender):
     def __init__(
         self, folder: Path, context: int, quantize: str | None = None, backend: str | None = None
     ) -> None:
-        self.model = Llama.from_pretrained(folder, device="cpu", quantize=quantize)
+        at_most = {"max_seq_len": context, "quantize": quantize}
+        self.model = Llama.from_pretrained(folder, device="cpu", **at_most)
         self.cache = self.model.new_cache(1, context)
         if backend is not None:
             use_backend(backend, strict=True).__enter__()  # until the process ends

@@ -14,8 +14,8 @@ from llama_fast.checkpoint.stored import StoredFile
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import CheckpointError
 
-BLOCK_BYTES = 16 * 2**20  # read at a time
-MAPPED_BYTES = 64 * 2**20  # read before mapped files are released
+BLOCK_BYTES = 4 * 2**20  # read at a time
+MAPPED_BYTES = 16 * 2**20  # read before mapped files are released
 
 
 @dataclass(frozen=True)

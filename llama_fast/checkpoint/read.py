@@ -1,6 +1,6 @@
 """Read a checkpoint of either format as a stream of our tensors.
 
-Memory: the tensors themselves and, for a moment, MAPPED_BYTES (or a quarter of a layer of a very
+Memory: the tensors themselves and, for a moment, MAPPED_BYTES (or an eighth of a layer of a very
 large model) of the memory-mapped files, whose pages are let go as the copy advances.
 """
 
@@ -152,6 +152,20 @@ class Checkpoint:
             yield ours, tensor
             del tensor
 
+    def rows(
+        self, *, check_finite: bool = True, progress: Progress | None = None
+    ) -> Iterator[tuple[str, Iterator[Tensor]]]:
+        """Yield (our name, its rows) in the model's order: tensors of some rows, in their order and
+        as stored, each new memory on the CPU. Take all rows of one before the next.
+
+        What `tensors` yields at once, for whoever needs no weight as a whole: an embedding may be
+        larger than all the rest of a small model. Raises as `load_into` does.
+        """
+        dtypes = self.dtypes
+        copy = _Copy(self._layout, check_finite, progress)
+        for ours, parts in self._by_name():
+            yield ours, copy.rows(ours, parts, dtypes[ours])
+
     def load_into(
         self,
         state: Mapping[str, Tensor],
@@ -214,7 +228,7 @@ class _Copy:
         self._done = 0
         self._mapped = 0
         # Mapping a file again costs milliseconds, so a model of large layers does it less often.
-        self._most_mapped = max(MAPPED_BYTES, self._total // layout.config.n_layers // 4)
+        self._most_mapped = max(MAPPED_BYTES, self._total // layout.config.n_layers // 8)
 
     @torch.no_grad()
     def fill(self, target: Tensor, ours: str, parts: list[tuple[Weight, list[Piece]]]) -> None:
@@ -224,24 +238,50 @@ class _Copy:
                 cut = rows.narrow(piece.dim, piece.start, piece.length)
                 self._fill_piece(cut, piece, ours)
 
+    def rows(
+        self, ours: str, parts: list[tuple[Weight, list[Piece]]], dtype: torch.dtype
+    ) -> Iterator[Tensor]:
+        for weight, pieces in parts:
+            if len(pieces) == 1 or all(piece.dim == 0 for piece in pieces):
+                for piece in pieces:
+                    for start, stop in self._blocks(piece):
+                        rows = torch.empty((stop - start, *weight.shape[1:]), dtype=dtype)
+                        self._fill_rows(rows, piece, start, stop, ours)
+                        yield rows
+            else:  # a row lies in several files
+                whole = torch.empty(weight.shape, dtype=dtype)
+                for piece in pieces:
+                    self._fill_piece(
+                        whole.narrow(piece.dim, piece.start, piece.length), piece, ours
+                    )
+                yield whole
+
+    def _blocks(self, piece: Piece) -> Iterator[tuple[int, int]]:
+        return row_blocks(piece.file, piece.key, self._head_dim if piece.permuted else 1)
+
     def _fill_piece(self, target: Tensor, piece: Piece, ours: str) -> None:
-        multiple = self._head_dim if piece.permuted else 1
-        for start, stop in row_blocks(piece.file, piece.key, multiple):
-            block = piece.file.rows(piece.key, start, stop)
-            for other in piece.copies:
-                _refuse_other_copy(block, other.rows(piece.key, start, stop), piece, other)
-            rows = target[start:stop]
-            if piece.permuted:
-                # Meta's order to Hugging Face's, as `meta_to_hf_rows`, straight into place.
-                heads = (stop - start) // self._head_dim
-                rows.unflatten(0, (heads, 2, -1)).copy_(
-                    block.unflatten(0, (heads, -1, 2)).transpose(1, 2)
-                )
-            else:
-                rows.copy_(block)
-            if self._check_finite:
-                _refuse_non_finite(rows, block, piece)
-            self._advance(block.nbytes, 1 + len(piece.copies), ours)
+        for start, stop in self._blocks(piece):
+            self._fill_rows(target[start:stop], piece, start, stop, ours)
+
+    @torch.no_grad()
+    def _fill_rows(self, rows: Tensor, piece: Piece, start: int, stop: int, ours: str) -> None:
+        """`rows` becomes the rows start:stop of the piece."""
+        block = piece.file.rows(piece.key, start, stop)
+        for other in piece.copies:
+            _refuse_other_copy(block, other.rows(piece.key, start, stop), piece, other)
+        if piece.permuted:
+            # Meta's order to Hugging Face's, as `meta_to_hf_rows`, straight into place.
+            heads = (stop - start) // self._head_dim
+            rows.unflatten(0, (heads, 2, -1)).copy_(
+                block.unflatten(0, (heads, -1, 2)).transpose(1, 2)
+            )
+        else:
+            rows.copy_(block)
+        if self._check_finite:
+            _refuse_non_finite(rows, block, piece)
+        nbytes = block.nbytes
+        del block  # so that the file can be let go
+        self._advance(nbytes, 1 + len(piece.copies), ours)
 
     def _advance(self, nbytes: int, files: int, ours: str) -> None:
         self._done += nbytes

@@ -5,7 +5,7 @@ Its layout is that of `llama_fast.ops.linear_quantized`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..errors import ShapeError
 from ..registry import interposed, reserve
 from .linear_quantized import (
-    BLOCK,
     ROWS,
     centre,
     dequantize,
@@ -22,6 +21,8 @@ from .linear_quantized import (
     packed_shapes,
 )
 
+# Weights that are rounded at a time: there are several float32 tensors of as many.
+ROUNDED = 1 << 18
 # (groups (..., group_size), bits, symmetric) → (scales, offsets or None), float16 (...)
 Fit = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
 
@@ -55,10 +56,11 @@ class QuantizedWeight(nn.Module):
         self.shape = (C_out, C_in)
         self.bits, self.group_size = bits, group_size
         codes, scales = packed_shapes(C_out, C_in, bits, group_size)
-        self.register_buffer("codes", torch.empty(codes, dtype=torch.uint8, device=device))
-        self.register_buffer("scales", torch.empty(scales, dtype=torch.float16, device=device))
-        offsets = None if symmetric else torch.empty_like(self.scales)
-        self.register_buffer("offsets", offsets)
+        offsets = None if symmetric else scales
+        kinds = (codes, torch.uint8), (scales, torch.float16), (offsets, torch.float16)
+        for name, (shape, dtype) in zip(("codes", "scales", "offsets"), kinds, strict=True):
+            made = shape and reserve(torch.empty(shape, dtype=dtype, device=device))
+            self.register_buffer(name, made)
 
     @classmethod
     def from_float(
@@ -82,11 +84,36 @@ class QuantizedWeight(nn.Module):
                 f"QuantizedWeight: weight is {weight.dtype} {tuple(weight.shape)}; it must be a "
                 "(C_out, C_in) matrix of floats"
             )
-        made = cls(*weight.shape, bits, group_size, symmetric, weight.device)
-        for start, groups in made.row_blocks(weight):
-            scales, offsets = (fit or enclosing)(groups, bits, symmetric)
-            refuse_non_finite(groups, scales, offsets)
-            made.set_rows(start, encode(groups, scales, offsets, bits), scales, offsets)
+        form = (bits, group_size, symmetric)
+        return cls.from_rows(weight.shape, (weight,), *form, fit=fit, device=weight.device)
+
+    @classmethod
+    def from_rows(
+        cls,
+        shape: tuple[int, int],
+        rows: Iterable[Tensor],
+        bits: int,
+        group_size: int,
+        symmetric: bool = True,
+        *,
+        fit: Fit | None = None,
+        device: torch.device | str | None = None,
+    ) -> QuantizedWeight:
+        """As `from_float`, for a matrix of `shape` (C_out, C_in) that comes in parts: `rows` yields
+        floats (n, C_in), any number of rows at a time, in their order."""
+        made, start = cls(*shape, bits, group_size, symmetric, device), 0
+        for part in _whole_blocks(rows):
+            for offset, groups in made.row_blocks(part):
+                scales, offsets = (fit or enclosing)(groups, bits, symmetric)
+                refuse_non_finite(groups, scales, offsets)
+                codes = encode(groups, scales, offsets, bits)
+                made.set_rows(start + offset, codes, scales, offsets)
+            start += len(part)
+        if start != shape[0]:
+            raise ShapeError(
+                f"QuantizedWeight: {start} rows were given for a matrix of {tuple(shape)}; there "
+                f"must be {shape[0]}"
+            )
         return made
 
     @property
@@ -107,11 +134,11 @@ class QuantizedWeight(nn.Module):
         return (*self._buffers.values(), self.shape[0], self.bits, self.group_size)
 
     def row_blocks(self, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(start, rows) of a (C_out, C_in) matrix, some blocks at a time: the rows in float32, cut
-        into groups (n, groups, group_size), of which the last is filled up with zeros."""
-        C_out, C_in = self.shape
-        step = max(1, BLOCK // max(1, ROWS * C_in)) * ROWS
-        for start in range(0, C_out, step):
+        """(start, rows) of the matrix (C_out, C_in), or of some rows of it, some blocks at a time:
+        the rows in float32, cut into groups (n, groups, group_size), of which the last is filled up
+        with zeros."""
+        step = max(1, ROUNDED // max(1, ROWS * self.shape[1])) * ROWS
+        for start in range(0, len(weight), step):
             rows = F.pad(weight[start : start + step].detach().float(), (0, self._padding))
             yield start, rows.view(len(rows), self.scales.shape[1], self.group_size)
 
@@ -188,13 +215,23 @@ class QuantizedWeight(nn.Module):
 
         return super()._apply(keep, recurse)
 
-    def settle(self) -> QuantizedWeight:
-        """Moves the buffers into memory that suits weights on their device; returns itself."""
-        return self._apply(lambda buffer: reserve(torch.empty_like(buffer)).copy_(buffer))
-
     def extra_repr(self) -> str:
         kind = "symmetric" if self.symmetric else "with offsets"
         return f"{self.shape}, bits={self.bits}, group_size={self.group_size}, {kind}"
+
+
+def _whole_blocks(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The rows of all parts, in parts of whole blocks of 16; the last one may be odd."""
+    rest = None
+    for rows in parts:
+        if rest is not None:
+            rows = torch.cat((rest, rows))
+        whole = len(rows) // ROWS * ROWS
+        rest = rows[whole:].clone() if whole < len(rows) else None  # a view would keep the rows
+        if whole:
+            yield rows[:whole]
+    if rest is not None:
+        yield rest
 
 
 def enclosing(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:

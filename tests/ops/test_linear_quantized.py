@@ -91,6 +91,17 @@ def test_a_row_of_zeros_and_one_of_a_single_value_are_exact(quantized):
     torch.testing.assert_close(made[1], weight[1], rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("parts", [[37], [1] * 37, [16, 21], [5, 20, 12], [0, 33, 0, 4]], ids=str)
+def test_a_matrix_that_comes_in_parts_is_the_same(quantized, parts):
+    form = (quantized.bits, quantized.group_size, quantized.symmetric)
+    rows = iter(random_weight().split(parts))
+    made = QuantizedWeight.from_rows((C_OUT, C_IN), rows, *form)
+    for buffer, expected in zip(made.buffers(), quantized.buffers(), strict=True):
+        assert torch.equal(buffer, expected)
+    with pytest.raises(ShapeError, match=r"32 rows were given.*must be 37"):
+        QuantizedWeight.from_rows((C_OUT, C_IN), [random_weight()[:32]], *form)
+
+
 @pytest.mark.parametrize(("C_out", "C_in"), [(0, 64), (5, 0), (1, 1)])
 def test_small_matrices(C_out, C_in):
     for kind in KINDS:
