@@ -1,9 +1,12 @@
 // Decoding: so few query heads share a KV head that reading k and v from memory is what takes time.
 //
 // Keys and values are used as they lie in memory, a tile at a time, for up to four query heads at
-// once; tiles are fetched ahead. A row's keys are split into parts of a length that depends on that
-// row alone, so that a long context keeps all threads busy, and neither the number of threads nor
-// the other rows change a result. The last part to be done combines them.
+// once; both are fetched some tiles ahead, evenly, since memory that waits for arithmetic is lost.
+// A tile's scores are computed before the values of the tile before it are added, so that neither
+// waits for a softmax. Sums are scaled down only where a score outgrows the largest one so far by
+// SLACK. A row's keys are split into parts of a length that depends on that row alone, so that a
+// long context keeps all threads busy, and neither the number of threads nor the other rows change
+// a result. The last part to be done combines them.
 #pragma once
 
 #include "softmax.h"
@@ -11,7 +14,9 @@
 namespace llama_fast {
 namespace ISA {
 
-constexpr int FEW_TILE = 64;  // keys; k and v of a tile fit L1 for D = 128 in 16 bits
+constexpr int FEW_TILE = 16;            // keys: a vector of scores for each query, where W is 16
+constexpr int64_t FETCH_BYTES = 4096;   // how far ahead k is fetched, and v
+constexpr float SLACK = 4.f;            // weights are at most 2^SLACK
 
 // A run of `size` elements of a row as V vectors, in an order that `restore` turns into memory's.
 template <class T> struct Run {
@@ -69,101 +74,150 @@ template <class T> struct Tile {
   const T* row(int64_t i) const { return data + i * stride; }
 };
 
-// s[r, j] = q[r] · k[j] for R queries and the keys of a tile, while `ahead` is fetched. A block of
-// keys is chosen so that its sums fill a vector.
+// Rows of keys and of values to fetch into the caches. Both at once, in turn: the CPU fetches further
+// ahead by itself in each of them, but only within a page, so two keep more of it on the way.
+template <class T> struct Ahead {
+  Tile<T> k, v;
+  // In step j the elements [begin, end) of row j / 2: of k in even steps, of v in odd ones.
+  void fetch(int64_t j, int64_t begin, int64_t end) const {
+    const Tile<T>& tile = j % 2 ? v : k;
+    if (j / 2 >= tile.count) return;
+    for (int64_t d = begin; d < end; d += 64 / int64_t(sizeof(T)))
+      __builtin_prefetch(tile.row(j / 2) + d);
+  }
+};
+
+// s[r, j] = q[r] · k[j] for R queries and the keys of a tile, a step of `ahead` for each. KEYS at a
+// time leave registers for the rest; the sums of a block of them fill a vector.
 template <class T, int R>
 static void score_tile(const float* q, int64_t q_stride, Tile<T> k, int64_t D, float* s,
-                       Tile<T> ahead) {
+                       const Ahead<T>& ahead) {
   using Key = KeyRun<T>;
   constexpr int W = vf::W, V = Key::V;
-  constexpr int KEYS = W == 1 ? 1 : R == 1 ? 8 : R == 2 ? W / 2 : W / 4;
-  constexpr int GROUPS = (KEYS * R + W - 1) / W;
-  for (int64_t j = 0; j < k.count; j += KEYS) {
-    vf total[GROUPS][W];
-    for (auto& group : total)
-      for (vf& t : group) t = zero();
-    vf earlier[R][KEYS] = {};  // of a scalar build, which sums one by one: two levels keep it exact
-    const T* row[KEYS];  // behind the last key, the last one again
-    for (int i = 0; i < KEYS; ++i) row[i] = k.row(std::min(j + i, k.count - 1));
-    for_each_run<Key::size>(D, [&](int64_t e, auto width) {
-      vf x[KEYS][V];
-      for (int i = 0; i < KEYS; ++i) Key::load(row[i] + e * Key::size, x[i], width);
-      for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < V; ++v) {
-          const vf y = load(q + r * q_stride + (e * V + v) * W);
-          for (int i = 0; i < KEYS; ++i) {
-            vf& t = total[(r * KEYS + i) / W][(r * KEYS + i) % W];
-            t = Unit<T>::madd(x[i][v], y, t);
+  constexpr int KEYS = W == 1 ? 1 : W / 4, TURNS = W == 1 ? 1 : 4 / R, BLOCK = KEYS * TURNS;
+  for (int64_t j = 0; j < k.count; j += BLOCK) {
+    vf total[std::max(W, R)];
+    for (vf& t : total) t = zero();
+    for (int turn = 0; turn < TURNS; ++turn) {
+      const int64_t first = j + turn * KEYS;
+      for (int i = 0; i < KEYS; ++i) ahead.fetch(first + i, 0, D);
+      const T* row[KEYS];  // behind the last key, the last one again
+      for (int i = 0; i < KEYS; ++i) row[i] = k.row(std::min(first + i, k.count - 1));
+      vf earlier[R] = {};  // of a scalar build, which sums one by one: two levels keep it exact
+      for_each_run<Key::size>(D, [&](int64_t e, auto width) {
+        vf x[KEYS][V];
+        for (int i = 0; i < KEYS; ++i) Key::load(row[i] + e * Key::size, x[i], width);
+        for (int r = 0; r < R; ++r) {
+          for (int v = 0; v < V; ++v) {
+            const vf y = load(q + r * q_stride + (e * V + v) * W);
+            for (int i = 0; i < KEYS; ++i) {
+              vf& t = total[r * BLOCK + turn * KEYS + i];
+              t = Unit<T>::madd(x[i][v], y, t);
+            }
           }
         }
-      }
-      for (int i = 0; i < KEYS && j + i < ahead.count; ++i)
-        __builtin_prefetch(ahead.row(j + i) + e * Key::size);
-      if constexpr (W == 1) {
-        if (e % 16 == 15) {
-          for (int r = 0; r < R; ++r) {
-            earlier[r][0] = earlier[r][0] + total[r][0];
-            total[r][0] = zero();
+        if constexpr (W == 1) {
+          if (e % 16 == 15) {
+            for (int r = 0; r < R; ++r) {
+              earlier[r] = earlier[r] + total[r];
+              total[r] = zero();
+            }
           }
         }
-      }
-    });
+      });
+      if constexpr (W == 1)
+        for (int r = 0; r < R; ++r) total[r] = earlier[r] + total[r];
+    }
+    float sums_of[std::max(W, R)];
     if constexpr (W == 1)
-      for (int r = 0; r < R; ++r) total[r][0] = earlier[r][0] + total[r][0];
-    float sums_of[GROUPS * W];
-    for (int g = 0; g < GROUPS; ++g) store(sums_of + g * W, sums(total[g]));
+      for (int r = 0; r < R; ++r) store(sums_of + r, total[r]);
+    else
+      store(sums_of, sums(total));
     for (int r = 0; r < R; ++r)
-      for (int i = 0; i < KEYS; ++i) s[r * FEW_TILE + j + i] = sums_of[r * KEYS + i];
+      std::memcpy(s + r * FEW_TILE + j, sums_of + r * BLOCK, BLOCK * sizeof(float));
   }
 }
 
-// o[r] = correction[r] · o[r] + weights[r] · v, for R queries and C runs of v from element d on.
+// Turns a query's scores s of a tile into weights 2^(factor · s - top), in units of T, zeros behind
+// the first `count`, and adds them to the lanes of `total`. `top` stays the largest exponent, but
+// for SLACK: where it is raised, what was summed under the old one is scaled (total, and the
+// `stride` elements of sums_of).
+template <class T>
+static void weigh_tile(float* s, int64_t count, float factor, float& top, float* total,
+                       float* sums_of, int64_t stride, float* weights_of) {
+  using Weight = typename std::conditional<Unit<T>::size == 2, T, float>::type;
+  Weight* weights = reinterpret_cast<Weight*>(weights_of);
+  constexpr int W = vf::W;
+  for (int64_t i = std::max<int64_t>(count, 0); i < FEW_TILE; ++i)
+    s[i] = count > 0 ? s[count - 1] : 0.f;
+  if (count > 0) {
+    vf largest = load(s) * set(factor);
+    for (int i = W; i < FEW_TILE; i += W) largest = max(largest, load(s + i) * set(factor));
+    if (any_above(largest, set(top + SLACK))) {
+      const float before = top;
+      top = max_of(largest);
+      const vf correction = set(exp2_of(before - top));
+      store(total, load(total) * correction);
+      for (int64_t d = 0; d < stride; d += W) store(sums_of + d, load(sums_of + d) * correction);
+    }
+  }
+  vf sum_of = load(total);
+  for (int i = 0; i < FEW_TILE; i += W) {
+    vf x = exp2(fma(load(s + i), set(factor), set(-top)));
+    if (i + W > count) {
+      float lanes[W];
+      store(lanes, x);
+      x = count > i ? load(lanes, int(count - i)) : zero();
+    }
+    sum_of = sum_of + x;
+    store(weights + i, x);
+  }
+  store(total, sum_of);
+}
+
+// o[r] += weights[r] · v, for R queries and C runs of v from element d on; and of each step of `ahead`
+// these elements.
 template <class T, int R, int C, class Width>
 static void add_runs(const float* weights, Tile<T> v, int64_t d, Width width, float* o,
-                     int64_t o_stride, const float* correction, Tile<T> ahead) {
+                     int64_t o_stride, const Ahead<T>& ahead) {
   using Value = ValueRun<T>;
   constexpr int W = vf::W, V = Value::V, STEP = Unit<T>::size;
   vf total[R][C * V];
-  for (auto& row : total)
-    for (vf& t : row) t = zero();
+  // Without the pragmas GCC 12 takes the sums out of the registers for these loops.
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int i = 0; i < C * V; ++i) total[r][i] = load(o + r * o_stride + i * W);
+  }
   for (int64_t j = 0; j < v.count; j += STEP) {
     // An odd last row is paired with itself, under a weight of zero.
     const int64_t next = j + 1 < v.count ? v.stride : 0;
     vf x[C][V];
-    for (int c = 0; c < C; ++c) {
-      Value::load(v.row(j) + d + c * Value::size, next, x[c], width);
-      if (j < ahead.count)
-        for (int i = 0; i < STEP; ++i)
-          __builtin_prefetch(ahead.row(j + i) + d + c * Value::size);
-    }
+    for (int c = 0; c < C; ++c) Value::load(v.row(j) + d + c * Value::size, next, x[c], width);
+    for (int i = 0; i < STEP; ++i) ahead.fetch(j + i, d, d + C * Value::size);
     for (int r = 0; r < R; ++r) {
       const vf w = set(weights[r * FEW_TILE + j / STEP]);
       for (int i = 0; i < C * V; ++i) total[r][i] = Unit<T>::madd(w, x[i / V][i % V], total[r][i]);
     }
   }
-  // Without the pragmas GCC 12 takes the sums out of the registers for these loops.
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-    for (int i = 0; i < C * V; ++i) {
-      float* at = o + r * o_stride + i * W;
-      store(at, fma(load(at), set(correction[r]), total[r][i]));
-    }
+    for (int i = 0; i < C * V; ++i) store(o + r * o_stride + i * W, total[r][i]);
   }
 }
 
-template <class T, int R>
+// The same for all of D, from element d on: C runs at a time, then half as many.
+template <class T, int R, int C>
 static void add_tile(const float* weights, Tile<T> v, int64_t D, float* o, int64_t o_stride,
-                     const float* correction, Tile<T> ahead) {
-  using Value = ValueRun<T>;
-  constexpr int VECTORS = vf::W == 16 ? 16 : 8;  // accumulators that leave registers for the rest
-  constexpr int C = std::max(1, VECTORS / (R * Value::V));
-  int64_t d = 0;
-  for (; d + C * Value::size <= D; d += C * Value::size)
-    add_runs<T, R, C>(weights, v, d, Full{}, o + d, o_stride, correction, ahead);
-  for (; d + Value::size <= D; d += Value::size)
-    add_runs<T, R, 1>(weights, v, d, Full{}, o + d, o_stride, correction, ahead);
-  if (d < D) add_runs<T, R, 1>(weights, v, d, int(D - d), o + d, o_stride, correction, ahead);
+                     const Ahead<T>& ahead, int64_t d = 0) {
+  constexpr int64_t size = ValueRun<T>::size;
+  for (; d + C * size <= D; d += C * size)
+    add_runs<T, R, C>(weights, v, d, Full{}, o + d, o_stride, ahead);
+  if constexpr (C > 1)
+    add_tile<T, R, C / 2>(weights, v, D, o, o_stride, ahead, d);
+  else if (d < D)
+    add_runs<T, R, 1>(weights, v, d, int(D - d), o + d, o_stride, ahead);
 }
 
 // What is known of some queries after a part of the keys: sums (rows, stride), and of each query
@@ -173,7 +227,9 @@ struct Partial {
   int64_t stride;
 
   static int64_t stride_for(int64_t D) { return round_up(D, 2 * vf::W); }
-  static int64_t floats(int64_t rows, int64_t D) { return rows * (stride_for(D) + 2); }
+  static int64_t floats(int64_t rows, int64_t D) {
+    return round_up(rows * (stride_for(D) + 2), 16);  // whole lines: see few_floats
+  }
   Partial(float* memory, int64_t rows, int64_t D)
       : sums_of(memory),
         top(memory + rows * stride_for(D)),
@@ -181,9 +237,10 @@ struct Partial {
         stride(stride_for(D)) {}
 };
 
-// The working memory of few_queries, besides its result.
+// The working memory of few_queries, besides its result. Both begin at a line of the caches: vectors
+// that lie in two of them made all of it a third slower.
 static inline int64_t few_floats(int64_t rows, int64_t D) {
-  return rows * round_up(D, 2 * vf::W) + 4 * FEW_TILE;
+  return rows * (round_up(D, 2 * vf::W) + 2 * FEW_TILE + vf::W);
 }
 
 // The queries of a row of the batch and a KV head, query by query and head by head, over the keys
@@ -198,6 +255,8 @@ static void few_queries(const AttentionArgs& a, const Row& row, int64_t b, int64
   const int64_t q_stride = round_up(D, 2 * W);
   float* q = memory;
   float* s = q + rows * q_stride;
+  float* weights = s + rows * FEW_TILE;
+  float* total = weights + rows * FEW_TILE;  // W lanes of each query
 
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = static_cast<const T*>(a.q) + b * a.q_stride.b +
@@ -208,44 +267,77 @@ static void few_queries(const AttentionArgs& a, const Row& row, int64_t b, int64
       for (int v = 0; v < Key::V; ++v) store(q + r * q_stride + (e * Key::V + v) * W, x[v]);
     });
     result.top[r] = -std::numeric_limits<float>::infinity();
-    result.total[r] = 0.f;
+    store(total + r * W, zero());
     for (int64_t d = 0; d < result.stride; d += W) store(result.sums_of + r * result.stride + d, zero());
   }
 
   const float factor = a.scale * 1.44269504f;  // weights are powers of two
   const T* keys = static_cast<const T*>(a.k) + b * a.k_stride.b + head * a.k_stride.h;
   const T* values = static_cast<const T*>(a.v) + b * a.v_stride.b + head * a.v_stride.h;
-  for (int64_t tile = begin; tile < end; tile += FEW_TILE) {
-    const int64_t count = std::min<int64_t>(FEW_TILE, end - tile);
-    const int64_t after = std::min<int64_t>(FEW_TILE, end - tile - count);
-    const Tile<T> none{nullptr, 0, 0};
-    const Tile<T> k{keys + tile * a.k_stride.t, a.k_stride.t, count};
-    const Tile<T> v{values + tile * a.v_stride.t, a.v_stride.t, count};
-    const Tile<T> next{k.row(count), a.k_stride.t, after};
+  const int64_t distance =
+      std::max<int64_t>(FEW_TILE, FETCH_BYTES / (D * int64_t(sizeof(T))));  // in keys
+  auto tile_at = [&](const T* data, int64_t stride, int64_t j) {
+    return Tile<T>{data + j * stride, stride, std::clamp<int64_t>(end - j, 0, FEW_TILE)};
+  };
+  auto keys_at = [&](int64_t j) { return tile_at(keys, a.k_stride.t, j); };
+  auto values_at = [&](int64_t j) { return tile_at(values, a.v_stride.t, j); };
 
-    auto some = [&](int64_t r, auto number) {
-      constexpr int R = decltype(number)::value;
-      // The last of these queries sees the most.
-      const int64_t last = row.first + (r + R - 1) / G;
-      const int64_t seen = std::min(count, row.visible(a, last) - tile);
-      if (seen <= 0) return;
-      score_tile<T, R>(q + r * q_stride, q_stride, {k.data, k.stride, seen}, D, s,
-                       r == 0 ? v : none);
-      float correction[R];
-      for (int i = 0; i < R; ++i) {
-        const int64_t visible = row.visible(a, row.first + (r + i) / G) - tile;
-        correction[i] = softmax_part<T>(s + i * FEW_TILE, std::min(count, visible),
-                                        round_up(seen, Unit<T>::size), factor, result.top[r + i],
-                                        result.total[r + i]);
-      }
-      add_tile<T, R>(s, {v.data, v.stride, seen}, D, result.sums_of + r * result.stride,
-                     result.stride, correction, r == 0 ? next : none);
-    };
+  // Calls f(r, number) for groups of queries; the keys of a tile that the last of them sees.
+  auto for_each_group = [&](auto&& f) {
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) some(r, std::integral_constant<int, 4>{});
-    if (rows - r == 3) some(r, std::integral_constant<int, 3>{});
-    if (rows - r == 2) some(r, std::integral_constant<int, 2>{});
-    if (rows - r == 1) some(r, std::integral_constant<int, 1>{});
+    for (; r + 4 <= rows; r += 4) f(r, std::integral_constant<int, 4>{});
+    if (rows - r == 3) f(r, std::integral_constant<int, 3>{});
+    if (rows - r == 2) f(r, std::integral_constant<int, 2>{});
+    if (rows - r == 1) f(r, std::integral_constant<int, 1>{});
+  };
+  auto seen = [&](int64_t r, int64_t tile) {
+    return std::min({end, tile + FEW_TILE, row.visible(a, row.first + r / G)}) - tile;
+  };
+
+  // Half a tile of rows, `distance` ahead; for the first group, since the others read the same.
+  auto ahead_of = [&](int64_t r, int64_t j) {
+    Ahead<T> ahead{keys_at(j + distance), values_at(j + distance)};
+    if (r > 0) ahead.k.count = ahead.v.count = 0;
+    return ahead;
+  };
+
+  auto score = [&](int64_t tile) {
+    for_each_group([&](int64_t r, auto number) {
+      constexpr int R = decltype(number)::value;
+      Tile<T> k = keys_at(tile);
+      k.count = seen(r + R - 1, tile);
+      if (k.count > 0)
+        score_tile<T, R>(q + r * q_stride, q_stride, k, D, s + r * FEW_TILE, ahead_of(r, tile));
+    });
+  };
+  auto weigh = [&](int64_t tile) {
+    for (int64_t r = 0; r < rows; ++r)
+      weigh_tile<T>(s + r * FEW_TILE, seen(r, tile), factor, result.top[r], total + r * W,
+                    result.sums_of + r * result.stride, result.stride, weights + r * FEW_TILE);
+  };
+  auto add = [&](int64_t tile) {
+    for_each_group([&](int64_t r, auto number) {
+      constexpr int R = decltype(number)::value;
+      constexpr int SUMS = std::min(8, (W == 16 ? 16 : 8) / R);  // of a query, in registers
+      Tile<T> v = values_at(tile);
+      v.count = seen(r + R - 1, tile);
+      if (v.count > 0)
+        add_tile<T, R, std::max(1, SUMS / Value::V)>(weights + r * FEW_TILE, v, D,
+                                                     result.sums_of + r * result.stride,
+                                                     result.stride,
+                                                     ahead_of(r, tile + FEW_TILE * 3 / 2));
+    });
+  };
+
+  for (int64_t j = begin; j < begin + distance + FEW_TILE; ++j)
+    for (int step : {0, 1}) Ahead<T>{keys_at(j), values_at(j)}.fetch(step, 0, D);
+  score(begin);
+  weigh(begin);
+  for (int64_t tile = begin; tile < end; tile += FEW_TILE) {
+    const int64_t next = tile + FEW_TILE;
+    if (next < end) score(next);
+    add(tile);
+    if (next < end) weigh(next);
   }
 
   for (int64_t r = 0; r < rows; ++r) {
@@ -256,6 +348,7 @@ static void few_queries(const AttentionArgs& a, const Row& row, int64_t b, int64
       Value::restore(x);
       for (int v = 0; v < Value::V; ++v) store(at + v * W, x[v]);
     });
+    result.total[r] = sum(load(total + r * W));
   }
 }
 
