@@ -18,6 +18,7 @@ from torch import Tensor
 from .config import LlamaConfig
 from .errors import ConfigError, PromptError, ShapeError
 from .ops import QuantizedKV
+from .registry import reserve
 
 # Names of what a cache may be stored as, where that is not the model's dtype.
 KV_CACHES = {"int8": torch.int8}
@@ -65,7 +66,7 @@ class KVCache:
 
         def stored() -> Tensor | QuantizedKV:
             # Left uninitialised: only slots below a row's length are ever read.
-            vectors = torch.empty((*heads, config.head_dim), device=device, dtype=dtype)
+            vectors = reserve(torch.empty((*heads, config.head_dim), device=device, dtype=dtype))
             if dtype is not torch.int8:
                 return vectors
             return QuantizedKV(vectors, torch.empty(heads, device=device, dtype=torch.float32))

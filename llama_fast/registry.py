@@ -54,7 +54,7 @@ class Backend:
 
     `recorder`, where there is one, makes a `decode.Capturer` for steps of its ops. `settings`,
     where there is one, says what its launches depend on besides their arguments. `reserve`, where
-    there is one, readies fresh memory that weights are to fill.
+    there is one, readies fresh memory that weights or a cache are to fill.
     """
 
     name: str
@@ -437,8 +437,8 @@ def launch_settings() -> tuple:
 
 
 def reserve(fresh: Tensor) -> Tensor:
-    """The tensor itself, whose memory nothing has written yet, made ready for weights as the first
-    backend of its device likes it."""
+    """The tensor itself, whose memory nothing has written yet, made ready for weights or a cache as
+    the first backend of its device likes it."""
     backend = backends().get(ORDER.get(fresh.device.type, ("eager",))[0])
     if backend is None or backend.unavailable or backend.reserve is None:
         return fresh

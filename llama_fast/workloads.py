@@ -18,6 +18,7 @@ from .errors import ConfigError
 from .ops.linear_quantized import packed_shapes
 from .ops.quantized_kv import QuantizedKV
 from .quantize import NAMED
+from .registry import reserve
 from .rope import rope_tables
 
 
@@ -63,7 +64,7 @@ class _Maker:
         if self.device == "meta":
             return torch.empty(shape, dtype=self.dtype, device="meta")
         # Drawn in their own dtype: a head of float32 numbers would take a gigabyte more.
-        x = torch.empty(shape, dtype=self.dtype, device=self.device)
+        x = reserve(torch.empty(shape, dtype=self.dtype, device=self.device))
         return x.normal_(0, scale, generator=self.generator)
 
     def rows(self, width: int) -> Tensor:

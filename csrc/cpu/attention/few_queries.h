@@ -9,6 +9,10 @@
 // a result. The last part to be done combines them.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
 #include "softmax.h"
 
 namespace llama_fast {
@@ -161,7 +165,7 @@ static void weigh_tile(float* s, int64_t count, float factor, float& top, float*
       for (int64_t d = 0; d < stride; d += W) store(sums_of + d, load(sums_of + d) * correction);
     }
   }
-  vf sum_of = load(total);
+  vf sum_of = zero();
   for (int i = 0; i < FEW_TILE; i += W) {
     vf x = exp2(fma(load(s + i), set(factor), set(-top)));
     if (i + W > count) {
@@ -172,7 +176,7 @@ static void weigh_tile(float* s, int64_t count, float factor, float& top, float*
     sum_of = sum_of + x;
     store(weights + i, x);
   }
-  store(total, sum_of);
+  store(total, load(total) + sum_of);
 }
 
 // o[r] += weights[r] · v, for R queries and C runs of v from element d on; and of each step of `ahead`
@@ -183,12 +187,8 @@ static void add_runs(const float* weights, Tile<T> v, int64_t d, Width width, fl
   using Value = ValueRun<T>;
   constexpr int W = vf::W, V = Value::V, STEP = Unit<T>::size;
   vf total[R][C * V];
-  // Without the pragmas GCC 12 takes the sums out of the registers for these loops.
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-    for (int i = 0; i < C * V; ++i) total[r][i] = load(o + r * o_stride + i * W);
-  }
+  for (auto& row : total)  // a tile by itself: sums of sums stay exact
+    for (vf& t : row) t = zero();
   for (int64_t j = 0; j < v.count; j += STEP) {
     // An odd last row is paired with itself, under a weight of zero.
     const int64_t next = j + 1 < v.count ? v.stride : 0;
@@ -200,10 +200,14 @@ static void add_runs(const float* weights, Tile<T> v, int64_t d, Width width, fl
       for (int i = 0; i < C * V; ++i) total[r][i] = Unit<T>::madd(w, x[i / V][i % V], total[r][i]);
     }
   }
+  // Without the pragmas GCC 12 takes the sums out of the registers for these loops.
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-    for (int i = 0; i < C * V; ++i) store(o + r * o_stride + i * W, total[r][i]);
+    for (int i = 0; i < C * V; ++i) {
+      float* at = o + r * o_stride + i * W;
+      store(at, load(at) + total[r][i]);
+    }
   }
 }
 
