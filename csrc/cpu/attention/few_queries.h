@@ -242,7 +242,7 @@ struct Partial {
 };
 
 // The working memory of few_queries, besides its result. Both begin at a line of the caches: vectors
-// that lie in two of them made all of it a third slower.
+// that lie in two of them cost the values a tenth more.
 static inline int64_t few_floats(int64_t rows, int64_t D) {
   return rows * (round_up(D, 2 * vf::W) + 2 * FEW_TILE + vf::W);
 }
