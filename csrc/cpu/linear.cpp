@@ -143,8 +143,7 @@ template <class T> static void few_rows(const LinearArgs& a) {
   // One group of rows of x: whole rows of W are read through. Several: each chunk stays in L1 for
   // all of them.
   const int block = M <= MAX_MT ? tile_width(int(M)) : BLOCK;
-  const int64_t grain = 1 + 65536 / (a.C_in * M + 1);
-  parallel_for(a.C_out, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(a.C_out, product_grain(a.C_out, a.C_in * M), [&](int64_t begin, int64_t end) {
     for (int64_t n0 = begin; n0 < end; n0 += block) {
       const int rows = int(std::min<int64_t>(block, end - n0));
       const T* w = weight + n0 * a.C_in;

@@ -278,8 +278,8 @@ static void write(const float* total, const LinearQuantizedArgs& a, int64_t row0
 
 // Calls f(n0, NT, scratch) for the blocks of each thread.
 template <class F> static void for_each_blocks(const Shape& s, int64_t M, F&& f) {
-  const int64_t grain = 1 + 65536 / (s.columns * BLOCK * M + 1);
-  parallel_for((s.blocks + MAX_NT - 1) / MAX_NT, grain, [&](int64_t begin, int64_t end) {
+  const int64_t n = (s.blocks + MAX_NT - 1) / MAX_NT, each = s.columns * BLOCK * MAX_NT * M;
+  parallel_for(n, product_grain(n, each), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       f(i * MAX_NT, int(std::min<int64_t>(MAX_NT, s.blocks - i * MAX_NT)));
   });

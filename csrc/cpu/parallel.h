@@ -32,6 +32,12 @@ template <class F> static inline void parallel_for(int64_t n, int64_t grain, F&&
   f(0, n);
 }
 
+// The grain of a product: so many rows of the weight, of `each` multiply-adds. One of less than half
+// a million takes some 30 µs on one thread; on a busy machine, to wait for another takes far longer.
+static inline int64_t product_grain(int64_t rows, int64_t each) {
+  return rows * each < int64_t(1) << 19 ? rows : 1 + 65536 / each;
+}
+
 // The threads that a parallel section would get here.
 static inline int64_t max_threads() {
 #ifdef _OPENMP
