@@ -23,7 +23,7 @@ static constexpr int MAX_M = 28;  // rows of x, at most
 static constexpr int MAX_MT = 6;
 static constexpr int BLOCK = 12;  // rows of W that a thread walks together, at most
 // 2 KB of a bf16 row. A scalar build sums one by one, so it needs the short chunks for exactness.
-static constexpr int CHUNK_STEPS = vf::W == 1 ? 16 : vf::W == 8 ? 64 : 32;
+static constexpr int CHUNK_STEPS = vf::W == 1 ? 32 : vf::W == 8 ? 64 : 32;
 
 // Rows of W in a tile of MT rows of x: what the registers hold.
 static constexpr int tile_width(int MT) {

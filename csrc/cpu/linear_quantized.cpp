@@ -28,7 +28,7 @@ static constexpr int LINE = BLOCK * 4;
 static constexpr int MAX_MT = vf::W == 16 ? 6 : 4;
 static constexpr int MAX_NT = vf::W == 16 ? 2 : 1;
 static constexpr int CHUNK = 512;             // columns; a multiple of every group size
-static constexpr int FLOAT_CHUNK = 128, FLOAT_RUN = 32;
+static constexpr int FLOAT_CHUNK = 128, FLOAT_RUN = 16;
 static constexpr int64_t SLAB = 512;          // rows of x that are packed at a time
 static constexpr int UNPACK_FROM = 3;         // tiles of rows
 // Bytes from what is used to what is fetched: far enough to have begun before a block ends.
