@@ -85,7 +85,7 @@ class _Maker:
         return self.randn(*shape).transpose(1, 2)
 
     def quantized_cache(self) -> QuantizedKV:
-        """A cache of the same layout in 8 bits, of numbers about as large."""
+        """A cache of the same layout in 8 bits, of numbers as large: a root mean square of 1."""
         c = self.config
         shape = (self.work.batch, c.n_kv_heads, self.work.keys)
         if self.device == "meta":
@@ -94,7 +94,7 @@ class _Maker:
         else:
             codes = torch.empty((*shape, c.head_dim), dtype=torch.int8)
             codes.random_(-127, 128, generator=self.generator)
-            scales = (0.5 + torch.rand(shape, generator=self.generator)) / 64
+            scales = (0.5 + torch.rand(shape, generator=self.generator)) / 76
         return QuantizedKV(*(x.to(self.device).transpose(1, 2) for x in (codes, scales)))
 
     def lengths(self) -> Tensor:
