@@ -206,11 +206,8 @@ class Llama(nn.Module):
         elif settings is not None:
             shapes = checkpoint.state_shapes(config)
             for name, rows in source.rows(progress=progress):
-                form, on_device = settings.of_weight(name), (part.to(device) for part in rows)
-                if form is None:
-                    weight = torch.cat(list(on_device))
-                else:
-                    weight = round_rows(shapes[name], on_device, form, device)
+                on_device = (part.to(device) for part in rows)
+                weight = round_rows(shapes[name], on_device, settings.of_weight(name), device)
                 model.set_weight(name, weight)
         else:
             for name, shape in checkpoint.state_shapes(config).items():

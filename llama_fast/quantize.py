@@ -165,10 +165,13 @@ def round_weight(weight: Tensor, form: WeightFormat) -> QuantizedWeight:
 def round_rows(
     shape: tuple[int, int],
     rows: Iterable[Tensor],
-    form: WeightFormat,
+    form: WeightFormat | None,
     device: torch.device | str | None = None,
-) -> QuantizedWeight:
-    """As `round_weight`, for a matrix of `shape` (C_out, C_in) whose rows come some at a time."""
+) -> Tensor | QuantizedWeight:
+    """As `round_weight`, for a matrix of `shape` (C_out, C_in) whose rows come some at a time. A
+    weight that has no form is put together as it is."""
+    if form is None:
+        return torch.cat(list(rows))
     of_form = (form.bits, form.group_size, form.symmetric)
     return QuantizedWeight.from_rows(shape, rows, *of_form, fit=best_fit, device=device)
 

@@ -137,8 +137,7 @@ def _nearest(
 ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
     shapes = state_shapes(checkpoint.config)
     for name, rows in checkpoint.rows(progress=progress):
-        form = settings.of_weight(name)
-        yield name, torch.cat(list(rows)) if form is None else round_rows(shapes[name], rows, form)
+        yield name, round_rows(shapes[name], rows, settings.of_weight(name))
 
 
 @torch.no_grad()

@@ -531,6 +531,10 @@ def _prepared(
     return Implementation(lambda *args: prepare(*args)(*args), unsupported, how, prepare)
 
 
+LINEAR = _prepared(_linear, limits.linear, _linear_how)
+LINEAR_QUANTIZED = _prepared(_linear_quantized, limits.linear)
+SWIGLU = _prepared(_swiglu, limits.swiglu)
+
 register_backend(
     Backend(
         name="cpu",
@@ -542,27 +546,23 @@ register_backend(
             "attention_quantized": _prepared(
                 _attention_quantized, _attention_quantized_unsupported
             ),
-            "linear": _prepared(_linear, limits.linear, _linear_how),
+            "linear": LINEAR,
             "linear_backward_x": Implementation(_linear_backward_x, nothing, _gradient_how),
             "linear_backward_weight": Implementation(
                 _linear_backward_weight, nothing, _gradient_how
             ),
-            "linear_quantized": _prepared(_linear_quantized, limits.linear),
+            "linear_quantized": LINEAR_QUANTIZED,
             "linear_quantized_backward_x": Implementation(
                 OPS["linear_quantized_backward_x"].eager, nothing
             ),
-            "linear_swiglu": composed.linear_swiglu(
-                "linear", _prepared(_linear, limits.linear), _prepared(_swiglu, limits.swiglu)
-            ),
+            "linear_swiglu": composed.linear_swiglu("linear", LINEAR, SWIGLU),
             "linear_swiglu_quantized": composed.linear_swiglu(
-                "linear_quantized",
-                _prepared(_linear_quantized, limits.linear),
-                _prepared(_swiglu, limits.swiglu),
+                "linear_quantized", LINEAR_QUANTIZED, SWIGLU
             ),
             "linear_cross_entropy": Implementation(linear_cross_entropy_in_blocks, nothing),
             "rms_norm": _prepared(_rms_norm, limits.rms_norm),
             "add_rms_norm": _prepared(_add_rms_norm, limits.add_rms_norm),
-            "swiglu": _prepared(_swiglu, limits.swiglu),
+            "swiglu": SWIGLU,
             "rope": _prepared(_rope, limits.rope),
             "kv_append": _prepared(_kv_append, limits.kv_append),
             "kv_append_quantized": _prepared(

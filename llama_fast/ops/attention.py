@@ -90,11 +90,7 @@ def check(
     _, S, K, _ = k.shape
     checks.shape("attention", "k", k, (B, S, K, D), "(B, S, K, D) with q's B and D")
     checks.shape("attention", "v", v, (B, S, K, D), "k's shape")
-    if K == 0 or H % K or D == 0:
-        raise ShapeError(
-            f"attention: q has H = {H} heads of D = {D} and k has K = {K}; "
-            "D must be positive and H a multiple of K > 0"
-        )
+    check_groups("attention", H, K, D)
     if lengths is not None:
         checks.shape("attention", "lengths", lengths, (B,), "(B,)")
         if lengths.dtype is not torch.int64 or lengths.device != q.device:
@@ -102,6 +98,14 @@ def check(
                 f"attention: lengths is {checks.describe(lengths)}; it must be torch.int64 on q's "
                 f"device: convert it with .to({str(q.device)!r}, torch.int64)"
             )
+
+
+def check_groups(op: str, H: int, K: int, D: int) -> None:
+    if K == 0 or H % K or D == 0:
+        raise ShapeError(
+            f"{op}: q has H = {H} heads of D = {D} and k has K = {K}; "
+            "D must be positive and H a multiple of K > 0"
+        )
 
 
 def check_lengths(lengths: torch.Tensor | None, S: int) -> None:
@@ -331,22 +335,25 @@ def keys_and_pairs(
     return sum(rows), pairs
 
 
+def dense(B, T, S, H, K, D, causal=True, scale=None, lengths=None, spread=1.0, need_lse=False):
+    """What makes the arguments of a case from contiguous normal numbers."""
+
+    def make(g, dtype, device):
+        at = {"dtype": dtype, "device": device}
+        return (
+            randn(g, B, T, H, D, scale=spread, **at),
+            randn(g, B, S, K, D, **at),
+            randn(g, B, S, K, D, **at),
+            causal,
+            scale,
+            None if lengths is None else torch.tensor(lengths, device=device),
+            need_lse,
+        )
+
+    return make
+
+
 def cases() -> list[Case]:
-    def dense(B, T, S, H, K, D, causal=True, scale=None, lengths=None, spread=1.0, need_lse=False):
-        def make(g, dtype, device):
-            at = {"dtype": dtype, "device": device}
-            return (
-                randn(g, B, T, H, D, scale=spread, **at),
-                randn(g, B, S, K, D, **at),
-                randn(g, B, S, K, D, **at),
-                causal,
-                scale,
-                None if lengths is None else torch.tensor(lengths, device=device),
-                need_lse,
-            )
-
-        return make
-
     def heads_first(g, dtype, device):
         """transformers' (B, H, T, D) tensors, transposed to this op's order."""
         at = {"dtype": dtype, "device": device}

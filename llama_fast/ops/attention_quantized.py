@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import ShapeError
 from ..registry import Case, Cost, Op
 from . import checks, quantized_kv
 from .attention import cases as attention_cases
+from .attention import check_groups, dense, keys_and_pairs
 from .attention import eager as attention_eager
-from .attention import keys_and_pairs
 from .inputs import randn
 from .quantized_kv import QuantizedKV, dequantize, quantize
 
@@ -61,11 +60,7 @@ def check(q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths) -> No
     _, S, K, _ = k_codes.shape
     quantized_kv.check(name, "k", QuantizedKV(k_codes, k_scales), q, (B, S, K, D))
     quantized_kv.check(name, "v", QuantizedKV(v_codes, v_scales), q, (B, S, K, D))
-    if K == 0 or H % K or D == 0:
-        raise ShapeError(
-            f"{name}: q has H = {H} heads of D = {D} and k has K = {K}; "
-            "D must be positive and H a multiple of K > 0"
-        )
+    check_groups(name, H, K, D)
     if lengths is not None:
         checks.lengths(name, lengths, q)
 
@@ -127,11 +122,11 @@ def cases() -> list[Case]:
         return q, *(x.to(device) for x in (*k, *quantize(v))), True, 0.02, None
 
     few = [
-        Case("wide, a tail of 8", quantized(_dense(2, 1, 131, 6, 2, 72, lengths=[131, 9]))),
-        Case("a group of 5", quantized(_dense(1, 1, 70, 5, 1, 128))),
-        Case("three parts", quantized(_dense(1, 1, 2100, 8, 2, 64))),
-        Case("two queries a part apart", quantized(_dense(1, 2, 1026, 4, 2, 64))),
-        Case("few and many", quantized(_dense(3, 21, 60, 4, 1, 64, lengths=[60, 3, -1]))),
+        Case("wide, a tail of 8", quantized(dense(2, 1, 131, 6, 2, 72, lengths=[131, 9]))),
+        Case("a group of 5", quantized(dense(1, 1, 70, 5, 1, 128))),
+        Case("three parts", quantized(dense(1, 1, 2100, 8, 2, 64))),
+        Case("two queries a part apart", quantized(dense(1, 2, 1026, 4, 2, 64))),
+        Case("few and many", quantized(dense(3, 21, 60, 4, 1, 64, lengths=[60, 3, -1]))),
     ]
     usual = [
         Case(str(case), quantized(case.make), case.dtypes)
@@ -139,17 +134,6 @@ def cases() -> list[Case]:
         if "gradient" not in str(case)
     ]
     return [*usual, *few, Case("one layer", cache), Case("outliers", outliers)]
-
-
-def _dense(B, T, S, H, K, D, lengths=None):
-    def make(g, dtype, device):
-        at = {"dtype": dtype, "device": device}
-        q, k = randn(g, B, T, H, D, **at), randn(g, B, S, K, D, **at)
-        v = randn(g, B, S, K, D, **at)
-        valid = None if lengths is None else torch.tensor(lengths, device=device)
-        return q, k, v, True, None, valid, False
-
-    return make
 
 
 OP = Op(

@@ -35,12 +35,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor | QuantizedWeight) -> torch.Ten
     """
     if not isinstance(weight, QuantizedWeight):
         return OP(x, weight)
+    check_width("linear", x, weight)
+    return linear_quantized(x, *weight.arguments)
+
+
+def check_width(op: str, x: torch.Tensor, weight: QuantizedWeight) -> None:
+    """What the weight's `arguments` no longer say: its own C_in."""
     if x.shape[-1:] != weight.shape[1:]:
         raise ShapeError(
-            f"linear: x has shape {tuple(x.shape)} and weight {weight.shape}; the last dim of both "
+            f"{op}: x has shape {tuple(x.shape)} and weight {weight.shape}; the last dim of both "
             "must be C_in"
         )
-    return linear_quantized(x, *weight.arguments)
 
 
 def check(x: torch.Tensor, weight: torch.Tensor, op: str = "linear") -> None:

@@ -20,7 +20,7 @@ from ..errors import ShapeError
 from ..registry import Case, Cost, Op
 from .inputs import randn
 from .linear import OP as LINEAR
-from .linear import linear
+from .linear import check_width, linear
 from .linear_swiglu_quantized import linear_swiglu_quantized
 from .quantized_weight import QuantizedWeight
 from .swiglu import BACKWARD as SWIGLU_BACKWARD
@@ -41,11 +41,7 @@ def linear_swiglu(x: torch.Tensor, weight: torch.Tensor | QuantizedWeight) -> to
         return swiglu(*linear(x, weight).chunk(2, dim=-1))
     if not isinstance(weight, QuantizedWeight):
         return OP(x, weight)
-    if x.shape[-1:] != weight.shape[1:]:
-        raise ShapeError(
-            f"linear_swiglu: x has shape {tuple(x.shape)} and weight {weight.shape}; the last dim "
-            "of both must be C_in"
-        )
+    check_width("linear_swiglu", x, weight)
     return linear_swiglu_quantized(x, *weight.arguments)
 
 
