@@ -4,9 +4,10 @@
 
 First the machine's own ceilings, then a row for each line of the table: decode and prefill of a
 whole model, ours beside transformers and llama.cpp on the same random weights, attention beside
-SDPA, the memory-bound ops beside torch.compile and a plain copy, the cost of a call, and memory.
-All contenders of a row take turns, round by round, with the same number of threads; a figure is the
-median over the rounds. Everything goes to benchmarks/results/<machine>.json; the rows that were not
+SDPA, the memory-bound ops beside torch.compile, the cost of a call, and memory. All contenders of a
+row take turns, round by round, with the same number of threads, and so does what the machine can do
+at most, a plain read or copy of as many bytes or as many multiply-adds: a figure is the median over
+the rounds. Everything goes to benchmarks/results/<machine>.json; the rows that were not
 asked for stay there as they are.
 """
 
@@ -27,13 +28,14 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import elementwise, kernels, memory, models
+from benchmarks.models import PART_OF
 from benchmarks.table import show, table_of
 from benchmarks.worker import Worker, WorkerError, run_apart
 from llama_fast import ceilings, machine, results
 from llama_fast.ceilings import Ceilings
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import LlamaFastError
-from llama_fast.results import OURS, Goal, Row
+from llama_fast.results import COPY, MULTIPLY_ADDS, OURS, READ, Goal, Row
 from llama_fast.timing import ratio
 from llama_fast.workloads import Work
 
@@ -42,12 +44,12 @@ PEERS = ("transformers", "llama-cpp-python", "gguf", "numpy")
 
 # What each row must reach: times as fast as a peer, or the part of a ceiling.
 DECODE = {
-    "bf16": {"transformers": 4.0, "llama.cpp bf16": 1.6, "read": 0.90},
-    "int8": {"llama.cpp q8_0": 1.6, "read": 0.85},
-    "int4": {"llama.cpp q4_0": 1.6, "read": 0.75},
+    "bf16": {"transformers": 4.0, "llama.cpp bf16": 1.6, READ: 0.90},
+    "int8": {"llama.cpp q8_0": 1.6, READ: 0.85},
+    "int4": {"llama.cpp q4_0": 1.6, READ: 0.75},
 }
 PREFILL = {
-    "bf16": {"transformers": 1.3, "llama.cpp bf16": 1.5, "bfloat16": 0.75},
+    "bf16": {"transformers": 1.3, "llama.cpp bf16": 1.5, MULTIPLY_ADDS: 0.75},
     "int8": {"llama.cpp q8_0": 1.5},
     "int4": {"llama.cpp q4_0": 1.5},
 }
@@ -78,9 +80,9 @@ SMALL = Sizes(elementwise.SMALL[0], 32, 64, elementwise.SMALL[1], calls=1)
 
 def rows_by_name(
     made: models.Models, sizes: Sizes, threads: int, rounds: int
-) -> dict[str, Callable[[Ceilings], Row]]:
+) -> dict[str, Callable[[], Row]]:
     """Every row but those of --8b, in the table's order."""
-    rows: dict[str, Callable[[Ceilings], Row]] = {}
+    rows: dict[str, Callable[[], Row]] = {}
     for form, goals in DECODE.items():
         rows[f"decode {form}"] = partial(models.decode, made, form, goals)
     for form, goals in PREFILL.items():
@@ -93,27 +95,24 @@ def rows_by_name(
     return rows
 
 
-def attention_of_prompt(sizes: Sizes, threads: int, rounds: int, ceilings: Ceilings) -> Row:
+def attention_of_prompt(sizes: Sizes, threads: int, rounds: int) -> Row:
     work = Work.prefill(sizes.prompt)
     found = run_apart(kernels.attention, rounds, sizes.config, work, 1, threads=threads)
     what = f"attention, causal, {sizes.prompt} tokens, {_heads(sizes)}, bf16"
     row = Row("attention prompt", what, "GFLOP/s", found.flops / 1e9, found.samples, found.others)
-    peak = ceilings.bfloat16
-    share = row.medians()[OURS] * 1e9 / peak if peak else None
     row.goals = [
         Goal("× SDPA", 4.0, ratio(found.samples, "SDPA", OURS)),
-        Goal("of the bfloat16 multiply-add rate", 0.6, share),
+        Goal(PART_OF[MULTIPLY_ADDS], 0.6, ratio(found.samples, MULTIPLY_ADDS, OURS)),
     ]
     return row
 
 
-def attention_of_query(sizes: Sizes, threads: int, rounds: int, ceilings: Ceilings) -> Row:
+def attention_of_query(sizes: Sizes, threads: int, rounds: int) -> Row:
     work, layers = Work.decode(sizes.keys), kernels.LAYERS
     found = run_apart(kernels.attention, rounds, sizes.config, work, layers, threads=threads)
     what = f"attention, 1 query, {sizes.keys} keys, {_heads(sizes)}, bf16, {layers} caches in turn"
     row = Row("attention query", what, "GB/s", found.bytes / 1e9, found.samples, found.others)
-    share = row.medians()[OURS] * 1e9 / ceilings.read if ceilings.read else None
-    row.goals = [Goal("of read bandwidth", 0.85, share)]
+    row.goals = [Goal(PART_OF[READ], 0.85, ratio(found.samples, READ, OURS))]
     return row
 
 
@@ -124,9 +123,7 @@ def _heads(sizes: Sizes) -> str:
 WIDTHS = {"swiglu": "hidden_dim", "rms_norm": "dim", "add_rms_norm": "dim"}
 
 
-def memory_bound(
-    name: str, needed: float, sizes: Sizes, threads: int, rounds: int, ceilings: Ceilings
-) -> Row:
+def memory_bound(name: str, needed: float, sizes: Sizes, threads: int, rounds: int) -> Row:
     size = (sizes.config, sizes.tokens)
     found = run_apart(kernels.memory_bound, rounds, name, size, sizes.calls, threads=threads)
     width = getattr(sizes.config, WIDTHS[name]) if name in WIDTHS else _heads(sizes)
@@ -134,12 +131,12 @@ def memory_bound(
     row = Row(name, what, "GB/s", found.bytes / 1e9, found.samples, found.others)
     row.goals = [
         Goal("× torch.compile", needed, ratio(found.samples, "torch.compile", OURS)),
-        Goal("× a copy of as many bytes", COPIED, ratio(found.samples, "copy", OURS)),
+        Goal("× a copy of as many bytes", COPIED, ratio(found.samples, COPY, OURS)),
     ]
     return row
 
 
-def cost_of_calls(threads: int, rounds: int, ceilings: Ceilings) -> Row:
+def cost_of_calls(threads: int, rounds: int) -> Row:
     samples, others = run_apart(kernels.call_costs, rounds, CALLED, threads=threads)
     row = Row("call", "processor time of a call on tiny tensors, without gradient", "µs")
     row.samples, row.others = samples, others
@@ -149,11 +146,8 @@ def cost_of_calls(threads: int, rounds: int, ceilings: Ceilings) -> Row:
 
 
 class CeilingsProbe:
-    """Measures the ceilings again and again, in a process of its own, and keeps the highest.
-
-    Other programs can only make one look lower: what slowed the machine down while they were
-    measured must not make a row look better.
-    """
+    """Measures the ceilings again and again, in a process of its own, and keeps the highest: other
+    programs can only make one look lower."""
 
     def __init__(self) -> None:
         self.highest: dict[str, float] = {}
@@ -225,10 +219,10 @@ def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
         if name == given.shape or (name == "8b" and given.large):
             models_of = made if name == given.shape else of_shape(name)
             of = (models_of, name, form, quantize, gigabytes)
-            rows[f"memory {name} {form}"] = lambda _, of=of: memory.peak(*of)
+            rows[f"memory {name} {form}"] = partial(memory.peak, *of)
     if given.large:
-        rows["memory prompt"] = lambda _: memory.prompt(
-            LlamaConfig.preset("8b"), LONG_PROMPT, given.threads, ITS_GIGABYTES
+        rows["memory prompt"] = partial(
+            memory.prompt, LlamaConfig.preset("8b"), LONG_PROMPT, given.threads, ITS_GIGABYTES
         )
     if given.list:
         print("\n".join(rows))
@@ -250,7 +244,7 @@ def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
         for name in names:
             if done:
                 found = probe.ask("measure")
-            row = rows[name](found)
+            row = rows[name]()
             row.measured_with = {
                 "date": results.today(),
                 "shape": given.shape,

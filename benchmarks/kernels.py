@@ -13,11 +13,12 @@ import torch.nn.functional as F
 
 import llama_fast.ops  # noqa: F401  registers the ops
 from benchmarks import elementwise
+from llama_fast.ceilings import multiply_adds, plain_read
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import WrongResultError
 from llama_fast.reference import distance, outputs
 from llama_fast.registry import OPS, Op, use_backend
-from llama_fast.results import OURS
+from llama_fast.results import COPY, MULTIPLY_ADDS, OURS, READ
 from llama_fast.speed import TOLERANCE
 from llama_fast.timing import OtherPrograms, interleaved
 from llama_fast.workloads import Work, workloads
@@ -55,7 +56,8 @@ def _check(name: str, found: Any, expected: tuple[torch.Tensor, ...], op: Op) ->
 
 
 def attention(rounds: int, config: LlamaConfig, work: Work, layers: int) -> Found:
-    """bfloat16, causal; a sample visits each layer once."""
+    """bfloat16, causal; a sample visits each layer once. One query takes turns with a plain read of
+    as many bytes, a prompt with as many multiply-adds."""
     op = OPS["attention"]
     with _ours_only():
         make = workloads("attention", config, work)["attention"]
@@ -76,9 +78,14 @@ def attention(rounds: int, config: LlamaConfig, work: Work, layers: int) -> Foun
         expected = outputs(op, op.eager(*inputs[0]))
         _check("attention", op(*inputs[0]), expected, op)
         _check("SDPA", sdpa(*inputs[0]).transpose(1, 2), expected, op)
-        with OtherPrograms([os.getpid()]) as others:
-            samples = interleaved({OURS: each(op), "SDPA": each(sdpa)}, rounds)
         cost = op.cost(*inputs[0])
+        if work.tokens == 1:
+            yardstick = {READ: plain_read(layers * cost.bytes)}
+        else:
+            yardstick = {MULTIPLY_ADDS: multiply_adds(layers * cost.flops, pairs=True)}
+        calls = {OURS: each(op), "SDPA": each(sdpa), **yardstick}
+        with OtherPrograms([os.getpid()]) as others:
+            samples = interleaved(calls, rounds)
     return Found(samples, others.share, layers * cost.bytes, layers * cost.flops)
 
 
@@ -88,7 +95,7 @@ def memory_bound(rounds: int, name: str, size: elementwise.Size, repeat: int) ->
     with _ours_only():
         args = elementwise.arguments(name, torch.bfloat16, size)
         _check(name, op(*args), outputs(op, op.eager(*args)), op)
-        named = {"ours": OURS, "compile": "torch.compile", "copy": "copy"}
+        named = {"ours": OURS, "compile": "torch.compile", "copy": COPY}
 
         def repeated(call: Callable[[], Any]) -> Callable[[], None]:
             def run() -> None:

@@ -21,16 +21,19 @@ import numpy as np
 
 from benchmarks.worker import Worker, WorkerError, run_apart
 from llama_fast.atomic import atomic_file
+from llama_fast.ceilings import multiply_adds, plain_read
 from llama_fast.cli.options import DEMO
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import WrongResultError
-from llama_fast.results import OURS, Goal, Row
-from llama_fast.timing import OtherPrograms, interleaved, ratio
+from llama_fast.results import MULTIPLY_ADDS, OURS, READ, Goal, Row
+from llama_fast.timing import OtherPrograms, interleaved
 
 HOW_TO_INSTALL = "pip install -c constraints.txt '.[bench,peers]'"
 CONTEXT_TOKENS = 16  # what a decoded sequence begins with
 TRIAL = 128  # tokens of a prompt that are enough to check a prefill
 PAUSE = 0.05  # seconds; OpenMP's threads spin for some milliseconds before they sleep
+# What the goals call the part of a yardstick's speed that is reached.
+PART_OF = {READ: "of read bandwidth", MULTIPLY_ADDS: "of the bfloat16 multiply-add rate"}
 
 
 def shape(name: str) -> LlamaConfig:
@@ -208,11 +211,24 @@ def check(models: Models, row: Row, form: str, worker: Worker, name: str, tokens
         )
 
 
-def time_in_turn(models: Models, row: Row, workers: dict[str, Worker], *request: Any) -> None:
-    """Asks the same of all, round by round."""
+def time_in_turn(
+    models: Models, row: Row, workers: dict[str, Worker], request: tuple, yardstick: tuple = ()
+) -> None:
+    """Asks the same of all, round by round.
+
+    yardstick  one more to take its turn: its name, what makes a call in a process of its own, and
+               the arguments of that
+    """
     calls = {name: partial(worker.ask, *request) for name, worker in workers.items()}
-    with OtherPrograms([os.getpid(), *(worker.process for worker in workers.values())]) as others:
-        row.samples = interleaved(calls, models.rounds, PAUSE)
+    watched = [os.getpid(), *(worker.process for worker in workers.values())]
+    with contextlib.ExitStack() as stack:
+        if yardstick:
+            name, *made = yardstick
+            worker = stack.enter_context(Worker(*made, threads=models.threads))
+            calls[name] = partial(worker.ask, "__call__")
+            watched.append(worker.process)
+        with OtherPrograms(watched) as others:
+            row.samples = interleaved(calls, models.rounds, PAUSE)
     row.others = others.share
 
 
@@ -221,7 +237,7 @@ def prompt_of(models: Models, length: int) -> list[int]:
     return random.Random(0).choices(range(models.config.vocab_size), k=length)
 
 
-def decode(models: Models, form: str, goals: dict[str, float], ceilings: Any) -> Row:
+def decode(models: Models, form: str, goals: dict[str, float]) -> Row:
     """Tokens a second of one sequence; a sample is `steps` tokens, going on from the last."""
     steps, rounds = models.steps, models.rounds
     row = Row(
@@ -239,17 +255,16 @@ def decode(models: Models, form: str, goals: dict[str, float], ceilings: Any) ->
                 row.notes.append(f"{name}: flash attention {chosen}")
             check(models, row, form, worker, name, tokens, CONTEXT_TOKENS // 2)
         models.say(f"{row.name}: {rounds} rounds of {steps} tokens")
-        time_in_turn(models, row, workers, "decode", steps)
-        share = None
-        if OURS in workers and ceilings.read:
-            nbytes = workers[OURS].ask("bytes_per_token", context / 2)
-            share = nbytes * row.medians()[OURS] / ceilings.read
-    row.goals = peer_goals(row, goals)
-    row.goals.append(Goal("of read bandwidth", goals["read"], share))
+        yardstick = ()
+        if OURS in workers:
+            nbytes = round(steps * workers[OURS].ask("bytes_per_token", context / 2))
+            yardstick = (READ, plain_read, nbytes)
+        time_in_turn(models, row, workers, ("decode", steps), yardstick)
+    row.goals = goals_of(row, goals)
     return row
 
 
-def prefill(models: Models, form: str, goals: dict[str, float], ceilings: Any) -> Row:
+def prefill(models: Models, form: str, goals: dict[str, float]) -> Row:
     """Tokens a second of a whole prompt; a sample is one prompt, from an empty cache."""
     length = models.prompt
     row = Row(
@@ -266,27 +281,19 @@ def prefill(models: Models, form: str, goals: dict[str, float], ceilings: Any) -
                 row.notes.append(f"{name}: flash attention {chosen}")
             check(models, row, form, worker, name, tokens[:TRIAL], 0)
         models.say(f"{row.name}: {models.rounds} rounds")
-        time_in_turn(models, row, workers, "prefill", tokens)
-    row.goals = peer_goals(row, goals)
-    if "bfloat16" in goals:
-        share = None
-        if OURS in row.samples and ceilings.bfloat16:
-            flops = prefill_flops(models.config, length)
-            share = flops * row.medians()[OURS] / length / ceilings.bfloat16
-        row.goals.append(Goal("of the bfloat16 multiply-add rate", goals["bfloat16"], share))
+        yardstick = ()
+        if MULTIPLY_ADDS in goals:
+            yardstick = (MULTIPLY_ADDS, multiply_adds, prefill_flops(models.config, length), True)
+        time_in_turn(models, row, workers, ("prefill", tokens), yardstick)
+    row.goals = goals_of(row, goals)
     return row
 
 
-def peer_goals(row: Row, goals: dict[str, float]) -> list[Goal]:
-    """How many times faster than each peer that has a goal ours is."""
+def goals_of(row: Row, goals: dict[str, float]) -> list[Goal]:
+    """How many times faster than each peer ours is, and its part of a yardstick's speed."""
     return [
-        Goal(
-            f"× {name}",
-            needed,
-            ratio(row.samples, name, OURS) if {name, OURS} <= set(row.samples) else None,
-        )
+        Goal(PART_OF.get(name, f"× {name}"), needed, row.times(name, OURS))
         for name, needed in goals.items()
-        if name not in ("read", "bfloat16")
     ]
 
 

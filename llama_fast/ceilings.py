@@ -1,7 +1,9 @@
 """What this machine can do at most, measured: the yardstick of every kernel's speed.
 
 Each is measured once a process, in about 0.2 s, as the best of repetitions after a warm-up, with
-torch's number of threads: other programs can only make a ceiling look lower than it is.
+torch's number of threads: other programs can only make a ceiling look lower than it is. What must
+be compared with a ceiling closely takes turns with it: `plain_read` and `multiply_adds` are that
+work as calls.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ except ImportError:
     _cpu = None
 
 BYTES = 256 * 2**20  # several times the last cache of most machines
+LINE = 64  # bytes that are read at a time
 BYTES_ON_GPU = 2**30  # some hundred microseconds, of which starting and ending are no part
 REPEATS = 5
 SECONDS = 0.2
@@ -77,15 +80,41 @@ def multiply_add_rate(*, pairs: bool) -> float | None:
     return None if _cpu is None else _cpu_multiply_add(pairs, torch.get_num_threads(), _cpu.isa())
 
 
+def plain_read(nbytes: int) -> Callable[[], None]:
+    """A call that reads as many bytes from memory, with torch's number of threads. It goes on where
+    the last one ended, so that a few bytes come from memory, too. Needs the C++ kernels."""
+    threads, whole = torch.get_num_threads(), -(-nbytes // LINE) * LINE
+    source, sink = _memory(BYTES), torch.zeros(threads)
+    at = 0
+
+    def read() -> None:
+        nonlocal at
+        left = whole
+        while left > 0:
+            piece = min(left, BYTES - at)
+            _cpu.read_memory(source.data_ptr() + at, piece, threads, sink.data_ptr())
+            left -= piece
+            at = (at + piece) % BYTES
+
+    return read
+
+
+def multiply_adds(flops: int, pairs: bool) -> Callable[[], None]:
+    """A call of as many FLOPs, as `multiply_add_rate` counts them. Needs the C++ kernels."""
+    threads, trial = torch.get_num_threads(), 1000
+    sink = torch.zeros(threads)
+    per_step = _cpu.multiply_add(pairs, trial, threads, sink.data_ptr()) / trial
+    steps = max(1, round(flops / per_step))
+    return lambda: _cpu.multiply_add(pairs, steps, threads, sink.data_ptr())
+
+
 # The instruction set is an argument of these for their results to be kept apart.
 
 
 @functools.cache
 def _cpu_read(threads: int, isa: str) -> float:
-    source, sink = _memory(BYTES), torch.zeros(threads)
-    return BYTES / _shortest(
-        lambda: _host_seconds(_cpu.read_memory, source.data_ptr(), BYTES, threads, sink.data_ptr())
-    )
+    read = plain_read(BYTES)
+    return BYTES / _shortest(lambda: _host_seconds(read))
 
 
 @functools.cache

@@ -23,6 +23,9 @@ from .timing import TOO_BUSY, TOO_NOISY, ratio, spread
 OURS = "llama_fast"
 # Contenders that are this package: as a whole, or a backend of its own by its name.
 OWN = (OURS, "cpu", "cuda", "triton")
+# Contenders that are no rivals: the machine itself, at as many bytes or FLOPs as the work takes.
+COPY, READ, MULTIPLY_ADDS = "copy", "plain read", "multiply-adds"
+YARDSTICKS = (COPY, READ, MULTIPLY_ADDS)
 
 
 @dataclass

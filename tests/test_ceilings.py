@@ -52,6 +52,46 @@ def test_multiply_add_counts_its_work(isa):
     assert _cpu.multiply_add(True, 10, 2, sink.data_ptr()) == 10 * 2 * 12 * lanes * 2 * pairs
 
 
+class Counter:
+    """Stands for the C++ kernels: what they were asked for."""
+
+    def __init__(self):
+        self.read, self.steps = [], []
+
+    def read_memory(self, source, nbytes, threads, sink):
+        self.read.append((source, nbytes))
+
+    def prefer_huge_pages(self, address, nbytes):
+        pass
+
+    def multiply_add(self, pairs, steps, threads, sink):
+        self.steps.append(steps)
+        return steps * threads * (48 if pairs else 24)
+
+
+def test_a_plain_read_goes_on_where_the_last_one_ended(monkeypatch):
+    kernels = Counter()
+    monkeypatch.setattr(ceilings, "_cpu", kernels)
+    monkeypatch.setattr(ceilings, "BYTES", 4096)
+    read = ceilings.plain_read(5000)  # 79 lines
+    read()
+    read()
+    first = kernels.read[0][0]
+    assert [(source - first, nbytes) for source, nbytes in kernels.read] == [
+        *((0, 4096), (0, 960)),
+        *((960, 3136), (0, 1920)),
+    ]
+
+
+def test_multiply_adds_are_as_many_as_asked_for(monkeypatch):
+    kernels = Counter()
+    monkeypatch.setattr(ceilings, "_cpu", kernels)
+    flops = 48 * torch.get_num_threads() * 12345
+    ceilings.multiply_adds(flops, True)()
+    ceilings.multiply_adds(flops, False)()
+    assert kernels.steps[1::2] == [12345, 2 * 12345]
+
+
 def test_measure_gives_rates_that_a_machine_can_have(monkeypatch):
     monkeypatch.setattr(ceilings, "BYTES", 2**24)
     monkeypatch.setattr(ceilings, "SECONDS", 0.01)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from ..results import OURS, OWN, Row
+from ..results import OURS, OWN, YARDSTICKS, Row
 
 PARTS = ("decode", "prefill", "training")  # of what a model is asked for
-# What is no rival: it moves as many bytes as the work must, and computes nothing.
-YARDSTICKS = ("copy",)
 NOISY = " ~"
 
 
