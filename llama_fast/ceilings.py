@@ -84,7 +84,7 @@ def plain_read(nbytes: int) -> Callable[[], None]:
     """A call that reads as many bytes from memory, with torch's number of threads. It goes on where
     the last one ended, so that a few bytes come from memory, too. Needs the C++ kernels."""
     threads, whole = torch.get_num_threads(), -(-nbytes // LINE) * LINE
-    source, sink = _memory(BYTES), torch.zeros(threads)
+    source, sink = _memory(BYTES), _sink(threads)
     at = 0
 
     def read() -> None:
@@ -102,7 +102,7 @@ def plain_read(nbytes: int) -> Callable[[], None]:
 def multiply_adds(flops: int, pairs: bool) -> Callable[[], None]:
     """A call of as many FLOPs, as `multiply_add_rate` counts them. Needs the C++ kernels."""
     threads, trial = torch.get_num_threads(), 1000
-    sink = torch.zeros(threads)
+    sink = _sink(threads)
     per_step = _cpu.multiply_add(pairs, trial, threads, sink.data_ptr()) / trial
     steps = max(1, round(flops / per_step))
     return lambda: _cpu.multiply_add(pairs, steps, threads, sink.data_ptr())
@@ -128,7 +128,7 @@ def _cpu_copy(threads: int, isa: str) -> float:
 
 @functools.cache
 def _cpu_multiply_add(pairs: bool, threads: int, isa: str) -> float:
-    sink, steps = torch.zeros(threads), 1000
+    sink, steps = _sink(threads), 1000
     flops, seconds = 0, 0.0
     while seconds < SECONDS / REPEATS:  # as many steps as fill the time
         steps *= 4
@@ -170,6 +170,11 @@ def forget() -> None:
     """Lets the next calls measure anew: on a machine that others use too, ceilings change."""
     for measured in (_cpu_read, _cpu_copy, _cpu_multiply_add, _cuda_copy, _cuda_product):
         measured.cache_clear()
+
+
+def _sink(threads: int) -> torch.Tensor:
+    """Where the loops leave their results, whatever torch's default dtype is."""
+    return torch.zeros(threads, dtype=torch.float32)
 
 
 def _memory(nbytes: int) -> torch.Tensor:

@@ -90,11 +90,11 @@ class _Maker:
         shape = (self.work.batch, c.n_kv_heads, self.work.keys)
         if self.device == "meta":
             codes = torch.empty((*shape, c.head_dim), dtype=torch.int8, device="meta")
-            scales = torch.empty(shape, device="meta")
+            scales = torch.empty(shape, dtype=torch.float32, device="meta")
         else:
             codes = torch.empty((*shape, c.head_dim), dtype=torch.int8)
             codes.random_(-127, 128, generator=self.generator)
-            scales = (0.5 + torch.rand(shape, generator=self.generator)) / 76
+            scales = (0.5 + torch.rand(shape, generator=self.generator, dtype=torch.float32)) / 76
         return QuantizedKV(*(x.to(self.device).transpose(1, 2) for x in (codes, scales)))
 
     def lengths(self) -> Tensor:
@@ -166,7 +166,7 @@ def _linear_quantized(m: _Maker, C_out: int, C_in: int, bits: int, group_size: i
     else:
         drawn = {"generator": m.generator, "device": m.device}
         packed = torch.randint(256, codes, dtype=torch.uint8, **drawn)
-        sizes = 0.5 + torch.rand(scales, **drawn)
+        sizes = 0.5 + torch.rand(scales, dtype=torch.float32, **drawn)
         sizes = (sizes * C_in**-0.5 / 2 ** (bits - 1)).half()
     return m.rows(C_in), packed, sizes, None, C_out, bits, group_size
 

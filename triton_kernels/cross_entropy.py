@@ -99,7 +99,7 @@ def linear_cross_entropy(
     """As the op linear_cross_entropy of llama_fast.ops.cross_entropy: (loss, dx, dw)."""
     (V, C), N = weight.shape, targets.numel()
     rows, flat = x.reshape(N, C), targets.reshape(N).contiguous()
-    n = (flat != ignore_index).sum().float() if mean else torch.ones((), device=x.device)
+    n = (flat != ignore_index).sum().float() if mean else x.new_ones((), dtype=torch.float32)
     count = n.clamp(min=1)
     losses = torch.empty(N, dtype=torch.float32, device=x.device)
     dx = x.new_empty(rows.shape if need_x else 0)

@@ -327,7 +327,7 @@ def _of_mlp(module: nn.Module) -> tuple:
 def _of_rope(module: nn.Module) -> tuple:
     weight = next(module.parameters())
     q = _like(weight, 1, 1, 1, module.head_dim)
-    table = torch.empty(1, module.head_dim // 2, device=weight.device)
+    table = torch.empty(1, module.head_dim // 2, dtype=torch.float32, device=weight.device)
     return q, q, table, table
 
 

@@ -8,7 +8,8 @@ A forward that needs something else, or gives another result, is left alone with
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +28,7 @@ def difference(module: nn.Module, ours: Callable[..., Any]) -> str | None:
     make = STAND_INS[ours]
     generator = torch.Generator().manual_seed(0)
     try:
-        # On the CPU, though the model may be in the making under another default device.
-        with torch.no_grad(), torch.device("cpu"):
+        with torch.no_grad(), _plain():
             stand_in, args, kwargs = make(module, generator)
             expected = own(stand_in, *args, **kwargs)
     except Exception as error:  # whatever an unknown forward raises is the reason
@@ -36,12 +36,20 @@ def difference(module: nn.Module, ours: Callable[..., Any]) -> str | None:
             f"the forward of {type(module).__name__} is not one that is known: on a stand-in it "
             f"raises {type(error).__name__}: {error}"
         )
-    with torch.set_grad_enabled(ours is forwards.causal_lm_loss), torch.device("cpu"):
+    with torch.set_grad_enabled(ours is forwards.causal_lm_loss), _plain():
         given = ours(stand_in, *args, **kwargs)
     expected, given = _result(expected), _result(given)
     if expected.shape != given.shape or not torch.allclose(expected, given, 1e-4, 1e-5):
         return f"{type(module).__name__} computes something else than {ours.__name__} does"
     return None
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """On the CPU and in float32, though the model may be in the making on another default device,
+    or under autocast."""
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def _result(output: Any) -> Tensor:
@@ -51,7 +59,7 @@ def _result(output: Any) -> Tensor:
 
 
 def _randn(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
 def _linear(generator: torch.Generator, C_in: int, C_out: int) -> Callable[[Tensor], Tensor]:

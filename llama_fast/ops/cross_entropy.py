@@ -233,7 +233,7 @@ def cases() -> list[Case]:
     def sizes(*rows: int, C: int, V: int, ignored: float = 0.0, scale: float = 1.0, mean=True):
         def make(g, dtype, device):
             targets = torch.randint(V, rows, generator=g)
-            targets[torch.rand(rows, generator=g) < ignored] = -100
+            targets[torch.rand(rows, generator=g, dtype=torch.float32) < ignored] = -100
             return (
                 randn(g, *rows, C, dtype=dtype, device=device, scale=scale),
                 randn(g, V, C, dtype=dtype, device=device, scale=C**-0.5),

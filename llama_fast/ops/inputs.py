@@ -15,4 +15,5 @@ def randn(
     scale: float = 1.0,
 ) -> torch.Tensor:
     """Normal numbers of `shape`, drawn on the CPU, so that every device gets the same."""
-    return (torch.randn(*shape, generator=generator) * scale).to(device=device, dtype=dtype)
+    numbers = torch.randn(*shape, generator=generator, dtype=torch.float32)
+    return (numbers * scale).to(device=device, dtype=dtype)

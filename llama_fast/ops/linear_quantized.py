@@ -346,7 +346,7 @@ def cases() -> list[Case]:
                 codes = torch.where(low, codes & 240 | fill, codes)
                 codes = torch.where(high, codes & 15 | fill << 4, codes)
         size = 2.0 ** (1 - bits) * max(C_in, 1) ** -0.5
-        scales = size * (0.5 + torch.rand(of_scales, generator=g))
+        scales = size * (0.5 + torch.rand(of_scales, generator=g, dtype=torch.float32))
         offsets = None if symmetric else (-scales * centre(bits)).half().to(device)
         return codes.to(device), scales.half().to(device), offsets, C_out, bits, group_size
 
