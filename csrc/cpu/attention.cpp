@@ -16,7 +16,7 @@ namespace llama_fast {
 namespace ISA {
 
 constexpr int64_t FEW_ROWS = 16;        // query heads of a KV head; packing pays beyond
-constexpr int64_t PART = 512;           // keys of a part, while
+constexpr int64_t PART = 1024;          // keys of a part, while
 constexpr int64_t MAX_PARTS = 32;       // there are no more parts than this
 constexpr int64_t THREAD_WORK = 1 << 18;  // multiply-adds that make up for waking a thread
 
@@ -44,19 +44,27 @@ struct Plan {
 
 // Walks through the rows of the batch as a thread's tasks ascend.
 struct Cursor {
-  const Plan& plan;
+  const Plan* plan;
   int64_t b = -1, begin = 0, end = 0, partial = 0, partials = 0;
+  int64_t head = 0, i = 0;  // of the task: a KV head, and which of its parts or blocks
   Row row;
 
-  explicit Cursor(const Plan& p) : plan(p), row(p.a, 0) {}
+  explicit Cursor(const Plan& p) : plan(&p), row(p.a, 0) {}
   void seek(int64_t task) {
     while (task >= end) {
-      row = Row(plan.a, ++b);
+      row = Row(plan->a, ++b);
       begin = end;
-      end += plan.tasks(row);
+      end += plan->tasks(row);
       partial += partials;
-      partials = plan.partials(row);
+      partials = plan->partials(row);
     }
+    i = (task - begin) / plan->a.K;
+    head = (task - begin) % plan->a.K;
+  }
+  // The keys of a task of few queries.
+  template <class T> Span<T> span() const {
+    const int64_t size = plan->part(row);
+    return {plan->a, b, head, i * size, std::min((i + 1) * size, row.keys)};
   }
 };
 
@@ -105,29 +113,41 @@ template <class T> static void attend(const AttentionArgs& a) {
     const int64_t few = part_floats + few_floats(few_rows, D);
     const int64_t many = queries ? ManyMemory(nullptr, plan.block * G, D).floats : 0;
     float* memory = scratch<Work>(std::max(few, many));
-    Cursor at(plan);
-    for (int64_t task = next(); task < tasks; task = next()) {
+    Cursor at(plan), following(plan);
+    bool fetched = false;
+    auto follow = [&](int64_t task) {
+      following.seek(task);
+      return plan.few(following.row) ? following.span<T>() : Span<T>();
+    };
+    for (int64_t task = next(), then; task < tasks; task = then) {
       at.seek(task);
       const Row& row = at.row;
-      const int64_t i = (task - at.begin) / a.K, head = (task - at.begin) % a.K;
       if (!plan.few(row)) {  // the last blocks have the most keys: they go first
         const int64_t blocks = (row.queries + plan.block - 1) / plan.block;
-        const int64_t t = row.first + (blocks - 1 - i) * plan.block;
-        many_queries<T>(a, row, at.b, head, t, std::min(t + plan.block, a.T), memory);
+        const int64_t t = row.first + (blocks - 1 - at.i) * plan.block;
+        many_queries<T>(a, row, at.b, at.head, t, std::min(t + plan.block, a.T), memory);
+        then = next();
+        fetched = false;
         continue;
       }
-      const int64_t row_heads = row.queries * G, count = plan.parts(row), size = plan.part(row);
-      const int64_t begin = i * size, end = std::min(begin + size, row.keys);
-      float* first = count == 1 ? memory : parts + (at.partial + head * count) * part_floats;
+      const int64_t row_heads = row.queries * G, count = plan.parts(row);
+      float* first = count == 1 ? memory : parts + (at.partial + at.head * count) * part_floats;
       // Parts lie as close as this row needs them.
-      const Partial result(first + i * Partial::floats(row_heads, D), row_heads, D);
-      few_queries<T>(a, row, at.b, head, begin, end, memory + part_floats, result);
+      const Partial result(first + at.i * Partial::floats(row_heads, D), row_heads, D);
+      few_queries<T>(
+          a, row, at.b, at.head, at.span<T>(), fetched,
+          [&] {
+            then = next();
+            return then < tasks ? follow(then) : Span<T>();
+          },
+          memory + part_floats, result);
+      fetched = true;
       if (count > 1) {
         // Whoever finishes last sees the others' parts.
-        if (__atomic_add_fetch(&done[at.b * a.K + head], 1, __ATOMIC_ACQ_REL) < count) continue;
+        if (__atomic_add_fetch(&done[at.b * a.K + at.head], 1, __ATOMIC_ACQ_REL) < count) continue;
         combine(first, count, row_heads, D);
       }
-      write_few<T>(a, row, at.b, head, Partial(first, row_heads, D));
+      write_few<T>(a, row, at.b, at.head, Partial(first, row_heads, D));
     }
   });
 }

@@ -1,12 +1,14 @@
 // Decoding: so few query heads share a KV head that reading k and v from memory is what takes time.
 //
 // Keys and values are used as they lie in memory, a tile at a time, for up to four query heads at
-// once; both are fetched some tiles ahead, evenly, since memory that waits for arithmetic is lost.
-// A tile's scores are computed before the values of the tile before it are added, so that neither
-// waits for a softmax. Sums are scaled down only where a score outgrows the largest one so far by
-// SLACK. A row's keys are split into parts of a length that depends on that row alone, so that a
-// long context keeps all threads busy, and neither the number of threads nor the other rows change
-// a result. The last part to be done combines them.
+// once. They are fetched ahead, evenly, since memory that waits for arithmetic is lost, and from
+// several places at once: tiles come from the first and the second half of the keys in turn, and
+// where the keys of a task end, those of the thread's next one are fetched. A tile's scores are
+// computed before the values of the tile before it are added, so that neither waits for a softmax.
+// Sums are scaled down only where a score outgrows the largest one so far by SLACK. A row's keys are
+// split into parts of a length that depends on that row alone, so that a long context keeps all
+// threads busy, and neither the number of threads nor the other rows change a result. The last part
+// to be done combines them.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +21,9 @@ namespace llama_fast {
 namespace ISA {
 
 constexpr int FEW_TILE = 16;            // keys: a vector of scores for each query, where W is 16
-constexpr int64_t FETCH_BYTES = 4096;   // how far ahead k is fetched, and v
+constexpr int SECTIONS = 2;             // of a part's keys, whose tiles take turns
+constexpr int STREAMS = 2 * SECTIONS;   // that are fetched: k and v of each section
+constexpr int64_t FETCH_BYTES = 2048;   // of a stream, how long before it is needed
 constexpr float SLACK = 4.f;            // weights are at most 2^SLACK
 
 // A run of `size` elements of a row as V vectors, in an order that `restore` turns into memory's.
@@ -78,16 +82,48 @@ template <class T> struct Tile {
   const T* row(int64_t i) const { return data + i * stride; }
 };
 
-// Rows of keys and of values to fetch into the caches. Both at once, in turn: the CPU fetches further
-// ahead by itself in each of them, but only within a page, so two keep more of it on the way.
+// Rows to fetch into the caches, of all streams in turn: the CPU fetches further ahead by itself in
+// each of them, but only within a page, so several keep more of it on the way.
 template <class T> struct Ahead {
-  Tile<T> k, v;
-  // In step j the elements [begin, end) of row j / 2: of k in even steps, of v in odd ones.
+  Tile<T> of[STREAMS];
+  // In step j the elements [begin, end) of a row of one of them.
   void fetch(int64_t j, int64_t begin, int64_t end) const {
-    const Tile<T>& tile = j % 2 ? v : k;
-    if (j / 2 >= tile.count) return;
+    const Tile<T>& tile = of[j % STREAMS];
+    if (j / STREAMS >= tile.count) return;
     for (int64_t d = begin; d < end; d += 64 / int64_t(sizeof(T)))
-      __builtin_prefetch(tile.row(j / 2) + d);
+      __builtin_prefetch(tile.row(j / STREAMS) + d);
+  }
+};
+
+// The keys [begin, end) of a KV head of a row of the batch, in tiles that the sections hold in turn.
+// None at all if default.
+template <class T> struct Span {
+  const T *k = nullptr, *v = nullptr;  // of the head
+  int64_t k_stride = 0, v_stride = 0, begin = 0, end = 0;
+  int64_t tiles = 0, section = 0;  // keys of a section; the last one may have fewer
+
+  Span() = default;
+  Span(const AttentionArgs& a, int64_t b, int64_t head, int64_t begin_key, int64_t end_key)
+      : k(static_cast<const T*>(a.k) + b * a.k_stride.b + head * a.k_stride.h),
+        v(static_cast<const T*>(a.v) + b * a.v_stride.b + head * a.v_stride.h),
+        k_stride(a.k_stride.t),
+        v_stride(a.v_stride.t),
+        begin(begin_key),
+        end(end_key),
+        tiles((end - begin + FEW_TILE - 1) / FEW_TILE),
+        section((tiles + SECTIONS - 1) / SECTIONS * FEW_TILE) {}
+
+  int64_t tile(int64_t i) const {
+    return begin + i % SECTIONS * section + i / SECTIONS * FEW_TILE;
+  }
+  Tile<T> keys(int64_t j, int64_t count) const { return {k + j * k_stride, k_stride, count}; }
+  Tile<T> values(int64_t j, int64_t count) const { return {v + j * v_stride, v_stride, count}; }
+  // A tile of a stream, or what it has of it, from key j of its section on.
+  Tile<T> stream(int n, int64_t j) const {
+    const int64_t at = begin + n / 2 * section + j;
+    const int64_t count =
+        std::clamp<int64_t>(std::min(section - j, end - at), 0, FEW_TILE);
+    return n % 2 ? values(at, count) : keys(at, count);
   }
 };
 
@@ -247,11 +283,13 @@ static inline int64_t few_floats(int64_t rows, int64_t D) {
   return rows * (round_up(D, 2 * vf::W) + 2 * FEW_TILE + vf::W);
 }
 
-// The queries of a row of the batch and a KV head, query by query and head by head, over the keys
-// [begin, end).
-template <class T>
+// The queries of a row of the batch and a KV head, query by query and head by head, over a span of
+// its keys, whose beginning is `fetched`, or not. follow() is called once, towards the end, and
+// returns the span whose beginning is fetched then.
+template <class T, class F>
 static void few_queries(const AttentionArgs& a, const Row& row, int64_t b, int64_t head,
-                        int64_t begin, int64_t end, float* memory, const Partial& result) {
+                        const Span<T>& span, bool fetched, F&& follow, float* memory,
+                        const Partial& result) {
   using Key = KeyRun<T>;
   using Value = ValueRun<T>;
   constexpr int W = vf::W;
@@ -276,16 +314,6 @@ static void few_queries(const AttentionArgs& a, const Row& row, int64_t b, int64
   }
 
   const float factor = a.scale * 1.44269504f;  // weights are powers of two
-  const T* keys = static_cast<const T*>(a.k) + b * a.k_stride.b + head * a.k_stride.h;
-  const T* values = static_cast<const T*>(a.v) + b * a.v_stride.b + head * a.v_stride.h;
-  const int64_t distance =
-      std::max<int64_t>(FEW_TILE, FETCH_BYTES / (D * int64_t(sizeof(T))));  // in keys
-  auto tile_at = [&](const T* data, int64_t stride, int64_t j) {
-    return Tile<T>{data + j * stride, stride, std::clamp<int64_t>(end - j, 0, FEW_TILE)};
-  };
-  auto keys_at = [&](int64_t j) { return tile_at(keys, a.k_stride.t, j); };
-  auto values_at = [&](int64_t j) { return tile_at(values, a.v_stride.t, j); };
-
   // Calls f(r, number) for groups of queries; the keys of a tile that the last of them sees.
   auto for_each_group = [&](auto&& f) {
     int64_t r = 0;
@@ -295,54 +323,78 @@ static void few_queries(const AttentionArgs& a, const Row& row, int64_t b, int64
     if (rows - r == 1) f(r, std::integral_constant<int, 1>{});
   };
   auto seen = [&](int64_t r, int64_t tile) {
-    return std::min({end, tile + FEW_TILE, row.visible(a, row.first + r / G)}) - tile;
+    return std::min({span.end, tile + FEW_TILE, row.visible(a, row.first + r / G)}) - tile;
   };
 
-  // Half a tile of rows, `distance` ahead; for the first group, since the others read the same.
-  auto ahead_of = [&](int64_t r, int64_t j) {
-    Ahead<T> ahead{keys_at(j + distance), values_at(j + distance)};
-    if (r > 0) ahead.k.count = ahead.v.count = 0;
+  // A tile of each stream is fetched during SECTIONS tiles of arithmetic. All of a tile must be there
+  // when its turn comes: later for each section, and for values, than for the first keys.
+  constexpr int TURN = FEW_TILE / SECTIONS;  // rows of a stream that are fetched meanwhile
+  const int64_t early = std::max<int64_t>(TURN / 2, FETCH_BYTES / (D * int64_t(sizeof(T))));
+  auto distance = [&](int n) { return FEW_TILE + early - n / 2 * TURN - n % 2 * TURN * 3 / 2; };
+  Span<T> next;
+  bool followed = false;
+  auto stream = [&](int n, int64_t j) {
+    j += distance(n);
+    if (j < span.section) return span.stream(n, j);
+    if (!followed) next = follow();
+    followed = true;
+    return next.stream(n, j - span.section);
+  };
+  // While the scores of tile i are computed, and in `half` 1 the values of the tile before are added;
+  // for the first group of queries, since the others read the same.
+  auto ahead_of = [&](int64_t r, int64_t i, int half) {
+    Ahead<T> ahead{};
+    for (int n = 0; n < STREAMS && r == 0; ++n)
+      ahead.of[n] = stream(n, i * TURN + half * TURN / 2);
     return ahead;
   };
 
-  auto score = [&](int64_t tile) {
+  auto score = [&](int64_t i) {
+    const int64_t tile = span.tile(i);
     for_each_group([&](int64_t r, auto number) {
       constexpr int R = decltype(number)::value;
-      Tile<T> k = keys_at(tile);
-      k.count = seen(r + R - 1, tile);
+      const Tile<T> k = span.keys(tile, seen(r + R - 1, tile));
       if (k.count > 0)
-        score_tile<T, R>(q + r * q_stride, q_stride, k, D, s + r * FEW_TILE, ahead_of(r, tile));
+        score_tile<T, R>(q + r * q_stride, q_stride, k, D, s + r * FEW_TILE, ahead_of(r, i, 0));
     });
   };
-  auto weigh = [&](int64_t tile) {
+  auto weigh = [&](int64_t i) {
+    const int64_t tile = span.tile(i);
     for (int64_t r = 0; r < rows; ++r)
       weigh_tile<T>(s + r * FEW_TILE, seen(r, tile), factor, result.top[r], total + r * W,
                     result.sums_of + r * result.stride, result.stride, weights + r * FEW_TILE);
   };
-  auto add = [&](int64_t tile) {
+  auto add = [&](int64_t i) {
+    const int64_t tile = span.tile(i);
     for_each_group([&](int64_t r, auto number) {
       constexpr int R = decltype(number)::value;
       constexpr int SUMS = std::min(8, (W == 16 ? 16 : 8) / R);  // of a query, in registers
-      Tile<T> v = values_at(tile);
-      v.count = seen(r + R - 1, tile);
+      const Tile<T> v = span.values(tile, seen(r + R - 1, tile));
       if (v.count > 0)
         add_tile<T, R, std::max(1, SUMS / Value::V)>(weights + r * FEW_TILE, v, D,
                                                      result.sums_of + r * result.stride,
-                                                     result.stride,
-                                                     ahead_of(r, tile + FEW_TILE * 3 / 2));
+                                                     result.stride, ahead_of(r, i + 1, 1));
     });
   };
 
-  for (int64_t j = begin; j < begin + distance + FEW_TILE; ++j)
-    for (int step : {0, 1}) Ahead<T>{keys_at(j), values_at(j)}.fetch(step, 0, D);
-  score(begin);
-  weigh(begin);
-  for (int64_t tile = begin; tile < end; tile += FEW_TILE) {
-    const int64_t next = tile + FEW_TILE;
-    if (next < end) score(next);
-    add(tile);
-    if (next < end) weigh(next);
+  if (!fetched) {
+    for (int n = 0; n < STREAMS; ++n)
+      for (int64_t j = 0; j < distance(n); j += FEW_TILE) {
+        const Tile<T> rows = span.stream(n, j);
+        for (int64_t i = 0; i < std::min(rows.count, distance(n) - j); ++i)
+          Ahead<T>{rows}.fetch(i * STREAMS, 0, D);
+      }
   }
+  for (int j = 0; j < FEW_TILE; ++j) ahead_of(0, 0, 1).fetch(j, 0, D);
+  score(0);
+  weigh(0);
+  for (int64_t i = 0; i < span.tiles; ++i) {
+    const bool more = i + 1 < span.tiles;
+    if (more) score(i + 1);
+    add(i);
+    if (more) weigh(i + 1);
+  }
+  if (!followed) follow();
 
   for (int64_t r = 0; r < rows; ++r) {
     for_each_run<Value::size>(D, [&](int64_t e, auto) {
