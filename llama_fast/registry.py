@@ -206,6 +206,8 @@ class Op:
         """Runs the op. Goes through torch's dispatcher only where that is needed: to trace, to
         record a gradient, or for tensor subclasses; the direct call costs a tenth as much."""
         if interposed():
+            if not torch.compiler.is_compiling() and transformed():
+                return self._transformed(*args)
             return self._torch_op(*args)
         kind = kind_of_call(args, torch.is_grad_enabled())
         if kind is None:
@@ -230,6 +232,21 @@ class Op:
         """Checks the arguments, chooses an implementation and launches it; no autograd."""
         self.check(*args)
         return self._choose(args).launch(*args)
+
+    def _transformed(self, *args: Any) -> Any:
+        """What torch.func's transforms and forward-mode gradients are taken of: the definition,
+        since it is made of what torch can transform. torch's dispatcher would refuse an op with a
+        gradient of its own, or take its tangents for zero."""
+        self._check_tensors(args)
+        self.check(*args)
+        request = _request.get()
+        if request.strict and request.backend != "eager":
+            raise BackendError(
+                f"{self.name}: backend {request.backend!r} was asked for strictly and cannot serve "
+                "a call inside of a torch.func transform or a forward-mode gradient. Let the "
+                "eager definition serve it by not asking strictly."
+            )
+        return self.eager(*args)
 
     def _learn(self, key: tuple, args: tuple) -> Callable[..., Any]:
         """The launcher for a kind of call that `check` lets pass. It is kept: checks and limits
@@ -453,17 +470,24 @@ def nothing(*args: Any) -> list[str]:
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.maybe_current_level
+_forward_ad = torch.autograd.forward_ad
 
 
 def interposed() -> bool:
-    """True while something traces or transforms calls: torch.compile, a mode, functorch or
-    autocast."""
+    """True while something traces or transforms calls: torch.compile, a mode, autocast, or what
+    `transformed` asks for."""
     return (
         torch.compiler.is_compiling()
         or _is_autocast_enabled()
         or _count_dispatch_modes() > 0
-        or _functorch_level() is not None
+        or transformed()
     )
+
+
+def transformed() -> bool:
+    """True inside of torch.func's grad, vmap, jvp and their like, and where tangents may be carried
+    along (torch.autograd.forward_ad)."""
+    return _functorch_level() is not None or _forward_ad._current_level >= 0
 
 
 def _device_type(args: tuple) -> str:

@@ -93,8 +93,8 @@ def check(
 
 def check_range(targets: torch.Tensor, V: int, ignore_index: int) -> None:
     """Raises ShapeError for a target that is no row of the weight. Reads the values, so only on the
-    CPU: a GPU would have to be waited for."""
-    if targets.is_cpu:
+    CPU: a GPU would have to be waited for, and a torch.func transform may hide them."""
+    if targets.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(targets):
         wrong = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
         if wrong.any():
             at = wrong.nonzero()[0].tolist()
