@@ -29,7 +29,7 @@ from llama_fast.workloads import NAMES, Work, workloads
 MATRICES = ("qkv", "gate_up", "head")
 QUANTIZED = ("gate_up",)
 # Which ops a model calls where: loss and gradients belong to training, the cache does not.
-IN_TRAINING_ALONE = ("linear_cross_entropy",)
+IN_TRAINING_ALONE = ("linear_cross_entropy", "linear_cross_entropy_quantized")
 
 
 @dataclass(frozen=True)

@@ -136,12 +136,8 @@ class Llama(nn.Module):
         return self.head(h).float()
 
     def loss(self, tokens: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
-        """Mean cross entropy of `targets` (B,T) int64. The logits are never stored whole, unless
-        the head is quantised."""
+        """Mean cross entropy of `targets` (B,T) int64. The logits are never stored whole."""
         h = self.hidden(tokens)
-        if isinstance(self.head.weight, QuantizedWeight):
-            logits = self.head(h).float().flatten(0, 1)
-            return nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index)
         return ops.linear_cross_entropy(h, self.head.weight, targets, ignore_index=ignore_index)
 
     def new_cache(self, batch: int, max_seq_len: int, kv_cache: str | None = None) -> KVCache:

@@ -17,7 +17,7 @@ from .registry import Op
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
 # The op makes its gradients in the forward pass: only both passes together compare.
-GRADIENT_IN_FORWARD = ("linear_cross_entropy",)
+GRADIENT_IN_FORWARD = ("linear_cross_entropy", "linear_cross_entropy_quantized")
 # Bytes of float64 copies up to which the reference is made of them, and of float32 ones beyond.
 EXACT_BYTES = 6e9
 # Float64 tensors of the size of the scores, or of the logits, that an eager definition holds.
@@ -34,6 +34,9 @@ def reference(op: Op, args: tuple, which: str) -> tuple[Tensor, ...]:
         return _attention_in_parts(op, args, which)
     if op.name == "linear_cross_entropy" and which != BACKWARD:
         return _cross_entropy_in_parts(op, args)
+    if which == BOTH:
+        with torch.no_grad():
+            return tuple(x for x in op.eager(*_exact(args)) if x.numel())
     return _run(op, _exact(args), which, None)
 
 

@@ -312,7 +312,7 @@ def at_best(
     computing = least.flops / rate if rate else None
     if computing is None or moving is None or moving >= computing:
         return memory, moving
-    if op.name in ("linear_quantized", "linear_swiglu_quantized"):
+    if op.name.startswith("linear_") and op.name.endswith("_quantized"):
         return "int8", None
     return arithmetic, computing
 

@@ -182,6 +182,14 @@ def _linear_cross_entropy(m: _Maker) -> tuple:
     return m.randn(N, C), m.randn(V, C, scale=C**-0.5), targets, -100, False, False, True
 
 
+def _linear_cross_entropy_quantized(m: _Maker) -> tuple:
+    V, C = m.matrices()["head"]
+    form = NAMED["int8"].head  # in "int4" too
+    x, *weight = _linear_quantized(m, V, C, form.bits, form.group_size)
+    targets = torch.randint(V, x.shape[:-1], generator=m.generator, device=m.generator.device)
+    return x, *weight, targets.to(m.device), -100, False, True
+
+
 _SINGLE = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
@@ -193,9 +201,14 @@ _SINGLE = {
     "attention_quantized": _attention_quantized,
     "linear_swiglu": _linear_swiglu,
     "linear_cross_entropy": _linear_cross_entropy,
+    "linear_cross_entropy_quantized": _linear_cross_entropy_quantized,
 }
 # Which arguments of an op ask for results that only its gradient needs.
-_FOR_GRADIENT = {"attention": slice(6, 7), "linear_cross_entropy": slice(4, 6)}
+_FOR_GRADIENT = {
+    "attention": slice(6, 7),
+    "linear_cross_entropy": slice(4, 6),
+    "linear_cross_entropy_quantized": slice(9, 10),
+}
 NAMES = (*_SINGLE, "linear", "linear_quantized", "linear_swiglu_quantized")
 
 

@@ -128,7 +128,7 @@ def stems(folder: str, suffix: str) -> set[str]:
     return {path.stem for path in (ROOT / folder).glob(f"*{suffix}")}
 
 
-OP_HELPERS = {"__init__", "checks", "inputs", "quantized_kv", "quantized_weight"}
+OP_HELPERS = {"__init__", "checks", "inputs", "logits", "quantized_kv", "quantized_weight"}
 OP_STEMS = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - OP_HELPERS
 # Files that belong to no op, with what they are for.
 HOUSEKEEPING = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..ops.logits import Wanted, in_blocks
 from ..registry import OPS, Implementation
 
 
@@ -27,4 +28,46 @@ def linear_swiglu(name: str, linear: Implementation, swiglu: Implementation) -> 
         linear.unsupported,
         lambda *args: f"by {name} and swiglu, one after the other",
         prepare if linear.prepare and swiglu.prepare else None,
+    )
+
+
+def linear_cross_entropy_quantized(
+    linear: Implementation, backward_x: Implementation
+) -> Implementation:
+    """The row of that name: a backend's rows of `linear_quantized` and of its gradient, in turn for
+    each block of logits."""
+
+    def launch(
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: torch.Tensor | None,
+        V: int,
+        bits: int,
+        group_size: int,
+        targets: torch.Tensor,
+        ignore_index: int,
+        need_x: bool,
+        mean: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, form = (codes, scales, offsets), (bits, group_size)
+
+        def to_x(d_logits: torch.Tensor) -> torch.Tensor:
+            return backward_x.launch(d_logits, *weight, x.shape[-1], *form)
+
+        wanted = Wanted.of("linear_cross_entropy_quantized", x, V, targets, ignore_index, mean)
+        return in_blocks(
+            x,
+            V,
+            wanted,
+            lambda rows: linear.launch(rows, *weight, V, *form),
+            to_x if need_x else None,
+            quantized=True,
+        )
+
+    def unsupported(x: torch.Tensor, *others: Any) -> list[str]:
+        return linear.unsupported(x, *others[:6])
+
+    return Implementation(
+        launch, unsupported, lambda *args: "by linear_quantized, a block of rows at a time"
     )

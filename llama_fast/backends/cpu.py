@@ -533,6 +533,7 @@ def _prepared(
 
 LINEAR = _prepared(_linear, limits.linear, _linear_how)
 LINEAR_QUANTIZED = _prepared(_linear_quantized, limits.linear)
+LINEAR_QUANTIZED_BACKWARD_X = Implementation(OPS["linear_quantized_backward_x"].eager, nothing)
 SWIGLU = _prepared(_swiglu, limits.swiglu)
 
 register_backend(
@@ -552,14 +553,15 @@ register_backend(
                 _linear_backward_weight, nothing, _gradient_how
             ),
             "linear_quantized": LINEAR_QUANTIZED,
-            "linear_quantized_backward_x": Implementation(
-                OPS["linear_quantized_backward_x"].eager, nothing
-            ),
+            "linear_quantized_backward_x": LINEAR_QUANTIZED_BACKWARD_X,
             "linear_swiglu": composed.linear_swiglu("linear", LINEAR, SWIGLU),
             "linear_swiglu_quantized": composed.linear_swiglu(
                 "linear_quantized", LINEAR_QUANTIZED, SWIGLU
             ),
             "linear_cross_entropy": Implementation(linear_cross_entropy_in_blocks, nothing),
+            "linear_cross_entropy_quantized": composed.linear_cross_entropy_quantized(
+                LINEAR_QUANTIZED, LINEAR_QUANTIZED_BACKWARD_X
+            ),
             "rms_norm": _prepared(_rms_norm, limits.rms_norm),
             "add_rms_norm": _prepared(_add_rms_norm, limits.add_rms_norm),
             "swiglu": SWIGLU,

@@ -166,6 +166,9 @@ register_backend(
             ),
             "linear_quantized": LINEAR_QUANTIZED,
             "linear_quantized_backward_x": products("linear_quantized_backward_x"),
+            "linear_cross_entropy_quantized": composed.linear_cross_entropy_quantized(
+                LINEAR_QUANTIZED, products("linear_quantized_backward_x")
+            ),
             "linear_swiglu": composed.linear_swiglu("linear", products("linear"), SWIGLU),
             "linear_swiglu_quantized": composed.linear_swiglu(
                 "linear_quantized", LINEAR_QUANTIZED, SWIGLU

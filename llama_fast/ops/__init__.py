@@ -4,6 +4,7 @@ from .add_rms_norm import add_rms_norm
 from .attention import attention
 from .attention_quantized import attention_quantized
 from .cross_entropy import linear_cross_entropy
+from .cross_entropy_quantized import linear_cross_entropy_quantized
 from .kv_append import kv_append
 from .kv_append_quantized import kv_append_quantized
 from .linear import linear
@@ -26,6 +27,7 @@ __all__ = [
     "kv_append_quantized",
     "linear",
     "linear_cross_entropy",
+    "linear_cross_entropy_quantized",
     "linear_quantized",
     "linear_swiglu",
     "linear_swiglu_quantized",

@@ -24,20 +24,22 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..errors import ShapeError
 from ..registry import Case, Cost, Op, interposed
-from . import checks
+from .cross_entropy_quantized import linear_cross_entropy_quantized
 from .inputs import randn
-from .linear import BACKWARD_X
+from .linear import BACKWARD_X, check_width
 from .linear import OP as LINEAR
 from .linear import check as check_linear
+from .logits import LOGITS, ROWS, Wanted, check_reduction, check_targets, in_blocks
 from .quantized_weight import QuantizedWeight
 from .rms_norm import accumulate
+
+NAME = "linear_cross_entropy"
 
 
 def linear_cross_entropy(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
     targets: torch.Tensor,
     *,
     ignore_index: int = -100,
@@ -46,7 +48,8 @@ def linear_cross_entropy(
     """Mean or summed cross entropy of `linear(x, weight)` against `targets`.
 
     x             (..., C), float32, bfloat16 or float16, contiguous in C
-    weight        (V, C), contiguous, of x's dtype and device
+    weight        (V, C), contiguous, of x's dtype and device; or a QuantizedWeight, which the op
+                  `linear_cross_entropy_quantized` multiplies by
     targets       (...), int64, each in [0, V) or equal to ignore_index
     ignore_index  marks the rows that do not count
     reduction     "mean" over the rows that count, or their "sum"
@@ -54,15 +57,12 @@ def linear_cross_entropy(
     Raises ShapeError when the arguments do not fit, for another reduction, and on the CPU when a
     target is out of range.
     """
-    if reduction not in ("mean", "sum"):
-        raise ShapeError(
-            f"linear_cross_entropy: reduction is {reduction!r}; it must be 'mean' or 'sum'"
-        )
     if isinstance(weight, QuantizedWeight):
-        raise ShapeError(
-            "linear_cross_entropy: weight is a QuantizedWeight; give it a float weight, or take "
-            "torch.nn.functional.cross_entropy of linear(x, weight).float()"
+        check_width(NAME, x, weight)
+        return linear_cross_entropy_quantized(
+            x, *weight.arguments, targets, ignore_index=ignore_index, reduction=reduction
         )
+    check_reduction(NAME, reduction)
     grad = torch.is_grad_enabled()
     need_x, need_weight = grad and x.requires_grad, grad and weight.requires_grad
     return OP(x, weight, targets, ignore_index, need_x, need_weight, reduction == "mean")[0]
@@ -77,31 +77,8 @@ def check(
     need_weight: bool,
     mean: bool = True,
 ) -> None:
-    check_linear(x, weight)
-    checks.shape("linear_cross_entropy", "targets", targets, x.shape[:-1], "(...)")
-    if targets.dtype is not torch.int64:
-        raise ShapeError(
-            f"linear_cross_entropy: targets is {targets.dtype}; it must be torch.int64: "
-            "convert it with .long()"
-        )
-    if targets.device != x.device:
-        raise ShapeError(
-            f"linear_cross_entropy: targets is on {targets.device} and x on {x.device}; "
-            f"move it with .to({str(x.device)!r})"
-        )
-
-
-def check_range(targets: torch.Tensor, V: int, ignore_index: int) -> None:
-    """Raises ShapeError for a target that is no row of the weight. Reads the values, so only on the
-    CPU: a GPU would have to be waited for, and a torch.func transform may hide them."""
-    if targets.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(targets):
-        wrong = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
-        if wrong.any():
-            at = wrong.nonzero()[0].tolist()
-            raise ShapeError(
-                f"linear_cross_entropy: targets{at} is {targets[tuple(at)]}; it must be in "
-                f"[0, {V}), the rows of weight, or ignore_index = {ignore_index}"
-            )
+    check_linear(x, weight, NAME)
+    check_targets(NAME, x, targets)
 
 
 def eager(
@@ -113,26 +90,15 @@ def eager(
     need_weight: bool,
     mean: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_range(targets, weight.shape[0], ignore_index)
-    rows, targets = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
-    kept = targets != ignore_index
-    logits = F.linear(rows, weight).to(accumulate(x.dtype))
-    log_p = logits.log_softmax(-1)
-    target = targets.where(kept, 0)[:, None]
-    loss = -log_p.gather(1, target)[:, 0].where(kept, 0.0).sum()
-    n = kept.sum() if mean else 1
-
+    wanted = Wanted.of(NAME, x, weight.shape[0], targets, ignore_index, mean)
+    rows = x.reshape(targets.numel(), x.shape[-1])
+    loss, d_logits = wanted.judge(F.linear(rows, weight), need_x or need_weight)
     dx = dw = x.new_empty(0)
-    if need_x or need_weight:
-        p = log_p.exp()
-        d_logits = p.scatter_add(1, target, p.new_full(target.shape, -1.0))
-        share = kept.to(p.dtype) / (n.clamp(min=1) if mean else 1)
-        d_logits = (d_logits * share[:, None]).to(x.dtype)
-        if need_x:
-            dx = d_logits.mm(weight).view(x.shape)
-        if need_weight:
-            dw = d_logits.t().mm(rows)
-    return loss / n, dx, dw
+    if need_x:
+        dx = d_logits.mm(weight).view(x.shape)
+    if need_weight:
+        dw = d_logits.t().mm(rows)
+    return loss / wanted.count, dx, dw
 
 
 def fake(
@@ -151,11 +117,6 @@ def fake(
     )
 
 
-# Rows of logits that exist at a time: 2²² logits (16 MB, what a last-level cache holds), and for
-# large vocabularies still enough rows for the matrix products to be worth their passes over weight.
-LOGITS, ROWS = 1 << 22, 128
-
-
 def chunked(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -166,34 +127,23 @@ def chunked(
     mean: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same in blocks of rows. Beyond its results it holds one block of logits, and where weight
-    is of a half type the float32 sum of dw. The blocks are the same whatever the thread count."""
-    N, V = targets.numel(), weight.shape[0]
-    check_range(targets, V, ignore_index)
-    rows, targets = x.reshape(N, x.shape[-1]), targets.reshape(-1)
-    kept = targets != ignore_index
-    count = kept.sum() if mean else torch.ones_like(kept.sum())
-    target = targets.where(kept, 0)[:, None]
-    loss = x.new_zeros((), dtype=accumulate(x.dtype))
-    share = (kept.to(loss.dtype) / count.clamp(min=1))[:, None]
-    dx = x.new_empty(rows.shape if need_x else 0)
-    dw = weight.new_zeros(weight.shape if need_weight else 0, dtype=loss.dtype)
-    blocks = -(-N // max(ROWS, LOGITS // max(V, 1)))
-    for i in range(blocks):  # of even sizes: a short last one would multiply at a poor rate
-        block = slice(N * i // blocks, N * (i + 1) // blocks)
-        # In place from here on: logits - max, then P, then (P - Y) / n.
-        logits = LINEAR.run(rows[block], weight).to(loss.dtype)
-        logits -= logits.amax(-1, keepdim=True)
-        at_target = logits.gather(1, target[block])
-        total = logits.exp_().sum(-1, keepdim=True)
-        loss += (total.log() - at_target).where(kept[block, None], 0.0).sum()
-        if need_x or need_weight:
-            logits.mul_(share[block] / total)
-            logits.scatter_add_(1, target[block], -share[block])
-        if need_x:
-            dx[block] = BACKWARD_X.run(logits.to(x.dtype), weight)
-        if need_weight:
-            dw.addmm_(logits.t(), rows[block].to(dw.dtype))
-    return loss / count, dx.view(x.shape) if need_x else dx, dw.to(weight.dtype)
+    is of a half type the float32 sum of dw."""
+    dtype = accumulate(x.dtype)
+    dw = weight.new_zeros(weight.shape if need_weight else 0, dtype=dtype)
+
+    def add_to_dw(d_logits: torch.Tensor, rows: torch.Tensor) -> None:
+        dw.addmm_(d_logits.t(), rows.to(dtype))
+
+    V = weight.shape[0]
+    loss, dx = in_blocks(
+        x,
+        V,
+        Wanted.of(NAME, x, V, targets, ignore_index, mean),
+        lambda rows: LINEAR.run(rows, weight),
+        (lambda d_logits: BACKWARD_X.run(d_logits, weight)) if need_x else None,
+        add_to_dw if need_weight else None,
+    )
+    return loss, dx, dw.to(weight.dtype)
 
 
 def save(inputs: tuple, output: tuple) -> tuple:
@@ -269,7 +219,7 @@ def cases() -> list[Case]:
 
 
 OP = Op(
-    name="linear_cross_entropy",
+    name=NAME,
     schema="(Tensor x, Tensor weight, Tensor targets, int ignore_index=-100, bool need_x=False, "
     "bool need_weight=False, bool mean=True) -> (Tensor, Tensor, Tensor)",
     check=check,

@@ -1,7 +1,9 @@
-"""linear_cross_entropy: which rows count, bad targets, blocks of rows, gradients, memory."""
+"""linear_cross_entropy, of float and of quantised weights: which rows count, bad targets, blocks of
+rows, gradients, memory."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -11,9 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llama_fast import linear_cross_entropy
+from llama_fast import QuantizedWeight, linear, linear_cross_entropy
 from llama_fast.errors import ShapeError
-from llama_fast.ops import cross_entropy
+from llama_fast.ops import cross_entropy, logits
 
 from .backends import on
 from .oracle import assert_accurate
@@ -50,8 +52,8 @@ def exact(x, weight, targets, scale: float = 1.0, **options):
 
 
 def small_blocks(monkeypatch, rows: int) -> None:
-    monkeypatch.setattr(cross_entropy, "ROWS", rows)
-    monkeypatch.setattr(cross_entropy, "LOGITS", 1)
+    monkeypatch.setattr(logits, "ROWS", rows)
+    monkeypatch.setattr(logits, "LOGITS", 1)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 0, 31, 10**6])
@@ -148,10 +150,10 @@ def test_gradients_are_exact():
 MEASURE = """
 import json, sys
 import torch
-from llama_fast import linear_cross_entropy
+from llama_fast import QuantizedWeight, linear_cross_entropy, use_backend
 
 N, C, V = int(sys.argv[2]), 64, 32768
-dtype = getattr(torch, sys.argv[1])
+dtype, bits, backend = getattr(torch, sys.argv[1]), int(sys.argv[3]), sys.argv[4]
 torch.manual_seed(0)
 
 def status(key):
@@ -161,12 +163,16 @@ def status(key):
 def step(N):
     x = torch.randn(N, C).to(dtype).requires_grad_()
     weight = torch.randn(V, C).to(dtype).requires_grad_()
+    results = x.nbytes + weight.nbytes  # of dx and dw, which the forward pass makes
+    if bits:
+        weight = QuantizedWeight.from_float(weight, bits, 64)
+        results = x.nbytes
     targets = torch.randint(V, (N,))
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak so far is forgotten
     before = status("VmRSS")
-    loss = linear_cross_entropy(x, weight, targets)
-    results = x.nbytes + weight.nbytes  # of dx and dw, which the forward pass makes
+    with use_backend(backend, strict=True):
+        loss = linear_cross_entropy(x, weight, targets)
     forward = status("VmHWM") - before - results
     loss.backward()
     return {"forward": forward, "both": status("VmHWM") - before - results,
@@ -178,17 +184,26 @@ print(json.dumps(step(N)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="this reads the peak of memory in /proc")
-@pytest.mark.parametrize(("dtype", "N"), [("float32", 16384), ("bfloat16", 32768)])
-def test_the_logits_are_never_held(dtype, N):
-    """Beyond results the peak of memory is at most 5 % of the logits, forward and backward."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, dtype, str(N)], capture_output=True, text=True, timeout=300
-    )
+@pytest.mark.parametrize(
+    ("dtype", "N", "bits", "backend", "share"),
+    [
+        ("float32", 16384, 0, "cpu", 0.05),
+        ("bfloat16", 32768, 0, "cpu", 0.05),
+        # The same memory whatever N, in which parts of the weight are dequantised too.
+        ("float32", 8192, 8, "cpu", 0.15),
+        ("bfloat16", 16384, 4, "cpu", 0.25),
+        ("float32", 8192, 8, "eager", 0.35),
+    ],
+)
+def test_the_logits_are_never_held(dtype, N, bits, backend, share):
+    """Beyond results the peak of memory is a small share of the logits, forward and backward."""
+    args = [sys.executable, "-c", MEASURE, dtype, str(N), str(bits), backend]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["finite"]
-    assert found["forward"] <= 0.05 * found["logits"], found
-    assert found["both"] <= 0.05 * found["logits"], found
+    assert found["forward"] <= share * found["logits"], found
+    assert found["both"] <= share * found["logits"], found
 
 
 def test_a_sum_is_the_mean_of_the_kept_rows_times_their_number(backend):
@@ -206,3 +221,64 @@ def test_another_reduction_is_refused():
     x, weight = torch.randn(2, 8), torch.randn(4, 8)
     with pytest.raises(ShapeError, match="reduction is 'none'; it must be 'mean' or 'sum'"):
         linear_cross_entropy(x, weight, torch.zeros(2, dtype=torch.int64), reduction="none")
+
+
+# --- quantised weights ------------------------------------------------------------------------
+
+KINDS = list(itertools.product((8, 4), (True, False)))
+
+
+def by_dequantised_weight(x, weight, targets, scale: float = 1.0, **options):
+    """(loss, dx) of scale · loss in float64."""
+    x = x.detach().double().requires_grad_()
+    loss = F.cross_entropy(x @ weight.dequantize(torch.float64).t(), targets, **options)
+    return loss.detach(), torch.autograd.grad(loss * scale, x)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_quantised_weight(monkeypatch, backend, kind, reduction):
+    """Exact but for rounding: float32 activations are not rounded to 8 bits."""
+    small_blocks(monkeypatch, 8)
+    x, w, targets = problem(37, 70, 90)
+    targets[::5] = -100
+    weight = QuantizedWeight.from_float(w, kind[0], 32, kind[1])
+    loss, dx = by_dequantised_weight(x, weight, targets, scale=3.0, reduction=reduction)
+    x.requires_grad_()
+    found = linear_cross_entropy(x, weight, targets, reduction=reduction)
+    (found * 3).backward(retain_graph=True)
+    assert abs(found.double() - loss) <= 1e-6 * loss.abs()
+    assert (x.grad.double() - dx).abs().max() <= 2e-6 * dx.abs().max()
+    assert not x.grad[::5].any()
+    (found * 3).backward()  # a second pass makes dx anew
+    torch.testing.assert_close(x.grad.double(), 2 * dx, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_quantised_weight_with_rounded_activations(backend, dtype):
+    """Half types: as the model's own head and torch's cross entropy of it have it."""
+    x, w, targets = problem(50, 96, 120)
+    weight = QuantizedWeight.from_float(w, 4, 32)
+    a, b = (x.to(dtype).requires_grad_() for _ in range(2))
+    found = linear_cross_entropy(a, weight, targets)
+    with on("eager"):
+        whole = F.cross_entropy(linear(b, weight).float(), targets)
+        whole.backward()
+    found.backward()
+    assert abs(found - whole) <= 1e-3 * whole
+    difference = (a.grad.float() - b.grad.float()).square().mean().sqrt()
+    assert difference <= 1e-2 * b.grad.float().square().mean().sqrt()
+
+
+def test_a_quantised_weight_refuses_what_a_float_one_does(backend):
+    x, w, targets = problem(12, 32, 20)
+    weight = QuantizedWeight.from_float(w, 8, 32)
+    with pytest.raises(ShapeError, match=r"targets\[3\] is 20; it must be in \[0, 20\)"):
+        linear_cross_entropy(x, weight, targets.index_fill(0, torch.tensor(3), 20))
+    with pytest.raises(ShapeError, match=r"x has shape \(12, 31\) and weight \(20, 32\)"):
+        linear_cross_entropy(x[:, :31], weight, targets)
+    with pytest.raises(ShapeError, match=r"targets has shape \(11,\).*\(12,\)"):
+        linear_cross_entropy(x, weight, targets[1:])
+    loss = linear_cross_entropy(x.requires_grad_(), weight, torch.full_like(targets, -100))
+    loss.backward()
+    assert math.isnan(loss.detach()) and not x.grad.any()

@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 
-from llama_fast import QuantizedWeight, linear, linear_cross_entropy, linear_quantized
+from llama_fast import QuantizedWeight, linear, linear_quantized
 from llama_fast.errors import GradientError, ShapeError
 from llama_fast.nn import Linear
 from llama_fast.registry import BackendError
@@ -193,11 +193,6 @@ BAD = [
     ("x", call(X[:, :20]), "codes has shape"),
     ("x's dtype", call(X.long()), "x is torch.int64"),
     ("columns", lambda: linear(X[:, :63], WEIGHT), r"x has shape \(2, 63\).*\(32, 64\)"),
-    (
-        "a loss",
-        lambda: linear_cross_entropy(X, WEIGHT, torch.zeros(2, dtype=torch.int64)),
-        "weight is a QuantizedWeight.*cross_entropy of linear",
-    ),
     ("a vector", lambda: QuantizedWeight.from_float(X[0], 8, 32), r"\(64,\); it must be a"),
     ("NaN", lambda: QuantizedWeight.from_float(X * math.nan, 8, 32), "not finite"),
     ("huge", lambda: QuantizedWeight.from_float(X * 1e9, 4, 32), r"up to 1e\+09.*float16"),

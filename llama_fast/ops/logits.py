@@ -1,0 +1,145 @@
+"""The cross entropy of logits that a head makes, of all rows or of a block of them at a time.
+
+Shared by the ops `linear_cross_entropy` and `linear_cross_entropy_quantized`, which say what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from ..errors import ShapeError
+from . import checks
+from .rms_norm import accumulate
+
+# Rows of logits that exist at a time: 2²² logits (16 MB, what a last-level cache holds), and for
+# large vocabularies still enough rows for the matrix products to be worth their passes over weight.
+LOGITS, ROWS = 1 << 22, 128
+# Times as many rows of a quantised weight, which every block dequantises once for dx.
+QUANTIZED = 2
+
+
+def check_reduction(op: str, reduction: str) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ShapeError(f"{op}: reduction is {reduction!r}; it must be 'mean' or 'sum'")
+
+
+def check_targets(op: str, x: torch.Tensor, targets: torch.Tensor) -> None:
+    checks.shape(op, "targets", targets, x.shape[:-1], "(...)")
+    if targets.dtype is not torch.int64:
+        raise ShapeError(
+            f"{op}: targets is {targets.dtype}; it must be torch.int64: convert it with .long()"
+        )
+    if targets.device != x.device:
+        raise ShapeError(
+            f"{op}: targets is on {targets.device} and x on {x.device}; "
+            f"move it with .to({str(x.device)!r})"
+        )
+
+
+def check_range(op: str, targets: torch.Tensor, V: int, ignore_index: int) -> None:
+    """Raises ShapeError for a target that is no row of the weight. Reads the values, so only on the
+    CPU: a GPU would have to be waited for, and a torch.func transform may hide them."""
+    if targets.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(targets):
+        wrong = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
+        if wrong.any():
+            at = wrong.nonzero()[0].tolist()
+            raise ShapeError(
+                f"{op}: targets{at} is {targets[tuple(at)]}; it must be in "
+                f"[0, {V}), the rows of weight, or ignore_index = {ignore_index}"
+            )
+
+
+class Wanted(NamedTuple):
+    """What the logits of N rows are judged by.
+
+    target  (N, 1) int64: a column for each row, any where it does not count
+    kept    (N, 1) bool: whether it counts
+    share   (N, 1): its part of the gradient, 0 or one over the number of the kept rows
+    count   (): what the sum of the losses is to be divided by, 0 for the mean of no rows
+    """
+
+    target: torch.Tensor
+    kept: torch.Tensor
+    share: torch.Tensor
+    count: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        x: torch.Tensor,
+        V: int,
+        targets: torch.Tensor,
+        ignore_index: int,
+        mean: bool,
+    ) -> Wanted:
+        check_range(op, targets, V, ignore_index)
+        flat = targets.reshape(-1, 1)
+        kept = flat != ignore_index
+        count = kept.sum() if mean else torch.ones_like(kept.sum())
+        share = kept.to(accumulate(x.dtype)) / count.clamp(min=1)
+        return cls(flat.where(kept, 0), kept, share, count)
+
+    def of_rows(self, rows: slice) -> Wanted:
+        return Wanted(self.target[rows], self.kept[rows], self.share[rows], self.count)
+
+    def judge(
+        self, logits: torch.Tensor, need_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The sum of the losses of logits (N, V), and their gradient, of their own dtype."""
+        log_p = logits.to(self.share.dtype).log_softmax(-1)
+        loss = -log_p.gather(1, self.target).where(self.kept, 0.0).sum()
+        if not need_gradient:
+            return loss, None
+        p = log_p.exp()
+        d_logits = p.scatter_add(1, self.target, p.new_full(self.target.shape, -1.0))
+        return loss, (d_logits * self.share).to(logits.dtype)
+
+
+def blocks(N: int, V: int, quantized: bool = False) -> Iterator[slice]:
+    """Of N rows of V logits, as many at a time as may exist. They are of even sizes, since a short
+    last one would multiply at a poor rate, and the same whatever the thread count."""
+    least = ROWS * QUANTIZED if quantized else ROWS
+    count = -(-N // max(least, LOGITS // max(V, 1)))
+    return (slice(N * i // count, N * (i + 1) // count) for i in range(count))
+
+
+def in_blocks(
+    x: torch.Tensor,
+    V: int,
+    wanted: Wanted,
+    multiply: Callable[[torch.Tensor], torch.Tensor],
+    backward_x: Callable[[torch.Tensor], torch.Tensor] | None,
+    backward_weight: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    quantized: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and dx as x, or empty without `backward_x`; in place, for a backend's kernels.
+
+    multiply         rows of x → fresh logits, of x's dtype
+    backward_x       their gradient, of x's dtype → that of the rows
+    backward_weight  takes their gradient, in the dtype of sums, and the rows
+    quantized        whether the weight is
+    Beyond its results it holds one block of logits.
+    """
+    rows = x.reshape(len(wanted.target), x.shape[-1])
+    loss = x.new_zeros((), dtype=wanted.share.dtype)
+    dx = x.new_empty(rows.shape if backward_x else 0)
+    for block in blocks(len(rows), V, quantized):
+        target, kept, share, _ = wanted.of_rows(block)
+        # In place from here on: logits - max, then P, then (P - Y) / n.
+        logits = multiply(rows[block]).to(loss.dtype)
+        logits -= logits.amax(-1, keepdim=True)
+        at_target = logits.gather(1, target)
+        total = logits.exp_().sum(-1, keepdim=True)
+        loss += (total.log() - at_target).where(kept, 0.0).sum()
+        if backward_x or backward_weight:
+            logits.mul_(share / total)
+            logits.scatter_add_(1, target, -share)
+        if backward_x:
+            dx[block] = backward_x(logits.to(x.dtype))
+        if backward_weight:
+            backward_weight(logits, rows[block])
+    return loss / wanted.count, dx.view(x.shape) if backward_x else dx
