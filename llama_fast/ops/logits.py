@@ -142,4 +142,5 @@ def in_blocks(
             dx[block] = backward_x(logits.to(x.dtype))
         if backward_weight:
             backward_weight(logits, rows[block])
+        del logits  # its memory is for the next block
     return loss / wanted.count, dx.view(x.shape) if backward_x else dx
