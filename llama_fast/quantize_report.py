@@ -1,4 +1,7 @@
-"""What quantising has changed: each weight, each layer's outputs, and the model's guesses."""
+"""What quantising has changed: each weight, each layer's outputs, and the model's guesses.
+
+Beside it what a KV cache in 8 bits changes.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, Progress
+from .kv_cache import KVCache
 from .model import Llama
 from .nn import Embedding, Linear
 from .numerics import relative_rms
@@ -38,13 +42,29 @@ class WeightError:
 
 
 @dataclass
+class Guesses:
+    """What a changed model makes of the text that the float one has read.
+
+    perplexity  exp of the mean loss in nats
+    divergence  mean over the tokens of KL(float ‖ changed) in nats; divergence_largest: the worst
+    same_guess  share of the tokens for which both think the same likeliest
+    """
+
+    perplexity: float = math.nan
+    divergence: float = 0.0
+    divergence_largest: float = 0.0
+    same_guess: float = 0.0
+
+
+@dataclass
 class Report:
     """A quantised model beside the float one on the same text.
 
     tokens      that were guessed
-    perplexity, perplexity_quantized   exp of the mean loss in nats
-    divergence  mean over the tokens of KL(float ‖ quantised) in nats; divergence_largest: the worst
-    same_guess  share of the tokens for which both think the same likeliest
+    perplexity  of the float model
+    quantized   the model of quantised weights
+    kv_cache    the float model with a KV cache in 8 bits
+    both        the model of quantised weights with a KV cache in 8 bits
     weights     of each quantised matrix, in the model's order
     layers      after each layer, the error of the hidden states over their size: what all layers so
                 far have added up to
@@ -52,10 +72,9 @@ class Report:
 
     tokens: int = 0
     perplexity: float = math.nan
-    perplexity_quantized: float = math.nan
-    divergence: float = 0.0
-    divergence_largest: float = 0.0
-    same_guess: float = 0.0
+    quantized: Guesses = field(default_factory=Guesses)
+    kv_cache: Guesses = field(default_factory=Guesses)
+    both: Guesses = field(default_factory=Guesses)
     weights: list[WeightError] = field(default_factory=list)
     layers: list[float] = field(default_factory=list)
 
@@ -64,44 +83,75 @@ class Report:
         return dataclasses.asdict(self)
 
 
+@dataclass
+class _Reader:
+    """One of the models on its way through the layers: update and residual stream (B,T,C)."""
+
+    quantized: bool
+    cached: bool
+    update: Tensor | None = None
+    x: Tensor | None = None
+
+
 @torch.no_grad()
 def compare(
     checkpoint: Checkpoint, quantized: Llama, tokens: Tensor, *, progress: Progress | None = None
 ) -> Report:
     """Runs the float model of `checkpoint` and `quantized` side by side on tokens (B,T) int64, T at
-    least 2, a layer at a time: of the float model no more is in memory.
+    least 2, both without a KV cache and with one in 8 bits, a layer at a time: of the float model
+    and of the cache no more is in memory.
 
     Raises ConfigError for tokens that the model cannot take, and what `Checkpoint.tensors` raises.
     """
     check_tokens(checkpoint, tokens)
-    T = tokens.shape[1]
+    B, T = tokens.shape
     report = Report()
     cos, sin = quantized.rope(T)
-    ours = theirs = (None, None)  # update and residual stream of the quantised and the float model
+    exact = _Reader(quantized=False, cached=False)
+    ours = _Reader(quantized=True, cached=False)
+    readers = {
+        "quantized": ours,
+        "kv_cache": _Reader(quantized=False, cached=True),
+        "both": _Reader(quantized=True, cached=True),
+    }
+    of_one_layer = dataclasses.replace(checkpoint.config, n_layers=1)
+    cache = KVCache(of_one_layer, B, T, device=quantized.device, dtype=torch.int8)
     for part, module in layers(checkpoint, progress):
         other = quantized.get_submodule(part)
         if part == "embed":
             _observe(report, part, module, other, tokens)
-            theirs = None, module(tokens)
-            ours = None, other(tokens).to(quantized.dtype)
+            for reader in (exact, *readers.values()):
+                made = other(tokens).to(quantized.dtype) if reader.quantized else module(tokens)
+                reader.x = made
         elif part.startswith("layers."):
             hooks = [
                 linear.register_forward_pre_hook(_Observer(report, f"{part}.{name}", other, name))
                 for name, linear in module.named_modules()
                 if isinstance(linear, Linear)
             ]
-            theirs = module(*theirs, cos, sin, None)
+            exact.update, exact.x = module(exact.update, exact.x, cos, sin, None)
             for hook in hooks:
                 hook.remove()
-            ours = other(*ours, cos, sin, None)
-            exact = theirs[0].float() + theirs[1].float()
-            report.layers.append(relative_rms(ours[0].float() + ours[1].float(), exact))
+            for reader in readers.values():
+                layer_cache = None
+                if reader.cached:
+                    cache.reset()
+                    lengths = cache.advance(T)
+                    layer_cache = (*cache.layer(0), lengths)
+                layer = other if reader.quantized else module
+                reader.update, reader.x = layer(reader.update, reader.x, cos, sin, layer_cache)
+            total = exact.update.float() + exact.x.float()
+            report.layers.append(relative_rms(ours.update.float() + ours.x.float(), total))
         elif part == "norm":
-            theirs, ours = module(*theirs)[0], other(*ours)[0]
+            for reader in (exact, *readers.values()):
+                norm = other if reader.quantized else module
+                reader.x = norm(reader.update, reader.x)[0]
         else:
             if other.weight is not quantized.embed.weight:
-                _observe(report, part, module, other, theirs.flatten(0, 1)[:TOKENS])
-            _guesses(report, module, other, theirs, ours, tokens)
+                _observe(report, part, module, other, exact.x.flatten(0, 1)[:TOKENS])
+            heads = {True: other, False: module}
+            found = {name: (heads[r.quantized], r.x) for name, r in readers.items()}
+            _guess(report, module, exact.x, found, tokens)
     return report
 
 
@@ -146,27 +196,38 @@ def _observe(
     )
 
 
-def _guesses(
-    report: Report, head: Linear, other: Linear, theirs: Tensor, ours: Tensor, tokens: Tensor
+def _guess(
+    report: Report,
+    head: Linear,
+    x: Tensor,
+    readers: dict[str, tuple[Linear, Tensor]],
+    tokens: Tensor,
 ) -> None:
-    """Perplexities and divergence from the final hidden states (B,T,C); the last token of each row
-    has none to be judged by."""
+    """Perplexities and divergences from the final hidden states (B,T,C) of the float model and of
+    the others, by their names in the report, each with its head; the last token of each row has
+    none to be judged by."""
     targets = tokens[:, 1:].flatten()
-    theirs, ours = theirs[:, :-1].flatten(0, 1), ours[:, :-1].flatten(0, 1)
-    loss = loss_quantized = divergence = same = 0.0
+    report.tokens = len(targets)
+    loss, losses = 0.0, dict.fromkeys(readers, 0.0)
     for start in range(0, len(targets), TOKENS):
         some = slice(start, start + TOKENS)
-        exact = head(theirs[some]).float().log_softmax(-1)
-        found = other(ours[some]).float().log_softmax(-1)
+        exact = head(_judged(x)[some]).float().log_softmax(-1)
         target = targets[some, None]
-        loss -= float(exact.gather(1, target).sum())
-        loss_quantized -= float(found.gather(1, target).sum())
-        kl = (exact.exp() * (exact - found)).sum(-1)
-        divergence += float(kl.sum())
-        report.divergence_largest = max(report.divergence_largest, float(kl.max()))
-        same += int((exact.argmax(-1) == found.argmax(-1)).sum())
-    report.tokens = len(targets)
-    report.perplexity = math.exp(loss / len(targets))
-    report.perplexity_quantized = math.exp(loss_quantized / len(targets))
-    report.divergence = divergence / len(targets)
-    report.same_guess = same / len(targets)
+        loss -= float(exact.gather(1, target).sum()) / len(targets)
+        for name, (its_head, its_x) in readers.items():
+            found = its_head(_judged(its_x)[some]).float().log_softmax(-1)
+            losses[name] -= float(found.gather(1, target).sum()) / len(targets)
+            kl = (exact.exp() * (exact - found)).sum(-1)
+            guesses = getattr(report, name)
+            guesses.divergence += float(kl.sum()) / len(targets)
+            guesses.divergence_largest = max(guesses.divergence_largest, float(kl.max()))
+            same = int((exact.argmax(-1) == found.argmax(-1)).sum())
+            guesses.same_guess += same / len(targets)
+    report.perplexity = math.exp(loss)
+    for name, its_loss in losses.items():
+        getattr(report, name).perplexity = math.exp(its_loss)
+
+
+def _judged(x: Tensor) -> Tensor:
+    """(B,T,C) → (B·(T-1),C), without the last token of each row."""
+    return x[:, :-1].flatten(0, 1)

@@ -94,7 +94,7 @@ def test_calibration_brings_the_model_closer(calibrated, held_out):
     nearest = Llama.from_pretrained(FOLDER, device="cpu", quantize="int4")
     before = compare(demo, nearest, held_out)
     after = compare(demo, Llama.from_pretrained(calibrated, device="cpu"), held_out)
-    assert after.divergence < 0.8 * before.divergence <= 0.8 * 3e-2
+    assert after.quantized.divergence < 0.8 * before.quantized.divergence <= 0.8 * 3e-2
     outputs = [sum(error.outputs for error in report.weights) for report in (after, before)]
     assert outputs[0] < outputs[1]
     floats = Llama.from_pretrained(FOLDER, device="cpu").state_dict()
@@ -154,23 +154,33 @@ def test_layers_come_one_at_a_time():
     assert seen == ["embed", *(f"layers.{i}" for i in range(4)), "norm", "head"]
 
 
-def test_the_report_is_what_both_models_say(held_out):
+@torch.no_grad()
+def test_the_report_is_what_the_models_say(held_out):
     model = Llama.from_pretrained(FOLDER, device="cpu")
     quantized = Llama.from_pretrained(FOLDER, device="cpu", quantize="int4")
     tokens = held_out[:3]
     report = compare(open_checkpoint(FOLDER), quantized, tokens)
-    with torch.no_grad():
-        exact, found = (m(tokens).log_softmax(-1)[:, :-1] for m in (model, quantized))
     targets = tokens[:, 1:, None]
-    kl = (exact.exp() * (exact - found)).sum(-1)
+
+    def read(reader: Llama, kv_cache: bool) -> torch.Tensor:
+        cache = reader.new_cache(*tokens.shape, "int8") if kv_cache else None
+        return reader(tokens, cache=cache).log_softmax(-1)[:, :-1]
+
+    exact = read(model, False)
     assert report.tokens == targets.numel()
     assert report.perplexity == pytest.approx(math.exp(-exact.gather(-1, targets).mean()), 1e-3)
-    assert report.perplexity_quantized == pytest.approx(
-        math.exp(-found.gather(-1, targets).mean()), 1e-3
-    )
-    assert report.divergence == pytest.approx(float(kl.mean()), rel=0.02)
-    assert report.divergence_largest == pytest.approx(float(kl.max()), rel=0.1)
-    assert 0.9 < report.same_guess < 1
+    for guesses, found in (
+        (report.quantized, read(quantized, False)),
+        (report.kv_cache, read(model, True)),
+        (report.both, read(quantized, True)),
+    ):
+        kl = (exact.exp() * (exact - found)).sum(-1)
+        perplexity = math.exp(-found.gather(-1, targets).mean())
+        assert guesses.perplexity == pytest.approx(perplexity, 1e-3)
+        assert guesses.divergence == pytest.approx(float(kl.mean()), rel=0.02)
+        assert guesses.divergence_largest == pytest.approx(float(kl.max()), rel=0.1)
+        assert 0.9 < guesses.same_guess < 1
+    assert 0 < report.kv_cache.divergence < 0.1 * report.quantized.divergence
 
     weights = {error.name: error for error in report.weights}
     assert len(weights) == len(report.weights) == 1 + 4 * 4 and len(report.layers) == 4
@@ -187,7 +197,8 @@ def test_of_a_model_beside_itself_nothing_is_reported(held_out):
         open_checkpoint(FOLDER), Llama.from_pretrained(FOLDER, device="cpu"), held_out[:1]
     )
     assert report.weights == [] and report.layers == [0.0] * 4
-    assert report.divergence == 0 and report.same_guess == 1
+    assert report.quantized.divergence == 0 and report.quantized.same_guess == 1
+    assert report.kv_cache == report.both and 0 < report.both.divergence < 2e-4
 
 
 def test_the_command_reports(tmp_path, capsys):
@@ -200,17 +211,20 @@ def test_the_command_reports(tmp_path, capsys):
         assert main(["quantize", str(FOLDER), str(folder), "--report", *options]) == 0
         out, _ = capsys.readouterr()
         found = json.loads((folder / REPORT).read_text())
-        assert f"{found['divergence']:.2e}" in out
-        assert f"{found['perplexity_quantized']:.4f}" in out
+        assert f"{found['perplexity']:.4f}" in out
+        for changed in ("quantized", "kv_cache", "both"):
+            assert f"{found[changed]['divergence']:.2e}" in out
+            assert f"{found[changed]['perplexity']:.4f}" in out
         last = found["weights"][-1]
         assert last["name"] in out and f"{last['weights']:.3%}" in out
         assert f"{found['layers'][-1]:.3%}" in out
-        assert 1e-5 < found["divergence"] <= most[name]
+        assert 1e-5 < found["quantized"]["divergence"] <= most[name]
+        assert 1e-5 < found["kv_cache"]["divergence"] <= 1e-3
         assert NAMED[name].mlp.bits == last["bits"]
     options = ["--calibrate", str(text), "--report", "--text", str(text)]
     assert main(["quantize", str(FOLDER), str(tmp_path / "c"), *options]) == 0
     found = json.loads((tmp_path / "c" / REPORT).read_text())
-    assert found["divergence"] < 3e-2
+    assert found["quantized"]["divergence"] < 3e-2
 
 
 def test_texts_that_cannot_be_used(tmp_path, capsys):

@@ -63,7 +63,7 @@ def quantize(
         typer.Option(
             "--report",
             help="Compare with the model in SRC on a text: errors of each layer, perplexity and "
-            f"divergence. Also written to {REPORT} in DST.",
+            f"divergence, with --kv-cache int8 too. Also written to {REPORT} in DST.",
         ),
     ] = False,
     text: Annotated[
@@ -174,17 +174,21 @@ def _report(checkpoint: Checkpoint, target: Path, tokens: Tensor) -> None:
         found = compare(checkpoint, quantized, tokens, progress=progress)
     write_json(target / REPORT, found.to_dict())
 
-    rows = table("", "", numbers=True)
-    for name, value in (
-        ("tokens", f"{found.tokens:,}"),
-        ("perplexity of the float model", f"{found.perplexity:.4f}"),
-        ("perplexity of the quantised", f"{found.perplexity_quantized:.4f}"),
-        ("divergence, nats a token", f"{found.divergence:.2e}"),
-        ("largest divergence", f"{found.divergence_largest:.2e}"),
-        ("same likeliest token", f"{found.same_guess:.2%}"),
+    rows = table("", "perplexity", "divergence", "largest", "same guess", numbers=True)
+    rows.add_row("float model", f"{found.perplexity:.4f}", "", "", "")
+    for name, guesses in (
+        ("quantised weights", found.quantized),
+        ("int8 KV cache", found.kv_cache),
+        ("both", found.both),
     ):
-        rows.add_row(name, value)
-    show("The text as both models see it", rows)
+        rows.add_row(
+            name,
+            f"{guesses.perplexity:.4f}",
+            f"{guesses.divergence:.2e}",
+            f"{guesses.divergence_largest:.2e}",
+            f"{guesses.same_guess:.2%}",
+        )
+    show(f"{found.tokens:,} tokens; divergence from the float model in nats a token", rows)
 
     rows = table("weight", "form", "weights", "outputs", "after the layer", numbers=True)
     for at, error in enumerate(found.weights):
