@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import ConfigError, ShapeError
 from .nn import Embedding, Linear
 from .ops import QuantizedWeight
 from .ops.linear_quantized import BITS, GROUP_SIZES, packed_shapes
 from .ops.quantized_weight import enclosing
+from .registry import reserve
 
 # The kinds of weights, and how the names of each end.
 KINDS = {
@@ -169,11 +170,28 @@ def round_rows(
     device: torch.device | str | None = None,
 ) -> Tensor | QuantizedWeight:
     """As `round_weight`, for a matrix of `shape` (C_out, C_in) whose rows come some at a time. A
-    weight that has no form is put together as it is."""
+    weight that has no form, of any number of dims, is put together as it is, in its rows' dtype."""
     if form is None:
-        return torch.cat(list(rows))
+        return _together(shape, rows)
     of_form = (form.bits, form.group_size, form.symmetric)
     return QuantizedWeight.from_rows(shape, rows, *of_form, fit=best_fit, device=device)
+
+
+def _together(shape: tuple[int, ...], rows: Iterable[Tensor]) -> Tensor:
+    """The tensor of `shape` whose rows come some at a time: it and some rows are all there is."""
+    whole, start = None, 0
+    for part in rows:
+        if part.shape == tuple(shape):
+            return part
+        if whole is None:
+            whole = reserve(torch.empty(shape, dtype=part.dtype, device=part.device))
+        whole[start : start + len(part)] = part
+        start += len(part)
+    if start != shape[0]:
+        raise ShapeError(
+            f"{start} rows were given for a tensor of {tuple(shape)}; there must be {shape[0]}"
+        )
+    return whole
 
 
 def best_fit(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:

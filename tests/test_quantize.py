@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from llama_fast.backends import cpu
 from llama_fast.config import LlamaConfig
 from llama_fast.demo import FOLDER
 from llama_fast.demo.recipe import held_out_data
-from llama_fast.errors import ConfigError
+from llama_fast.errors import ConfigError, ShapeError
 from llama_fast.generate import generate
 from llama_fast.model import Llama
 from llama_fast.ops import QuantizedWeight
@@ -22,6 +23,7 @@ from llama_fast.quantize import (
     WeightFormat,
     quantization_of,
     quantize_,
+    round_rows,
     round_weight,
     search_scales,
 )
@@ -171,6 +173,27 @@ def test_a_quantised_model_still_has_a_loss_and_gradients(model):
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(20, 6), (20,)], ids=str)
+def test_a_weight_without_a_form_is_held_once(shape):
+    """Its rows come some at a time, and none stays beside the tensor that they go to."""
+    whole = torch.randn(shape).bfloat16()
+    seen = []
+
+    def rows():
+        for some in whole.split(7):
+            assert all(part() is None for part in seen[:-1])  # the last one may still be in hand
+            some = some.clone()
+            seen.append(weakref.ref(some))
+            yield some
+            del some
+
+    assert torch.equal(round_rows(shape, rows(), None), whole)
+    assert len(seen) == 3
+    assert round_rows(shape, [whole], None) is whole
+    with pytest.raises(ShapeError, match=r"14 rows were given.*there must be 20"):
+        round_rows(shape, whole.split(7)[:2], None)
 
 
 # --- the demo model ---------------------------------------------------------------------------
