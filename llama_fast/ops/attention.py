@@ -92,12 +92,7 @@ def check(
     checks.shape("attention", "v", v, (B, S, K, D), "k's shape")
     check_groups("attention", H, K, D)
     if lengths is not None:
-        checks.shape("attention", "lengths", lengths, (B,), "(B,)")
-        if lengths.dtype is not torch.int64 or lengths.device != q.device:
-            raise ShapeError(
-                f"attention: lengths is {checks.describe(lengths)}; it must be torch.int64 on q's "
-                f"device: convert it with .to({str(q.device)!r}, torch.int64)"
-            )
+        checks.lengths("attention", lengths, q)
 
 
 def check_groups(op: str, H: int, K: int, D: int) -> None:

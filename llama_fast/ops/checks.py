@@ -64,10 +64,8 @@ def heads(op: str, q: torch.Tensor, **others: torch.Tensor) -> None:
 def lengths(op: str, tensor: torch.Tensor, q: torch.Tensor) -> None:
     """lengths is (B,) int64 on q's device."""
     shape(op, "lengths", tensor, q.shape[:1], "(B,)")
-    if tensor.dtype is not torch.int64:
-        raise ShapeError(f"{op}: lengths is {tensor.dtype}; it must be torch.int64")
-    if tensor.device != q.device:
+    if tensor.dtype is not torch.int64 or tensor.device != q.device:
         raise ShapeError(
-            f"{op}: lengths is on {tensor.device} and q on {q.device}; "
-            f"move it with .to({str(q.device)!r})"
+            f"{op}: lengths is {describe(tensor)}; it must be torch.int64 on {q.device}, as q is: "
+            f"convert it with .to({str(q.device)!r}, torch.int64)"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_fast import add_rms_norm, kv_append, rms_norm, rope, swiglu
+from llama_fast import add_rms_norm, attention, kv_append, rms_norm, rope, swiglu
 from llama_fast.errors import GradientError, ShapeError
 
 f32, bf16 = torch.float32, torch.bfloat16
@@ -64,7 +64,17 @@ BAD = [
     ("kv_append, tables", append_with(cos=torch.ones(2, 3, 4)), r"cos has.*\(P, D/2\)"),
     ("kv_append, lengths", append_with(lengths=lengths[:1]), r"lengths has shape \(1,\).*\(B,\)"),
     ("kv_append, lengths' dtype", append_with(lengths=lengths.int()), "lengths is torch.int32"),
-    ("kv_append, lengths' device", append_with(lengths=lengths.to(meta)), "lengths is on meta"),
+    ("kv_append, lengths' device", append_with(lengths=lengths.to(meta)), "lengths is .* on meta"),
+    (
+        "attention, lengths",
+        lambda: attention(q, k, k, lengths=lengths[:1]),
+        r"attention: lengths has shape \(1,\).*\(B,\) = \(2,\)",
+    ),
+    (
+        "attention, lengths' dtype",
+        lambda: attention(q, k, k, lengths=lengths.int()),
+        r"attention: lengths is torch.int32.*int64 on cpu.*\.to\('cpu', torch.int64\)",
+    ),
 ]
 
 
