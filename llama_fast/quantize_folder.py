@@ -67,11 +67,9 @@ def quantize_folder(
             else:
                 yield name, weight.to(dtypes[name])
 
-    beside = companions(checkpoint)
-    if checkpoint.format == "meta":
-        # The tokenizer takes from it which table of special tokens is meant.
-        beside["copies"] = [*beside["copies"], checkpoint.folder / "params.json"]
-    stream_quantized(target, checkpoint.config, settings, dtypes, stored(), **beside)
+    stream_quantized(
+        target, checkpoint.config, settings, dtypes, stored(), **companions(checkpoint)
+    )
 
 
 def open_float_checkpoint(folder: str | Path) -> Checkpoint:

@@ -21,8 +21,23 @@ import tiktoken
 
 from llama_fast.atomic import atomic_file
 from llama_fast.errors import TokenizerError
-from llama_fast.special_tokens import BOS, EOM, EOS, EOT, PAD, TABLES, special_ids
-from llama_fast.tokenizer_files import PATTERN, load_json, parse_json, parse_ranks
+from llama_fast.special_tokens import (
+    BOS,
+    EOM,
+    EOS,
+    EOT,
+    PAD,
+    TABLES,
+    TOKENIZER_CONFIG,
+    special_ids,
+)
+from llama_fast.tokenizer_files import (
+    PATTERN,
+    listed_specials,
+    load_json,
+    parse_json,
+    parse_ranks,
+)
 
 PIECES = regex.compile(PATTERN)
 MAX_SLICE = 400_000  # characters handed to tiktoken at once
@@ -89,11 +104,14 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_file(cls, path: str | Path, *, specials: str = "auto") -> Tokenizer:
+    def from_file(
+        cls, path: str | Path, *, specials: str | Mapping[str, int] = "auto"
+    ) -> Tokenizer:
         """Reads Meta's `tokenizer.model` or Hugging Face's `tokenizer.json`, told apart by content.
 
         specials "auto" takes a tokenizer.json's own added tokens. Meta's file lists no specials, so
-        there it means "3.1"; give "3.0" for the original Llama 3. Raises TokenizerError.
+        there it means "3.1"; give "3.0" for the original Llama 3, or name to id. Raises
+        TokenizerError.
         """
         path = Path(path)
         try:
@@ -106,7 +124,8 @@ class Tokenizer:
             if data.lstrip().startswith(b"{") or path.suffix == ".json":
                 tokens, found, added = parse_json(data)
                 if specials != "auto":
-                    wanted = special_ids(specials, len(tokens))
+                    named = isinstance(specials, str)
+                    wanted = special_ids(specials, len(tokens)) if named else dict(specials)
                     taken = set(wanted.values())
                     found = {n: i for n, i in found.items() if i not in taken} | wanted
                 return cls(tokens, specials=found, added=added)
@@ -120,18 +139,26 @@ class Tokenizer:
 
         With Meta's file and a `params.json` beside it, "auto" is "3.1" where `use_scaled_rope` is
         true and "3.0" where it is not; and the vocabulary must then be of the model's size, which
-        finds a file that was cut off at the end of a line. Raises TokenizerError.
+        finds a file that was cut off at the end of a line. With a `tokenizer_config.json` instead,
+        "auto" is the special tokens that it lists, if any. Raises TokenizerError.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise TokenizerError(f"{folder} is not a folder; give one with a tokenizer.model in it")
         model, params = folder / "tokenizer.model", folder / "params.json"
+        listed = folder / TOKENIZER_CONFIG
         if not model.exists():
             if not (folder / "tokenizer.json").exists():
                 raise TokenizerError(f"{folder} has neither tokenizer.model nor tokenizer.json")
             return cls.from_file(folder / "tokenizer.json", specials=specials)
         if not params.exists():
-            return cls.from_file(model, specials=specials)
+            if specials != "auto" or not listed.exists():
+                return cls.from_file(model, specials=specials)
+            try:
+                found = listed_specials(listed.read_bytes())
+            except (TokenizerError, OSError) as error:
+                raise TokenizerError(f"{listed}: {error}") from error
+            return cls.from_file(model, specials=found or specials)
         try:
             config = load_json(params.read_bytes())
         except (TokenizerError, OSError) as error:

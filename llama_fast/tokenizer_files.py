@@ -11,6 +11,7 @@ import json
 import operator
 
 from llama_fast.errors import TokenizerError
+from llama_fast.special_tokens import ADDED_TOKENS
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -68,6 +69,17 @@ def load_json(data: bytes) -> dict:
     if not isinstance(value, dict):
         raise TokenizerError("a JSON object is needed")
     return value
+
+
+def listed_specials(data: bytes) -> dict[str, int]:
+    """The special tokens that a tokenizer_config.json lists, name to id; it may list none."""
+    try:
+        listed = load_json(data).get(ADDED_TOKENS) or {}
+        return {token["content"]: int(id_) for id_, token in listed.items() if token["special"]}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise TokenizerError(
+            f"its {ADDED_TOKENS} are not tokens by their ids ({error!r})"
+        ) from None
 
 
 def parse_json(data: bytes) -> tuple[list[bytes], dict[str, int], dict[str, int]]:

@@ -23,6 +23,10 @@ from llama_fast.checkpoint import (
 )
 from llama_fast.config import LlamaConfig, RopeScaling
 from llama_fast.errors import CheckpointError
+from llama_fast.quantize_folder import quantize_folder
+from llama_fast.special_tokens import special_ids
+from llama_fast.tokenizer import Tokenizer
+from llama_fast.tokenizer_files import BYTE_ORDER
 from tests.checkpoints import SMALL, load, meta_files, meta_state, random_state, save_meta
 
 TIED = dataclasses.replace(SMALL, tied=True)
@@ -456,6 +460,27 @@ def test_convert_carries_the_tokenizer(tmp_path):
     generation = json.loads((tmp_path / "b" / "generation_config.json").read_text())
     assert config["bos_token_id"] == generation["bos_token_id"] == 60
     assert config["eos_token_id"] == generation["eos_token_id"] == [61, 69]
+
+
+@pytest.mark.parametrize("table", ["3.0", "3.1"])
+def test_the_table_of_special_tokens_comes_and_goes(tmp_path, table):
+    """params.json says of which release a Meta folder is; tokenizer_config.json says it there."""
+    scaling = None if table == "3.0" else RopeScaling(8.0, 1.0, 4.0, 8192)
+    config = dataclasses.replace(SMALL, vocab_size=512, rope_scaling=scaling)
+    write_meta(tmp_path / "a", config, random_state(config))
+    tokens = [bytes([byte]) for byte in BYTE_ORDER]
+    Tokenizer(tokens, specials=table).save(tmp_path / "a" / "tokenizer.model")
+    convert(tmp_path / "a", tmp_path / "b", "hf")
+    quantize_folder(tmp_path / "a", tmp_path / "q", "int8")
+    convert(tmp_path / "b", tmp_path / "c", "meta")
+    convert(tmp_path / "b", tmp_path / "d", "hf")
+    quantize_folder(tmp_path / "b", tmp_path / "r", "int8")
+    for name in "abcdqr":
+        tokenizer = Tokenizer.from_pretrained(tmp_path / name)
+        assert tokenizer.specials == special_ids(table, 256), name
+    assert (tokenizer.eom_id is None) == (table == "3.0")
+    settings = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
+    assert settings["added_tokens_decoder"]["265"]["content"] == "<|eot_id|>"
 
 
 def test_special_tokens_of_the_published_vocabulary(tmp_path):

@@ -269,7 +269,7 @@ def run(capsys):
 def test_the_command_writes_a_folder_that_the_others_know(run, tmp_path):
     target = tmp_path / "int4"
     code, _, err = run("quantize", FOLDER, target)
-    assert code == 0 and "5 files, 1.37 MB" in err
+    assert code == 0 and "5 files, 1.43 MB" in err
     assert open_checkpoint(target).quantization == NAMED["int4"]
     code, out, _ = run("info", target)
     assert code == 0 and "stored as int4; norms and activations in bfloat16" in out

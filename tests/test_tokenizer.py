@@ -577,6 +577,28 @@ def test_params_json_says_which_specials(tmp_path, small_tokens, params, table):
     assert chosen.specials == special_ids("hf", 500)
 
 
+def test_tokenizer_config_says_which_specials(tmp_path, small_tokens):
+    """Where Hugging Face's settings stand beside Meta's file."""
+    (tmp_path / "tokenizer.model").write_bytes(rank_lines(small_tokens))
+    path = tmp_path / "tokenizer_config.json"
+    for table in ("3.0", "3.1", "hf"):
+        ids = special_ids(table, 500)
+        listed = {str(i): {"content": name, "special": True} for name, i in ids.items()}
+        path.write_text(json.dumps({"added_tokens_decoder": listed}))
+        assert Tokenizer.from_pretrained(tmp_path).specials == ids
+    assert Tokenizer.from_pretrained(tmp_path, specials="3.0").specials == special_ids("3.0", 500)
+    path.write_text("{}")
+    assert Tokenizer.from_pretrained(tmp_path).specials == special_ids("3.1", 500)
+    for wrong, says in (
+        ('{"added_tokens_decoder": {"a": {"content": "b", "special": true}}}', "by their ids"),
+        ('{"added_tokens_decoder": [1]}', "by their ids"),
+        ("{", "invalid JSON"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(TokenizerError, match=rf"tokenizer_config\.json: .*{says}"):
+            Tokenizer.from_pretrained(tmp_path)
+
+
 def test_params_json_that_contradicts(tmp_path, small_tokens):
     (tmp_path / "tokenizer.model").write_bytes(rank_lines(small_tokens[:400]))
     (tmp_path / "params.json").write_text('{"vocab_size": 756}')

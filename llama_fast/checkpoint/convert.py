@@ -12,7 +12,7 @@ from llama_fast.checkpoint.hf import CONFIG
 from llama_fast.checkpoint.names import state_shapes
 from llama_fast.checkpoint.quantized import QuantizedCheckpoint
 from llama_fast.checkpoint.read import Checkpoint, Format, Progress, open_checkpoint
-from llama_fast.checkpoint.special_tokens import special_token_ids
+from llama_fast.checkpoint.special_tokens import special_token_ids, tokenizer_config
 from llama_fast.checkpoint.stored import read_json
 from llama_fast.checkpoint.write import (
     GENERATION_CONFIG,
@@ -21,10 +21,11 @@ from llama_fast.checkpoint.write import (
     stream_meta,
 )
 from llama_fast.errors import CheckpointError
+from llama_fast.special_tokens import TOKENIZER_CONFIG
 
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _HF_TOKENIZER_FILES = (
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
@@ -84,11 +85,15 @@ def convert(
 
 def companions(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a folder with a config.json needs besides the weights, as the writers' arguments: the
-    ids of the special tokens, the settings of generation, and the tokenizer's files."""
+    ids of the special tokens, the settings of generation, and the tokenizer's files and settings:
+    of a Meta folder they say which table of special tokens params.json meant."""
     tokenizer = _find_tokenizer(checkpoint.folder)
     if checkpoint.format == "meta":
-        special = special_token_ids(checkpoint.config, tokenizer)
-        return {"special": special, "copies": tokenizer}
+        return {
+            "special": special_token_ids(checkpoint.config, tokenizer),
+            "tokenizer": tokenizer_config(checkpoint.config, tokenizer),
+            "copies": tokenizer,
+        }
     generation = None
     if (checkpoint.folder / GENERATION_CONFIG).is_file():
         generation = read_json(checkpoint.folder / GENERATION_CONFIG)

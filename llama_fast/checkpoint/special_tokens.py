@@ -1,4 +1,4 @@
-"""The ids of the special tokens that a Hugging Face config names, as far as they are known here."""
+"""The special tokens that Hugging Face's settings name, as far as they are known here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import Any
 
 from llama_fast.checkpoint.stored import read_json
 from llama_fast.config import LlamaConfig
-from llama_fast.special_tokens import BOS, EOM, EOS, EOT, N_SPECIALS, special_ids
+from llama_fast.special_tokens import (
+    ADDED_TOKENS,
+    BOS,
+    EOM,
+    EOS,
+    EOT,
+    N_SPECIALS,
+    special_ids,
+)
 
 _LLAMA3_BASE = 128000
 
@@ -20,14 +28,47 @@ def special_token_ids(config: LlamaConfig, tokenizer_files: Iterable[Path] = ())
     they are Llama 3's 128,000 if the vocabulary is large enough. Both are None where nothing
     is known.
     """
-    base = _base(config, {path.name: path for path in tokenizer_files})
-    if base is None or base + N_SPECIALS > config.vocab_size:
+    ids = _ids(config, {path.name: path for path in tokenizer_files})
+    if ids is None:
         return {"bos_token_id": None, "eos_token_id": None}
-    ids = special_ids("3.0" if config.rope_scaling is None else "3.1", base)
     return {
         "bos_token_id": ids[BOS],
         "eos_token_id": [ids[name] for name in (EOS, EOM, EOT) if name in ids],
     }
+
+
+def tokenizer_config(
+    config: LlamaConfig, tokenizer_files: Iterable[Path] = ()
+) -> dict[str, Any] | None:
+    """What tokenizer_config.json says beside Meta's tokenizer.model, which lists no special tokens:
+    those of Llama 3.0, or of 3.1 and later. None where there is no such file, or a tokenizer.json,
+    which has its own."""
+    files = {path.name: path for path in tokenizer_files}
+    if "tokenizer.model" not in files or "tokenizer.json" in files:
+        return None
+    ids = _ids(config, files)
+    if ids is None:
+        return None
+    alike = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {
+        ADDED_TOKENS: {
+            str(id_): {"content": name, **alike, "special": True} for name, id_ in ids.items()
+        },
+        "additional_special_tokens": [name for name in ids if name not in (BOS, EOS)],
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": config.max_seq_len,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+
+
+def _ids(config: LlamaConfig, files: dict[str, Path]) -> dict[str, int] | None:
+    """The special tokens of the release that the config is of, where their place is known."""
+    base = _base(config, files)
+    if base is None or base + N_SPECIALS > config.vocab_size:
+        return None
+    return special_ids("3.0" if config.rope_scaling is None else "3.1", base)
 
 
 def _base(config: LlamaConfig, files: dict[str, Path]) -> int | None:

@@ -21,10 +21,11 @@ from llama_fast.atomic import atomic_folder, refuse_existing
 from llama_fast.checkpoint.hf import CONFIG, INDEX, SINGLE
 from llama_fast.checkpoint.meta import PARAMS
 from llama_fast.checkpoint.names import EMBED, HEAD, Weight, hf_to_meta_rows, state_shapes, weights
-from llama_fast.checkpoint.special_tokens import special_token_ids
+from llama_fast.checkpoint.special_tokens import special_token_ids, tokenizer_config
 from llama_fast.checkpoint.writers import PthWriter, SafetensorsWriter
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import CheckpointError
+from llama_fast.special_tokens import TOKENIZER_CONFIG
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -56,6 +57,7 @@ def write_hf(
         _dtypes(config, state),
         ((ours, state[ours]) for ours in state_shapes(config)),
         special=special_token_ids(config, tokenizer_files),
+        tokenizer=tokenizer_config(config, tokenizer_files),
         copies=tokenizer_files,
         max_shard_bytes=max_shard_bytes,
     )
@@ -92,13 +94,15 @@ def stream_hf(
     *,
     special: Mapping[str, Any],
     generation: Mapping[str, Any] | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
     copies: Iterable[Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """`write_hf` for tensors that come one by one, in the order of `state_shapes(config)`.
 
     `dtypes` announces the dtype of each, `special` are the token ids for config.json, `generation`
-    what generation_config.json says (default: those ids and Llama's sampling).
+    what generation_config.json says (default: those ids and Llama's sampling), `tokenizer` what
+    tokenizer_config.json does (default: there is none, unless it is copied).
     """
     shards = _plan_shards(config, dtypes, max_shard_bytes)
     total = sum(_nbytes(weight, dtypes) for shard in shards for weight in shard)
@@ -117,7 +121,7 @@ def stream_hf(
                 for _ in shard:
                     weight, tensor = next(parts)
                     writer.add(weight.hf, tensor)
-        write_settings(partial, config.to_hf(), dtypes[EMBED], special, generation)
+        write_settings(partial, config.to_hf(), dtypes[EMBED], special, generation, tokenizer)
         copy_files(copies, partial)
 
 
@@ -272,13 +276,16 @@ def write_settings(
     dtype: torch.dtype,
     special: Mapping[str, Any],
     generation: Mapping[str, Any] | None,
+    tokenizer: Mapping[str, Any] | None,
 ) -> None:
-    """config.json and generation_config.json."""
+    """config.json and generation_config.json, and tokenizer_config.json if there is to be one."""
     main_dtype = str(dtype).removeprefix("torch.")
     write_json(folder / CONFIG, {**config, **special, "torch_dtype": main_dtype})
     if generation is None:
         generation = {**special, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
     write_json(folder / GENERATION_CONFIG, generation)
+    if tokenizer is not None:
+        write_json(folder / TOKENIZER_CONFIG, tokenizer)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -49,6 +49,7 @@ def stream_quantized(
     *,
     special: Mapping[str, Any],
     generation: Mapping[str, Any] | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
     copies: Iterable[Path] = (),
 ) -> None:
     """`write_quantized` for tensors that come one by one, in the order of `quantized_contents`; the
@@ -66,5 +67,5 @@ def stream_quantized(
                     )
                 writer.add(key, tensor)
         settings = {**config.to_hf(), ENTRY: quantization_entry(quantization)}
-        write_settings(partial, settings, dtypes["norm.weight"], special, generation)
+        write_settings(partial, settings, dtypes["norm.weight"], special, generation, tokenizer)
         copy_files(copies, partial)
