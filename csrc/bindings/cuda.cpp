@@ -31,6 +31,13 @@ Heads heads(uintptr_t data, int64_t count, const Strides& s) {
   return {pointer<void>(data), count, s[0], s[1], s[2]};
 }
 
+// Of a (B, T, heads) tensor of scales.
+using ScaleStrides = std::array<int64_t, 3>;
+HeadScales scales(uintptr_t data, const ScaleStrides& s) {
+  return {pointer<float>(data), {s[0], s[1], s[2]}};
+}
+HeadStrides head_strides(const Strides& s) { return {s[0], s[1], s[2]}; }
+
 RmsNormBackwardArgs norm_backward(int dtype, uintptr_t grad, uintptr_t grad_total, uintptr_t x,
                                   uintptr_t weight, uintptr_t dx, uintptr_t dw, uintptr_t dw_parts,
                                   int64_t parts, const Layout& grad_layout,
@@ -126,6 +133,27 @@ PYBIND11_MODULE(_cuda, m) {
                S, P, D, interleaved});
   });
 
+  m.def("kv_append_quantized", [](const Place& place, int dtype, uintptr_t q,
+                                  const Strides& q_strides, uintptr_t k, const Strides& k_strides,
+                                  uintptr_t v, const Strides& v_strides, uintptr_t q_out,
+                                  uintptr_t cos, int64_t cos_stride, uintptr_t sin,
+                                  int64_t sin_stride, uintptr_t k_codes,
+                                  const Strides& k_codes_strides, uintptr_t k_scales,
+                                  const ScaleStrides& k_scales_strides, uintptr_t v_codes,
+                                  const Strides& v_codes_strides, uintptr_t v_scales,
+                                  const ScaleStrides& v_scales_strides, uintptr_t lengths,
+                                  int64_t lengths_stride, int64_t B, int64_t T, int64_t S,
+                                  int64_t P, int64_t H, int64_t K, int64_t D, bool interleaved) {
+    kv_append_quantized(
+        target(place),
+        {{DType(dtype), heads(q, H, q_strides), heads(k, K, k_strides), heads(v, K, v_strides),
+          pointer<void>(q_out), pointer<float>(cos), pointer<float>(sin), cos_stride, sin_stride,
+          heads(k_codes, K, k_codes_strides), heads(v_codes, K, v_codes_strides),
+          pointer<int64_t>(lengths), lengths_stride, B, T, S, P, D, interleaved},
+         scales(k_scales, k_scales_strides),
+         scales(v_scales, v_scales_strides)});
+  });
+
   const auto of_linear = [](auto run) {
     return [run](const Place& place, int dtype, uintptr_t x, uintptr_t weight, uintptr_t y,
                  const Layout& layout, int64_t C_in, int64_t C_out) {
@@ -159,11 +187,35 @@ PYBIND11_MODULE(_cuda, m) {
                         float scale, bool warpgroups, int64_t splits, uintptr_t parts,
                         uintptr_t arrived) {
     const auto [B, T, H, D] = q_shape;
-    const auto strides = [](const Strides& s) { return HeadStrides{s[0], s[1], s[2]}; };
     attention(target(place),
               {DType(dtype), pointer<void>(q), pointer<void>(k), pointer<void>(v),
                pointer<void>(o), pointer<float>(lse), pointer<int64_t>(lengths), B, T, k_shape[1],
-               H, k_shape[2], D, strides(q_strides), strides(k_strides), strides(v_strides),
-               causal, scale, warpgroups, splits, pointer<void>(parts), pointer<int>(arrived)});
+               H, k_shape[2], D, head_strides(q_strides), head_strides(k_strides),
+               head_strides(v_strides), causal, scale, warpgroups, splits, pointer<void>(parts),
+               pointer<int>(arrived)});
+  });
+
+  m.def("attention_quantized", [](const Place& place, int dtype, uintptr_t q, uintptr_t k_codes,
+                                  uintptr_t k_scales, uintptr_t v_codes, uintptr_t v_scales,
+                                  uintptr_t o, uintptr_t lengths,
+                                  const std::array<int64_t, 4>& q_shape,
+                                  const std::array<int64_t, 4>& k_shape, const Strides& q_strides,
+                                  const Strides& k_strides, const ScaleStrides& k_scales_strides,
+                                  const Strides& v_strides, const ScaleStrides& v_scales_strides,
+                                  bool causal, float scale, bool warpgroups, int64_t splits,
+                                  uintptr_t parts, uintptr_t arrived, uintptr_t wide_k,
+                                  uintptr_t wide_v, int64_t wide_rows) {
+    const auto [B, T, H, D] = q_shape;
+    attention_quantized(
+        target(place),
+        {{DType(dtype), pointer<void>(q), pointer<void>(k_codes), pointer<void>(v_codes),
+          pointer<void>(o), nullptr, pointer<int64_t>(lengths), B, T, k_shape[1], H, k_shape[2], D,
+          head_strides(q_strides), head_strides(k_strides), head_strides(v_strides), causal, scale,
+          warpgroups, splits, pointer<void>(parts), pointer<int>(arrived)},
+         scales(k_scales, k_scales_strides),
+         scales(v_scales, v_scales_strides),
+         pointer<void>(wide_k),
+         pointer<void>(wide_v),
+         wide_rows});
   });
 }

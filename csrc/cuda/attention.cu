@@ -7,18 +7,11 @@
 
 namespace llama_fast::cuda {
 
-// Every architecture that is served has this much for a block: sm_86, 89 and 120 have no more.
-constexpr size_t MOST_SHARED = 99 * 1024, MOST_SHARED_SM90 = 227 * 1024;
+constexpr size_t MOST_SHARED_SM90 = 227 * 1024;
 
 template <class T, int D> static void launch_few(const Target& target, const AttentionArgs& a) {
-  using Shared = FewQueriesShared<T, D>;
-  static_assert(sizeof(Shared) <= MOST_SHARED, "fits every GPU");
-  const Launch how{"attention_few",
-                   {unsigned(a.B), unsigned(a.K), unsigned(a.splits)},
-                   {FEW_WARPS * WARP},
-                   sizeof(Shared),
-                   true};
-  launch(target, how, attention_few_kernel<T, D>, a);
+  launch(target, launch_of_few<FewQueriesShared<T, D>>("attention_few", a),
+         attention_few_kernel<T, D>, a);
 }
 
 template <class T, int D, int WARPS>

@@ -31,6 +31,15 @@ const char* device_type();
 // Streaming multiprocessors of a device.
 int multiprocessors(int device);
 
+// Outer strides of a (B, T, heads, D) tensor, or of one of (B, T, heads).
+struct HeadStrides { int64_t b, t, h; };
+
+// A float for each head's vector in a cache of 8 bits: (B, S, heads).
+struct HeadScales {
+  float* data;
+  HeadStrides stride;
+};
+
 // Rows of C elements, contiguous inside, at up to three outer dims of any stride.
 struct Rows {
   int64_t n0, n1, n2;
@@ -136,6 +145,12 @@ struct KvAppendArgs {
 };
 void kv_append(const Target&, const KvAppendArgs&);
 
+struct KvAppendQuantizedArgs {
+  KvAppendArgs plain;  // its caches hold int8 codes
+  HeadScales k_scales, v_scales;
+};
+void kv_append_quantized(const Target&, const KvAppendQuantizedArgs&);
+
 // C_in is a multiple of 8, and x's rows and the weight are aligned to 16 bytes.
 struct LinearArgs {
   DType dtype;         // bf16 or f16
@@ -162,9 +177,6 @@ struct LinearQuantizedArgs {
 void linear_quantized(const Target&, const LinearQuantizedArgs&);
 void linear_swiglu_quantized(const Target&, const LinearQuantizedArgs&);
 
-// Outer strides of a (B, T, heads, D) tensor; the last dim has stride 1.
-struct HeadStrides { int64_t b, t, h; };
-
 struct AttentionArgs {
   DType dtype;             // bf16 or f16
   const void* q;           // (B, T, H, D), D 64 or 128; rows of q, k and v aligned to 16 bytes
@@ -187,5 +199,15 @@ struct AttentionArgs {
 };
 void attention(const Target&, const AttentionArgs&);
 int64_t attention_part_bytes(int64_t D);
+
+struct AttentionQuantizedArgs {
+  AttentionArgs plain;  // its k and v are int8 codes, in rows aligned to 16 bytes; no lse
+  HeadScales k_scales, v_scales;
+  // For more than 16 queries to a KV head: scratch of (wide_rows, K, S, D) numbers of the dtype each,
+  // for as many rows of the batch at a time.
+  void *wide_k, *wide_v;
+  int64_t wide_rows;
+};
+void attention_quantized(const Target&, const AttentionQuantizedArgs&);
 
 }  // namespace llama_fast::cuda

@@ -240,12 +240,6 @@ def _kv_append_quantized(
     return launch
 
 
-def _kv_append_quantized_unsupported(
-    q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, interleaved
-) -> list[str]:
-    return limits.kv_append(q, k, v, cos, sin, k_codes, v_codes, lengths, interleaved)
-
-
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -567,9 +561,7 @@ register_backend(
             "swiglu": SWIGLU,
             "rope": _prepared(_rope, limits.rope),
             "kv_append": _prepared(_kv_append, limits.kv_append),
-            "kv_append_quantized": _prepared(
-                _kv_append_quantized, _kv_append_quantized_unsupported
-            ),
+            "kv_append_quantized": _prepared(_kv_append_quantized, limits.kv_append_quantized),
         },
     )
 )

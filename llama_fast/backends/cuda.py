@@ -341,6 +341,47 @@ def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> tor
     return q_out
 
 
+def _kv_append_quantized(
+    q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, interleaved
+) -> torch.Tensor:
+    B, T, H, D = q.shape
+    q_out = _new(q)
+    _cuda.kv_append_quantized(
+        _place(q),
+        DTYPES[q.dtype],
+        q.data_ptr(),
+        q.stride(),
+        k.data_ptr(),
+        k.stride(),
+        v.data_ptr(),
+        v.stride(),
+        q_out.data_ptr(),
+        cos.data_ptr(),
+        cos.stride(0),
+        sin.data_ptr(),
+        sin.stride(0),
+        k_codes.data_ptr(),
+        k_codes.stride(),
+        k_scales.data_ptr(),
+        k_scales.stride(),
+        v_codes.data_ptr(),
+        v_codes.stride(),
+        v_scales.data_ptr(),
+        v_scales.stride(),
+        lengths.data_ptr(),
+        lengths.stride(0),
+        B,
+        T,
+        k_codes.shape[1],
+        cos.shape[0],
+        H,
+        k.shape[2],
+        D,
+        interleaved,
+    )
+    return q_out
+
+
 # Whether attention of many queries goes to the kernel with wgmma and bulk copies on sm_90. No GPU
 # has run that kernel yet, so it must be asked for: tests and benchmarks do, to compare the two.
 WARPGROUPS = False
@@ -374,6 +415,25 @@ def _arrived(place: tuple[int, int, bool], count: int, device: torch.device) -> 
     return torch.zeros(count, dtype=torch.int32, device=device)
 
 
+def _shares(
+    place: tuple[int, int, bool], q: torch.Tensor, S: int, K: int
+) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
+    """How many blocks share the keys of a KV head, and where there are several, memory for what
+    each of them leaves and counts of those that have."""
+    B, T, H, D = q.shape
+    count = 1
+    if T * (H // K) <= FEW_QUERIES:
+        count = splits(B, K, S, _multiprocessors(place[0]))
+    if count == 1:
+        return count, None, None
+    size = B * H * T * count * _cuda.attention_part_bytes(D)
+    parts = torch.empty(size, dtype=torch.uint8, device=q.device)
+    # What is made during a capture belongs to its graph, and must not be kept for others.
+    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+    make = _arrived.__wrapped__ if capturing else _arrived
+    return count, parts, make(place, B * K, q.device)
+
+
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -389,16 +449,7 @@ def _attention(
     S, K = k.shape[1:3]
     lse = q.new_empty((B, H, T) if need_lse else 0, dtype=torch.float32)
     place = _place(q)
-    count, parts, arrived = 1, None, None
-    if T * (H // K) <= FEW_QUERIES:
-        count = splits(B, K, S, _multiprocessors(place[0]))
-    if count > 1:
-        size = B * H * T * count * _cuda.attention_part_bytes(D)
-        parts = torch.empty(size, dtype=torch.uint8, device=q.device)
-        # What is made during a capture belongs to its graph, and must not be kept for others.
-        capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-        make = _arrived.__wrapped__ if capturing else _arrived
-        arrived = make(place, B * K, q.device)
+    count, parts, arrived = _shares(place, q, S, K)
     _cuda.attention(
         place,
         DTYPES[q.dtype],
@@ -438,11 +489,80 @@ def _attention_unsupported(
     if q.shape[-1] not in (64, 128):
         found.append(f"D is {q.shape[-1]}; it must be 64 or 128")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if any(stride % 8 for stride in x.stride()[:-1]):
+        if any(stride * x.element_size() % 16 for stride in x.stride()[:-1]):
             found.append(f"the heads of {name} do not all lie multiples of 16 bytes apart")
     if lengths is not None and not lengths.is_contiguous():
         found.append("lengths is not contiguous")
     return found
+
+
+# Bytes of a cache in 8 bits that is turned into q's dtype for many queries: so many rows of the
+# batch at a time, but one at least.
+WIDE_BYTES = 2**28
+
+
+def _attention_quantized(
+    q: torch.Tensor,
+    k_codes: torch.Tensor,
+    k_scales: torch.Tensor,
+    v_codes: torch.Tensor,
+    v_scales: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    lengths: torch.Tensor | None,
+) -> torch.Tensor:
+    q, k_codes, v_codes = _aligned(q), _aligned(k_codes), _aligned(v_codes)
+    o = _new(q)
+    B, T, H, D = q.shape
+    S, K = k_codes.shape[1:3]
+    place = _place(q)
+    count, parts, arrived = _shares(place, q, S, K)
+    wide_rows, wide_k, wide_v = 0, None, None
+    if T * (H // K) > FEW_QUERIES:
+        row_bytes = 2 * S * K * D * q.element_size()
+        wide_rows = max(1, min(B, WIDE_BYTES // max(1, row_bytes)))
+        wide_k, wide_v = (q.new_empty(wide_rows, K, S, D) for _ in "kv")
+    _cuda.attention_quantized(
+        place,
+        DTYPES[q.dtype],
+        q.data_ptr(),
+        k_codes.data_ptr(),
+        k_scales.data_ptr(),
+        v_codes.data_ptr(),
+        v_scales.data_ptr(),
+        o.data_ptr(),
+        0 if lengths is None else lengths.data_ptr(),
+        q.shape,
+        k_codes.shape,
+        q.stride(),
+        k_codes.stride(),
+        k_scales.stride(),
+        v_codes.stride(),
+        v_scales.stride(),
+        causal,
+        D**-0.5 if scale is None else scale,
+        WARPGROUPS and _has_warpgroups(q.device),
+        count,
+        0 if parts is None else parts.data_ptr(),
+        0 if arrived is None else arrived.data_ptr(),
+        0 if wide_k is None else wide_k.data_ptr(),
+        0 if wide_v is None else wide_v.data_ptr(),
+        wide_rows,
+    )
+    return o
+
+
+def _attention_quantized_unsupported(
+    q: torch.Tensor,
+    k_codes: torch.Tensor,
+    k_scales: torch.Tensor,
+    v_codes: torch.Tensor,
+    v_scales: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    lengths: torch.Tensor | None,
+) -> list[str]:
+    return _attention_unsupported(q, k_codes, v_codes, causal, scale, lengths, False)
 
 
 # Rows of x up to which the linears are limited by reading the weight, and our kernels serve them.
@@ -592,7 +712,9 @@ BACKEND = Backend(
             ("swiglu_backward", _swiglu_backward, _swiglu_backward_unsupported),
             ("rope", _rope, limits.rope),
             ("kv_append", _kv_append, limits.kv_append),
+            ("kv_append_quantized", _kv_append_quantized, limits.kv_append_quantized),
             ("attention", _attention, _attention_unsupported),
+            ("attention_quantized", _attention_quantized, _attention_quantized_unsupported),
             ("linear", _linear, limits.linear),
             _of_torch("linear_backward_x"),
             _of_torch("linear_backward_weight"),

@@ -10,8 +10,10 @@
 
 namespace llama_fast::cuda {
 
-template <class T> struct Problem {
-  const T *q, *k, *v;  // of this row of the batch and KV head
+// Queries and output are of T; keys and values are held as Cached, T itself or codes of 8 bits.
+template <class T, class Cached = T> struct Problem {
+  const T* q;  // of this row of the batch and KV head, as all that follows
+  const Cached *k, *v;
   int tokens, G, H;
   int64_t q_stride_t, q_stride_h, k_stride, v_stride;
   int length;  // valid keys, at most S
@@ -20,8 +22,8 @@ template <class T> struct Problem {
 
   __device__ __forceinline__ Problem(const AttentionArgs& a, int kv, int b)
       : q(static_cast<const T*>(a.q) + b * a.q_stride.b + kv * (a.H / a.K) * a.q_stride.h),
-        k(static_cast<const T*>(a.k) + b * a.k_stride.b + kv * a.k_stride.h),
-        v(static_cast<const T*>(a.v) + b * a.v_stride.b + kv * a.v_stride.h),
+        k(static_cast<const Cached*>(a.k) + b * a.k_stride.b + kv * a.k_stride.h),
+        v(static_cast<const Cached*>(a.v) + b * a.v_stride.b + kv * a.v_stride.h),
         tokens(int(a.T)),
         G(int(a.H / a.K)),
         H(int(a.H)),

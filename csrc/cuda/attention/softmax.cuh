@@ -29,18 +29,37 @@ __device__ __forceinline__ float quad_sum(float x) {
 // What is subtracted from scores: their largest, or 0 where no key has been seen.
 __device__ __forceinline__ float base_of(float max) { return max == MINUS_INFINITY ? 0.0f : max; }
 
-// Scales the scores of the keys first + 8n + …, and hides those from limit[i] on from row g + 8i.
+// Hides the scores of the keys first + 8n + … from limit[i] on from row g + 8i.
 template <int N>
-__device__ __forceinline__ void scale_and_mask(float (&scores)[N][4], float scale, int first,
-                                               const int (&limit)[2], int t) {
+__device__ __forceinline__ void mask(float (&scores)[N][4], int first, const int (&limit)[2],
+                                     int t) {
   const bool all = first + 8 * N <= min(limit[0], limit[1]);
 #pragma unroll
   for (int n = 0; n < N; ++n)
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int key = first + 8 * n + 2 * t + j % 2;
-      scores[n][j] = all || key < limit[j / 2] ? scores[n][j] * scale : MINUS_INFINITY;
+      scores[n][j] = all || key < limit[j / 2] ? scores[n][j] : MINUS_INFINITY;
     }
+}
+
+template <int N>
+__device__ __forceinline__ void scale_and_mask(float (&scores)[N][4], float scale, int first,
+                                               const int (&limit)[2], int t) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) scores[n][j] *= scale;
+  mask(scores, first, limit, t);
+}
+
+// A larger score has come to row g + 8i, or none: what was summed is to be multiplied by the result.
+__device__ __forceinline__ float raise(Softmax& softmax, int i, float max) {
+  max = quad_max(fmaxf(softmax.max[i], max));
+  const float correction = exp2_fast(softmax.max[i] - base_of(max));
+  softmax.max[i] = max;
+  softmax.sum[i] *= correction;
+  return correction;
 }
 
 // Turns scores into weights, and brings `softmax` and the output up to date.
@@ -49,13 +68,10 @@ __device__ __forceinline__ void take_scores(Softmax& softmax, float (&scores)[N]
                                             float (&o)[COLUMNS][4]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float max = softmax.max[i];
+    float max = MINUS_INFINITY;
 #pragma unroll
     for (int n = 0; n < N; ++n) max = fmaxf(max, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
-    max = quad_max(max);
-    const float base = base_of(max), correction = exp2_fast(softmax.max[i] - base);
-    softmax.max[i] = max;
-    softmax.sum[i] *= correction;
+    const float correction = raise(softmax, i, max), base = base_of(softmax.max[i]);
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll

@@ -37,17 +37,24 @@ template <class T> constexpr int VECTOR = 16 / sizeof(T);
 
 template <class T, int COUNT> struct Pack { T v[COUNT]; };
 
-// COUNT elements from p on; more than one in accesses of 16 bytes, to which p is aligned then.
+// What one access moves of so many bytes.
+template <size_t BYTES> struct AccessOf { using type = uint4; };
+template <> struct AccessOf<8> { using type = uint2; };
+template <> struct AccessOf<4> { using type = uint32_t; };
+
+// COUNT elements from p on; more than one in accesses of 16 bytes, or of all there are, to which p is
+// aligned then.
 template <int COUNT, class T> __device__ __forceinline__ Pack<T, COUNT> load(const T* p) {
   Pack<T, COUNT> pack;
   if constexpr (COUNT == 1) {
     pack.v[0] = *p;
   } else {
-    static_assert(COUNT % VECTOR<T> == 0, "whole vectors");
+    using Access = typename AccessOf<sizeof(pack)>::type;
+    static_assert(sizeof(pack) % sizeof(Access) == 0, "whole accesses");
 #pragma unroll
-    for (int i = 0; i < COUNT / VECTOR<T>; ++i) {
-      const uint4 bits = reinterpret_cast<const uint4*>(p)[i];
-      memcpy(static_cast<void*>(&pack.v[i * VECTOR<T>]), &bits, sizeof bits);
+    for (size_t i = 0; i < sizeof(pack) / sizeof(Access); ++i) {
+      const Access bits = reinterpret_cast<const Access*>(p)[i];
+      memcpy(static_cast<void*>(&pack.v[i * sizeof(Access) / sizeof(T)]), &bits, sizeof bits);
     }
   }
   return pack;
@@ -58,12 +65,13 @@ __device__ __forceinline__ void store(T* p, const Pack<T, COUNT>& pack) {
   if constexpr (COUNT == 1) {
     *p = pack.v[0];
   } else {
-    static_assert(COUNT % VECTOR<T> == 0, "whole vectors");
+    using Access = typename AccessOf<sizeof(pack)>::type;
+    static_assert(sizeof(pack) % sizeof(Access) == 0, "whole accesses");
 #pragma unroll
-    for (int i = 0; i < COUNT / VECTOR<T>; ++i) {
-      uint4 bits;
-      memcpy(&bits, static_cast<const void*>(&pack.v[i * VECTOR<T>]), sizeof bits);
-      reinterpret_cast<uint4*>(p)[i] = bits;
+    for (size_t i = 0; i < sizeof(pack) / sizeof(Access); ++i) {
+      Access bits;
+      memcpy(&bits, static_cast<const void*>(&pack.v[i * sizeof(Access) / sizeof(T)]), sizeof bits);
+      reinterpret_cast<Access*>(p)[i] = bits;
     }
   }
 }

@@ -1,4 +1,4 @@
-// The rotation of one head's pairs by one position's angles, which rope and kv_append share.
+// The rotation of one head's pairs by one position's angles, which rope and both kv_appends share.
 #pragma once
 
 #include "numeric.cuh"
@@ -8,16 +8,39 @@ namespace llama_fast::cuda {
 // Pairs that a thread rotates: with whole vectors, those of two accesses of 16 bytes.
 template <class T, bool WIDE> constexpr int PAIRS = WIDE ? VECTOR<T> : 1;
 
-// The pairs p … p + PAIRS - 1 of x (D,) into y (D,); cos and sin (D/2,). Pair p is the elements
-// (p, p + D/2), or (2p, 2p + 1) if interleaved. In float32, rounded once.
+// Neighbouring pairs of a head, in the two runs of elements in which they lie. Pair p is the elements
+// (p, p + D/2), or (2p, 2p + 1) if interleaved.
+template <class T, int PAIRS> struct HeadPairs { Pack<T, PAIRS> first, second; };
+
+// Where the runs of the pairs p … p + PAIRS - 1 begin.
+struct PairRuns {
+  int64_t first, second;
+
+  __device__ __forceinline__ PairRuns(int64_t p, int pairs, int64_t D, bool interleaved)
+      : first(interleaved ? 2 * p : p), second(interleaved ? 2 * p + pairs : p + D / 2) {}
+};
+
+template <int PAIRS, class T>
+__device__ __forceinline__ HeadPairs<T, PAIRS> load_pairs(const T* x, const PairRuns& at) {
+  return {load<PAIRS>(x + at.first), load<PAIRS>(x + at.second)};
+}
+
 template <class T, int PAIRS>
-__device__ __forceinline__ void rotate(const T* x, T* y, const float* __restrict__ cos,
-                                       const float* __restrict__ sin, int64_t p, int64_t D,
-                                       bool interleaved) {
-  const int64_t first = interleaved ? 2 * p : p, second = interleaved ? 2 * p + PAIRS : p + D / 2;
-  const Pack<T, PAIRS> a = load<PAIRS>(x + first), b = load<PAIRS>(x + second);
+__device__ __forceinline__ void store_pairs(T* y, const PairRuns& at,
+                                            const HeadPairs<T, PAIRS>& pairs) {
+  store(y + at.first, pairs.first);
+  store(y + at.second, pairs.second);
+}
+
+// The pairs p … p + PAIRS - 1 rotated, in float32, rounded once; cos and sin (D/2,).
+template <class T, int PAIRS>
+__device__ __forceinline__ HeadPairs<T, PAIRS> rotated(const HeadPairs<T, PAIRS>& x,
+                                                       const float* __restrict__ cos,
+                                                       const float* __restrict__ sin, int64_t p,
+                                                       bool interleaved) {
+  const auto& [a, b] = x;
   const Pack<float, PAIRS> c = load<PAIRS>(cos + p), s = load<PAIRS>(sin + p);
-  Pack<T, PAIRS> rotated_a, rotated_b;
+  HeadPairs<T, PAIRS> y;
 #pragma unroll
   for (int i = 0; i < PAIRS; ++i) {
     // Interleaved, a and b together are 2·PAIRS neighbours, and pair i is at 2i and 2i + 1.
@@ -29,15 +52,23 @@ __device__ __forceinline__ void rotate(const T* x, T* y, const float* __restrict
     const T new_a = from_float<T>(fmaf(af, c.v[i], -bf * s.v[i]));
     const T new_b = from_float<T>(fmaf(bf, c.v[i], af * s.v[i]));
     if (!interleaved) {
-      rotated_a.v[i] = new_a;
-      rotated_b.v[i] = new_b;
+      y.first.v[i] = new_a;
+      y.second.v[i] = new_b;
     } else {
-      (j < PAIRS ? rotated_a : rotated_b).v[j % PAIRS] = new_a;
-      (j + 1 < PAIRS ? rotated_a : rotated_b).v[(j + 1) % PAIRS] = new_b;
+      (j < PAIRS ? y.first : y.second).v[j % PAIRS] = new_a;
+      (j + 1 < PAIRS ? y.first : y.second).v[(j + 1) % PAIRS] = new_b;
     }
   }
-  store(y + first, rotated_a);
-  store(y + second, rotated_b);
+  return y;
+}
+
+// The pairs p … p + PAIRS - 1 of x (D,) rotated into y (D,).
+template <class T, int PAIRS>
+__device__ __forceinline__ void rotate(const T* x, T* y, const float* __restrict__ cos,
+                                       const float* __restrict__ sin, int64_t p, int64_t D,
+                                       bool interleaved) {
+  const PairRuns at(p, PAIRS, D, interleaved);
+  store_pairs(y, at, rotated(load_pairs<PAIRS>(x, at), cos, sin, p, interleaved));
 }
 
 // Whether the heads' elements lie in whole vectors.

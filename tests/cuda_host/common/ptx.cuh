@@ -111,6 +111,9 @@ inline void copy_async(void* shared, const void* global, bool valid) {
                 "cp.async: an address is not aligned to 16 bytes");
   cuda_host::copy_later(shared, global, 16, valid ? 16 : 0);
 }
+inline void copy_word_async(void* shared, const void* global, bool valid) {
+  cuda_host::copy_later(shared, global, 4, valid ? 4 : 0);
+}
 inline void close_copy_group() { cuda_host::close_group(); }
 template <int OPEN> void wait_for_copies() { cuda_host::wait_for_groups(OPEN); }
 
