@@ -171,8 +171,8 @@ def test_decoding_takes_a_batch_of_any_size(monkeypatch):
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.01)
 
 
-OF_DECODING = """rms_norm add_rms_norm swiglu kv_append attention linear linear_quantized
-    linear_swiglu linear_swiglu_quantized""".split()
+OF_DECODING = """rms_norm add_rms_norm swiglu kv_append kv_append_quantized attention
+    attention_quantized linear linear_quantized linear_swiglu linear_swiglu_quantized""".split()
 
 
 @on_host
@@ -191,11 +191,13 @@ def test_kernels_of_decoding_wait_for_the_one_before(monkeypatch):
         "rms_norm_fwd",
         "swiglu_fwd",
         "kv_append_fwd",
+        "kv_append_quantized_fwd",
         "linear_fwd",
         "linear_quantized_fwd",
         "linear_swiglu_fwd",
         "linear_swiglu_quantized_fwd",
         "attention_few",
+        "attention_few_quantized",
     } <= launched
 
 

@@ -110,10 +110,12 @@ def test_matrix_instructions_are_where_they_should_be():
             if any(re.match(pattern, code) for code in codes)
         }
 
-    assert kernels_with("HMMA") == {"linear_fwd", "attention_few", "attention_many"}
+    few = {"attention_few", "attention_few_quantized"}
+    assert kernels_with("HMMA") == {"linear_fwd", "attention_many"} | few
     assert kernels_with("HGMMA") == kernels_with("UTMALDG") == {"attention_warpgroups"}
     # griddepcontrol.wait and .launch_dependents
-    overlapping = {"rms_norm_fwd", "swiglu_fwd", "kv_append_fwd", "linear_fwd", "attention_few"}
+    append = {"kv_append_fwd", "kv_append_quantized_fwd"}
+    overlapping = {"rms_norm_fwd", "swiglu_fwd", "linear_fwd"} | append | few
     assert kernels_with("ACQBULK") == kernels_with("PREEXIT") == overlapping
 
 

@@ -58,7 +58,7 @@ def main() -> None:
                 for dtype in case.dtypes:
                     args = case.make(torch.Generator().manual_seed(0), dtype, "cpu")
                     taken += run(op, args, f"{name} {case} {dtype}")
-                    if name == "attention":
+                    if name in ("attention", "attention_quantized"):
                         cuda.WARPGROUPS = True
                         taken += run(op, args, f"{name} {case} {dtype}, warpgroups")
                         cuda.WARPGROUPS = False

@@ -13,10 +13,18 @@ from llama_fast.errors import BackendError, GradientError, ShapeError
 from llama_fast.ops.quantized_kv import dequantize, quantize
 from llama_fast.ops.rope import tables
 
+from ..cuda_host import host
+from .backends import CUDA_HOST, on, unless
 from .test_kv_append import arguments as append_arguments
 
 BACKENDS = ["eager", "cpu"] if cpu.isas() else ["eager"]
+ON_CUDA = pytest.param(CUDA_HOST, marks=unless(host.why_not()))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Attention of CUDA takes the half types.
+SERVED = [
+    *((backend, dtype) for backend in BACKENDS for dtype in DTYPES),
+    *(pytest.param(CUDA_HOST, dtype, marks=ON_CUDA.marks) for dtype in DTYPES[1:]),
+]
 bf16 = torch.bfloat16
 
 
@@ -55,14 +63,14 @@ def test_what_is_not_finite_stays_so(value):
     assert back[0].isfinite().all() and back[1, :2].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, ON_CUDA])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_the_cache_holds_what_a_cache_of_floats_holds_but_rounded(backend, dtype, interleaved):
     q, k, v, cos, sin, k_cache, v_cache, lengths = append_arguments()
     q, k, v, k_cache, v_cache = (x.to(dtype) for x in (q, k, v, k_cache, v_cache))
     coded = [quantize(torch.zeros_like(k_cache)) for _ in "kv"]
-    with use_backend(backend, strict=True):
+    with on(backend):
         plain = kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved=interleaved)
         found = kv_append(q, k, v, cos, sin, *coded, lengths, interleaved=interleaved)
     assert torch.equal(found, plain)
@@ -74,26 +82,25 @@ def test_the_cache_holds_what_a_cache_of_floats_holds_but_rounded(backend, dtype
             assert not kv.scales[b, length:].any() and not kv.scales[b, : new.start].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, ON_CUDA])
 def test_appending_keeps_a_bad_head_to_itself(backend):
     args = list(append_arguments())
     args[1][1, 2, 1, 3] = math.nan
     args[2][0, 0, 0, 0] = math.inf
     args[5:7] = coded = [quantize(cache) for cache in args[5:7]]
-    with use_backend(backend, strict=True):
+    with on(backend):
         kv_append(*args)
     k, v = (dequantize(kv, torch.float32) for kv in coded)
     bad_k, bad_v = (~x.isfinite().all(-1) for x in (k, v))
     assert bad_k.nonzero().tolist() == [[1, 3, 1]] and bad_v.nonzero().tolist() == [[0, 2, 0]]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "dtype"), SERVED)
 @pytest.mark.parametrize("T", [1, 3, 40])
 def test_what_lies_behind_a_length_is_not_used(backend, dtype, T):
     q, k, v = inputs(3, T, 90, 8, 2, 64, dtype)
     lengths = torch.tensor([90, 41, 1])
-    with use_backend(backend, strict=True):
+    with on(backend):
         expected = attention(q, k, v, lengths=lengths)
         for kv in (k, v):
             kv.codes[1, 41:], kv.scales[1, 41:] = 127, math.nan
@@ -131,8 +138,7 @@ def test_a_row_depends_on_itself_alone(isa, dtype):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "dtype"), SERVED)
 @pytest.mark.parametrize("T", [1, 3, 40])
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 def test_a_bad_number_reaches_its_own_heads_alone(backend, dtype, T, which):
@@ -142,7 +148,7 @@ def test_a_bad_number_reaches_its_own_heads_alone(backend, dtype, T, which):
     else:
         kv = k if which == "k" else v
         kv.codes[1, 3, 1], kv.scales[1, 3, 1] = 0, math.nan
-    with use_backend(backend, strict=True):
+    with on(backend):
         o = attention(q, k, v)
     assert o[0].isfinite().all() and o[1, :, :2].isfinite().all()
     assert not o[1, T - 1, 2].isfinite().any()

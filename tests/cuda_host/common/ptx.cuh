@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../../../csrc/cuda/kernels.h"
+
 namespace llama_fast::cuda {
 
 namespace host {
