@@ -26,6 +26,8 @@ from llama_fast.ops import rms_norm
 from llama_fast.quantize import Quantization, round_weight
 from llama_fast.registry import use_backend
 
+from .cuda_host import host
+
 B, SLOTS = 3, 40
 
 
@@ -69,11 +71,12 @@ class RecordedGraphs:
 
     def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self.captures += 1
-        kept = [x.clone() for x in (self.cache.lengths, self.cache._k, self.cache._v)]
+        memory = [self.cache.lengths, *tensors(self.cache._k), *tensors(self.cache._v)]
+        kept = [x.clone() for x in memory]
         recorder = Recorder()
         with recorder:
             result = step()
-        for x, before in zip((self.cache.lengths, self.cache._k, self.cache._v), kept, strict=True):
+        for x, before in zip(memory, kept, strict=True):
             x.copy_(before)
         return recorder.replay, result
 
@@ -98,8 +101,10 @@ def prefilled(model: Llama, kv_cache: str | None = None):
     return cache
 
 
-def run(model: Llama, steps: int, captured: bool, restart: bool = False):
-    cache = prefilled(model)
+def run(
+    model: Llama, steps: int, captured: bool, restart: bool = False, kv_cache: str | None = None
+):
+    cache = prefilled(model, kv_cache)
     graphs = RecordedGraphs(cache)
     step = DecodeStep(model, cache, graphs)
     if not captured:
@@ -114,10 +119,11 @@ def run(model: Llama, steps: int, captured: bool, restart: bool = False):
     return torch.stack(found), cache, graphs
 
 
+@pytest.mark.parametrize("kv_cache", [None, "int8"])
 @pytest.mark.parametrize("restart", [False, True])
-def test_replayed_steps_are_the_steps(model, restart):
-    expected, plain, _ = run(model, 20, captured=False, restart=restart)
-    found, cache, graphs = run(model, 20, captured=True, restart=restart)
+def test_replayed_steps_are_the_steps(model, restart, kv_cache):
+    expected, plain, _ = run(model, 20, False, restart, kv_cache)
+    found, cache, graphs = run(model, 20, True, restart, kv_cache)
     assert torch.isfinite(expected).all()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
@@ -155,13 +161,35 @@ def test_a_step_that_cannot_be_captured_is_run(model):
     assert cache.lengths.tolist() == plain.lengths.tolist()
 
 
+def with_heads_of_64(model: Llama, device: str) -> Llama:
+    """Such as the CUDA kernels serve, in bfloat16."""
+    torch.manual_seed(0)
+    config = replace(model.config, head_dim=64)
+    return Llama(config, device=device, dtype=torch.bfloat16).eval()
+
+
+@pytest.mark.skipif(bool(host.why_not()), reason=host.why_not() or "it runs")
+@pytest.mark.parametrize("kv_cache", [None, "int8"])
+def test_replays_of_cuda_kernels_are_the_steps(model, kv_cache):
+    """All of a step's kernels, here on the host, and no definition among them."""
+    made = with_heads_of_64(model, "cpu")
+    with use_backend("eager"):
+        eager, _, _ = run(made, 1, captured=False, kv_cache=kv_cache)
+    with host.use_host(), use_backend("cuda", strict=True):
+        expected, plain, _ = run(made, 6, captured=False, restart=True, kv_cache=kv_cache)
+        found, cache, graphs = run(made, 6, captured=True, restart=True, kv_cache=kv_cache)
+    assert torch.equal(found, expected) and (graphs.warm_ups, graphs.captures) == (1, 1)
+    assert cache._lengths == plain._lengths == cache.lengths.tolist()
+    torch.testing.assert_close(expected[0], eager[0], rtol=0.02, atol=0.02)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this needs a GPU")
-def test_cuda_graphs_give_the_same_tokens(model):
-    on_gpu = Llama(model.config, device="cuda", dtype=torch.bfloat16).eval()
-    on_gpu.load_state_dict(model.state_dict())
+@pytest.mark.parametrize("kv_cache", [None, "int8"])
+def test_cuda_graphs_give_the_same_tokens(model, kv_cache):
+    on_gpu = with_heads_of_64(model, "cuda")
 
     def tokens_of(captured: bool) -> Tensor:
-        cache = on_gpu.new_cache(B, SLOTS)
+        cache = on_gpu.new_cache(B, SLOTS, kv_cache)
         step = DecodeStep(on_gpu, cache)
         if not captured:
             step.capturer = None

@@ -7,12 +7,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 import llama_fast
+from llama_fast.ops.quantized_kv import quantize
 from llama_fast.registry import OPS, backends, use_backend
 
 from .setting import KERNELS, Setting
@@ -122,26 +124,33 @@ def graph(setting: Setting) -> list[str]:
     x, weight = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((4, 4096), (4096,)))
     q = torch.randn(4, 1, 32, 128, device="cuda").bfloat16()
     k, v = (torch.randn(4, 8, 4096, 128, device="cuda").bfloat16().transpose(1, 2) for _ in "kv")
+    caches = {"attention": (k, v), "attention_quantized": (quantize(k), quantize(v))}
     lengths = torch.tensor([4096, 17, 0, 2000], device="cuda")
     failures = []
 
-    def step() -> tuple:
+    def step(served: Container[str]) -> tuple:
         with torch.no_grad():
-            return llama_fast.rms_norm(x, weight), llama_fast.attention(q, k, v, lengths=lengths)
+            attended = (
+                llama_fast.attention(q, *cache, lengths=lengths)
+                for op, cache in caches.items()
+                if op in served
+            )
+            return llama_fast.rms_norm(x, weight), *attended
 
     for name in KERNELS:
         if backends()[name].unavailable:
             continue
+        served = backends()[name].implementations
         with use_backend(name, strict=True):
-            step()
+            step(served)
             torch.cuda.synchronize()
             captured = torch.cuda.CUDAGraph()
             with torch.cuda.graph(captured):
-                outputs = step()
+                outputs = step(served)
             x.normal_()
             lengths.copy_(torch.tensor([1, 4096, 5, 0]))
             captured.replay()
-            same = all(torch.equal(a, e) for a, e in zip(outputs, step(), strict=True))
+            same = all(torch.equal(a, e) for a, e in zip(outputs, step(served), strict=True))
         setting.say(f"CUDA graph of {name}", "replay equals the call" if same else "DIFFERS")
         if not same:
             failures.append(f"a replayed graph of {name} does not give what the call gives")

@@ -79,8 +79,12 @@ def attention(s: Sizes) -> list[Call]:
 
 
 def attention_decode(s: Sizes) -> list[Call]:
-    works = (Work("decode", B, 1, S) for B, S in s.caches)
-    return [Call("attention", w, FORWARD, (bandwidth(0.90),), (EAGER, *FUSED)) for w in works]
+    """Against a cache in bfloat16, and in 8 bits, which nobody else has in this form."""
+    works, goals = [Work("decode", B, 1, S) for B, S in s.caches], (bandwidth(0.90),)
+    return [
+        *(Call("attention", w, FORWARD, goals, (EAGER, *FUSED)) for w in works),
+        *(Call("attention_quantized", w, FORWARD, goals, (EAGER,)) for w in works),
+    ]
 
 
 def linear(s: Sizes) -> list[Call]:

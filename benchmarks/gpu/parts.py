@@ -22,7 +22,7 @@ PARTS = {
     "tests": Part(60, "checks:triton_tests"),
     "memory_bound": Part(55, "ops:measure"),
     "attention": Part(55, "ops:measure"),
-    "attention_decode": Part(20, "ops:measure"),
+    "attention_decode": Part(30, "ops:measure"),
     "linear": Part(25, "ops:measure"),
     "loss": Part(30, "ops:measure"),
     "graph": Part(10, "checks:graph"),
