@@ -9,10 +9,11 @@ import torch
 
 
 def behave_as_a_gpu() -> None:
-    """Corrects two things that Triton's interpreter (3.6 to 3.9) does otherwise than compiled code,
+    """Corrects three things that Triton's interpreter (3.6 to 3.9) does otherwise than compiled code,
     so that a kernel is judged by the arithmetic that it will have:
 
     - float32 → bfloat16 cuts the low bits off; GPUs round to nearest even;
+    - a whole number → bfloat16 takes the number for the bits;
     - tl.dot of bfloat16 multiplies their bits as if they were whole numbers.
     """
     import triton.language as tl
@@ -24,6 +25,8 @@ def behave_as_a_gpu() -> None:
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         source, target = src.dtype.scalar, dst_type.scalar
+        if source.is_int() and target == tl.bfloat16:
+            src, source = cast(self, src, tl.float32), tl.float32
         if (source, target) == (tl.float32, tl.bfloat16):
             rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16)
             data = rounded.view(torch.int16).numpy().view(np.uint16)

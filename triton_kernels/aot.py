@@ -79,6 +79,13 @@ def calls(brief: bool = False) -> Iterator[tuple[str, str, tuple]]:
         yield from attention(q, k, v)
         step = empty(B, 1, H, D)
         yield "attention", "attention", (step, *caches, True, None, lengths, False)
+        coded = [part for cache in caches for part in quantized(cache)]
+        given = (q, k, v, table, table, *coded, lengths)
+        for interleaved in (False, True):
+            yield "kv_append_quantized", "kv_append_quantized", (*given, interleaved)
+        for queries in (q, step):
+            given = (queries, *coded, True, None, lengths)
+            yield "attention_quantized", "attention_quantized", given
         targets = empty(B, T, dtype=torch.int64)
         head = empty(128256, C)
         yield "cross_entropy", "linear_cross_entropy", (x, head, targets, -100, True, True)
@@ -102,6 +109,9 @@ def calls(brief: bool = False) -> Iterator[tuple[str, str, tuple]]:
         q, k, v = (empty(B, T, heads, D, dtype=dtype) for heads in (8, 2, 2))
         yield from attention(q, k, v)
         yield "attention", "attention", (q[:, :1], k, v, True, None, None, False)
+        for queries in (q, q[:, :1]):
+            given = (queries, *quantized(k), *quantized(v), True, None, None)
+            yield "attention_quantized", "attention_quantized", given
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple]:
@@ -111,6 +121,13 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tup
     yield "attention", "attention", (q, k, v, True, None, None, True)
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     yield "attention", "attention_backward", (o, q, k, v, o, lse, True, None, None)
+
+
+def quantized(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales in the place of keys or values (B, S, K, D), laid out as they are."""
+    heads = cache.transpose(1, 2)
+    scales = torch.empty(heads.shape[:3], dtype=FULL, device="meta")
+    return torch.empty_like(heads, dtype=torch.int8).transpose(1, 2), scales.transpose(1, 2)
 
 
 def launches(chip: Chip, stems: tuple[str, ...] = (), brief: bool = False) -> list[Launch]:

@@ -25,6 +25,10 @@ would have to share.
 **Few queries.** A decoding step has B·K tiles of queries, which would leave most of a GPU idle,
 so the keys are cut into parts, one program each, and `attention_combine_kernel` adds them up.
 
+**Keys and values in 8 bits** (attention_quantized) are codes with a scale for each key, a and b. Both
+leave the inner sums: s = a · (q · codes) and acc' = c · acc + (p · b) codes. Codes are whole numbers
+that every dtype of q holds exactly, so they are multiplied as q's.
+
 **Backward.** P = exp(s - lse) is made again from the lse of the forward pass, tile by tile:
 
     delta = Σ_d o · g        dP = g vᵀ        dS = P ∘ (dP - delta)
@@ -35,12 +39,13 @@ the queries (dk, dv). It multiplies twice what one kernel could share, but each 
 by one program in one order: no atomics, the same bits each time.
 
 Shapes: q, o (B, T, H, D), k, v (B, S, K, D), lse (B, H, T) float32, or float64 beside float32;
-delta (B, H, T) float32; G = H / K.
+delta (B, H, T) float32; scales of codes (B, S, K) float32; G = H / K.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +95,13 @@ def load_tile(ptr, first, n, d, end, D, stride, ROWS: tl.constexpr, COLUMNS: tl.
 
 
 @triton.jit
+def load_scales(ptr, first, n, end, stride, ROWS: tl.constexpr):
+    """Those of the rows first + n of a tile, one each."""
+    at = ptr + tl.cast(first, tl.int64) * stride + n * stride
+    return tl.load(at, mask=first + n < end, other=0.0) if ROWS else tl.load(at)
+
+
+@triton.jit
 def load_by_tma(tiles, b, first, kv_head, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The same tile, of row b of the batch and a KV head, where no bound is passed."""
     tile = tiles.load([b.to(tl.int32), first, kv_head.to(tl.int32), 0])
@@ -123,6 +135,8 @@ def attention_fwd_kernel(
     v_ptr,  # (B, S, K, D)
     k_tiles,  # where TMA, descriptors of k and v in tiles (1, BLOCK_N, 1, D)
     v_tiles,
+    k_scales_ptr,  # where CODED, (B, S, K) float32
+    v_scales_ptr,
     lengths_ptr,  # (B,) int64
     o_ptr,  # (B, T, H, D) contiguous; where SPLIT, (parts, B, T, H, D) float32
     lse_ptr,  # (B, H, T); where SPLIT, (parts, B, H, T)
@@ -141,7 +155,14 @@ def attention_fwd_kernel(
     stride_vb,
     stride_vs,
     stride_vh,
+    stride_ksb,
+    stride_kss,
+    stride_ksh,
+    stride_vsb,
+    stride_vss,
+    stride_vsh,
     G: tl.constexpr,
+    CODED: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     NEED_LSE: tl.constexpr,
@@ -174,10 +195,14 @@ def attention_fwd_kernel(
     q = load_queries(q_row, row, d, rows, D, stride_qt, stride_qh, G)
     k_row = k_ptr + b * stride_kb + kv_head * stride_kh
     v_row = v_ptr + b * stride_vb + kv_head * stride_vh
+    if CODED:
+        k_scales_row = k_scales_ptr + b * stride_ksb + kv_head * stride_ksh
+        v_scales_row = v_scales_ptr + b * stride_vsb + kv_head * stride_vsh
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     # As exact as lse: beside float32, the roundings of a sum over thousands of tiles would show.
     total = tl.zeros((BLOCK_M,), lse_ptr.dtype.element_ty)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    unit = 0.0
     n = tl.arange(0, BLOCK_N)
     for masked in tl.static_range(2):  # the tiles that every query sees whole, then the others
         end = most if masked else whole
@@ -186,7 +211,9 @@ def attention_fwd_kernel(
                 k = load_by_tma(k_tiles, b, start, kv_head, BLOCK_N, BLOCK_D)
             else:
                 k = load_tile(k_row, start, n, d, end, D, stride_ks, masked, ODD_D)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+            if CODED:
+                s *= load_scales(k_scales_row, start, n, end, stride_kss, masked)[None, :]
             if masked:
                 s = tl.where(start + n[None, :] < seen[:, None], s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, axis=1) * factor)
@@ -195,15 +222,26 @@ def attention_fwd_kernel(
             p = tl.exp2(s * factor - base[:, None])
             correction = tl.exp2(top - base)
             total = total * correction + tl.sum(p, axis=1)
+            if CODED:
+                v_scale = load_scales(v_scales_row, start, n, end, stride_vss, masked)
+                if q.dtype == tl.float16:  # has few exponents: acc is in units of the largest scale
+                    new_unit = tl.maximum(unit, tl.max(v_scale, axis=0))
+                    divisor = tl.where(new_unit == 0.0, 1.0, new_unit)
+                    v_scale /= divisor
+                    correction *= unit / divisor
+                    unit = new_unit
+                p *= v_scale[None, :]
             acc = acc * correction[:, None]
             if TMA and not masked:
                 v = load_by_tma(v_tiles, b, start, kv_head, BLOCK_N, BLOCK_D)
             else:
                 v = load_tile(v_row, start, n, d, end, D, stride_vs, masked, ODD_D)
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+            acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
             top = new_top
 
     o = acc / tl.where(total == 0.0, 1.0, total).to(tl.float32)[:, None]
+    if CODED and q.dtype == tl.float16:
+        o *= unit
     H = K * G
     h = kv_head * G + row % G
     batch = b
@@ -550,7 +588,24 @@ def attention(
     need_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the op attention of llama_fast.ops.attention: (o, lse)."""
+    return attend("attention", forward_config, q, (k, v), None, causal, scale, lengths, need_lse)
+
+
+def attend(
+    stem: str,
+    config_for: Callable[[Chip, int, int, torch.dtype], AttentionConfig],
+    q: torch.Tensor,
+    kv: tuple[torch.Tensor, torch.Tensor],
+    scales: tuple[torch.Tensor, torch.Tensor] | None,
+    causal: bool,
+    scale: float | None,
+    lengths: torch.Tensor | None,
+    need_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse) against keys and values, or against codes of them with their scales, as the op
+    `stem` launches it."""
     B, T, H, D = q.shape
+    k, v = kv
     _, S, K, _ = k.shape
     G, chip = H // K, chip_of(q)
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -559,10 +614,10 @@ def attention(
     scale = D**-0.5 if scale is None else scale
     block_d = max(16, next_power_of_2(D))
     config = chosen(
-        "attention",
+        stem,
         "attention_fwd",
         chip,
-        forward_config(chip, T * G, block_d, q.dtype),
+        config_for(chip, T * G, block_d, q.dtype),
         rows=max(FEW_ROWS, min(128, next_power_of_2(T * G))),
         D=D,
         dtype=TYPES[q.dtype],
@@ -584,6 +639,7 @@ def attention(
         k,
         v,
         *tiled,
+        *(scales or (None, None)),
         lengths,
         part_o if split else o,
         part_lse if split else lse,
@@ -596,7 +652,9 @@ def attention(
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
+        *((*scales[0].stride(), *scales[1].stride()) if scales else (None,) * 6),
         G=G,
+        CODED=scales is not None,
         CAUSAL=causal,
         HAS_LENGTHS=lengths is not None,
         NEED_LSE=need_lse,
@@ -612,7 +670,7 @@ def attention(
     if split:
         block_p = next_power_of_2(parts)
         combine = chosen(
-            "attention", "attention_combine", chip, CombineConfig(4), parts=block_p, D=block_d
+            stem, "attention_combine", chip, CombineConfig(4), parts=block_p, D=block_d
         )
         launch(
             attention_combine_kernel,

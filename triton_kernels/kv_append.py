@@ -19,6 +19,18 @@ from .launch import launch, next_power_of_2
 from .rope import config_for, rotate_heads
 
 
+@triton.jit
+def find_slot(lengths_ptr, b, t, T, slots, stride_l):
+    """(known, slot) of token t of row b: 1 and where it is stored, or 0 and 0.
+
+    A token without a slot has no keys and values, and queries of zero: none of its heads is known.
+    (A count: Triton's interpreter makes no mask of a block of conditions and a single one.)
+    """
+    position = tl.load(lengths_ptr + b * stride_l) - T + t
+    known = tl.where((position < 0) | (position >= slots), 0, 1)
+    return known, known * position
+
+
 @triton.jit(do_not_specialize=["T", "slots"])
 def kv_append_kernel(
     q_ptr,  # (B, T, H, D)
@@ -60,11 +72,7 @@ def kv_append_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     b, t = token // T, token % T
-    position = tl.load(lengths_ptr + b * stride_l) - T + t
-    # A token without a slot has no keys and values, and queries of zero: none of its heads is
-    # known. (Counts: Triton's interpreter makes no mask of a block of conditions and a single one.)
-    known = tl.where((position < 0) | (position >= slots), 0, 1)
-    slot = known * position
+    known, slot = find_slot(lengths_ptr, b, t, T, slots, stride_l)
     known_h = known * H
     known_k = known * K
 

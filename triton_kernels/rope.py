@@ -21,6 +21,51 @@ from .launch import launch, next_power_of_2
 
 
 @triton.jit
+def interleaved_pairs(head, stride_h, heads, pairs, BLOCK_P: tl.constexpr):
+    """(offsets, mask) of the pairs of some heads as they lie in memory, (heads, pairs, 2)."""
+    pair = tl.arange(0, BLOCK_P)[None, :, None]
+    head = head[:, None, None]
+    at = head * stride_h + 2 * pair + tl.arange(0, 2)[None, None, :]
+    return at, tl.broadcast_to((head < heads) & (pair < pairs), at.shape)
+
+
+@triton.jit
+def load_pairs(x_ptr, head, stride_xh, heads, pairs, INTERLEAVED: tl.constexpr, BLOCK_P: tl.constexpr):
+    """(a, b) of each pair of these heads of one token, float32; zeros from `heads` on."""
+    if INTERLEAVED:
+        at, inside = interleaved_pairs(head, stride_xh, heads, pairs, BLOCK_P)
+        return tl.split(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32))
+    else:
+        pair = tl.arange(0, BLOCK_P)
+        at = head[:, None] * stride_xh + pair[None, :]
+        inside = (head[:, None] < heads) & (pair[None, :] < pairs)
+        a = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(x_ptr + at + pairs, mask=inside, other=0.0).to(tl.float32)
+        return a, b
+
+
+@triton.jit
+def store_pairs(
+    y_ptr, a, b, head, stride_yh, heads, pairs, INTERLEAVED: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """The reverse of load_pairs."""
+    if INTERLEAVED:
+        at, inside = interleaved_pairs(head, stride_yh, heads, pairs, BLOCK_P)
+        tl.store(y_ptr + at, tl.join(a, b).to(y_ptr.dtype.element_ty), mask=inside)
+    else:
+        pair = tl.arange(0, BLOCK_P)
+        at = head[:, None] * stride_yh + pair[None, :]
+        inside = (head[:, None] < heads) & (pair[None, :] < pairs)
+        tl.store(y_ptr + at, a.to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(y_ptr + at + pairs, b.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate(a, b, cos, sin):
+    return a * cos[None, :] - b * sin[None, :], b * cos[None, :] + a * sin[None, :]
+
+
+@triton.jit
 def rotate_heads(
     x_ptr,  # (heads, D), with stride_xh between heads
     y_ptr,  # (heads, D), with stride_yh between heads
@@ -35,32 +80,12 @@ def rotate_heads(
     BLOCK_H: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """y = x rotated: the heads of one token. kv_append uses it too."""
-    pair = tl.arange(0, BLOCK_P)
+    """y = x rotated: the heads of one token. The kernels that append to a cache use it too."""
     for begin in range(0, heads, BLOCK_H):
         head = (begin + tl.arange(0, BLOCK_H)).to(tl.int64)
-        if INTERLEAVED:
-            # Loaded as it lies in memory, (heads, pairs, 2), and taken apart in registers.
-            inside = tl.broadcast_to((pair < pairs)[None, :, None], (BLOCK_H, BLOCK_P, 2))
-            read = inside & (head[:, None, None] < known)
-            inside &= head[:, None, None] < heads
-            at = 2 * pair[None, :, None] + tl.arange(0, 2)[None, None, :]
-            x_at, y_at = head[:, None, None] * stride_xh + at, head[:, None, None] * stride_yh + at
-            x = tl.load(x_ptr + x_at, mask=read, other=0.0).to(tl.float32)
-            a, b = tl.split(x)
-            y = tl.join(a * cos[None, :] - b * sin[None, :], b * cos[None, :] + a * sin[None, :])
-            tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
-        else:
-            inside = (head[:, None] < heads) & (pair[None, :] < pairs)
-            read = inside & (head[:, None] < known)
-            x_at = head[:, None] * stride_xh + pair[None, :]
-            y_at = head[:, None] * stride_yh + pair[None, :]
-            a = tl.load(x_ptr + x_at, mask=read, other=0.0).to(tl.float32)
-            b = tl.load(x_ptr + x_at + pairs, mask=read, other=0.0).to(tl.float32)
-            ya = a * cos[None, :] - b * sin[None, :]
-            yb = b * cos[None, :] + a * sin[None, :]
-            tl.store(y_ptr + y_at, ya.to(y_ptr.dtype.element_ty), mask=inside)
-            tl.store(y_ptr + y_at + pairs, yb.to(y_ptr.dtype.element_ty), mask=inside)
+        a, b = load_pairs(x_ptr, head, stride_xh, known, pairs, INTERLEAVED, BLOCK_P)
+        a, b = rotate(a, b, cos, sin)
+        store_pairs(y_ptr, a, b, head, stride_yh, heads, pairs, INTERLEAVED, BLOCK_P)
 
 
 @triton.jit(do_not_specialize=["T"])

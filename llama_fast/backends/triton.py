@@ -103,12 +103,24 @@ def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> lis
     return stride_reasons(q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
 
 
+def _kv_append_quantized(
+    q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, interleaved
+) -> list[str]:
+    return _kv_append(q, k, v, cos, sin, k_codes, v_codes, lengths, interleaved)
+
+
 def _attention(q, k, v, causal, scale, lengths, need_lse) -> list[str]:
     return attention_reasons(q, k, v, scale, lengths)
 
 
 def _attention_backward(q, k, v, o, lse, causal, scale, lengths) -> list[str]:
     return attention_reasons(q, k, v, scale, lengths) + stride_reasons(o=o)
+
+
+def _attention_quantized(
+    q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths
+) -> list[str]:
+    return attention_reasons(q, k_codes, v_codes, scale, lengths)
 
 
 def attention_reasons(q, k, v, scale, lengths) -> list[str]:
@@ -158,6 +170,9 @@ register_backend(
             "attention_backward": implementation(
                 "attention", "attention_backward", _attention_backward, grads=1
             ),
+            "attention_quantized": implementation(
+                "attention_quantized", "attention_quantized", _attention_quantized
+            ),
             "linear": products("linear"),
             "linear_backward_x": products("linear_backward_x"),
             "linear_backward_weight": products("linear_backward_weight"),
@@ -174,6 +189,9 @@ register_backend(
                 "linear_quantized", LINEAR_QUANTIZED, SWIGLU
             ),
             "kv_append": implementation("kv_append", "kv_append", _kv_append),
+            "kv_append_quantized": implementation(
+                "kv_append_quantized", "kv_append_quantized", _kv_append_quantized
+            ),
         },
     )
 )
