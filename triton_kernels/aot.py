@@ -83,7 +83,7 @@ def calls(brief: bool = False) -> Iterator[tuple[str, str, tuple]]:
         given = (q, k, v, table, table, *coded, lengths)
         for interleaved in (False, True):
             yield "kv_append_quantized", "kv_append_quantized", (*given, interleaved)
-        for queries in (q, step):
+        for queries in (q, q[:, :8], step):
             given = (queries, *coded, True, None, lengths)
             yield "attention_quantized", "attention_quantized", given
         targets = empty(B, T, dtype=torch.int64)
@@ -109,7 +109,7 @@ def calls(brief: bool = False) -> Iterator[tuple[str, str, tuple]]:
         q, k, v = (empty(B, T, heads, D, dtype=dtype) for heads in (8, 2, 2))
         yield from attention(q, k, v)
         yield "attention", "attention", (q[:, :1], k, v, True, None, None, False)
-        for queries in (q, q[:, :1]):
+        for queries in (q, q[:, :8], q[:, :1]):
             given = (queries, *quantized(k), *quantized(v), True, None, None)
             yield "attention_quantized", "attention_quantized", given
 

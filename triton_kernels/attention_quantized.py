@@ -13,15 +13,24 @@ and values in q's dtype. What differs is how large a tile is best.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from .attention import AttentionConfig, attend
+from .attention import FEW_ROWS, AttentionConfig, attend
 from .attention import forward_config as of_floats
 from .chips import Chip
 
 
 def forward_config(chip: Chip, rows: int, D: int, dtype: torch.dtype) -> AttentionConfig:
-    return of_floats(chip, rows, D, dtype)
+    """As attention's, but where tiles of keys are multiplied from registers: there the codes have to
+    become q's dtype in registers too, so tiles are smaller, or shared by more warps."""
+    config = of_floats(chip, rows, D, dtype)
+    if dtype == torch.float32 or rows <= FEW_ROWS or chip.hopper:
+        return config
+    if chip.amd:
+        return replace(config, block_n=16 if D > 128 else 32)
+    return replace(config, block_n=32, num_warps=8 if D > 64 else config.num_warps)
 
 
 def attention_quantized(
