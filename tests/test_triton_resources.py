@@ -26,14 +26,18 @@ for launch in launches(chip, stems, brief=True):
     print(json.dumps([row.kernel, row.config, row.matrix, problems(row)]))
 """
 # The rest of the table, other models, dtypes and kernels: llama-fast doctor --resources.
-ALL = "rms_norm add_rms_norm swiglu rope kv_append attention cross_entropy linear_quantized"
+ATTENTION = "attention attention_quantized"
+ALL = (
+    f"rms_norm add_rms_norm swiglu rope kv_append kv_append_quantized {ATTENTION} cross_entropy "
+    "linear_quantized"
+)
 MATRIX = {"sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 
 @pytest.mark.parametrize(
     ("chip", "stems"),
     [("sm_90", ALL)]
-    + [(c, "attention") for c in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942")],
+    + [(c, ATTENTION) for c in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942")],
 )
 def test_the_configurations_of_the_8b_model(chip, stems, tmp_path):
     environment = dict(os.environ, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))

@@ -13,9 +13,11 @@ import torch
 from llama_fast.triton_kernels import (
     aot,
     attention,
+    attention_quantized,
     chips,
     cross_entropy,
     kv_append,
+    kv_append_quantized,
     rms_norm,
     rope,
     swiglu,
@@ -80,15 +82,16 @@ def test_training_compiles_once_for_all_lengths():
     assert len(set(compiled_for)) == 1, compiled_for
 
 
-def test_a_decode_step_compiles_once_for_all_lengths():
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_a_decode_step_compiles_once_for_all_lengths(form):
     model, _ = model_and_tokens()
     prompt, steps = batch(model, 5), [batch(model, 1) for _ in range(4)]
     with torch.no_grad():
-        cache = model.new_cache(2, 16)
+        cache = model.new_cache(2, 16, form)
         model(prompt, cache=cache)
         expected = [model(tokens, cache=cache) for tokens in steps]
 
-        cache = model.new_cache(2, 16)
+        cache = model.new_cache(2, 16, form)
         model(prompt, cache=cache)
         counter = CompileCounterWithBackend("aot_eager")
         step = torch.compile(
@@ -165,6 +168,7 @@ def test_no_launch_reads_a_value():
                 getattr(import_module(f"llama_fast.triton_kernels.{stem}"), launcher)(*args)
             launched |= {launch.kernel.__name__ for launch in launches}
     assert {"attention_fwd_kernel", "cross_entropy_kernel", "kv_append_kernel"} <= launched
+    assert "kv_append_quantized_kernel" in launched
 
 
 def variants(T: int, S: int) -> set[str]:
@@ -175,7 +179,9 @@ def variants(T: int, S: int) -> set[str]:
 
     x, weight = empty(2, T, 4096), empty(4096)
     q, k, v = empty(2, T, 48, 128).split((32, 8, 8), dim=2)
-    caches = [empty(2, 8, 4096, 128).transpose(1, 2)[:, :S] for _ in "kv"]
+    caches = [empty(2, 8, 4096, 128).transpose(1, 2) for _ in "kv"]
+    coded = [part[:, :S] for cache in caches for part in aot.quantized(cache)]
+    caches = [cache[:, :S] for cache in caches]
     tables = [empty(T, 64, dtype=torch.float32) for _ in "cs"]
     lse = empty(2, 32, T, dtype=torch.float32)
     lengths, targets = empty(2, dtype=torch.int64), empty(2, T, dtype=torch.int64)
@@ -186,6 +192,8 @@ def variants(T: int, S: int) -> set[str]:
         rope.rope(q, k, *tables, False)
         kv_append.kv_append(q, k, v, *tables, *caches, lengths, False)
         attention.attention(q, *caches, True, None, lengths, True)
+        kv_append_quantized.kv_append_quantized(q, k, v, *tables, *coded, lengths, False)
+        attention_quantized.attention_quantized(q, *coded, True, None, lengths)
         attention.attention_backward(q, q, *caches, q, lse, True, None, lengths)
         cross_entropy.linear_cross_entropy(x, empty(128256, 4096), targets, -100, True, True)
     return {str(aot.specialise(launch)) + str(launch.options) for launch in launches}

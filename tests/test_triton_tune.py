@@ -162,6 +162,18 @@ def test_the_kernels_of_a_gradient_are_tuned_too(op):
 
 
 @INTERPRETED
+@pytest.mark.parametrize("op", ["attention_quantized", "kv_append_quantized"])
+@pytest.mark.parametrize("work", [Work.decode(40), Work.prefill(17)])
+def test_the_kernels_of_a_cache_in_8_bits_have_files_of_their_own(op, work):
+    found = tune_ops(
+        [(op, "tiny", TINY, work)], torch.float32, "cpu", lambda call: 1.0, lambda launches: "no"
+    )
+    kernel = "attention_fwd" if op == "attention_quantized" else op
+    assert [(one.choice.stem, one.choice.kernel) for one in found] == [(op, kernel)]
+    assert all(one.refused and not one.timed for one in found)
+
+
+@INTERPRETED
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("blocks", [(16, 16), (32, 64)])
 def test_another_configuration_changes_the_speed_alone(blocks, tma):

@@ -23,11 +23,15 @@ from .chips import Chip
 
 
 def forward_config(chip: Chip, rows: int, D: int, dtype: torch.dtype) -> AttentionConfig:
-    """As attention's, but where tiles of keys are multiplied from registers: there the codes have to
-    become q's dtype in registers too, so tiles are smaller, or shared by more warps."""
+    """As attention's for few rows and in float32. Codes become q's dtype in registers, so the other
+    tiles are smaller, or shared by more warps."""
     config = of_floats(chip, rows, D, dtype)
-    if dtype == torch.float32 or rows <= FEW_ROWS or chip.hopper:
+    if dtype == torch.float32 or rows <= FEW_ROWS:
         return config
+    if chip.hopper:
+        if D > 128:
+            return replace(config, block_m=64)
+        return replace(config, block_n=32) if rows <= 64 < D else config
     if chip.amd:
         return replace(config, block_n=16 if D > 128 else 32)
     return replace(config, block_n=32, num_warps=8 if D > 64 else config.num_warps)

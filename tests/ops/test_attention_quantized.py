@@ -8,21 +8,27 @@ import pytest
 import torch
 
 from llama_fast import QuantizedKV, attention, explain, kv_append, use_backend
-from llama_fast.backends import cpu
+from llama_fast.backends import cpu, triton
 from llama_fast.errors import BackendError, GradientError, ShapeError
 from llama_fast.ops.quantized_kv import dequantize, quantize
 from llama_fast.ops.rope import tables
+from llama_fast.registry import OPS
 
 from ..cuda_host import host
 from .backends import CUDA_HOST, on, unless
+from .oracle import assert_accurate, references
 from .test_kv_append import arguments as append_arguments
 
 BACKENDS = ["eager", "cpu"] if cpu.isas() else ["eager"]
+ON_TRITON = pytest.param(
+    "triton", marks=unless("" if triton.INTERPRETED else "this needs Triton's interpreter")
+)
 ON_CUDA = pytest.param(CUDA_HOST, marks=unless(host.why_not()))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Attention of CUDA takes the half types.
 SERVED = [
     *((backend, dtype) for backend in BACKENDS for dtype in DTYPES),
+    *(pytest.param("triton", dtype, marks=ON_TRITON.marks) for dtype in DTYPES),
     *(pytest.param(CUDA_HOST, dtype, marks=ON_CUDA.marks) for dtype in DTYPES[1:]),
 ]
 bf16 = torch.bfloat16
@@ -63,7 +69,7 @@ def test_what_is_not_finite_stays_so(value):
     assert back[0].isfinite().all() and back[1, :2].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, ON_CUDA])
+@pytest.mark.parametrize("backend", [*BACKENDS, ON_TRITON, ON_CUDA])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_the_cache_holds_what_a_cache_of_floats_holds_but_rounded(backend, dtype, interleaved):
@@ -82,7 +88,7 @@ def test_the_cache_holds_what_a_cache_of_floats_holds_but_rounded(backend, dtype
             assert not kv.scales[b, length:].any() and not kv.scales[b, : new.start].any()
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, ON_CUDA])
+@pytest.mark.parametrize("backend", [*BACKENDS, ON_TRITON, ON_CUDA])
 def test_appending_keeps_a_bad_head_to_itself(backend):
     args = list(append_arguments())
     args[1][1, 2, 1, 3] = math.nan
@@ -154,6 +160,20 @@ def test_a_bad_number_reaches_its_own_heads_alone(backend, dtype, T, which):
     assert not o[1, T - 1, 2].isfinite().any()
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, ON_TRITON, ON_CUDA])
+@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize("growth", [0, 4])
+def test_small_values_lose_nothing_in_float16(backend, T, growth):
+    """Their weights times their scales would lie among float16's smallest numbers, or below; and
+    the scales of a row may differ by far."""
+    q, k, _ = inputs(2, T, 300, 4, 2, 64, torch.float16)
+    v = made(2, 300, 2, 64, seed=3) * 1e-3 * torch.logspace(0, growth, 300)[:, None, None]
+    args = (q, *k, *quantize(v), True, None, None)
+    op = OPS["attention_quantized"]
+    with on(backend):
+        assert_accurate((op(*args),), *references(op, args), f"small values, T {T}")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_length_beyond_the_cache_is_refused(backend):
     q, k, v = inputs(2, 1, 9, 4, 2, 64)
@@ -218,15 +238,17 @@ def test_a_gradient_is_refused():
         kv_append(args[0], k, *args[2:])
 
 
-def test_the_other_backends_say_that_they_do_not_serve_it():
-    args = (Q, *K, *V)
-    decision = explain("attention_quantized", *args)
-    assert decision.chosen == ("cpu" if cpu.isas() else "eager")
-    with (
-        use_backend("triton", strict=True),
-        pytest.raises(BackendError, match="attention_quantized"),
-    ):
-        attention(Q, K, V)
+def test_a_backend_says_what_it_cannot_serve():
+    assert explain("attention_quantized", Q, *K, *V).chosen == ("cpu" if cpu.isas() else "eager")
+    odd = inputs(2, 3, 9, 4, 2, 12, torch.float32)
+    apart = QuantizedKV(torch.empty(2, 9, 2, 128, dtype=torch.int8)[..., ::2], K.scales)
+    with use_backend("triton", strict=True):
+        with pytest.raises(BackendError, match="D is 12; it must be a multiple of 8"):
+            attention(*odd)
+        with pytest.raises(BackendError, match="k has stride 2 in its last dim"):
+            attention(Q, apart, V)
+        with pytest.raises(BackendError, match=r"scale is -1\.0; it must be positive"):
+            attention(Q, K, V, scale=-1.0)
 
 
 def test_tables_of_the_model_serve_both_caches():
