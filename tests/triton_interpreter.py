@@ -9,8 +9,8 @@ import torch
 
 
 def behave_as_a_gpu() -> None:
-    """Corrects three things that Triton's interpreter (3.6 to 3.9) does otherwise than compiled code,
-    so that a kernel is judged by the arithmetic that it will have:
+    """Corrects three things that Triton's interpreter (3.6 to 3.9) does otherwise than compiled
+    code, so that a kernel is judged by the arithmetic that it will have:
 
     - float32 → bfloat16 cuts the low bits off; GPUs round to nearest even;
     - a whole number → bfloat16 takes the number for the bits;

@@ -25,9 +25,9 @@ would have to share.
 **Few queries.** A decoding step has B·K tiles of queries, which would leave most of a GPU idle,
 so the keys are cut into parts, one program each, and `attention_combine_kernel` adds them up.
 
-**Keys and values in 8 bits** (attention_quantized) are codes with a scale for each key, a and b. Both
-leave the inner sums: s = a · (q · codes) and acc' = c · acc + (p · b) codes. Codes are whole numbers
-that every dtype of q holds exactly, so they are multiplied as q's.
+**Keys and values in 8 bits** (attention_quantized) are codes with a scale for each key, a and b.
+Both leave the inner sums: s = a · (q · codes) and acc' = c · acc + (p · b) codes. Codes are whole
+numbers that every dtype of q holds exactly, so they are multiplied as numbers of it.
 
 **Backward.** P = exp(s - lse) is made again from the lse of the forward pass, tile by tile:
 

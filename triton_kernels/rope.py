@@ -30,7 +30,9 @@ def interleaved_pairs(head, stride_h, heads, pairs, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def load_pairs(x_ptr, head, stride_xh, heads, pairs, INTERLEAVED: tl.constexpr, BLOCK_P: tl.constexpr):
+def load_pairs(
+    x_ptr, head, stride_xh, heads, pairs, INTERLEAVED: tl.constexpr, BLOCK_P: tl.constexpr
+):
     """(a, b) of each pair of these heads of one token, float32; zeros from `heads` on."""
     if INTERLEAVED:
         at, inside = interleaved_pairs(head, stride_xh, heads, pairs, BLOCK_P)
