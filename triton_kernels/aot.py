@@ -83,7 +83,7 @@ def calls(brief: bool = False) -> Iterator[tuple[str, str, tuple]]:
         given = (q, k, v, table, table, *coded, lengths)
         for interleaved in (False, True):
             yield "kv_append_quantized", "kv_append_quantized", (*given, interleaved)
-        for queries in (q, q[:, :8], step):
+        for queries in (q, step) if brief else (q, q[:, :8], step):
             given = (queries, *coded, True, None, lengths)
             yield "attention_quantized", "attention_quantized", given
         targets = empty(B, T, dtype=torch.int64)
