@@ -12,6 +12,10 @@ error of each is spread over those that are still to come:
     w_j    -= e U_ij                       for every column j > i
 
 The scales of a group are found when its turn comes, so they fit the weights as they have become.
+
+The columns with the largest inputs, by H's diagonal, go first, while there are many left to make up
+for them. A group stays together, for the sake of its scales: groups are taken by the largest of
+their columns, and the columns of a group by their own. Codes are stored in the model's order.
 """
 
 from __future__ import annotations
@@ -45,37 +49,49 @@ class Inputs:
 def round_compensated(weight: Tensor, H: Tensor, form: WeightFormat) -> QuantizedWeight:
     """`weight` (C_out, C_in), of any float dtype, rounded for inputs with XᵀX = `H` (C_in, C_in).
 
-    Takes 4 · C_in · (C_out + 3 C_in) bytes of memory. Raises ShapeError for a weight that cannot be
+    Takes 4 · C_in · (C_out + 4 C_in) bytes of memory. Raises ShapeError for a weight that cannot be
     stored so.
     """
     C_out, C_in = weight.shape
     size = form.group_size
     made = QuantizedWeight(C_out, C_in, form.bits, size, form.symmetric, weight.device)
-    U = _inverse_factor(H.to(weight.device))
-    w = weight.t().float().contiguous()  # (C_in, C_out): a column of the weight is contiguous
-    codes = torch.empty(C_in, C_out, dtype=torch.uint8, device=weight.device)
-    scales, offsets = [], []
-    for start in range(0, C_in, size):
-        group = w[start : start + size]
+    H = H.to(weight.device)
+    groups = _in_order(H.diagonal(), size)
+    order = torch.cat(groups)
+    U = _inverse_factor(H[order[:, None], order])
+    w = weight.t().float()[order]  # (C_in, C_out): a column of the weight is contiguous
+    codes = torch.empty(len(groups) * size, C_out, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(C_out, len(groups), dtype=torch.float16, device=weight.device)
+    offsets = None if form.symmetric else torch.empty_like(scales)
+    start = 0
+    for columns in groups:
+        end = start + len(columns)
+        group, of_group = w[start:end], int(columns[0]) // size
         padded = F.pad(group.t(), (0, size - len(group)))  # (C_out, size)
         scale, offset = best_fit(padded, form.bits, form.symmetric)
-        scales.append(scale)
-        offsets.append(offset)
-        of_group = scale.float(), None if offset is None else offset.float()
+        scales[:, of_group] = scale
+        if offsets is not None:
+            offsets[:, of_group] = offset
+        exact = scale.float(), None if offset is None else offset.float()
         errors = torch.empty_like(group)
-        for i in range(len(group)):
-            row = group[i]
+        for i, column in enumerate(columns.tolist()):
+            row, at = group[i], start + i
             code = encode(row.unsqueeze(-1), scale, offset, form.bits).squeeze(-1)
-            codes[start + i] = code
-            at = start + i
-            errors[i] = (row - decode(code.float(), *of_group, form.bits)) / U[at, at]
-            group[i + 1 :].addr_(U[at, at + 1 : start + len(group)], errors[i], alpha=-1)
-        end = start + len(group)
+            codes[column] = code
+            errors[i] = (row - decode(code.float(), *exact, form.bits)) / U[at, at]
+            group[i + 1 :].addr_(U[at, at + 1 : end], errors[i], alpha=-1)
         w[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
-    padded = F.pad(codes.t(), (0, -C_in % size)).view(C_out, -1, size)
-    together = None if form.symmetric else torch.stack(offsets, 1)
-    made.set_rows(0, padded, torch.stack(scales, 1), together)
+        start = end
+    made.set_rows(0, codes.t().reshape(C_out, len(groups), size), scales, offsets)
     return made
+
+
+def _in_order(diagonal: Tensor, size: int) -> list[Tensor]:
+    """The columns of each group, (size,) or fewer of the last one, groups and columns by falling
+    diagonal of H."""
+    columns = torch.arange(len(diagonal), device=diagonal.device).split(size)
+    groups = [c[diagonal[c].argsort(descending=True, stable=True)] for c in columns]
+    return sorted(groups, key=lambda c: -float(diagonal[c[0]]))
 
 
 def _inverse_factor(H: Tensor) -> Tensor:

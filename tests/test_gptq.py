@@ -56,6 +56,21 @@ def test_of_independent_inputs_the_nearest_codes_are_the_best(form):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("size", [32, 128])
+def test_large_inputs_are_rounded_first_and_stored_in_their_place(size):
+    """A channel that stands out is rounded before the others have changed it; so its codes are the
+    nearest ones of its own weights, wherever in the matrix it lies."""
+    weight, x = weight_and_inputs()
+    x[:, 140] = 100 * x[:, 140:].sum(1) + x[:, 0]
+    form = WeightFormat(4, size)
+    found = round_compensated(weight, x.t() @ x, form).dequantize()
+    expected = round_weight(weight, form).dequantize()
+    first = slice(140 // size * size, None)
+    assert torch.equal(found[:, 140], expected[:, 140])
+    assert not torch.equal(found[:, first], expected[:, first])
+    assert not torch.equal(found[:, 0], expected[:, 0])
+
+
 def test_inputs_that_are_always_zero_or_too_few():
     weight, x = weight_and_inputs()
     x = x[:10].clone()
