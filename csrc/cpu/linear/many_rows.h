@@ -5,7 +5,7 @@
 // lanes are packed first, into panels as wide as the registers of the inner loop, of which a chunk
 // of K lies in L1. A task then takes a block of rows, packs it chunk after chunk into L2 and
 // multiplies it by every panel: a tile of ROWS rows by WIDTH lanes stays in registers, one unit of a
-// row meeting the whole width of a panel.
+// row meeting the whole width of a panel, while the next panel comes from the shared cache.
 //
 // Order of a sum, the same for any number of rows, lanes and threads: unit by unit along a chunk,
 // then chunk after chunk.
@@ -33,21 +33,35 @@ constexpr int64_t DEEP_ROWS = 8192;     // at a time, where K is more than this:
 
 static inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
+// Lines of memory to fetch into L2, evenly while something else is computed.
+struct Ahead {
+  const char* line;
+  int64_t count;
+  void fetch(int64_t lines) {
+    for (; lines > 0 && count > 0; --lines, --count, line += 64) __builtin_prefetch(line, 0, 2);
+  }
+};
+
 // c[r] (+)= rows[r] · panel, for ROWS rows and N vectors of lanes.
 template <class T, int N>
 static void multiply_tile(const float* rows, const float* panel, int64_t units, float* c,
-                          bool first) {
+                          bool first, Ahead ahead) {
+  constexpr int64_t STEP = Dot<T>::PARTS * vf::W;  // of which `units` has a whole number
+  const int64_t lines = ceil_div(ahead.count * STEP, units);
   vf total[ROWS][N];
 #pragma GCC unroll 16
   for (auto& row : total)
     for (vf& t : row) t = zero();
-  for (int64_t u = 0; u < units; ++u) {
-    vf x[N];
-    for (int i = 0; i < N; ++i) x[i] = load(panel + (u * N + i) * vf::W);
+  for (int64_t step = 0; step < units; step += STEP) {
+    ahead.fetch(lines);
+    for (int64_t u = step; u < step + STEP; ++u) {
+      vf x[N];
+      for (int i = 0; i < N; ++i) x[i] = load(panel + (u * N + i) * vf::W);
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
-      const vf w = keep(set(rows[r * CHUNK_UNITS + u]));
-      for (int i = 0; i < N; ++i) total[r][i] = Dot<T>::add(w, x[i], total[r][i]);
+      for (int r = 0; r < ROWS; ++r) {
+        const vf w = keep(set(rows[r * CHUNK_UNITS + u]));
+        for (int i = 0; i < N; ++i) total[r][i] = Dot<T>::add(w, x[i], total[r][i]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -155,9 +169,13 @@ static void multiply_panel(int vectors, const float* rows, int64_t tiles, const 
   if constexpr (N > 1) {
     if (vectors < N) return multiply_panel<T, N - 1>(vectors, rows, tiles, panel, units, c, first);
   }
+  // The panel behind this one is the next: a tile fetches its part of it.
+  const char* next = reinterpret_cast<const char*>(panel + units * N * vf::W);
+  const int64_t lines = units * N * vf::W * int64_t(sizeof(float)) / 64;
   for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t begin = lines * t / tiles, end = lines * (t + 1) / tiles;
     multiply_tile<T, N>(rows + t * ROWS * CHUNK_UNITS, panel, units, c + t * ROWS * N * vf::W,
-                        first);
+                        first, Ahead{next + begin * 64, end - begin});
   }
 }
 
