@@ -30,7 +30,6 @@ struct alignas(16) float4 { float x, y, z, w; };
 using std::max;
 using std::min;
 inline float __expf(float x) { return std::exp(x); }
-inline float __log2f(float x) { return std::log2(x); }
 
 #define CUDA_HOST_HERE(WHAT) \
   ::cuda_host::Place { WHAT, file, line }

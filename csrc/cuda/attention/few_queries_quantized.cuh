@@ -26,8 +26,8 @@ template <int D> struct FewQueriesQuantizedShared {
 
 // What a value's scale adds to a score. Scales that no model has are taken as 2^-80, so that neither the
 // sum of weights nor a 0 among the scales makes an infinity.
-__device__ __forceinline__ float headroom(float scale) {
-  return fminf(fmaxf(__log2f(scale), -80.0f), 126.0f) - 15.0f;
+__device__ __forceinline__ float log2_bounded(float scale) {
+  return fminf(fmaxf(log2_fast(scale), -80.0f), 126.0f);
 }
 
 // take_scores, with weights that are multiplied by the scales of their values.
@@ -42,14 +42,14 @@ __device__ __forceinline__ void take_coded_scores(Softmax& softmax,
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     scale[n] = *reinterpret_cast<const float2*>(v_scales + n * 8 + 2 * t);
-    const float more[2] = {headroom(scale[n].x), headroom(scale[n].y)};
+    const float more[2] = {log2_bounded(scale[n].x), log2_bounded(scale[n].y)};
 #pragma unroll
     for (int j = 0; j < 4; ++j) max[j / 2] = fmaxf(max[j / 2], scores[n][j] + more[j % 2]);
   }
   float correction[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    correction[i] = raise(softmax, i, max[i]);
+    correction[i] = raise(softmax, i, max[i] - 15.0f);
     const float base = base_of(softmax.max[i]);
 #pragma unroll
     for (int n = 0; n < N; ++n)

@@ -30,23 +30,29 @@ template <int D> struct CodedTile {
 template <int D>
 __device__ __forceinline__ void copy_coded_keys(int8_t* tile, const int8_t* source, int64_t stride,
                                                 int first, int end, int lane) {
+  int key = first + lane / 4;
+  source += key * stride + lane % 4 * 16;
 #pragma unroll
-  for (int i = 0; i < CODED_KEYS * D / 16 / WARP; ++i) {
-    const int key = first + i / (D / 64) * 8 + lane / 4, chunk = i % (D / 64) * 4 + lane % 4;
-    copy_async(tile + (i * WARP + lane) * 16, source + key * stride + chunk * 16, key < end);
-  }
+  for (int n = 0; n < CODED_KEYS / 8; ++n, key += 8, source += 8 * stride)
+#pragma unroll
+    for (int c = 0; c < D / 64; ++c)
+      copy_async(tile + ((n * (D / 64) + c) * WARP + lane) * 16, source + c * 64, key < end);
 }
 
-// The same of values: of each 16 keys, what the quads' lanes t have of their keys 2t, 2t + 1, 2t + 8 and
-// 2t + 9, which are those of the weights that they hold.
+// The same of values. Those of each four keys lie together: of 16 keys 2t, which are the first of the
+// weights that lane t of a quad holds, then 2t + 1, 2t + 8 and 2t + 9.
 template <int D>
 __device__ __forceinline__ void copy_coded_values(int8_t* tile, const int8_t* source,
                                                   int64_t stride, int first, int end, int lane) {
+  constexpr int FOURS = WARP / 4 / (D / 16);  // that a warp copies at once
+  int key = first + lane % 4 * 2 + lane / 4 / (D / 16);
+  source += key * stride + lane / 4 % (D / 16) * 16;
 #pragma unroll
-  for (int i = 0; i < CODED_KEYS * D / 16 / WARP; ++i) {
-    const int at = i * WARP + lane, chunk = at / 4 % (D / 16), j = at / 4 / (D / 16);
-    const int key = first + j / 4 * 16 + j / 2 % 2 * 8 + 2 * (at % 4) + j % 2;
-    copy_async(tile + at * 16, source + key * stride + chunk * 16, key < end);
+  for (int i = 0; i < CODED_KEYS / 4 / FOURS; ++i) {
+    copy_async(tile + (i * WARP + lane) * 16, source, key < end);
+    const int step = FOURS == 2 ? 8 : i % 2 ? 7 : 1;
+    key += step;
+    source += step * stride;
   }
 }
 

@@ -120,6 +120,7 @@ inline void close_copy_group() { cuda_host::close_group(); }
 template <int OPEN> void wait_for_copies() { cuda_host::wait_for_groups(OPEN); }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float log2_fast(float x) { return std::log2(x); }
 
 inline uint4 load_once(const void* p) { return *static_cast<const uint4*>(p); }
 inline uint32_t load_once(const uint32_t* p) { return *p; }
