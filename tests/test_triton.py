@@ -126,6 +126,19 @@ def test_rows_without_keys_and_nan_behind_the_length():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm"])
+def test_rows_beyond_the_registers(name, dtype):
+    """Rows of another stride, in chunks, the last of them not whole."""
+    g = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(3, 33000, generator=g).to(DEVICE, dtype)[:, :32801] for _ in "xr")
+    weight = torch.randn(32801, generator=g).to(DEVICE, dtype)
+    op = OPS[name]
+    args = (x, weight, 1e-5) if name == "rms_norm" else (x, residual, weight, 1e-5)
+    with use_backend("triton", strict=True), torch.no_grad():
+        assert_accurate(run_poisoned(op, args), *references(op, args), f"rows of 32801 in {dtype}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_rows_beyond_the_registers(dtype):
     """Rows in chunks, the last of them not whole, and more rows than a program takes at once."""
     g = torch.Generator().manual_seed(0)

@@ -4,7 +4,7 @@ The sum is rounded to the dtype, as the model's own addition is, and the norm is
 Two tensors are read and two written, each once.
 
 Backward, with (dx, dw) those of rms_norm at total: d_x = d_residual = dx + the gradient of total.
-The kernel is rms_norm's, with that gradient as its addend.
+The kernel is rms_norm's, with that gradient as its addend. So is the one for rows beyond registers.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As llama_fast.ops.add_rms_norm."""
     C = x.shape[-1]
+    if C > norm.FORWARD_WHOLE:
+        return norm.forward_wide(x, residual, weight, eps)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty_like(y)
     N, n1, n2, (stride_x, stride_r) = rows(x, residual)

@@ -105,6 +105,10 @@ def calls(brief: bool = False) -> Iterator[tuple[str, str, tuple]]:
         yield "add_rms_norm", "add_rms_norm_backward", (x, x, x, weight, 1e-5)
         yield "swiglu", "swiglu", (x, x)
         yield "swiglu", "swiglu_backward", (x, x, x)
+    for dtype in (HALF, FULL):
+        x, weight = empty(B, T, 65536, dtype=dtype), empty(65536, dtype=dtype)
+        yield "rms_norm", "rms_norm", (x, weight, 1e-5)
+        yield "add_rms_norm", "add_rms_norm", (x, x, weight, 1e-5)
     for D, dtype in ((96, HALF), (256, HALF), (64, FULL), (128, FULL), (256, FULL)):
         q, k, v = (empty(B, T, heads, D, dtype=dtype) for heads in (8, 2, 2))
         yield from attention(q, k, v)

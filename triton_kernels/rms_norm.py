@@ -8,9 +8,9 @@ weight's gradient is a sum over all rows. Each program of the backward pass walk
 them and keeps its sum in registers; the programs' sums, some megabytes at most, are added up by a
 second small kernel. Atomics would need no second kernel, but would add in another order each time.
 
-Of rows beyond 8192 elements, the backward pass would keep more than registers hold. There a
-program takes a few rows at a time in chunks of columns: once for their sums, and once more, from
-L2, for the gradients. Its sum of dw lies in memory, each chunk added once for all of these rows.
+Longer rows are more than registers hold: beyond 32,768 elements forward, beyond 8,192 backward.
+There a program takes rows in chunks of columns, once for their sums, and once more, from L2, for
+the results. Its sum of dw lies in memory, each chunk added once for a few rows together.
 
 N rows of C elements; x (N, C) with any strides of rows, weight (C,), y (N, C) contiguous.
 """
@@ -28,8 +28,8 @@ from .choice import chosen, knob
 from .launch import TYPES, launch, next_power_of_2
 from .rows import row_offset, rows, sum_rows
 
-MAX_C = 32768  # a row of float32 then fills half of a processor's registers
-WHOLE_ROWS = 8192  # of the backward pass, where four of them are live
+FORWARD_WHOLE = 32768  # elements; a row of float32 then fills half of a processor's registers
+BACKWARD_WHOLE = 8192  # where four rows are live
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -58,6 +58,61 @@ def rms_norm_fwd_kernel(
     y = x * r[:, None] * weight[None, :]  # in float32 up to here, rounded once
     y_row = y_ptr + row * C
     tl.store(y_row[:, None] + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_total(x_row, residual_row, total_ptr, column, inside, HAS_RESIDUAL: tl.constexpr):
+    """What is normalised, in float32: x, or its sum with the residual, rounded to their dtype."""
+    x = tl.load(x_row[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_row[:, None] + column[None, :], mask=inside, other=0.0)
+        x = (x + residual.to(tl.float32)).to(total_ptr.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit(do_not_specialize=["N"])
+def rms_norm_fwd_wide_kernel(
+    x_ptr,  # (N, C)
+    residual_ptr,  # (N, C), added to x; only if HAS_RESIDUAL
+    weight_ptr,  # (C,)
+    y_ptr,  # (N, C) contiguous
+    total_ptr,  # (N, C) contiguous: x + residual; only if HAS_RESIDUAL
+    N,
+    C,
+    n1,
+    n2,
+    stride_x0,
+    stride_x1,
+    stride_x2,
+    stride_r0,
+    stride_r1,
+    stride_r2,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """rms_norm_fwd_kernel, and add_rms_norm's, for rows that do not fit into registers."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_row = x_ptr + row_offset(row, n1, n2, stride_x0, stride_x1, stride_x2)
+    r_row = residual_ptr + row_offset(row, n1, n2, stride_r0, stride_r1, stride_r2)
+    squares = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for first in range(0, C, BLOCK_C):
+        column = first + tl.arange(0, BLOCK_C)
+        inside = (row[:, None] < N) & (column[None, :] < C)
+        x = load_total(x_row, r_row, total_ptr, column, inside, HAS_RESIDUAL)
+        squares += x * x
+    r = tl.rsqrt(tl.sum(squares, axis=1) / C + eps)[:, None]
+    for first in range(0, C, BLOCK_C):
+        column = first + tl.arange(0, BLOCK_C)
+        inside = (row[:, None] < N) & (column[None, :] < C)
+        x = load_total(x_row, r_row, total_ptr, column, inside, HAS_RESIDUAL)
+        weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+        out = row[:, None] * C + column[None, :]
+        if HAS_RESIDUAL:
+            tl.store(total_ptr + out, x.to(total_ptr.dtype.element_ty), mask=inside)
+        y = x * r * weight[None, :]
+        tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -185,9 +240,16 @@ class NormConfig:
 
 
 @dataclass(frozen=True)
+class NormWideConfig(NormConfig):
+    """As NormConfig, in chunks of block_c columns."""
+
+    block_c: int = knob(64, 16384)
+
+
+@dataclass(frozen=True)
 class NormBackwardConfig:
     """As NormConfig; the programs of a processor share the rows, and each walks its own. Rows
-    beyond WHOLE_ROWS are taken in chunks of block_c."""
+    beyond BACKWARD_WHOLE are taken in chunks of block_c."""
 
     block_n: int = knob(1, 64)
     num_warps: int = knob(1, 32)
@@ -205,7 +267,7 @@ def forward_config(C: int, dtype: torch.dtype) -> NormConfig:
 
 def backward_config(C: int, chip: Chip, dtype: torch.dtype) -> NormBackwardConfig:
     """Four live rows of float32 (x, g, w, dw): 16 elements of each a thread fill 64 registers."""
-    if C > WHOLE_ROWS:
+    if C > BACKWARD_WHOLE:
         return NormBackwardConfig(4, num_warps=8, programs=2, block_c=2048 // dtype.itemsize)
     block_c = next_power_of_2(C)
     block_n = max(1, min(16, 1024 // block_c))
@@ -217,6 +279,8 @@ def backward_config(C: int, chip: Chip, dtype: torch.dtype) -> NormBackwardConfi
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """As llama_fast.ops.rms_norm."""
     C = x.shape[-1]
+    if C > FORWARD_WHOLE:
+        return forward_wide(x, None, weight, eps)[0]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     N, n1, n2, (stride_x,) = rows(x)
     config = chosen(
@@ -244,6 +308,40 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         num_warps=config.num_warps,
     )
     return y
+
+
+def forward_wide(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm of x + residual, x + residual), or (rms_norm of x, x)."""
+    C = x.shape[-1]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    has_residual = residual is not None
+    total = torch.empty_like(y) if has_residual else x
+    N, n1, n2, strides = rows(x, residual if has_residual else x)
+    default = NormWideConfig(1, num_warps=8, block_c=8192 // x.dtype.itemsize)
+    config = chosen("rms_norm", "rms_norm_fwd_wide", chip_of(x), default, C=C, dtype=TYPES[x.dtype])
+    launch(
+        rms_norm_fwd_wide_kernel,
+        (-(-N // config.block_n),),
+        x,
+        residual if has_residual else x,
+        weight,
+        y,
+        total,
+        N,
+        C,
+        n1,
+        n2,
+        *strides[0],
+        *strides[1],
+        eps,
+        HAS_RESIDUAL=has_residual,
+        BLOCK_N=config.block_n,
+        BLOCK_C=config.block_c,
+        num_warps=config.num_warps,
+    )
+    return y, total
 
 
 def rms_norm_backward(
@@ -275,7 +373,7 @@ def backward(
         dtype=TYPES[x.dtype],
     )
     programs = max(1, min(config.programs * chip.processors, -(-N // config.block_n)))
-    wide = C > WHOLE_ROWS
+    wide = C > BACKWARD_WHOLE
     partial = (torch.zeros if wide else torch.empty)(
         (programs, C), dtype=torch.float32, device=x.device
     )

@@ -74,21 +74,12 @@ def norm_reasons(weight: torch.Tensor, **tensors: torch.Tensor) -> list[str]:
     return stride_reasons(weight=weight) + rows_reasons(**tensors)
 
 
-def whole_rows_reasons(weight: torch.Tensor) -> list[str]:
-    C, most = weight.shape[0], kernels("rms_norm").MAX_C
-    return [f"C is {C}; a program keeps whole rows, of at most {most}"] if C > most else []
-
-
 def _rms_norm(x, weight, eps) -> list[str]:
-    return whole_rows_reasons(weight) + norm_reasons(weight, x=x)
-
-
-def _rms_norm_backward(x, weight, eps) -> list[str]:
     return norm_reasons(weight, x=x)
 
 
 def _add_rms_norm(x, residual, weight, eps) -> list[str]:
-    return whole_rows_reasons(weight) + norm_reasons(weight, x=x, residual=residual)
+    return norm_reasons(weight, x=x, residual=residual)
 
 
 def _swiglu(gate, up) -> list[str]:
@@ -157,11 +148,11 @@ register_backend(
         implementations={
             "rms_norm": implementation("rms_norm", "rms_norm", _rms_norm),
             "rms_norm_backward": implementation(
-                "rms_norm", "rms_norm_backward", _rms_norm_backward, grads=1
+                "rms_norm", "rms_norm_backward", _rms_norm, grads=1
             ),
             "add_rms_norm": implementation("add_rms_norm", "add_rms_norm", _add_rms_norm),
             "add_rms_norm_backward": implementation(
-                "add_rms_norm", "add_rms_norm_backward", _rms_norm_backward, grads=2
+                "add_rms_norm", "add_rms_norm_backward", _rms_norm, grads=2
             ),
             "swiglu": SWIGLU,
             "swiglu_backward": implementation("swiglu", "swiglu_backward", _swiglu, grads=1),
