@@ -16,10 +16,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.session import PerformanceRegression
 
 from llama_fast import ceilings, machine
 from llama_fast.results import Row
@@ -120,6 +122,16 @@ def play(benchmark: Any, row: Row, contender: str, group: str) -> None:
 NOT_OF_THE_ROW: dict[str, Any] = {
     key: {} for key in ("samples", "errors", "host", "memory", "measured_with", "missing")
 }
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary() -> Iterator[None]:
+    """A regression ends the run with what the plugin says of it and code 1: the exception that it
+    raises behind that would come out as a traceback of pytest itself."""
+    try:
+        return (yield)
+    except PerformanceRegression as regression:
+        pytest.exit(str(regression), returncode=1)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:

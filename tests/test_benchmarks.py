@@ -312,7 +312,8 @@ def test_runs_are_compared_by_the_plugin(tmp_path):
         f"--benchmark-histogram={tmp_path}/bars",
     )
     said = found.stdout + found.stderr
-    assert found.returncode != 0 and "Performance has regressed" in said
+    assert found.returncode == 1 and "Performance has regressed" in said, said
+    assert "Traceback" not in said, said
     worse = [line for line in said.splitlines() if "Field 'median'" in line]
     assert len(worse) == 1 and "eager" in worse[0], said
     assert "machine_info is different" not in said
