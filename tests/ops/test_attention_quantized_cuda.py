@@ -87,6 +87,7 @@ SCALES = {
     "large": (40.0, 400.0),
     "tiny values": (1.0, 1e-6),
     "subnormal values of float16": (1.0, 3e-8),
+    "values below the bound of scales": (1.0, 1e-28),
     "large values": (1.0, 1e3),
 }
 
