@@ -6,10 +6,10 @@
 // group by group; the products of a group are then summed exactly, in integers. float32 activations
 // are multiplied by the weights' values instead.
 //
-// A thread owns a contiguous range of blocks. It takes two at a time through all rows of x, in
-// tiles of rows whose sums stay in registers; where there are several tiles, in chunks of columns
-// that stay in L1, and there nibbles are unpacked first. Sums are taken group after group whatever
-// the number of rows or threads, so neither changes a result.
+// A thread owns a contiguous range of blocks, and then takes pieces of what is left. It takes two
+// blocks at a time through all rows of x, in tiles of rows whose sums stay in registers; where there
+// are several tiles, in chunks of columns that stay in L1, and there nibbles are unpacked first. Sums
+// are taken group after group whatever the number of rows or threads, so neither changes a result.
 #include <algorithm>
 #include <cmath>
 
@@ -30,6 +30,7 @@ static constexpr int MAX_NT = vf::W == 16 ? 2 : 1;
 static constexpr int CHUNK = 512;             // columns; a multiple of every group size
 static constexpr int FLOAT_CHUNK = 128, FLOAT_RUN = 16;
 static constexpr int64_t SLAB = 512;          // rows of x that are packed at a time
+static constexpr int64_t PIECE_BYTES = 1 << 16;  // of codes, about: see parallel_for_then_pieces
 static constexpr int UNPACK_FROM = 3;         // tiles of rows
 // Bytes from what is used to what is fetched: far enough to have begun before a block ends.
 static constexpr int CODES_AHEAD = 2048, SCALES_AHEAD = 512;
@@ -279,7 +280,8 @@ static void write(const float* total, const LinearQuantizedArgs& a, int64_t row0
 // Calls f(n0, NT, scratch) for the blocks of each thread.
 template <class F> static void for_each_blocks(const Shape& s, int64_t M, F&& f) {
   const int64_t n = (s.blocks + MAX_NT - 1) / MAX_NT, each = s.columns * BLOCK * MAX_NT * M;
-  parallel_for(n, product_grain(n, each), [&](int64_t begin, int64_t end) {
+  const int64_t piece = std::max<int64_t>(1, PIECE_BYTES / (s.code_bytes * MAX_NT));
+  parallel_for_then_pieces(n, product_grain(n, each), piece, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       f(i * MAX_NT, int(std::min<int64_t>(MAX_NT, s.blocks - i * MAX_NT)));
   });

@@ -32,6 +32,32 @@ template <class F> static inline void parallel_for(int64_t n, int64_t grain, F&&
   f(0, n);
 }
 
+// As parallel_for, for work that waits for memory, which one thread may be given more slowly: seven
+// eighths are split evenly, and the rest is taken `piece` items at a time, so that all end together.
+template <class F>
+static inline void parallel_for_then_pieces(int64_t n, int64_t grain, int64_t piece, F&& f) {
+  if (n <= 0) return;
+#ifdef _OPENMP
+  const int64_t parts = (n + grain - 1) / grain;
+  const int64_t threads = omp_in_parallel() ? 1 : omp_get_max_threads();
+  if (parts > 1 && threads > 1) {
+    const int64_t even = n / 8 * 7;
+    std::atomic<int64_t> taken{even};
+#pragma omp parallel num_threads(int(parts < threads ? parts : threads))
+    {
+      const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+      int64_t begin = even * me / team, end = even * (me + 1) / team;
+      for (; begin < n; end = begin + piece < n ? begin + piece : n) {
+        if (begin < end) f(begin, end);
+        begin = taken.fetch_add(piece, std::memory_order_relaxed);
+      }
+    }
+    return;
+  }
+#endif
+  f(0, n);
+}
+
 // The grain of a product: so many rows of the weight, of `each` multiply-adds. One of less than half
 // a million takes some 30 µs on one thread; on a busy machine, to wait for another takes far longer.
 static inline int64_t product_grain(int64_t rows, int64_t each) {

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llama_fast import QuantizedWeight, linear, linear_quantized
+from llama_fast.backends import cpu
 from llama_fast.errors import GradientError, ShapeError
 from llama_fast.nn import Linear
 from llama_fast.registry import BackendError
@@ -217,3 +218,22 @@ def test_a_gradient_of_scales_is_refused():
     scales = WEIGHT.scales.clone().requires_grad_()
     with pytest.raises(GradientError, match="scales requires a gradient"):
         call(scales=scales)()
+
+
+@pytest.mark.skipif(not cpu.isas(), reason="this needs llama_fast._cpu")
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_threads_change_no_bit(isa, rows, bits):
+    weight = QuantizedWeight.from_float(random_weight(2045, 515), bits, 32, True)
+    x = torch.randn(rows, 515, generator=torch.Generator().manual_seed(1)).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        with on(f"cpu-{isa}"):
+            torch.set_num_threads(1)
+            one = linear(x, weight)
+            for threads in (2, 3, 7):
+                torch.set_num_threads(threads)
+                assert torch.equal(linear(x, weight), one), f"{threads} threads"
+    finally:
+        torch.set_num_threads(before)
