@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -191,6 +192,8 @@ class Op:
         self._written = [
             i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write
         ]
+        if self._written:
+            self._writes_of = itemgetter(*self._written)
         torch.library.register_fake(f"llama_fast::{self.name}", self._run_fake, lib=_library)
         if self.gradient is not None:
             torch.library.register_autograd(
@@ -432,8 +435,7 @@ class Op:
 
     def _count_writes(self, args: tuple) -> None:
         """Tells autograd that the tensors have changed, should a gradient need their old values."""
-        counted = [args[i] for i in self._written if not args[i].is_inference()]
-        torch.autograd.graph.increment_version(counted)
+        _increment_version(self._writes_of(args))
 
 
 def recorder(device: torch.device) -> Any:
@@ -471,6 +473,7 @@ _is_autocast_enabled = torch._C._is_any_autocast_enabled
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.maybe_current_level
 _forward_ad = torch.autograd.forward_ad
+_increment_version = torch.autograd.graph.increment_version
 
 
 def interposed() -> bool:

@@ -88,9 +88,12 @@ def test_autograd_knows_that_the_cache_has_changed():
         loss.backward()
 
 
-def test_inference_mode():
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_inference_mode(mode):
+    """In the mode, and outside of it with tensors that were made there, which have no version."""
     with torch.inference_mode():
         args = arguments()
-        before = args[5].clone()
+    before = args[5].clone()
+    with mode():
         kv_append(*args)
-        assert not torch.equal(before, args[5])
+    assert not torch.equal(before, args[5])
