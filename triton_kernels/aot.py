@@ -113,9 +113,10 @@ def calls(brief: bool = False) -> Iterator[tuple[str, str, tuple]]:
         q, k, v = (empty(B, T, heads, D, dtype=dtype) for heads in (8, 2, 2))
         yield from attention(q, k, v)
         yield "attention", "attention", (q[:, :1], k, v, True, None, None, False)
-        for queries in (q, q[:, :8], q[:, :1]):
-            given = (queries, *quantized(k), *quantized(v), True, None, None)
-            yield "attention_quantized", "attention_quantized", given
+        yield from attention_quantized(q, k, v)
+    for D in (64, 128, 256):
+        q, k, v = (empty(B, T, heads, D, dtype=torch.float16) for heads in (8, 2, 2))
+        yield from attention_quantized(q, k, v)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple]:
@@ -125,6 +126,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tup
     yield "attention", "attention", (q, k, v, True, None, None, True)
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     yield "attention", "attention_backward", (o, q, k, v, o, lse, True, None, None)
+
+
+def attention_quantized(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple]:
+    for queries in (q, q[:, :8], q[:, :1]):
+        given = (queries, *quantized(k), *quantized(v), True, None, None)
+        yield "attention_quantized", "attention_quantized", given
 
 
 def quantized(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

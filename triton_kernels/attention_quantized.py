@@ -24,17 +24,16 @@ from .chips import Chip
 
 def forward_config(chip: Chip, rows: int, D: int, dtype: torch.dtype) -> AttentionConfig:
     """As attention's for few rows and in float32. Codes become q's dtype in registers, so the other
-    tiles are smaller, or shared by more warps."""
+    tiles are smaller, or shared by more warps; float16 keeps a unit besides."""
     config = of_floats(chip, rows, D, dtype)
     if dtype == torch.float32 or rows <= FEW_ROWS:
         return config
+    if D > 128:
+        return replace(config, block_m=64, block_n=16)
     if chip.hopper:
-        if D > 128:
-            return replace(config, block_m=64)
         return replace(config, block_n=32) if rows <= 64 < D else config
-    if chip.amd:
-        return replace(config, block_n=16 if D > 128 else 32)
-    return replace(config, block_n=32, num_warps=8 if D > 64 else config.num_warps)
+    crowded = not chip.amd and (D > 64 or dtype == torch.float16)
+    return replace(config, block_n=32, num_warps=8 if crowded else config.num_warps)
 
 
 def attention_quantized(
