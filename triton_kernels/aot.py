@@ -54,7 +54,7 @@ class Resources:
 
 def calls(brief: bool = False) -> Iterator[tuple[str, str, tuple]]:
     """(stem, launcher, arguments) that cover the configurations: of the published models, training
-    and decoding, and of attention's other head dims and float32. `brief`: of the 8B model alone."""
+    and decoding, and of attention's other head dims and dtypes. `brief`: of the 8B model alone."""
 
     def empty(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -78,7 +78,8 @@ def calls(brief: bool = False) -> Iterator[tuple[str, str, tuple]]:
         yield "kv_append", "kv_append", (q, k, v, table, table, *caches, lengths, False)
         yield from attention(q, k, v)
         step = empty(B, 1, H, D)
-        yield "attention", "attention", (step, *caches, True, None, lengths, False)
+        for queries in (step,) if brief else (q, q[:, :8], step):
+            yield "attention", "attention", (queries, *caches, True, None, lengths, False)
         coded = [part for cache in caches for part in quantized(cache)]
         given = (q, k, v, table, table, *coded, lengths)
         for interleaved in (False, True):
@@ -109,13 +110,12 @@ def calls(brief: bool = False) -> Iterator[tuple[str, str, tuple]]:
         x, weight = empty(B, T, 65536, dtype=dtype), empty(65536, dtype=dtype)
         yield "rms_norm", "rms_norm", (x, weight, 1e-5)
         yield "add_rms_norm", "add_rms_norm", (x, x, weight, 1e-5)
-    for D, dtype in ((96, HALF), (256, HALF), (64, FULL), (128, FULL), (256, FULL)):
+    others = {HALF: (96, 256), torch.float16: (64, 128, 256), FULL: (64, 128, 256)}
+    for dtype, D in ((dtype, D) for dtype, dims in others.items() for D in dims):
         q, k, v = (empty(B, T, heads, D, dtype=dtype) for heads in (8, 2, 2))
         yield from attention(q, k, v)
-        yield "attention", "attention", (q[:, :1], k, v, True, None, None, False)
-        yield from attention_quantized(q, k, v)
-    for D in (64, 128, 256):
-        q, k, v = (empty(B, T, heads, D, dtype=torch.float16) for heads in (8, 2, 2))
+        for queries in (q[:, :8], q[:, :1]):
+            yield "attention", "attention", (queries, k, v, True, None, None, False)
         yield from attention_quantized(q, k, v)
 
 

@@ -537,8 +537,9 @@ def forward_config(chip: Chip, rows: int, D: int, dtype: torch.dtype) -> Attenti
         return AttentionConfig(FEW_ROWS, 32 if D > 64 else 64, 4, stages)
     if D > 128:
         return AttentionConfig(128 if chip.hopper and rows > 64 else 64, 32, 8, num_stages=2)
-    # mma.sync keeps both sides of a product in registers: wide heads leave room for 32 keys.
-    block_n = 64 if D <= 64 or chip.hopper or chip.amd else 32
+    # Registers hold both sides of mma.sync's products: wide heads leave room for 32 keys. So does
+    # gfx942 for heads of any width.
+    block_n = 64 if chip.hopper or (D <= 64 and not chip.amd) else 32
     if rows <= 64 or not chip.roomy or chip.amd:
         return AttentionConfig(64, block_n, num_warps=4, num_stages=2)
     return AttentionConfig(128, block_n, num_warps=8, num_stages=3)
