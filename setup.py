@@ -8,6 +8,7 @@ here knows of torch, so one build serves every torch version. `llama_fast._cuda`
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -49,6 +50,11 @@ class BuildWithNinja(build_ext):
             build_cpu_module(target, folder)
         else:
             setup_cuda.build_cuda_module(target, folder, architectures)
+        # Python started in the checkout imports these sources, not what was installed: they find
+        # the same module beside them.
+        beside = ROOT / "llama_fast" / target.name
+        if beside != target:
+            shutil.copy2(target, beside)
 
 
 def build_cpu_module(
