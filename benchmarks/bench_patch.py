@@ -27,12 +27,13 @@ import torch
 
 from benchmarks.models import PAUSE, missing, shape, with_layers
 from benchmarks.worker import Worker, WorkerError, run_apart
-from llama_fast import ceilings, machine, results
+from llama_fast.bench import machine, results
+from llama_fast.bench import roofline as ceilings
+from llama_fast.bench.memory import extra_memory
+from llama_fast.bench.results import OURS, Goal, Row
+from llama_fast.bench.timing import OtherPrograms, interleaved
 from llama_fast.errors import LlamaFastError
-from llama_fast.memory import extra_memory
-from llama_fast.numerics import relative_rms
-from llama_fast.results import OURS, Goal, Row
-from llama_fast.timing import OtherPrograms, interleaved
+from llama_fast.utils.compare import relative_rms
 
 TRANSFORMERS, COMPILED, LIGER = "transformers", "torch.compile", "liger-kernel"
 CONTENDERS = (OURS, TRANSFORMERS, COMPILED, LIGER)

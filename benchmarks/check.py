@@ -21,12 +21,15 @@ from pathlib import Path
 
 import torch
 
-from llama_fast import ceilings, contenders, machine, results, speed
+from llama_fast.bench import baselines as contenders
+from llama_fast.bench import machine, results
+from llama_fast.bench import measure as speed
+from llama_fast.bench import roofline as ceilings
+from llama_fast.bench.results import Row
+from llama_fast.bench.shapes import Work, workloads
 from llama_fast.config import LlamaConfig
+from llama_fast.dispatch import OPS, ORDER
 from llama_fast.errors import LlamaFastError, WrongResultError
-from llama_fast.registry import OPS, ORDER
-from llama_fast.results import Row
-from llama_fast.workloads import Work, workloads
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = "1b"

@@ -1,7 +1,7 @@
 """`pytest benchmarks/`: options, and how contenders that took turns become the plugin's benchmarks.
 
 pytest-benchmark runs one test after the other, and a machine's speed drifts meanwhile. So the first
-test of a group measures all of its contenders, round by round (`llama_fast.speed`), and each test
+test of a group measures all of its contenders, round by round (`bench.measure`), and each test
 then plays its own samples to the plugin: its clock is `replayed`, which every turn moves on by the
 next sample. Comparison, histogram, JSON and --benchmark-compare-fail are the plugin's own.
 
@@ -23,8 +23,9 @@ import pytest
 import torch
 from pytest_benchmark.session import PerformanceRegression
 
-from llama_fast import ceilings, machine
-from llama_fast.results import Row
+from llama_fast.bench import machine
+from llama_fast.bench import roofline as ceilings
+from llama_fast.bench.results import Row
 
 SHAPES, WORK, DTYPES = "1b,3b,8b,70b", "decode,prefill,training", "bfloat16,float16,float32"
 

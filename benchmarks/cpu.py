@@ -31,13 +31,14 @@ from benchmarks import elementwise, kernels, memory, models
 from benchmarks.models import PART_OF
 from benchmarks.table import show, table_of
 from benchmarks.worker import Worker, WorkerError, run_apart
-from llama_fast import ceilings, machine, results
-from llama_fast.ceilings import Ceilings
+from llama_fast.bench import machine, results
+from llama_fast.bench import roofline as ceilings
+from llama_fast.bench.results import COPY, MULTIPLY_ADDS, OURS, READ, Goal, Row
+from llama_fast.bench.roofline import Ceilings
+from llama_fast.bench.shapes import Work
+from llama_fast.bench.timing import ratio
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import LlamaFastError
-from llama_fast.results import COPY, MULTIPLY_ADDS, OURS, READ, Goal, Row
-from llama_fast.timing import ratio
-from llama_fast.workloads import Work
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("transformers", "llama-cpp-python", "gguf", "numpy")

@@ -18,10 +18,10 @@ from time import process_time
 import torch
 
 import llama_fast.ops  # noqa: F401  registers the ops
+from llama_fast.bench.shapes import Work, workloads
+from llama_fast.bench.timing import interleaved, ratio
 from llama_fast.config import LlamaConfig
-from llama_fast.registry import OPS, Op, use_backend
-from llama_fast.timing import interleaved, ratio
-from llama_fast.workloads import Work, workloads
+from llama_fast.dispatch import OPS, Op, use_backend
 
 # The shape and the number of tokens.
 Size = tuple[LlamaConfig, int]

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 
 import llama_fast.ops  # noqa: F401  registers the ops
 from benchmarks import elementwise
-from llama_fast.ceilings import multiply_adds, plain_read
+from llama_fast.bench.measure import TOLERANCE
+from llama_fast.bench.oracle import distance, outputs
+from llama_fast.bench.results import COPY, MULTIPLY_ADDS, OURS, READ
+from llama_fast.bench.roofline import multiply_adds, plain_read
+from llama_fast.bench.shapes import Work, workloads
+from llama_fast.bench.timing import OtherPrograms, interleaved
 from llama_fast.config import LlamaConfig
+from llama_fast.dispatch import OPS, Op, use_backend
 from llama_fast.errors import WrongResultError
-from llama_fast.reference import distance, outputs
-from llama_fast.registry import OPS, Op, use_backend
-from llama_fast.results import COPY, MULTIPLY_ADDS, OURS, READ
-from llama_fast.speed import TOLERANCE
-from llama_fast.timing import OtherPrograms, interleaved
-from llama_fast.workloads import Work, workloads
 
 # Caches that one query visits in turn, as those of a model's layers: more than a cache can hold.
 LAYERS = 16

@@ -16,10 +16,10 @@ from collections.abc import Callable
 
 import torch
 
-from llama_fast import ceilings
+from llama_fast.bench import roofline as ceilings
+from llama_fast.bench.timing import interleaved
+from llama_fast.dispatch import Op, use_backend
 from llama_fast.ops.linear import BACKWARD_WEIGHT, BACKWARD_X, OP
-from llama_fast.registry import Op, use_backend
-from llama_fast.timing import interleaved
 
 WAYS = {
     "linear": (OP, lambda x, weight, grad: (x, weight)),

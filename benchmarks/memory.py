@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.models import Models, prompt_of
 from benchmarks.worker import WorkerError, run_apart
+from llama_fast.bench.results import OURS, Goal, Row
 from llama_fast.config import LlamaConfig
-from llama_fast.results import OURS, Goal, Row
 
 TOKENS = 4
 
@@ -41,7 +41,7 @@ def peak(models: Models, shape: str, form: str, quantize: str | None, gigabytes:
 
 def _load_and_decode(folder: Path, quantize: str | None, tokens: list[int]) -> float:
     from benchmarks.peers.ours import Ours
-    from llama_fast.memory import resident_peak
+    from llama_fast.bench.memory import resident_peak
 
     ours = Ours(folder, len(tokens) + TOKENS, quantize)
     ours.prefill(tokens)
@@ -62,8 +62,8 @@ def prompt(config: LlamaConfig, tokens: int, threads: int, gigabytes: float) -> 
 
 @torch.no_grad()
 def _prefill(config: LlamaConfig, tokens: int) -> float:
-    from llama_fast.generate import prefill
-    from llama_fast.memory import extra_memory
+    from llama_fast.bench.memory import extra_memory
+    from llama_fast.generation.generate import prefill
     from llama_fast.model import Llama
 
     one_layer = dataclasses.replace(config, n_layers=1, vocab_size=256, max_seq_len=tokens)

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.worker import Worker, WorkerError, run_apart
-from llama_fast.atomic import atomic_file
-from llama_fast.ceilings import multiply_adds, plain_read
+from llama_fast.bench.results import MULTIPLY_ADDS, OURS, READ, Goal, Row
+from llama_fast.bench.roofline import multiply_adds, plain_read
+from llama_fast.bench.timing import OtherPrograms, interleaved
 from llama_fast.cli.options import DEMO
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import WrongResultError
-from llama_fast.results import MULTIPLY_ADDS, OURS, READ, Goal, Row
-from llama_fast.timing import OtherPrograms, interleaved
+from llama_fast.utils.files import atomic_file
 
 HOW_TO_INSTALL = "pip install -c constraints.txt '.[bench,peers]'"
 CONTEXT_TOKENS = 16  # what a decoded sequence begins with

@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from llama_fast.results import Goal, Row
+from llama_fast.bench.results import Goal, Row
 
 
 def show(console: Console, row: Row) -> None:

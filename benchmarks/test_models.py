@@ -26,17 +26,17 @@ import llama_fast
 from benchmarks.conftest import MEASURED, SHAPES, chosen, play, rivals
 from benchmarks.models import CONTEXT_TOKENS, WEIGHTS, missing, prefill_flops, with_layers
 from benchmarks.models import shape as shape_of
-from llama_fast.ceilings import Ceilings
+from llama_fast.bench.memory import extra_memory
+from llama_fast.bench.oracle import EXACT_BYTES
+from llama_fast.bench.results import OURS, Row
+from llama_fast.bench.roofline import Ceilings
+from llama_fast.bench.timing import OtherPrograms, interleaved, interleaved_on_gpu
 from llama_fast.checkpoint import write_random
 from llama_fast.cli.measure import bytes_per_token
+from llama_fast.dispatch import use_backend
 from llama_fast.errors import WrongResultError
-from llama_fast.memory import extra_memory
 from llama_fast.model import Llama
-from llama_fast.numerics import relative_rms
-from llama_fast.reference import EXACT_BYTES
-from llama_fast.registry import use_backend
-from llama_fast.results import OURS, Row
-from llama_fast.timing import OtherPrograms, interleaved, interleaved_on_gpu
+from llama_fast.utils.compare import relative_rms
 
 LONG, ROUNDS_OF_LONG = ("load", "training step"), 3  # seconds each
 STEPS = 4  # tokens of a sample of decode

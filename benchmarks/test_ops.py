@@ -18,11 +18,12 @@ import torch
 
 from benchmarks.conftest import DTYPES, MEASURED, SHAPES, WORK, chosen, play, rivals
 from benchmarks.models import shape as shape_of
-from llama_fast import contenders, speed
-from llama_fast.ceilings import Ceilings
-from llama_fast.registry import BACKENDS, OPS, Op
-from llama_fast.results import Row
-from llama_fast.workloads import NAMES, Work, workloads
+from llama_fast.bench import baselines as contenders
+from llama_fast.bench import measure as speed
+from llama_fast.bench.results import Row
+from llama_fast.bench.roofline import Ceilings
+from llama_fast.bench.shapes import NAMES, Work, workloads
+from llama_fast.dispatch import BACKENDS, OPS, Op
 
 # Of a model's several matrices the quick run takes one of each kind that differs, and of the forms
 # of quantised weights all of the largest of a layer.

@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from llama_fast.environment import triton_interpreter
+from llama_fast.utils.environment import triton_interpreter
 from tests.triton_interpreter import behave_as_a_gpu
 
 if triton_interpreter():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llama_fast.atomic import atomic_file, atomic_folder
 from llama_fast.errors import LlamaFastError
+from llama_fast.utils.files import atomic_file, atomic_folder
 
 
 def test_file_appears_at_the_end(tmp_path):

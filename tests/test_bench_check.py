@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import check
-from llama_fast import ceilings, machine, results
-from llama_fast.registry import OPS, Implementation, backends
-from llama_fast.results import Row
-from llama_fast.workloads import Work
+from llama_fast.bench import machine, results
+from llama_fast.bench import roofline as ceilings
+from llama_fast.bench.results import Row
+from llama_fast.bench.shapes import Work
+from llama_fast.dispatch import OPS, Implementation, backends
 
 pytest.importorskip("llama_fast._cpu", reason="the C++ kernels are not built")
 

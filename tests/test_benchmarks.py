@@ -17,13 +17,13 @@ import torch
 
 from benchmarks import bench_patch, cpu, memory, models
 from benchmarks.worker import Worker, WorkerError
-from llama_fast import machine, results
+from llama_fast.bench import machine, results
+from llama_fast.bench.report import write
+from llama_fast.bench.results import Row
+from llama_fast.bench.timing import OtherPrograms, interleaved, ratio, spread
 from llama_fast.checkpoint import write_random
 from llama_fast.config import LlamaConfig, RopeScaling
 from llama_fast.errors import WrongResultError
-from llama_fast.report import write
-from llama_fast.results import Row
-from llama_fast.timing import OtherPrograms, interleaved, ratio, spread
 
 _cpu = pytest.importorskip("llama_fast._cpu", reason="the C++ kernels are not built")
 PEER = importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf")

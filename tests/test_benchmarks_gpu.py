@@ -15,11 +15,11 @@ from benchmarks.gpu import goals, ops, part, run
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.run import Ended
 from benchmarks.gpu.setting import LARGE, TINY, Setting
-from llama_fast import results
-from llama_fast.ceilings import Ceilings
+from llama_fast.bench import results
+from llama_fast.bench.results import Row
+from llama_fast.bench.roofline import Ceilings
 from llama_fast.cli import main
-from llama_fast.registry import backends
-from llama_fast.results import Row
+from llama_fast.dispatch import backends
 
 pytest.importorskip("triton", reason="Triton is not installed: its kernels take part")
 CEILINGS = Ceilings("cpu", 1, None, 1e9, 1e9, 1e9, 1e9)
@@ -133,7 +133,7 @@ def test_a_process_that_ends_in_a_row_says_which(setting, monkeypatch):
         "import sys, time\n"
         "from pathlib import Path\n"
         "from benchmarks.gpu import part, setting\n"
-        "from llama_fast.results import Row\n"
+        "from llama_fast.bench.results import Row\n"
         "found, _ = setting.Setting.load(Path(sys.argv[1]))\n"
         "row = Row('right', 'right', 'GB/s')\n"
         "rows = {'right': lambda failed: row, 'hangs': lambda failed: time.sleep(60)}\n"

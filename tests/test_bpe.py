@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from llama_fast.errors import TokenizerError
 from llama_fast.tokenizer import PIECES, Tokenizer
-from llama_fast.tokenizer_files import BYTE_ORDER
-from llama_fast.train.bpe import _Trainer, train_bpe
+from llama_fast.tokenizer.files import BYTE_ORDER
+from llama_fast.training.bpe import _Trainer, train_bpe
 
 TEXT = """the cat sat on the mat and the other cat sat there; banana, bananas, bandana! 12 1234 12
 你好，世界。你好，朋友。世界很大，朋友很多。 aaaa aaaaa aaaaaaa abababab\n\n\n"""

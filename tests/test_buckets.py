@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import llama_fast
-from llama_fast import buckets
 from llama_fast.backends import cuda
-from llama_fast.buckets import borrow_step, bucket, filled, forget_steps
 from llama_fast.config import LlamaConfig
+from llama_fast.dispatch import use_backend
+from llama_fast.generation import buckets
+from llama_fast.generation.buckets import borrow_step, bucket, filled, forget_steps
 from llama_fast.model import Llama
-from llama_fast.registry import use_backend
 
 from .test_decode import RecordedGraphs
 
@@ -158,7 +158,7 @@ def test_kept_steps_do_not_keep_the_model(model):
 
 
 def test_generate_replays_a_bucket(model, monkeypatch):
-    module = importlib.import_module("llama_fast.generate")  # the root has the function
+    module = importlib.import_module("llama_fast.generation.generate")
     tokenizer = SimpleNamespace(bos_id=0, stop_ids=())
     monkeypatch.setattr(module, "_Text", Silent)
     monkeypatch.setattr(module, "StreamDecoder", lambda tokenizer, **options: None)

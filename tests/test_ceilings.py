@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_fast import ceilings
 from llama_fast.backends import cpu
+from llama_fast.bench import roofline as ceilings
 
 _cpu = pytest.importorskip("llama_fast._cpu", reason="the C++ kernels are not built")
 LINE = 64

@@ -23,10 +23,10 @@ from llama_fast.checkpoint import (
 )
 from llama_fast.config import LlamaConfig, RopeScaling
 from llama_fast.errors import CheckpointError
-from llama_fast.quantize_folder import quantize_folder
-from llama_fast.special_tokens import special_ids
+from llama_fast.quantization.folder import quantize_folder
 from llama_fast.tokenizer import Tokenizer
-from llama_fast.tokenizer_files import BYTE_ORDER
+from llama_fast.tokenizer.files import BYTE_ORDER
+from llama_fast.tokenizer.special_tokens import special_ids
 from tests.checkpoints import SMALL, load, meta_files, meta_state, random_state, save_meta
 
 TIED = dataclasses.replace(SMALL, tied=True)

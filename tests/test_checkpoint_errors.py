@@ -18,13 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llama_fast.checkpoint import (
-    convert,
-    open_checkpoint,
-    state_shapes,
-    write_hf,
-    write_meta,
-)
+from llama_fast.checkpoint import convert, open_checkpoint, state_shapes, write_hf, write_meta
 from llama_fast.errors import CheckpointError, ConfigError, LlamaFastError
 from tests.checkpoints import SMALL, load, meta_files, meta_state, random_state, save_meta
 

@@ -12,7 +12,7 @@ import torch
 from llama_fast.checkpoint import state_shapes, write_hf, write_meta
 from llama_fast.checkpoint.quantized import quantized_bytes
 from llama_fast.config import LlamaConfig
-from llama_fast.quantize import NAMED
+from llama_fast.config.quantization import NAMED
 
 CONFIG = LlamaConfig(
     dim=1024, n_layers=4, n_heads=16, n_kv_heads=4, head_dim=64, hidden_dim=4096, vocab_size=32000

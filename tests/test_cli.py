@@ -16,12 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fast import checkpoint, config, registry, results
+from llama_fast import checkpoint, config
+from llama_fast import dispatch as registry
+from llama_fast.bench import results
 from llama_fast.checkpoint import open_checkpoint, write_random
 from llama_fast.cli import app, main, measure, options
-from llama_fast.generate import generate
+from llama_fast.config.quantization import NAMED
+from llama_fast.generation.generate import generate
 from llama_fast.model import Llama
-from llama_fast.quantize import NAMED
 from llama_fast.tokenizer import Tokenizer
 
 from .checkpoints import load
@@ -140,7 +142,7 @@ def test_generate_writes_what_the_library_generates(run, tiny):
 
 
 def test_generate_ends_with_the_figures(run, tiny, monkeypatch):
-    monkeypatch.setattr("llama_fast.ceilings.read_bandwidth", lambda device: 8e9)
+    monkeypatch.setattr("llama_fast.bench.roofline.read_bandwidth", lambda device: 8e9)
     code, _, err = run("generate", "abc", "-m", tiny, "-n", 8, "--device", "cpu")
     assert code == 0
     assert re.search(r"^weights +[\d.]+ kB in bfloat16, loaded in [\d.]+ s$", err, re.M)
@@ -552,7 +554,7 @@ def test_doctor_says_what_is_wrong(run, monkeypatch):
 
 
 def test_bench_shows_the_ceilings(run, monkeypatch):
-    from llama_fast import ceilings
+    from llama_fast.bench import roofline as ceilings
 
     found = ceilings.Ceilings("cpu", 3, "avx9", 1.5e9, 2.5e9, 3.5e9, None)
     monkeypatch.setattr(ceilings, "measure", lambda device: found)
@@ -565,7 +567,8 @@ def test_bench_shows_the_ceilings(run, monkeypatch):
 
 
 def test_bench_times_the_ops(run, monkeypatch, tmp_path):
-    from llama_fast import ceilings, speed
+    from llama_fast.bench import measure as speed
+    from llama_fast.bench import roofline as ceilings
 
     found = ceilings.Ceilings("cpu", 1, "avx9", 1e9, 2e9, 3e9, None)
     monkeypatch.setattr(ceilings, "measure", lambda device: found)
@@ -591,7 +594,9 @@ def test_bench_times_the_ops(run, monkeypatch, tmp_path):
 
 
 def test_bench_times_gradients_peers_and_several_lengths(run, monkeypatch, tmp_path):
-    from llama_fast import ceilings, contenders, speed
+    from llama_fast.bench import baselines as contenders
+    from llama_fast.bench import measure as speed
+    from llama_fast.bench import roofline as ceilings
 
     found = ceilings.Ceilings("cpu", 1, "avx9", 1e9, 2e9, 3e9, None)
     monkeypatch.setattr(ceilings, "measure", lambda device: found)
@@ -621,7 +626,7 @@ def test_bench_times_gradients_peers_and_several_lengths(run, monkeypatch, tmp_p
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_profile_shows_where_a_step_s_time_goes(run, monkeypatch, tmp_path, width):
-    from llama_fast import ceilings
+    from llama_fast.bench import roofline as ceilings
     from llama_fast.cli import terminal
 
     found = ceilings.Ceilings("cpu", 1, "avx9", 1e9, 2e9, 3e9, None)

@@ -15,8 +15,8 @@ import torch
 import llama_fast
 from llama_fast import attention, rms_norm, use_backend
 from llama_fast.backends import cuda
+from llama_fast.dispatch import OPS
 from llama_fast.errors import BackendError, KernelError
-from llama_fast.registry import OPS
 
 from .cpu_host.emulation import load_module
 from .cuda_host import host

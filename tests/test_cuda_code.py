@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from llama_fast.triton_kernels import cubin
 
-from llama_fast.profiling.instructions import parse_sass
+from llama_fast.bench.profile.instructions import parse_sass
+from llama_fast.triton_kernels import cubin
 
 from .test_cuda import ROOT, setup_cuda
 

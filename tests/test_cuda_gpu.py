@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llama_fast.backends import cuda
-from llama_fast.registry import OPS, use_backend
+from llama_fast.dispatch import OPS, use_backend
 
 from .ops.oracle import assert_accurate, references, run_poisoned
 from .test_cuda import OF_DECODING

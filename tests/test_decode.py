@@ -19,12 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from llama_fast import _cpu
 from llama_fast.backends.cpu_step import CpuRecorder
 from llama_fast.config import LlamaConfig
-from llama_fast.decode import DecodeStep
+from llama_fast.config.quantization import Quantization
+from llama_fast.dispatch import use_backend
 from llama_fast.errors import FallbackWarning, PromptError
+from llama_fast.generation.decode import DecodeStep
 from llama_fast.model import Llama
 from llama_fast.ops import rms_norm
-from llama_fast.quantize import Quantization, round_weight
-from llama_fast.registry import use_backend
+from llama_fast.ops.quantized_weight import round_weight
 
 from .cuda_host import host
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import llama_fast
-from llama_fast import ceilings
+from llama_fast.bench import roofline as ceilings
 from llama_fast.cli.options import DEMO
-from llama_fast.registry import OPS
+from llama_fast.dispatch import OPS
 
 from . import hf_models
 from .ops.oracle import as_tuple, copies

@@ -19,7 +19,7 @@ from llama_fast.demo.recipe import BLOCK, CONFIG, HELD_OUT_TOKENS, TRAINING, mak
 from llama_fast.demo.texts import documents
 from llama_fast.demo.world import ANSWER, ANSWER_PROMPT, SPLITS, Teller, held_out
 from llama_fast.errors import LlamaFastError
-from llama_fast.generate import generate
+from llama_fast.generation.generate import generate
 from llama_fast.model import Llama
 from llama_fast.tokenizer import Tokenizer
 

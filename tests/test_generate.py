@@ -7,10 +7,10 @@ import torch
 
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import PromptError
-from llama_fast.generate import generate, stream
+from llama_fast.generation.generate import generate, stream
 from llama_fast.model import Llama
 from llama_fast.tokenizer import Tokenizer
-from llama_fast.tokenizer_files import BYTE_ORDER
+from llama_fast.tokenizer.files import BYTE_ORDER
 
 PROMPTS = ["a", "hello there", "你好，世界", "the quick brown fox jumps over the lazy dog"]
 

@@ -12,17 +12,18 @@ import torch
 from llama_fast.checkpoint import open_checkpoint, write_hf
 from llama_fast.cli import main
 from llama_fast.cli.quantize import REPORT
+from llama_fast.config.quantization import NAMED, Quantization, WeightFormat
 from llama_fast.demo import FOLDER
 from llama_fast.demo.recipe import BLOCK, held_out_data
 from llama_fast.demo.texts import documents
 from llama_fast.errors import ConfigError
-from llama_fast.gptq import round_compensated
 from llama_fast.model import Llama
-from llama_fast.quantize import NAMED, Quantization, WeightFormat, round_weight
-from llama_fast.quantize_folder import layers, quantize_folder
-from llama_fast.quantize_report import compare
+from llama_fast.ops.quantized_weight import round_weight
+from llama_fast.quantization.folder import layers, quantize_folder
+from llama_fast.quantization.gptq import round_compensated
+from llama_fast.quantization.report import compare
 from llama_fast.tokenizer import Tokenizer
-from llama_fast.train.data import PackedDataset
+from llama_fast.training.data import PackedDataset
 from tests.checkpoints import SMALL, random_state
 
 FORMS = [WeightFormat(4, 32), WeightFormat(4, 64, False), WeightFormat(8, 128)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from llama_fast.kind_of_call import _cpu, kind_of_call, read_by_python
+from llama_fast.dispatch.signature import _cpu, kind_of_call, read_by_python
 
 
 class Subclass(torch.Tensor):

@@ -9,7 +9,7 @@ import torch
 
 from llama_fast import swiglu
 from llama_fast.backends import cpu
-from llama_fast.memory import extra_memory
+from llama_fast.bench.memory import extra_memory
 
 _cpu = pytest.importorskip("llama_fast._cpu", reason="needs the C++ kernels")
 ROWS, F = 512, cpu.MAPPED // 512 // 2  # an output of MAPPED bytes in bfloat16

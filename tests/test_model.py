@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from llama_fast.config import LlamaConfig, RopeScaling
+from llama_fast.dispatch import use_backend
 from llama_fast.errors import PromptError, ShapeError
 from llama_fast.model import Llama
-from llama_fast.registry import use_backend
 
 TOKENS = 40
 

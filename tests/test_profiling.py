@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from llama_fast import ops, use_backend
-from llama_fast.ceilings import Ceilings
+from llama_fast.bench.oracle import GRADIENT_IN_FORWARD
+from llama_fast.bench.profile import calls, counters, steps
+from llama_fast.bench.profile.calls import Call, Profile, no_section
+from llama_fast.bench.profile.trace import write_trace
+from llama_fast.bench.roofline import Ceilings
+from llama_fast.bench.shapes import Work
 from llama_fast.config import LlamaConfig
-from llama_fast.profiling import calls, counters, steps
-from llama_fast.profiling.calls import Call, Profile, no_section
-from llama_fast.profiling.trace import write_trace
-from llama_fast.reference import GRADIENT_IN_FORWARD
-from llama_fast.registry import OPS, wrapped_launches
-from llama_fast.workloads import Work
+from llama_fast.dispatch import OPS, wrapped_launches
 
 TINY = LlamaConfig(
     dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, vocab_size=160

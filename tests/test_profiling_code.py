@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from llama_fast.bench.profile import calls, code, cuda_code, instructions, limits, ncu, steps
+from llama_fast.bench.profile.code import chip_named, record_calls
+from llama_fast.bench.profile.instructions import amd_class, mix, parse_amd, parse_sass, sass_class
+from llama_fast.bench.roofline import Ceilings
+from llama_fast.bench.shapes import Work
+from llama_fast.config import LlamaConfig
+from llama_fast.dispatch import Cost
+from llama_fast.errors import BackendError
 from llama_fast.triton_kernels.chips import CHIPS
 from llama_fast.triton_kernels.cubin import find_tool
-
-from llama_fast.ceilings import Ceilings
-from llama_fast.config import LlamaConfig
-from llama_fast.errors import BackendError
-from llama_fast.profiling import calls, code, cuda_code, instructions, limits, ncu, steps
-from llama_fast.profiling.code import chip_named, record_calls
-from llama_fast.profiling.instructions import amd_class, mix, parse_amd, parse_sass, sass_class
-from llama_fast.registry import Cost
-from llama_fast.workloads import Work
 
 ROOT = Path(__file__).parent.parent
 TINY = LlamaConfig(

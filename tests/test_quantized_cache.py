@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import llama_fast
-from llama_fast import Llama, Tokenizer, generate
+from llama_fast import Llama, Tokenizer
 from llama_fast.config import LlamaConfig
 from llama_fast.demo.recipe import held_out_data
+from llama_fast.dispatch import use_backend
 from llama_fast.errors import ConfigError
-from llama_fast.kv_cache import KVCache
-from llama_fast.registry import use_backend
+from llama_fast.generation import generate
+from llama_fast.nn.kv_cache import KVCache
 
 DEMO = Path(llama_fast.__file__).parent / "demo"
 PROMPTS = ["Once upon a time", "从前", "The cat and the dog walked to the river. They saw a boat"]

@@ -21,12 +21,13 @@ from llama_fast.checkpoint import (
 )
 from llama_fast.cli import main
 from llama_fast.config import LlamaConfig
+from llama_fast.config.quantization import NAMED, Quantization, WeightFormat
 from llama_fast.demo import FOLDER
 from llama_fast.errors import CheckpointError, ConfigError, LlamaFastError
-from llama_fast.generate import generate
+from llama_fast.generation.generate import generate
 from llama_fast.model import Llama
-from llama_fast.quantize import NAMED, Quantization, WeightFormat, quantization_of
-from llama_fast.quantize_folder import quantize_folder
+from llama_fast.model.quantized import quantization_of
+from llama_fast.quantization.folder import quantize_folder
 from llama_fast.tokenizer import Tokenizer
 from tests.checkpoints import SMALL, random_state
 
@@ -313,7 +314,7 @@ import sys
 from pathlib import Path
 import torch
 from llama_fast.model import Llama
-from llama_fast.quantize_folder import quantize_folder
+from llama_fast.quantization.folder import quantize_folder
 
 def high_water():
     status = Path("/proc/self/status").read_text()

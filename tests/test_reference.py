@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_fast import reference
+from llama_fast.bench import oracle as reference
+from llama_fast.bench.shapes import Work, workloads
 from llama_fast.config import LlamaConfig
-from llama_fast.registry import OPS
-from llama_fast.workloads import Work, workloads
+from llama_fast.dispatch import OPS
 
 TINY = LlamaConfig(
     dim=64, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, vocab_size=160

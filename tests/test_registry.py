@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from llama_fast import attention, explain, registry, rms_norm, use_backend
+from llama_fast import attention, explain, rms_norm, use_backend
+from llama_fast import dispatch as registry
 from llama_fast.errors import FallbackWarning, ShapeError
 from llama_fast.ops.attention import OP as ATTENTION
 from llama_fast.ops.rms_norm import OP as RMS_NORM

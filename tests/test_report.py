@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from llama_fast import results
+from llama_fast.bench import results
+from llama_fast.bench.report import choose, figures, page, replace_between_marks, write
+from llama_fast.bench.results import Goal, Results, Row
 from llama_fast.cli import main
 from llama_fast.errors import LlamaFastError, ResultsError
-from llama_fast.report import choose, figures, page, replace_between_marks, write
-from llama_fast.results import Goal, Results, Row
 
 WHERE = {"cpu": "Some CPU", "isa": "avx2", "flags": [], "cores": 2}
 CEILINGS = {"device": "cpu", "threads": 2, "isa": "avx2", "read": 2e10, "copy": 1.8e10,

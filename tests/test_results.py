@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from llama_fast import results
+from llama_fast.bench import results
+from llama_fast.bench.results import Goal, Row
 from llama_fast.errors import ResultsError
-from llama_fast.results import Goal, Row
 
 WHERE = {"cpu": "one", "isa": "avx9", "flags": []}
 

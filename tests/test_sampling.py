@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llama_fast.errors import PromptError
-from llama_fast.sampling import Sampling, logprobs
+from llama_fast.generation.sampling import Sampling, logprobs
 
 
 def by_hand(logits: list[float], temperature: float, top_p: float, top_k: int) -> dict[int, float]:

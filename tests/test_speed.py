@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fast import contenders, speed
-from llama_fast.ceilings import Ceilings
+from llama_fast.bench import baselines as contenders
+from llama_fast.bench import measure as speed
+from llama_fast.bench.memory import extra_memory, resident_peak
+from llama_fast.bench.roofline import Ceilings
+from llama_fast.bench.shapes import NAMES, Work, workloads
 from llama_fast.config import LlamaConfig
+from llama_fast.dispatch import OPS, Cost, Implementation, backends
 from llama_fast.errors import BackendError, WrongResultError
-from llama_fast.memory import extra_memory, resident_peak
-from llama_fast.registry import OPS, Cost, Implementation, backends
-from llama_fast.workloads import NAMES, Work, workloads
 
 pytest.importorskip("llama_fast._cpu", reason="the C++ kernels are not built")
 TINY = LlamaConfig(
@@ -193,8 +194,8 @@ LIGER = """
 import torch
 import llama_fast.ops
 from llama_fast import contenders, reference
-from llama_fast.registry import OPS
-from llama_fast.workloads import NAMES, Work, workloads
+from llama_fast.dispatch import OPS
+from llama_fast.bench.shapes import NAMES, Work, workloads
 from tests.test_speed import TINY
 
 for name in ("rope", "linear_cross_entropy"):

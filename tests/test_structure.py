@@ -10,73 +10,48 @@ from pathlib import Path
 import pytest
 
 import llama_fast.ops  # noqa: F401  declares the ops
-from llama_fast.registry import OPS
+from llama_fast.dispatch import OPS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llama_fast"
 
-# What each room of the house may import from the package, besides itself and `errors`.
-BASE = {"registry", "atomic", "numerics"}
-OPS_LAYER = BASE | {"ops"}
-PARTS = OPS_LAYER | {"config", "rope", "kv_cache", "quantize", "nn"}
-MODEL = PARTS | {"checkpoint", "model"}
+# What the files of each folder may import from the package, besides their own folder's and
+# `errors`. `_cpu` and `_cuda` are the compiled modules.
+KERNELS = {"_cpu", "_cuda", "triton_kernels"}
 MAY_IMPORT = {
     "errors": set(),
-    "atomic": set(),
-    "environment": set(),
-    "numerics": set(),
-    "memory": {"_cpu"},
-    "kind_of_call": {"_cpu"},
-    "registry": {"kind_of_call"},
-    "ops": BASE,
-    "backends": OPS_LAYER | {"environment", "_cpu", "_cuda", "triton_kernels"},
-    "config": set(),
-    "rope": PARTS,
-    "kv_cache": PARTS,
-    "quantize": PARTS,
-    "nn": PARTS,
-    "ceilings": {"backends", "_cpu"},
-    "timing": set(),
-    "workloads": PARTS,
-    "machine": set(),
-    "profiling": MODEL
-    | {"ceilings", "decode", "speed", "timing", "train", "triton_kernels", "workloads"},
-    "results": {"atomic", "timing"},
-    "contenders": BASE,
-    "reference": BASE,
-    "speed": PARTS
-    | {"ceilings", "contenders", "memory", "reference", "results", "timing", "workloads"},
-    "report": {"atomic", "machine", "results"},
-    "checkpoint": {"atomic", "config", "quantize", "special_tokens", "tokenizer"},
-    "model": MODEL,
-    "gptq": PARTS,
-    "quantize_folder": MODEL | {"gptq"},
-    "quantize_report": MODEL | {"quantize_folder"},
-    "sampling": MODEL,
-    "hf": MODEL,
-    "train": MODEL | {"tokenizer", "tokenizer_files"},
-    "special_tokens": set(),
-    "tokenizer_files": {"special_tokens"},
-    "tokenizer": {"atomic", "special_tokens", "tokenizer_files"},
-    "chat": {"tokenizer"},
-    "decode": MODEL,
-    "buckets": MODEL | {"decode"},
-    "generate": MODEL | {"buckets", "decode", "sampling", "tokenizer", "chat"},
+    "utils": set(),
+    "config": {"utils"},
+    "tokenizer": {"utils"},
+    "dispatch": {"utils", "config", "_cpu"},
+    "ops": {"utils", "config", "dispatch"},
+    "backends": {"utils", "config", "dispatch", "ops"} | KERNELS,
+    "nn": {"utils", "config", "dispatch", "ops"},
+    "checkpoint": {"utils", "config", "tokenizer"},
+    "model": {"utils", "config", "dispatch", "ops", "nn", "checkpoint"},
+    "hf": {"utils", "dispatch", "ops"},
 }
-WITHOUT_TORCH = {"errors", "atomic", "tokenizer", "chat"}
+MODEL = MAY_IMPORT["model"] | {"model"}
+MAY_IMPORT |= {
+    "quantization": MODEL,
+    "generation": MODEL | {"tokenizer"},
+    "training": MODEL | {"tokenizer"},
+}
+BELOW_BENCH = MODEL | {"tokenizer", "quantization", "generation", "training", "hf"}
+MAY_IMPORT["bench"] = BELOW_BENCH | KERNELS
 FREE = {"__init__", "__main__", "cli", "demo"}  # the top of the house
+WITHOUT_TORCH = {"errors", "tokenizer"}
 
 
 def modules():
-    """(room, file, imported names) of each Python file of the package."""
+    """(folder, file, imported names) of each Python file of the package."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        relative = path.relative_to(PACKAGE)
-        room = relative.parts[0].removesuffix(".py")
-        yield room, path, set(imports(path))
+        folder = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        yield folder, path, set(imports(path))
 
 
 def imports(path: Path):
-    """The absolute dotted names that a file imports, wherever in it."""
+    """The absolute dotted names of what a file imports, wherever in it."""
     package = ["llama_fast", *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -84,32 +59,75 @@ def imports(path: Path):
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            if module == "llama_fast":
-                yield from (f"llama_fast.{alias.name}" for alias in node.names)
-            else:
-                yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def test_imports_run_one_way():
     wrong = []
-    for room, path, names in modules():
-        if room in FREE:
+    for folder, path, names in modules():
+        if folder in FREE:
             continue
-        assert room in MAY_IMPORT, f"{path} is in no known room: add it to MAY_IMPORT"
+        assert folder in MAY_IMPORT, f"{path} is in no known folder: add it to MAY_IMPORT"
         for name in names:
             if name.startswith("llama_fast."):
                 other = name.split(".")[1]
-                if other not in MAY_IMPORT[room] | {room, "errors"}:
+                if other not in MAY_IMPORT[folder] | {folder, "errors"}:
                     wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    """Imports inside of functions too: they hide a cycle, and do not undo it."""
+    files = {}
+    for _, path, names in modules():
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        files[".".join(parts).removesuffix(".__init__")] = names
+    del files["llama_fast"]  # its names are looked up when they are asked for
+
+    def others(file: str) -> set[str]:
+        """The files that its imports lead to: modules, or those that have the symbols."""
+        found = {name if name in files else name.rpartition(".")[0] for name in files[file]}
+        return (found & files.keys()) - {file}
+
+    cycles, done = [], set()
+
+    def walk(file: str, way: list[str]) -> None:
+        if file in way:
+            cycles.append(" → ".join([*way[way.index(file) :], file]))
+        elif file not in done:
+            for other in sorted(others(file)):
+                walk(other, [*way, file])
+            done.add(file)
+
+    for file in files:
+        walk(file, [])
+    assert not cycles, "\n".join(cycles)
+
+
+def test_imports_inside_the_package_are_relative():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for _, path, _ in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (
+            isinstance(node, ast.ImportFrom)
+            and not node.level
+            and (node.module or "").startswith("llama_fast")
+        )
+        or (
+            isinstance(node, ast.Import)
+            and any(a.name.startswith("llama_fast") for a in node.names)
+        )
+    ]
     assert not wrong, "\n".join(wrong)
 
 
 def test_tokenizer_needs_no_torch():
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
-        for room, path, names in modules()
+        for folder, path, names in modules()
         for name in names
-        if room in WITHOUT_TORCH and name.split(".")[0] == "torch"
+        if folder in WITHOUT_TORCH and name.split(".")[0] == "torch"
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -117,9 +135,9 @@ def test_tokenizer_needs_no_torch():
 def test_only_the_package_imports_the_backends():
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
-        for room, path, names in modules()
+        for folder, path, names in modules()
         for name in names
-        if name.startswith("llama_fast.backends") and room not in FREE | {"backends", "ceilings"}
+        if name.startswith("llama_fast.backends") and folder not in FREE | {"backends"}
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -128,7 +146,15 @@ def stems(folder: str, suffix: str) -> set[str]:
     return {path.stem for path in (ROOT / folder).glob(f"*{suffix}")}
 
 
-OP_HELPERS = {"__init__", "checks", "inputs", "logits", "quantized_kv", "quantized_weight"}
+OP_HELPERS = {
+    "__init__",
+    "checks",
+    "inputs",
+    "logits",
+    "quantized_kv",
+    "quantized_weight",
+    "rounding",
+}
 OP_STEMS = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - OP_HELPERS
 # Files that belong to no op, with what they are for.
 HOUSEKEEPING = {

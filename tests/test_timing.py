@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from llama_fast.timing import interleaved, interleaved_on_gpu
+from llama_fast.bench.timing import interleaved, interleaved_on_gpu
 
 
 class StandIn:

@@ -12,9 +12,9 @@ from llama_fast.config import LlamaConfig
 from llama_fast.errors import CheckpointError, ConfigError, LlamaFastError
 from llama_fast.model import Llama
 from llama_fast.tokenizer import Tokenizer
-from llama_fast.tokenizer_files import BYTE_ORDER
-from llama_fast.train.data import PackedDataset
-from llama_fast.train.loop import (
+from llama_fast.tokenizer.files import BYTE_ORDER
+from llama_fast.training.data import PackedDataset
+from llama_fast.training.loop import (
     STATE_FILE,
     History,
     TrainConfig,
@@ -22,7 +22,7 @@ from llama_fast.train.loop import (
     make_optimizer,
     train,
 )
-from llama_fast.train.plot import plot_loss
+from llama_fast.training.plot import plot_loss
 
 CONFIG = LlamaConfig(
     dim=32,

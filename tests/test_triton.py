@@ -8,8 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from llama_fast.backends import triton
 from llama_fast.config import LlamaConfig
+from llama_fast.dispatch import OPS, use_backend
 from llama_fast.model import Llama
-from llama_fast.registry import OPS, use_backend
 from tests.ops.oracle import as_tuple, assert_accurate, references, run_poisoned
 from tests.ops.test_library import FORWARD, leaves, small
 

@@ -10,6 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from llama_fast import ops
+from llama_fast.dispatch import OPS, backends, use_backend
+from llama_fast.model import Llama
 from llama_fast.triton_kernels import (
     aot,
     attention,
@@ -23,12 +29,6 @@ from llama_fast.triton_kernels import (
     swiglu,
 )
 from llama_fast.triton_kernels.launch import record
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
-
-from llama_fast import ops
-from llama_fast.model import Llama
-from llama_fast.registry import OPS, backends, use_backend
 
 from .ops.test_library import FORWARD, leaves, small
 from .test_triton import CONFIG, DEVICE, loss_and_gradients, model_and_tokens, pytestmark  # noqa: F401

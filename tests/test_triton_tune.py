@@ -10,16 +10,15 @@ import torch
 
 pytest.importorskip("triton", reason="this chooses configurations of Triton's kernels")
 
-from llama_fast.triton_kernels import attention, chips, choice, rms_norm
-from llama_fast.triton_kernels.choice import Choice, chosen, knob, neighbours, trying
-from llama_fast.triton_kernels.launch import record
-
 from llama_fast.backends import triton as backend
+from llama_fast.bench.shapes import Work
 from llama_fast.cli import main
 from llama_fast.cli.tune import tune_ops, write
 from llama_fast.config import LlamaConfig
-from llama_fast.registry import OPS, use_backend
-from llama_fast.workloads import Work
+from llama_fast.dispatch import OPS, use_backend
+from llama_fast.triton_kernels import attention, chips, choice, rms_norm
+from llama_fast.triton_kernels.choice import Choice, chosen, knob, neighbours, trying
+from llama_fast.triton_kernels.launch import record
 
 INTERPRETED = pytest.mark.skipif(
     not backend.INTERPRETED,

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import llama_fast.ops  # noqa: F401  declares the ops
+from llama_fast.bench.shapes import NAMES, Work, workloads
 from llama_fast.config import LlamaConfig
+from llama_fast.dispatch import OPS
 from llama_fast.errors import ConfigError
-from llama_fast.registry import OPS
-from llama_fast.workloads import NAMES, Work, workloads
 
 TINY = LlamaConfig(
     dim=64, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, vocab_size=160

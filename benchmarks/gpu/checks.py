@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 import llama_fast
+from llama_fast.dispatch import OPS, backends, use_backend
 from llama_fast.ops.quantized_kv import quantize
-from llama_fast.registry import OPS, backends, use_backend
 
 from .setting import KERNELS, Setting
 

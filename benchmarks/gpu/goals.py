@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llama_fast.bench.results import Goal, Row
 from llama_fast.config import LlamaConfig
-from llama_fast.results import Goal, Row
 
 CUDNN, COMPILED = "torch cudnn", "torch.compile"
 

@@ -16,14 +16,14 @@ from torch import Tensor
 from benchmarks import bench_patch
 from benchmarks.models import with_layers
 from llama_fast.backends import cuda
+from llama_fast.bench.profile.steps import random_model
+from llama_fast.bench.results import OURS, Row
+from llama_fast.bench.timing import OtherPrograms, interleaved, interleaved_on_gpu
 from llama_fast.cli.measure import bytes_per_token
-from llama_fast.decode import DecodeStep
+from llama_fast.dispatch import backends, use_backend
 from llama_fast.errors import WrongResultError
-from llama_fast.numerics import relative_rms
-from llama_fast.profiling.steps import random_model
-from llama_fast.registry import backends, use_backend
-from llama_fast.results import OURS, Row
-from llama_fast.timing import OtherPrograms, interleaved, interleaved_on_gpu
+from llama_fast.generation.decode import DecodeStep
+from llama_fast.utils.compare import relative_rms
 
 from .goals import bandwidth
 from .part import measured, said

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from llama_fast import contenders, speed
 from llama_fast.backends import cuda
-from llama_fast.reference import BACKWARD, BOTH, FORWARD
-from llama_fast.registry import OPS
-from llama_fast.results import OURS, Row
-from llama_fast.workloads import Work, workloads
+from llama_fast.bench import baselines as contenders
+from llama_fast.bench import measure as speed
+from llama_fast.bench.oracle import BACKWARD, BOTH, FORWARD
+from llama_fast.bench.results import OURS, Row
+from llama_fast.bench.shapes import Work, workloads
+from llama_fast.dispatch import OPS
 
 from .goals import (
     COMPILED,

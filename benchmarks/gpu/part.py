@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from llama_fast.registry import backends
-from llama_fast.results import OURS, OWN, Row
+from llama_fast.bench.results import OURS, OWN, Row
+from llama_fast.dispatch import backends
 
 from .parts import PARTS
 from .setting import Setting, kernels

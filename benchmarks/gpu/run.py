@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from llama_fast import ceilings, machine, results
+from llama_fast.bench import machine, results
+from llama_fast.bench import roofline as ceilings
+from llama_fast.bench.report.page import targets
+from llama_fast.bench.results import Row
 from llama_fast.errors import BackendError, ResultsError
-from llama_fast.report.page import targets
-from llama_fast.results import Row
 
 from .parts import PARTS
 from .setting import KERNELS, Setting

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from llama_fast.backends import cuda
-from llama_fast.ceilings import Ceilings
+from llama_fast.bench.results import Row
+from llama_fast.bench.roofline import Ceilings
 from llama_fast.config import LlamaConfig
-from llama_fast.registry import ORDER
-from llama_fast.results import Row
+from llama_fast.dispatch import ORDER
 
 KERNELS = tuple(name for name in ORDER["cuda"] if name != "eager")  # ours, which run on GPUs
 
@@ -28,7 +28,7 @@ class Sizes:
     few_rows  N at which the host's time is compared with the kernels'
     prompts   lengths of causal attention, of `at_once` tokens in all
     caches    (B,S) of attention that decodes a token
-    batches   rows of the products of decoding; matrices: of the model's, by `llama_fast.workloads`
+    batches   rows of the products of decoding; matrices: of the model's, by `bench.shapes`
     context   tokens before a model's decoded one; layers: of that model
     rounds    samples of each contender, on a GPU times speed.ROUNDS_ON_GPU
     """

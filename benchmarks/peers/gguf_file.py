@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from llama_fast.checkpoint import hf_to_meta_rows, open_checkpoint
 from llama_fast.config import LlamaConfig
-from llama_fast.rope import inverse_frequencies
+from llama_fast.nn.rope import inverse_frequencies
 
 # Types of weights that `quantize` writes, by llama.cpp's names for its files.
 FILE_TYPES = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k": "Q4_K_M"}
@@ -72,7 +72,8 @@ def _add_keys(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
 def _frequency_factors(config: LlamaConfig) -> torch.Tensor:
     """What llama.cpp divides the unscaled frequencies by, (D/2,) float32."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    return (config.rope_theta**-exponent / inverse_frequencies(config).double()).float()
+    ours = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    return (config.rope_theta**-exponent / ours.double()).float()
 
 
 def quantize(source: Path, target: Path, kind: str, threads: int, *, pure: bool) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from llama_fast.cli.measure import bytes_per_token
-from llama_fast.decode import DecodeStep
+from llama_fast.dispatch import use_backend
+from llama_fast.generation.decode import DecodeStep
 from llama_fast.model import Llama
-from llama_fast.registry import use_backend
 
 from .contender import Contender
 

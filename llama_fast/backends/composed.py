@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..dispatch import OPS, Implementation
 from ..ops.logits import Wanted, in_blocks
-from ..registry import OPS, Implementation
 
 
 def linear_swiglu(name: str, linear: Implementation, swiglu: Implementation) -> Implementation:

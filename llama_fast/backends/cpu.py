@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from ..dispatch import OPS, Backend, Implementation, nothing, register_backend
 from ..ops.attention import head_dim_reasons, lse_dtype, too_long
 from ..ops.cross_entropy import chunked as linear_cross_entropy_in_blocks
 from ..ops.kv_append import too_long as too_long_for_cache
-from ..registry import OPS, Backend, Implementation, nothing, register_backend
 from . import composed, limits
 from .cpu_step import CpuRecorder
 from .layout import DTYPES

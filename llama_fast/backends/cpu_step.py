@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import OPS, DispatchMode
+from ..dispatch import OPS, DispatchMode
 
 
 class CpuRecorder(DispatchMode):

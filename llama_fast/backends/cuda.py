@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..dispatch import OPS, Backend, Implementation, nothing, register_backend
 from ..errors import KernelError
 from ..ops.checks import describe
-from ..registry import OPS, Backend, Implementation, nothing, register_backend
 from . import limits
 from .layout import DTYPES, dense, rows
 

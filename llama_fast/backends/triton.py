@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ..environment import triton_interpreter
+from ..dispatch import OPS, Backend, Implementation, register_backend
 from ..ops.attention import head_dim_reasons
-from ..registry import OPS, Backend, Implementation, register_backend
+from ..utils.environment import triton_interpreter
 from . import composed
 from .layout import DTYPES, dense, stride_reasons
 

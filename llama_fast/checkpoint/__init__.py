@@ -3,18 +3,13 @@ at a time."""
 
 from __future__ import annotations
 
-from llama_fast.checkpoint.convert import companions, convert
-from llama_fast.checkpoint.names import (
-    NAMES,
-    hf_to_meta_rows,
-    meta_to_hf_rows,
-    state_shapes,
-)
-from llama_fast.checkpoint.quantized import QuantizedCheckpoint, quantized_bytes
-from llama_fast.checkpoint.random import initial_std, write_random
-from llama_fast.checkpoint.read import Checkpoint, Progress, open_checkpoint
-from llama_fast.checkpoint.write import write_hf, write_meta
-from llama_fast.checkpoint.write_quantized import stream_quantized, write_quantized
+from .convert import companions, convert
+from .names import NAMES, hf_to_meta_rows, meta_to_hf_rows, state_shapes
+from .quantized import QuantizedCheckpoint, quantized_bytes
+from .random import initial_std, write_random
+from .read import Checkpoint, Progress, open_checkpoint
+from .write import write_hf, write_meta
+from .write_quantized import stream_quantized, write_quantized
 
 __all__ = [
     "NAMES",

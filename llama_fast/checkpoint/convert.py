@@ -7,21 +7,16 @@ from typing import Any
 
 import torch
 
-from llama_fast.atomic import refuse_existing
-from llama_fast.checkpoint.hf import CONFIG
-from llama_fast.checkpoint.names import state_shapes
-from llama_fast.checkpoint.quantized import QuantizedCheckpoint
-from llama_fast.checkpoint.read import Checkpoint, Format, Progress, open_checkpoint
-from llama_fast.checkpoint.special_tokens import special_token_ids, tokenizer_config
-from llama_fast.checkpoint.stored import read_json
-from llama_fast.checkpoint.write import (
-    GENERATION_CONFIG,
-    MAX_SHARD_BYTES,
-    stream_hf,
-    stream_meta,
-)
-from llama_fast.errors import CheckpointError
-from llama_fast.special_tokens import TOKENIZER_CONFIG
+from ..errors import CheckpointError
+from ..tokenizer.special_tokens import TOKENIZER_CONFIG
+from ..utils.files import refuse_existing
+from .hf import CONFIG
+from .names import state_shapes
+from .quantized import QuantizedCheckpoint
+from .read import Checkpoint, Format, Progress, open_checkpoint
+from .special_tokens import special_token_ids, tokenizer_config
+from .stored import read_json
+from .write import GENERATION_CONFIG, MAX_SHARD_BYTES, stream_hf, stream_meta
 
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _HF_TOKENIZER_FILES = (

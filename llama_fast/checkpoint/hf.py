@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llama_fast.checkpoint.names import EMBED, weights
-from llama_fast.checkpoint.pieces import (
-    Layout,
-    Piece,
-    refuse_wrong_dtypes,
-    refuse_wrong_keys,
-    same_matrix,
-)
-from llama_fast.checkpoint.stored import SafetensorsFile, StoredFile, open_files, read_json
-from llama_fast.config import LlamaConfig
-from llama_fast.errors import CheckpointError, ConfigError
+from ..config import LlamaConfig
+from ..errors import CheckpointError, ConfigError
+from .names import EMBED, weights
+from .pieces import Layout, Piece, refuse_wrong_dtypes, refuse_wrong_keys, same_matrix
+from .stored import SafetensorsFile, StoredFile, open_files, read_json
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 

@@ -8,17 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from llama_fast.checkpoint.names import EMBED, Weight, weights
-from llama_fast.checkpoint.pieces import (
-    Layout,
-    Piece,
-    refuse_wrong_dtypes,
-    refuse_wrong_keys,
-    same_matrix,
-)
-from llama_fast.checkpoint.stored import PthFile, StoredFile, open_files, read_json
-from llama_fast.config import LlamaConfig
-from llama_fast.errors import CheckpointError, ConfigError
+from ..config import LlamaConfig
+from ..errors import CheckpointError, ConfigError
+from .names import EMBED, Weight, weights
+from .pieces import Layout, Piece, refuse_wrong_dtypes, refuse_wrong_keys, same_matrix
+from .stored import PthFile, StoredFile, open_files, read_json
 
 PARAMS, PATTERN = "params.json", "consolidated.*.pth"
 _EMBED_KEY, _HEAD_KEY = "tok_embeddings.weight", "output.weight"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llama_fast.config import LlamaConfig
+from ..config import LlamaConfig
 
 
 @dataclass(frozen=True)

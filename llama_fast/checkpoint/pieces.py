@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_fast.checkpoint.names import IGNORED, Weight
-from llama_fast.checkpoint.stored import StoredFile
-from llama_fast.config import LlamaConfig
-from llama_fast.errors import CheckpointError
+from ..config import LlamaConfig
+from ..errors import CheckpointError
+from .names import IGNORED, Weight
+from .stored import StoredFile
 
 BLOCK_BYTES = 4 * 2**20  # read at a time
 MAPPED_BYTES = 16 * 2**20  # read before mapped files are released

@@ -18,12 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from llama_fast.checkpoint.hf import CONFIG, SINGLE
-from llama_fast.checkpoint.names import state_shapes
-from llama_fast.checkpoint.stored import SafetensorsFile, open_files, read_json
-from llama_fast.config import LlamaConfig
-from llama_fast.errors import CheckpointError, ConfigError
-from llama_fast.quantize import Quantization
+from ..config import LlamaConfig
+from ..config.quantization import Quantization
+from ..errors import CheckpointError, ConfigError
+from .hf import CONFIG, SINGLE
+from .names import state_shapes
+from .stored import SafetensorsFile, open_files, read_json
 
 ENTRY, METHOD, VERSION = "quantization_config", "llama_fast", 1
 

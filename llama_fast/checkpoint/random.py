@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_fast.atomic import refuse_existing
-from llama_fast.checkpoint.names import state_shapes
-from llama_fast.checkpoint.read import Format, Progress
-from llama_fast.checkpoint.special_tokens import special_token_ids
-from llama_fast.checkpoint.write import stream_hf, stream_meta
-from llama_fast.config import LlamaConfig
-from llama_fast.errors import CheckpointError
-from llama_fast.special_tokens import N_SPECIALS
+from ..config import LlamaConfig
+from ..errors import CheckpointError
+from ..tokenizer.special_tokens import N_SPECIALS
+from ..utils.files import refuse_existing
+from .names import state_shapes
+from .read import Format, Progress
+from .special_tokens import special_token_ids
+from .write import stream_hf, stream_meta
 
 BLOCK = 2**22  # numbers drawn from one generator
 

@@ -19,14 +19,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llama_fast.checkpoint.hf import is_hf, open_hf
-from llama_fast.checkpoint.meta import is_meta, open_meta
-from llama_fast.checkpoint.names import EMBED, HEAD, Weight, state_shapes, weights
-from llama_fast.checkpoint.pieces import MAPPED_BYTES, Layout, Piece, equal_bits, row_blocks
-from llama_fast.checkpoint.quantized import QuantizedCheckpoint, is_quantized, open_quantized
-from llama_fast.checkpoint.stored import StoredFile
-from llama_fast.config import LlamaConfig
-from llama_fast.errors import CheckpointError
+from ..config import LlamaConfig
+from ..errors import CheckpointError
+from .hf import is_hf, open_hf
+from .meta import is_meta, open_meta
+from .names import EMBED, HEAD, Weight, state_shapes, weights
+from .pieces import MAPPED_BYTES, Layout, Piece, equal_bits, row_blocks
+from .quantized import QuantizedCheckpoint, is_quantized, open_quantized
+from .stored import StoredFile
 
 Format = Literal["hf", "meta"]
 

@@ -6,17 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llama_fast.checkpoint.stored import read_json
-from llama_fast.config import LlamaConfig
-from llama_fast.special_tokens import (
-    ADDED_TOKENS,
-    BOS,
-    EOM,
-    EOS,
-    EOT,
-    N_SPECIALS,
-    special_ids,
-)
+from ..config import LlamaConfig
+from ..tokenizer.special_tokens import ADDED_TOKENS, BOS, EOM, EOS, EOT, N_SPECIALS, special_ids
+from .stored import read_json
 
 _LLAMA3_BASE = 128000
 

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_fast.atomic import atomic_folder, refuse_existing
-from llama_fast.checkpoint.hf import CONFIG, INDEX, SINGLE
-from llama_fast.checkpoint.meta import PARAMS
-from llama_fast.checkpoint.names import EMBED, HEAD, Weight, hf_to_meta_rows, state_shapes, weights
-from llama_fast.checkpoint.special_tokens import special_token_ids, tokenizer_config
-from llama_fast.checkpoint.writers import PthWriter, SafetensorsWriter
-from llama_fast.config import LlamaConfig
-from llama_fast.errors import CheckpointError
-from llama_fast.special_tokens import TOKENIZER_CONFIG
+from ..config import LlamaConfig
+from ..errors import CheckpointError
+from ..tokenizer.special_tokens import TOKENIZER_CONFIG
+from ..utils.files import atomic_folder, refuse_existing
+from .hf import CONFIG, INDEX, SINGLE
+from .meta import PARAMS
+from .names import EMBED, HEAD, Weight, hf_to_meta_rows, state_shapes, weights
+from .special_tokens import special_token_ids, tokenizer_config
+from .writers import PthWriter, SafetensorsWriter
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_SHARD_BYTES = 5_000_000_000

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_fast.checkpoint.hf import SINGLE
-from llama_fast.checkpoint.names import state_shapes
-from llama_fast.checkpoint.quantized import ENTRY, quantization_entry, quantized_contents
-from llama_fast.checkpoint.special_tokens import special_token_ids
-from llama_fast.checkpoint.write import closing, copy_files, write_settings, writing
-from llama_fast.checkpoint.writers import SafetensorsWriter
-from llama_fast.config import LlamaConfig
-from llama_fast.errors import CheckpointError
-from llama_fast.quantize import Quantization
+from ..config import LlamaConfig
+from ..config.quantization import Quantization
+from ..errors import CheckpointError
+from .hf import SINGLE
+from .names import state_shapes
+from .quantized import ENTRY, quantization_entry, quantized_contents
+from .special_tokens import special_token_ids
+from .write import closing, copy_files, write_settings, writing
+from .writers import SafetensorsWriter
 
 
 def write_quantized(

@@ -14,7 +14,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-FAILED, WRONG_USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+from .interrupt import INTERRUPTED, leave_at_once
+
+FAILED, WRONG_USAGE, BROKEN_PIPE = 1, 2, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,21 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _say(_one_line(error, debug))
         return FAILED
-
-
-def leave_at_once(*_: Any) -> None:
-    """Ctrl-C before there is anything to clean up: libraries that are being imported would make
-    other errors of a KeyboardInterrupt, or swallow it."""
-    os.write(2, b"llama-fast: interrupted\n")
-    os._exit(INTERRUPTED)
-
-
-def unwind_when_stopped() -> None:
-    """From here on Ctrl-C and a termination unwind as errors do, so that nothing half-written is
-    left behind. Changes nothing where `main` was called by another program."""
-    if signal.getsignal(signal.SIGINT) is leave_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _run(arguments: list[str]) -> int:

@@ -13,8 +13,8 @@ from .terminal import growing, note, show, table
 from .tune import tune_here
 
 if TYPE_CHECKING:
-    from ..ceilings import Ceilings
-    from ..results import Row
+    from ..bench.results import Row
+    from ..bench.roofline import Ceilings
 
 COLUMNS = ("op", "shape", "work", "pass", "contender", "time", "spread", "GB/s", "GFLOP/s",
            "of ceiling", "× eager")  # fmt: skip
@@ -93,9 +93,9 @@ def bench(
     the ceilings, memory bandwidth or arithmetic, the one that bounds the call is named, and how
     near the call comes to it.
     """
-    from .. import ceilings as measured
-    from .. import machine, results
-    from ..registry import ORDER
+    from ..bench import machine, results
+    from ..bench import roofline as measured
+    from ..dispatch import ORDER
 
     set_threads(threads)
     if ceilings:
@@ -139,9 +139,9 @@ def _wanted(
     ops: list[str] | None, shapes: str, work: str, tokens: list[int], keys: list[int]
 ) -> list[tuple[str, str, Any, Any]]:
     """(op, name of the shape, config, work) of everything to time, checked before any of it."""
+    from ..bench.shapes import NAMES, Work
     from ..config import LlamaConfig
     from ..errors import BackendError
-    from ..workloads import NAMES, Work
 
     if unknown := [name for name in ops or () if name not in NAMES]:
         raise BackendError(f"no op {', '.join(unknown)}; there are {', '.join(NAMES)}")
@@ -174,10 +174,10 @@ def _rows(
     thorough: bool,
 ) -> Iterator[Row]:
     """Each measurement when it is there; contenders that cannot take part are named."""
-    from .. import contenders
-    from ..registry import OPS
-    from ..speed import FORWARD, measure, passes
-    from ..workloads import workloads
+    from ..bench import baselines as contenders
+    from ..bench.measure import FORWARD, measure, passes
+    from ..bench.shapes import workloads
+    from ..dispatch import OPS
 
     for op, shape, config, work in wanted:
         training = work.name == "training"
@@ -213,7 +213,7 @@ def _rows(
 
 
 def _cells(row: Row, contender: str) -> list[str]:
-    from ..workloads import Work
+    from ..bench.shapes import Work
 
     time, spread, *others = row.figures(contender)
     call = row.call
@@ -232,7 +232,7 @@ def _cells(row: Row, contender: str) -> list[str]:
 def _show_ceilings() -> None:
     import torch
 
-    from ..ceilings import measure
+    from ..bench.roofline import measure
 
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for device in devices:

@@ -15,7 +15,7 @@ from .resources import show_resources
 from .terminal import show, size, table
 
 if TYPE_CHECKING:
-    from ..registry import Op
+    from ..dispatch import Op
 
 
 @example("llama-fast doctor")
@@ -97,7 +97,7 @@ def _machine() -> list[str]:
 
 
 def _backends() -> list[str]:
-    from ..registry import BACKENDS, backends
+    from ..dispatch import BACKENDS, backends
 
     rows = table("", "")
     problems = []
@@ -118,7 +118,7 @@ def _backends() -> list[str]:
 
 
 def _devices(name: str) -> str:
-    from ..registry import ORDER
+    from ..dispatch import ORDER
 
     return f" (for {', '.join(device for device in ORDER if name in ORDER[device])} tensors)"
 
@@ -150,7 +150,7 @@ def _gpu_ops() -> list[str]:
 
 def _ops(device: str) -> list[str]:
     """Runs every op once, on the first of its own cases, and says who served it."""
-    from ..registry import OPS
+    from ..dispatch import OPS
 
     rows = table("op", "served by", "the others")
     problems = []
@@ -170,7 +170,7 @@ def _ops(device: str) -> list[str]:
 def _try(op: Op, device: str) -> tuple[str, str]:
     import torch
 
-    from ..registry import ORDER, backends
+    from ..dispatch import ORDER, backends
 
     case = op.cases()[0]
     dtype = torch.bfloat16 if torch.bfloat16 in case.dtypes else case.dtypes[0]

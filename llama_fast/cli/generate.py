@@ -125,10 +125,10 @@ def generate(
     from contextlib import nullcontext
 
     from ..checkpoint import open_checkpoint
-    from ..generate import check_prompts, encode_prompts, stream
+    from ..dispatch import use_backend
+    from ..generation.generate import check_prompts, encode_prompts, stream
+    from ..generation.sampling import Sampling
     from ..model import Llama
-    from ..registry import use_backend
-    from ..sampling import Sampling
     from ..tokenizer import Tokenizer
 
     # Everything that can be wrong with the request is found before the weights are read.
@@ -198,8 +198,8 @@ def _summary(
     loaded: float,
     ended: str | None,
 ) -> None:
-    from .. import ceilings
-    from ..quantize import quantization_of
+    from ..bench import roofline as ceilings
+    from ..model.quantized import quantization_of
     from . import measure
 
     peak = measure.peak_memory(llama.device)  # before the ceilings take memory of their own

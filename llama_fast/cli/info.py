@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..config import LlamaConfig
-    from ..quantize import Quantization
+    from ..config.quantization import Quantization
 
 CONTEXTS = (2048, 8192, 32768, 131072)
 
@@ -127,7 +127,7 @@ def _memory(config: LlamaConfig, quantization: Quantization | None) -> Table:
     import torch
 
     from ..checkpoint import quantized_bytes
-    from ..quantize import NAMED
+    from ..config.quantization import NAMED
 
     contexts = _contexts(config)
     rows = table("weights", "size", *(f"{n:,}" for n in contexts), numbers=True)

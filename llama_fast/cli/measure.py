@@ -6,11 +6,11 @@ import dataclasses
 
 import torch
 
-from ..kv_cache import cache_dtype
-from ..memory import resident_peak
+from ..bench.memory import resident_peak
+from ..dispatch import record_decisions
 from ..model import Llama
+from ..nn.kv_cache import cache_dtype
 from ..ops import QuantizedWeight
-from ..registry import record_decisions
 from .terminal import size
 
 

@@ -47,14 +47,14 @@ class DType(str, Enum):
 
 
 class Named(str, Enum):
-    """`llama_fast.quantize.NAMED`."""
+    """`llama_fast.quantization.rounding.NAMED`."""
 
     int8 = "int8"
     int4 = "int4"
 
 
 class KvCache(str, Enum):
-    """`llama_fast.kv_cache.KV_CACHES`."""
+    """`llama_fast.nn.kv_cache.KV_CACHES`."""
 
     int8 = "int8"
 
@@ -136,7 +136,7 @@ def device_named(name: str) -> torch.device:
 
 def check_backend(name: str, device: str) -> None:
     """Raises BackendError, with the reasons, for a --backend that cannot be used on the device."""
-    from ..registry import ORDER, backends
+    from ..dispatch import ORDER, backends
 
     if name not in ORDER[device]:
         raise BackendError(

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..environment import triton_interpreter
 from ..errors import BackendError
+from ..utils.environment import triton_interpreter
 from .terminal import columns, note, show, size, table
 from .units import count, duration, write_json
 
 if TYPE_CHECKING:
-    from ..profiling.code import Kernel, MetaCall
-    from ..profiling.limits import Limits
+    from ..bench.profile.code import Kernel, MetaCall
+    from ..bench.profile.limits import Limits
     from ..triton_kernels.chips import Chip
     from .profile_run import Wanted
 
@@ -32,7 +32,7 @@ def chip_for(arch: str | None, needs: str) -> Chip:
     """Of --arch, or of the GPU that is here. Raises BackendError for one that is not known."""
     import torch
 
-    from ..profiling.code import CHIPS, chip_named
+    from ..bench.profile.code import CHIPS, chip_named
 
     if arch is None:
         if not torch.cuda.is_available():
@@ -54,7 +54,7 @@ def calls_of(wanted: Wanted) -> tuple[list[MetaCall], str]:
     """Of the step on the meta device: recorded, not run."""
     import torch
 
-    from ..profiling.code import record_calls
+    from ..bench.profile.code import record_calls
 
     prepared = wanted.step(torch.device("meta"))
     return record_calls(prepared.step), prepared.title
@@ -71,7 +71,7 @@ def show_code(
     json_file: Path | None,
 ) -> None:
     """only: part of the name or the configuration of the kernels that are shown."""
-    from ..profiling.limits import LIMITS
+    from ..bench.profile.limits import LIMITS
 
     if backend in ("cpu", "eager"):
         raise typer.BadParameter(f"{backend} has no code for {chip.name}; triton and cuda have",
@@ -134,7 +134,7 @@ def _show_least(calls: list[MetaCall], limits: Limits, wanted: Wanted) -> None:
 def _compile(calls: list[MetaCall], chip: Chip, backend: str | None) -> list[Kernel]:
     """Each kernel once; why there is none of a backend is a note, or an error where that backend
     was asked for."""
-    from ..profiling.code import COMPILERS
+    from ..bench.profile.code import COMPILERS
 
     found: dict[tuple, Kernel] = {}
     for name, compiler in COMPILERS.items():
@@ -163,7 +163,7 @@ def _compile(calls: list[MetaCall], chip: Chip, backend: str | None) -> list[Ker
 
 
 def _why_not(backend: str, chip: Chip) -> str:
-    from ..profiling.cuda_code import why_not
+    from ..bench.profile.cuda_code import why_not
     from ..triton_kernels.cubin import find_tool
 
     if backend == "triton" and importlib.util.find_spec("triton") is None:
@@ -264,8 +264,8 @@ def show_ncu(wanted: Wanted, chip: Chip, backend: str | None, arguments: list[st
 
     arguments  of `llama-fast profile`, that make the step
     """
-    from ..profiling import ncu
-    from ..profiling.code import PRODUCTS, cuda_code, triton_launches
+    from ..bench.profile import ncu
+    from ..bench.profile.code import PRODUCTS, cuda_code, triton_launches
 
     if chip.amd:
         raise BackendError(f"ncu is of NVIDIA's chips, and {chip.name} is AMD's")

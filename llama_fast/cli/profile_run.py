@@ -20,12 +20,12 @@ from .units import count, duration, rate, write_json
 if TYPE_CHECKING:
     import torch
 
-    from ..ceilings import Ceilings
+    from ..bench.profile.calls import Profile, Step
+    from ..bench.profile.counters import Counters
+    from ..bench.profile.trace import TorchOp
+    from ..bench.roofline import Ceilings
+    from ..bench.shapes import Work
     from ..config import LlamaConfig
-    from ..profiling.calls import Profile, Step
-    from ..profiling.counters import Counters
-    from ..profiling.trace import TorchOp
-    from ..workloads import Work
 
 LAYERS = 2
 TOKENS = {"prefill": 512, "train": 256}
@@ -58,8 +58,8 @@ class Wanted:
 
     def check(self) -> None:
         """Raises for what cannot be, and fills in the defaults."""
-        from ..profiling.steps import MODEL_STEPS
-        from ..workloads import NAMES
+        from ..bench.profile.steps import MODEL_STEPS
+        from ..bench.shapes import NAMES
 
         if self.what not in (*MODEL_STEPS, *NAMES):
             raise BackendError(
@@ -90,7 +90,7 @@ class Wanted:
 
     @property
     def is_op(self) -> bool:
-        from ..workloads import NAMES
+        from ..bench.shapes import NAMES
 
         return self.what in NAMES
 
@@ -102,7 +102,7 @@ class Wanted:
 
     @property
     def work(self) -> Work:
-        from ..workloads import Work
+        from ..bench.shapes import Work
 
         name = "decode" if self.tokens == 1 else "prefill"
         return Work(name, self.batch, self.tokens, self.context + self.tokens)
@@ -139,7 +139,7 @@ class Wanted:
     def step(self, device: torch.device) -> Prepared:
         import torch
 
-        from ..profiling import steps
+        from ..bench.profile import steps
 
         if self.is_op:
             dtype = self.dtype or torch.bfloat16
@@ -204,8 +204,8 @@ def run(
     bare: bool,
     json_file: Path | None,
 ) -> None:
-    from ..profiling.calls import no_section, profile, seconds_of
-    from ..registry import use_backend
+    from ..bench.profile.calls import no_section, profile, seconds_of
+    from ..dispatch import use_backend
 
     step, title, replayed = wanted.step(device)
     title += f", on {device}: {wanted.amount}"
@@ -214,10 +214,10 @@ def run(
             for _ in range(repeats + 1):  # the first warms up
                 step(no_section)
             return
-        from ..ceilings import measure
-        from ..profiling.counters import Counters
-        from ..profiling.trace import write_trace
-        from ..timing import OtherPrograms
+        from ..bench.profile.counters import Counters
+        from ..bench.profile.trace import write_trace
+        from ..bench.roofline import measure
+        from ..bench.timing import OtherPrograms
 
         ceilings = measure(str(device))
         counters = Counters() if device.type == "cpu" else None
@@ -281,7 +281,7 @@ def _show_rows(found: Profile, by_shape: bool) -> None:
 
 
 def _show_step(found: Profile, wanted: Wanted, ceilings: Ceilings, others: float | None) -> None:
-    from ..timing import TOO_BUSY, TOO_NOISY
+    from ..bench.timing import TOO_BUSY, TOO_NOISY
 
     steps = len(found.seconds)
     text = f"The median of {steps} steps" + f", which spread {found.spread:.0%}" * (steps > 1)
@@ -343,7 +343,7 @@ def _write(
     counters: Counters | None,
     others: float | None,
 ) -> None:
-    from .. import machine
+    from ..bench import machine
 
     content: dict[str, Any] = {
         "machine": machine.describe(ceilings.isa),

@@ -91,8 +91,8 @@ def quantize(
     set_threads(threads)
     if text is not None and not report:
         raise typer.BadParameter("it needs --report", param_hint="--text")
-    from ..quantize import NAMED, Quantization, WeightFormat
-    from ..quantize_folder import open_float_checkpoint, quantize_folder
+    from ..config.quantization import NAMED, Quantization, WeightFormat
+    from ..quantization.folder import open_float_checkpoint, quantize_folder
 
     default = {4: NAMED["int4"].mlp, 8: NAMED["int8"].mlp}
     if bits not in default:
@@ -165,9 +165,9 @@ def _tokens(checkpoint: Checkpoint, documents: Iterable[str], most: int) -> Tens
 
 
 def _report(checkpoint: Checkpoint, target: Path, tokens: Tensor) -> None:
+    from ..config.quantization import WeightFormat
     from ..model import Llama
-    from ..quantize import WeightFormat
-    from ..quantize_report import compare
+    from ..quantization.report import compare
 
     quantized = Llama.from_pretrained(target, device="cpu", max_seq_len=tokens.shape[1])
     with weights_bar("Comparing with the float model") as progress:

@@ -41,9 +41,9 @@ def report(
 
     A row that is too noisy to count is marked with ~ and drawn hollow or pale.
     """
-    from ..report import replace_between_marks
-    from ..report import write as write_report
-    from ..results import load
+    from ..bench.report import replace_between_marks
+    from ..bench.report import write as write_report
+    from ..bench.results import load
 
     found = [load(path) for path in results]
     made = write_report(found, out, figures=figures)

@@ -10,8 +10,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING
 
-from ..environment import triton_interpreter
 from ..errors import BackendError
+from ..utils.environment import triton_interpreter
 from .terminal import note, show, table
 
 if TYPE_CHECKING:

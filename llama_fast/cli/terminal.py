@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import PromptError
-from . import unwind_when_stopped
+from .interrupt import unwind_when_stopped
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,7 +13,7 @@ from .units import write_json
 if TYPE_CHECKING:
     import torch
 
-    from ..registry import Op
+    from ..dispatch import Op
     from ..triton_kernels.launch import Launch
     from ..triton_kernels.tune import Tuned
 
@@ -80,9 +80,9 @@ def calls(
     a prompt, which training has too, its gradient."""
     import torch
 
-    from ..reference import outputs
-    from ..registry import OPS, use_backend
-    from ..workloads import workloads
+    from ..bench.oracle import outputs
+    from ..bench.shapes import workloads
+    from ..dispatch import OPS, use_backend
 
     def forward(op: Op, args: tuple) -> Callable[[], tuple[torch.Tensor, ...]]:
         def call() -> tuple[torch.Tensor, ...]:
@@ -135,7 +135,7 @@ def spills(chip: Any, launches: list[Launch]) -> str:
 
 def write(found: list[Tuned], device: str, arch: int | str) -> list[Any]:
     """Writes a file for each stem, whose rows of other kernels and shapes stay; returns them."""
-    from ..machine import versions
+    from ..bench.machine import versions
     from ..triton_kernels.choice import Choice, file_of, measured
 
     paths = []

@@ -33,7 +33,7 @@ def rate(per_second: float) -> str:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """The file appears whole, or not at all."""
-    from ..atomic import atomic_file
+    from ..utils.files import atomic_file
 
     with atomic_file(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from llama_fast.demo.facts import (
+from .facts import (
     ANIMALS,
     COLOURS,
     DAYS,
@@ -21,7 +21,7 @@ from llama_fast.demo.facts import (
     Person,
     Place,
 )
-from llama_fast.demo.world import ANSWER, Kind, Teller
+from .world import ANSWER, Kind, Teller
 
 LANGUAGE = "zh"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from llama_fast.demo.facts import (
+from .facts import (
     ANIMALS,
     COLOURS,
     DAYS,
@@ -23,7 +23,7 @@ from llama_fast.demo.facts import (
     Person,
     Place,
 )
-from llama_fast.demo.world import ANSWER, ANSWER_PROMPT, Kind, Teller
+from .world import ANSWER, ANSWER_PROMPT, Kind, Teller
 
 LANGUAGE = "en"
 

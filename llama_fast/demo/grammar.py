@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from functools import cache
 
-from llama_fast.errors import LlamaFastError
+from ..errors import LlamaFastError
 
 _STOPS = "[]|{}"
 

@@ -15,10 +15,15 @@ from pathlib import Path
 
 import torch
 
-from llama_fast.atomic import atomic_file
-from llama_fast.demo import FOLDER
-from llama_fast.demo.card import SAMPLE_PROMPTS, data_card
-from llama_fast.demo.recipe import (
+from ..generation.generate import generate
+from ..model import Llama
+from ..tokenizer import Tokenizer
+from ..training.loop import STATE_FILE, History, TrainConfig, evaluate, train
+from ..training.plot import plot_loss
+from ..utils.files import atomic_file
+from . import FOLDER
+from .card import SAMPLE_PROMPTS, data_card
+from .recipe import (
     BLOCK,
     CONFIG,
     HELD_OUT_TOKENS,
@@ -28,11 +33,6 @@ from llama_fast.demo.recipe import (
     make_tokenizer,
     training_data,
 )
-from llama_fast.generate import generate
-from llama_fast.model import Llama
-from llama_fast.tokenizer import Tokenizer
-from llama_fast.train.loop import STATE_FILE, History, TrainConfig, evaluate, train
-from llama_fast.train.plot import plot_loss
 
 STATE_FOLDER = Path("build") / "demo"
 CHECKPOINT_FILES = ("params.json", "consolidated.00.pth", "tokenizer.model")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from itertools import islice
 
-from llama_fast.config import LlamaConfig
-from llama_fast.demo.texts import documents
-from llama_fast.tokenizer import Tokenizer
-from llama_fast.train.bpe import train_bpe
-from llama_fast.train.data import PackedDataset
-from llama_fast.train.loop import TrainConfig
+from ..config import LlamaConfig
+from ..tokenizer import Tokenizer
+from ..training.bpe import train_bpe
+from ..training.data import PackedDataset
+from ..training.loop import TrainConfig
+from .texts import documents
 
 RANKS = 2048
 CONFIG = LlamaConfig(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llama_fast.demo import chinese, english
-from llama_fast.demo.world import Teller
+from . import chinese, english
+from .world import Teller
 
 
 def documents(

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from llama_fast.demo.facts import SEASONS, WEATHER, Named
-from llama_fast.demo.grammar import expand
-from llama_fast.errors import LlamaFastError
+from ..errors import LlamaFastError
+from .facts import SEASONS, WEATHER, Named
+from .grammar import expand
 
 Item = TypeVar("Item")
 

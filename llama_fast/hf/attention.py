@@ -20,8 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .. import ops
+from ..dispatch import ORDER, backends, interposed
 from ..ops.attention import head_dim_reasons
-from ..registry import ORDER, backends, interposed
 from .forwards import fits, needs_gradient
 
 NAME = "llama_fast"

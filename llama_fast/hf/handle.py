@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import explain
 from ..errors import PatchError
-from ..registry import explain
 from . import attention, forwards, structure, verify
 from .report import Report, Row
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..numerics import relative_rms
+from ..utils.compare import relative_rms
 
 # Relative differences (of the root mean square) that rounding alone can explain, by dtype.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}

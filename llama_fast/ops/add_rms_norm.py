@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from ..registry import Case, Cost, Op
+from ..dispatch import Case, Cost, Op
 from . import checks, rms_norm
 from .inputs import randn
 

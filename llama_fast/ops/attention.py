@@ -30,8 +30,8 @@ import math
 
 import torch
 
+from ..dispatch import OPS, Case, Cost, Op
 from ..errors import GradientError, ShapeError
-from ..registry import OPS, Case, Cost, Op
 from . import checks
 from .inputs import randn
 from .quantized_kv import QuantizedKV, is_quantized

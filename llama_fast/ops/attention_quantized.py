@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from ..registry import Case, Cost, Op
+from ..dispatch import Case, Cost, Op
 from . import checks, quantized_kv
 from .attention import cases as attention_cases
 from .attention import check_groups, dense, keys_and_pairs

@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..registry import Case, Cost, Op, interposed
+from ..dispatch import Case, Cost, Op, interposed
 from .cross_entropy_quantized import linear_cross_entropy_quantized
 from .inputs import randn
 from .linear import BACKWARD_X, check_width

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from ..registry import Case, Cost, Op, interposed
+from ..dispatch import Case, Cost, Op, interposed
 from .inputs import randn
 from .linear_quantized import BACKWARD_X
 from .linear_quantized import OP as LINEAR

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import torch
 
+from ..dispatch import OPS, Case, Cost, Op
 from ..errors import ShapeError
-from ..registry import OPS, Case, Cost, Op
 from . import checks
 from .inputs import randn
 from .quantized_kv import QuantizedKV, is_quantized

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from ..registry import Case, Cost, Op
+from ..dispatch import Case, Cost, Op
 from . import checks, quantized_kv
 from .kv_append import cases as kv_append_cases
 from .kv_append import check_tokens, places

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..dispatch import Case, Cost, Op
 from ..errors import ShapeError
-from ..registry import Case, Cost, Op
 from . import checks
 from .inputs import randn
 from .linear_quantized import linear_quantized

@@ -37,15 +37,13 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from ..config.quantization import BITS, GROUP_SIZES, ROWS, packed_shapes
+from ..dispatch import Case, Cost, Op
 from ..errors import ShapeError
-from ..registry import Case, Cost, Op
 from . import checks
 from .inputs import randn
 from .rms_norm import accumulate
 
-BITS = (8, 4)
-GROUP_SIZES = (32, 64, 128)
-ROWS = 16  # interleaved in a block
 BLOCK = 1 << 22  # weights that the reference dequantises at a time
 
 
@@ -88,19 +86,6 @@ def decode(
     if offsets is None:
         return (codes - centre(bits)) * scales
     return codes * scales + offsets
-
-
-def packed_shapes(
-    C_out: int, C_in: int, bits: int, group_size: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of the codes and of the scales of a (C_out, C_in) weight."""
-    if bits not in BITS:
-        raise ShapeError(f"bits is {bits}; it must be 8 or 4")
-    if group_size not in GROUP_SIZES:
-        raise ShapeError(f"group_size is {group_size}; it must be 32, 64 or 128")
-    blocks, groups = -(-C_out // ROWS), -(-C_in // group_size)
-    columns = 32 // bits  # of the four bytes of a row that lie together
-    return (blocks, groups * group_size // columns, ROWS, 4), (blocks, groups, ROWS)
 
 
 def check(

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import torch
 
+from ..dispatch import Case, Cost, Op
 from ..errors import ShapeError
-from ..registry import Case, Cost, Op
 from .inputs import randn
 from .linear import OP as LINEAR
 from .linear import check_width, linear

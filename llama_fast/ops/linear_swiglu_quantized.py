@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import torch
 
+from ..dispatch import Case, Cost, Op
 from ..errors import ShapeError
-from ..registry import Case, Cost, Op
 from .inputs import randn
 from .linear_quantized import OP as LINEAR
 from .quantized_weight import QuantizedWeight

@@ -5,26 +5,20 @@ Its layout is that of `llama_fast.ops.linear_quantized`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config.quantization import ROWS, WeightFormat, packed_shapes
+from ..dispatch import interposed, reserve
 from ..errors import ShapeError
-from ..registry import interposed, reserve
-from .linear_quantized import (
-    ROWS,
-    centre,
-    dequantize,
-    dequantized_blocks,
-    packed_shapes,
-)
+from .linear_quantized import centre, dequantize, dequantized_blocks
+from .rounding import Fit, best_fit, enclosing, encode, refuse_non_finite
 
 # Weights that are rounded at a time: there are several float32 tensors of as many.
 ROUNDED = 1 << 18
-# (groups (..., group_size), bits, symmetric) → (scales, offsets or None), float16 (...)
-Fit = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
 
 
 class QuantizedWeight(nn.Module):
@@ -114,6 +108,20 @@ class QuantizedWeight(nn.Module):
                 f"QuantizedWeight: {start} rows were given for a matrix of {tuple(shape)}; there "
                 f"must be {shape[0]}"
             )
+        return made
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], form: WeightFormat) -> QuantizedWeight:
+        """One of `shape` on the meta device: without contents."""
+        return cls(*shape, form.bits, form.group_size, form.symmetric, "meta")
+
+    @classmethod
+    def holding(
+        cls, shape: tuple[int, int], form: WeightFormat, buffers: Mapping[str, Tensor]
+    ) -> QuantizedWeight:
+        """One of `shape` that takes these buffers as they are."""
+        made = cls.empty(shape, form)
+        made.load_state_dict(buffers, assign=True)
         return made
 
     @property
@@ -234,37 +242,43 @@ def _whole_blocks(parts: Iterable[Tensor]) -> Iterator[Tensor]:
         yield rest
 
 
-def enclosing(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
-    """Scales and offsets, float16 (...), that take in all numbers of `groups` (..., group_size)."""
-    if symmetric:
-        low, high = groups.aminmax(dim=-1)
-        if bits == 8:
-            return (torch.maximum(-low, high) / 127).half(), None
-        # The largest number by its size becomes code 0: -8 times a scale of the other sign.
-        return (torch.where(-low > high, low, high) / -8).half(), None
-    low, high = groups.aminmax(dim=-1)
-    return ((high - low) / (2**bits - 1)).half(), low.half()
+def round_weight(weight: Tensor, form: WeightFormat) -> QuantizedWeight:
+    """`weight` (C_out, C_in), of any float dtype, rounded to the nearest codes, on its device.
+
+    Scales of four symmetric bits are searched for (see `search_scales`), others take in the largest
+    number of a group. Raises ShapeError for a weight that cannot be stored so.
+    """
+    return QuantizedWeight.from_float(
+        weight, form.bits, form.group_size, form.symmetric, fit=best_fit
+    )
 
 
-def encode(groups: Tensor, scales: Tensor, offsets: Tensor | None, bits: int) -> Tensor:
-    """The codes, uint8, nearest to `groups` (..., group_size) under scales and offsets (...)."""
-    scale = scales.float().unsqueeze(-1)
-    if offsets is None:
-        low, high, zero = (1 if bits == 8 else 0), 2**bits - 1, float(centre(bits))
-    else:
-        low, high, zero = 0, 2**bits - 1, 0.0
-        groups = groups - offsets.float().unsqueeze(-1)
-    codes = torch.where(scale == 0, zero, groups / scale + zero)
-    return codes.round_().clamp_(low, high).to(torch.uint8)
+def round_rows(
+    shape: tuple[int, int],
+    rows: Iterable[Tensor],
+    form: WeightFormat | None,
+    device: torch.device | str | None = None,
+) -> Tensor | QuantizedWeight:
+    """As `round_weight`, for a matrix of `shape` (C_out, C_in) whose rows come some at a time. A
+    weight that has no form, of any number of dims, is put together as it is, in its rows' dtype."""
+    if form is None:
+        return _together(shape, rows)
+    of_form = (form.bits, form.group_size, form.symmetric)
+    return QuantizedWeight.from_rows(shape, rows, *of_form, fit=best_fit, device=device)
 
 
-def refuse_non_finite(groups: Tensor, scales: Tensor, offsets: Tensor | None) -> None:
-    """Raises ShapeError where weights are not finite, or too large for float16 scales."""
-    if torch.isfinite(scales).all() and (offsets is None or torch.isfinite(offsets).all()):
-        return
-    if torch.isfinite(groups).all():
+def _together(shape: tuple[int, ...], rows: Iterable[Tensor]) -> Tensor:
+    """The tensor of `shape` whose rows come some at a time: it and some rows are all there is."""
+    whole, start = None, 0
+    for part in rows:
+        if part.shape == tuple(shape):
+            return part
+        if whole is None:
+            whole = reserve(torch.empty(shape, dtype=part.dtype, device=part.device))
+        whole[start : start + len(part)] = part
+        start += len(part)
+    if start != shape[0]:
         raise ShapeError(
-            f"QuantizedWeight: the weight has numbers up to {groups.abs().max():.3g}, which "
-            "float16 scales cannot reach; keep it as it is, or scale it down"
+            f"{start} rows were given for a tensor of {tuple(shape)}; there must be {shape[0]}"
         )
-    raise ShapeError("QuantizedWeight: the weight has numbers that are not finite")
+    return whole

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from ..registry import Case, Cost, Op
+from ..dispatch import Case, Cost, Op
 from . import checks
 from .inputs import randn
 

@@ -4,7 +4,7 @@ Su et al., "RoFormer" (2021). With (a, b) a pair and θ its angle:
     a' = a · cos θ - b · sin θ        b' = b · cos θ + a · sin θ
 
 The pairs are (i, i + D/2), as in Hugging Face's checkpoints, or (2i, 2i + 1), as in Meta's, where
-`interleaved`. The tables hold one angle for each pair: llama_fast.rope makes them.
+`interleaved`. The tables hold one angle for each pair: llama_fast.nn.rope makes them.
 
 Shapes    q (B,T,H,D), k (B,T,K,D), cos and sin (T, D/2) or (B,T,D/2) float32
           → q (B,T,H,D), k (B,T,K,D)
@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import torch
 
+from ..dispatch import Case, Cost, Op
 from ..errors import ShapeError
-from ..registry import Case, Cost, Op
 from . import checks
 from .inputs import randn
 from .rms_norm import accumulate

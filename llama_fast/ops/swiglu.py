@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..registry import Case, Cost, Op
+from ..dispatch import Case, Cost, Op
 from . import checks
 from .inputs import randn
 from .rms_norm import accumulate

@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from llama_fast.backends import cpu
-from llama_fast.registry import OPS
+from llama_fast.dispatch import OPS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

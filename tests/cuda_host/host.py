@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 from llama_fast.backends import cuda
-from llama_fast.registry import register_backend
+from llama_fast.dispatch import register_backend
 
 from ..cpu_host.emulation import load_module
 

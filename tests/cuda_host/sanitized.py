@@ -12,7 +12,7 @@ import sys
 import torch
 
 from llama_fast.backends import cuda
-from llama_fast.registry import OPS, use_backend
+from llama_fast.dispatch import OPS, use_backend
 
 from ..ops.oracle import as_tuple, assert_accurate, references
 from . import host

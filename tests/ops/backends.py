@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llama_fast.backends import cpu, cuda, triton
-from llama_fast.registry import use_backend
+from llama_fast.dispatch import use_backend
 
 from ..cpu_host import emulation
 from ..cuda_host import host

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llama_fast.registry import Op
+from llama_fast.dispatch import Op
 
 GUARD = 64  # elements of NaN on each side of an input
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from llama_fast.backends import cuda
+from llama_fast.dispatch import use_backend
 from llama_fast.errors import FallbackWarning
 from llama_fast.ops.attention import OP
-from llama_fast.registry import use_backend
 
 from ..cuda_host import host
 from .oracle import assert_accurate, references, run_poisoned

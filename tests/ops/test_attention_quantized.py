@@ -9,10 +9,10 @@ import torch
 
 from llama_fast import QuantizedKV, attention, explain, kv_append, use_backend
 from llama_fast.backends import cpu, triton
+from llama_fast.dispatch import OPS
 from llama_fast.errors import BackendError, GradientError, ShapeError
 from llama_fast.ops.quantized_kv import dequantize, quantize
 from llama_fast.ops.rope import tables
-from llama_fast.registry import OPS
 
 from ..cuda_host import host
 from .backends import CUDA_HOST, on, unless

@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_fast import kv_append
 from llama_fast.backends import cuda
+from llama_fast.dispatch import use_backend
 from llama_fast.ops.attention_quantized import OP
 from llama_fast.ops.kv_append_quantized import OP as APPEND
 from llama_fast.ops.quantized_kv import quantize
-from llama_fast.registry import use_backend
 
 from ..cuda_host import host
 from .oracle import assert_accurate, references, run_poisoned

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from llama_fast import QuantizedWeight
+from llama_fast.dispatch import OPS
 from llama_fast.ops.inputs import randn
 from llama_fast.ops.quantized_kv import quantize
 from llama_fast.ops.rope import tables
-from llama_fast.registry import OPS
 
 from .backends import BACKENDS, device, on
 

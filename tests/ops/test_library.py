@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_fast.registry import OPS
+from llama_fast.dispatch import OPS
 
 from .oracle import as_tuple, copies
 

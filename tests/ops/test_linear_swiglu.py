@@ -8,10 +8,9 @@ import torch
 
 import llama_fast
 from llama_fast import QuantizedWeight, linear, linear_swiglu, swiglu
-from llama_fast.config import LlamaConfig
+from llama_fast.dispatch import record_decisions, use_backend
 from llama_fast.errors import ShapeError
 from llama_fast.nn import MLP
-from llama_fast.registry import record_decisions, use_backend
 
 from ..cuda_host import host
 from .backends import BACKENDS, CUDA_HOST, device, name_of, on
@@ -92,10 +91,7 @@ def test_what_it_refuses():
 
 
 def test_the_model_calls_it_and_hooks_see_what_goes_in():
-    config = LlamaConfig(
-        dim=64, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=96, vocab_size=50
-    )
-    mlp = MLP(config).eval()
+    mlp = MLP(64, 96).eval()
     for weight in mlp.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     x, seen = torch.randn(1, 3, 64), []

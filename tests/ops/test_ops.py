@@ -8,8 +8,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from llama_fast.dispatch import OPS, use_backend
 from llama_fast.errors import BackendError
-from llama_fast.registry import OPS, use_backend
 
 from .backends import BACKENDS, CUDA_HOST, device, name_of, on
 from .oracle import as_tuple, assert_accurate, copies, references, run_poisoned, to_float64

@@ -1,0 +1,1 @@
+"""Measuring: times beside baselines and the roofline, memory, results, reports and profiles."""

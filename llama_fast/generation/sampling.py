@@ -1,0 +1,98 @@
+"""From logits to a token: temperature, top-k, top-p, and a random number per row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import PromptError
+
+# Parts of the largest probability: below the first, or the second, top_p often keeps no token.
+CUTS = (2**-8, 2**-14)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn.
+
+    temperature  0 takes the likeliest token; otherwise logits are divided by it
+    top_k        keep the k likeliest tokens; 0 keeps all
+    top_p        keep the likeliest tokens until their probability passes p, the one that passes it
+                 included; 1 keeps all
+    Raises PromptError for values outside these meanings.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.9
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise PromptError(f"temperature is {self.temperature}; it must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise PromptError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise PromptError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+
+    def probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """logits (B,V) float32 → (probabilities, token ids), likeliest first: each (B,V), or fewer
+        where all others have probability 0.
+
+        Equal probabilities come in the order of their ids, so a draw is reproducible.
+        """
+        p = (logits / self.temperature).softmax(-1)
+        # In float64 the token that crosses top_p does not depend on the rounding of 128,256 sums.
+        whole = p.double().sum(-1, keepdim=True)
+        p, ids = self._likeliest(p, whole)
+        if self.top_k:
+            p[:, self.top_k :] = 0
+            whole = p.double().cumsum(-1)[:, -1:]
+        if self.top_p < 1:
+            before = p.double().cumsum(-1) - p
+            p[before > self.top_p * whole] = 0
+        # The last of the cumulative sums: zeros behind what is kept do not change it.
+        return (p / p.double().cumsum(-1)[:, -1:]).float(), ids
+
+    def _likeliest(self, p: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """p (B,V), whose sums are `whole` (B,1), sorted; and the ids. To sort 128,256 numbers takes
+        a CPU a third of a token's time, so there it sorts those that can be kept, if they are few.
+        """
+        lowest = self._lowest(p, whole) if p.is_cpu else None
+        if lowest is not None and 0 < (most := int((p >= lowest).sum(-1).max())) < p.shape[-1] / 4:
+            ids = p.topk(most, sorted=False).indices.sort(-1).values
+            p, order = p.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+            return p, ids.gather(-1, order)
+        return p.sort(dim=-1, descending=True, stable=True)
+
+    def _lowest(self, p: Tensor, whole: Tensor) -> Tensor | None:
+        """Probabilities (B,1) below which no token is kept; None where none are found quickly."""
+        if self.top_k:
+            return p.topk(min(self.top_k, p.shape[-1])).values[:, -1:]
+        if self.top_p < 1:
+            for cut in CUTS:
+                lowest = p.amax(-1, keepdim=True) * cut
+                within = (p.double() * (p >= lowest)).sum(-1, keepdim=True)
+                if (within > self.top_p * whole).all():
+                    return lowest
+        return None
+
+    def sample(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """logits (B,V) float32 → token ids (B,) int64; row b draws from generators[b] alone."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        p, ids = self.probabilities(logits)
+        u = torch.tensor([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+        cumulative = p.double().cumsum(-1)
+        # The draw is scaled by the last sum, which rounding may leave just off 1.
+        draw = u.to(logits.device).unsqueeze(-1) * cumulative[:, -1:]
+        position = torch.searchsorted(cumulative, draw, right=True)
+        return ids.gather(-1, position.clamp(max=p.shape[-1] - 1)).squeeze(-1)
+
+
+def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Natural log of the untempered probability of `tokens` (B,) under `logits` (B,V): (B,)."""
+    return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

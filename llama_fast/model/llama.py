@@ -1,0 +1,168 @@
+"""Llama 3: embedding, blocks of attention and SwiGLU with RMSNorm before each, and a linear head.
+
+Grattafiori et al., "The Llama 3 Herd of Models" (2024). Every hot operation is an op of the table;
+this file only says in which order they come.
+
+Legend of dims: B batch, T query tokens, C model dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint, ops
+from ..config import LlamaConfig
+from ..errors import ShapeError
+from ..nn import (
+    MLP,
+    Attention,
+    Embedding,
+    KVCache,
+    LayerCache,
+    Linear,
+    RMSNorm,
+    RotaryEmbedding,
+    cache_dtype,
+)
+from .loading import Pretrained
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    The sum of a residual and the norm that follows it are one kernel, so a block takes the last
+    block's update still apart from the residual stream, and hands its own on in the same way.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
+        self.attention = Attention(
+            config.dim, config.n_heads, config.n_kv_heads, config.head_dim, device, dtype
+        )
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
+        self.mlp = MLP(config.dim, config.hidden_dim, device, dtype)
+
+    def forward(
+        self,
+        update: Tensor | None,  # (B,T,C)
+        x: Tensor,  # (B,T,C), the residual stream
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache | None,
+    ) -> tuple[Tensor, Tensor]:
+        if update is None:
+            h = self.attention_norm(x)
+        else:
+            h, x = self.attention_norm(update, x)
+        update = self.attention(h, cos, sin, cache)
+        h, x = self.mlp_norm(update, x)
+        return self.mlp(h), x
+
+
+class Llama(Pretrained):
+    """A Llama 3 text model of any size.
+
+    `model(tokens, cache=None, last_only=False)` → logits. With a `KVCache` the tokens are appended
+    to it and no gradient is recorded; without one they are whole sequences.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.dim, device, dtype)
+        self.layers = nn.ModuleList(Block(config, device, dtype) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
+        self.head = Linear(config.dim, config.vocab_size, device, dtype)
+        self.tie()
+        self.rope = _rotary_embedding(config, device)
+        if not self.embed.weight.is_meta:
+            self.reset_parameters()
+
+    def tie(self) -> None:
+        """Makes the head the embedding itself, where the model says so."""
+        if self.config.tied:
+            self.head.weight = self.embed.weight
+
+    def reset_parameters(self) -> None:
+        """Weights for training from nothing: see `checkpoint.initial_std`."""
+        for name, parameter in self.named_parameters():
+            std = checkpoint.initial_std(self.config, name)
+            if std is None:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=std)
+
+    def hidden(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """The final hidden states: tokens (B,T) int64 → (B,T,C), after the last norm."""
+        if tokens.ndim != 2 or tokens.dtype != torch.int64:
+            raise ShapeError(
+                f"tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be torch.int64 (B,T)"
+            )
+        if cache is None:
+            return self._hidden(tokens, None)
+        with torch.no_grad():
+            return self._hidden(tokens, cache)
+
+    def _hidden(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        T = tokens.shape[1]
+        if cache is None:
+            if T > self.config.max_seq_len:
+                raise ShapeError(
+                    f"{T} tokens were given; this model's context is {self.config.max_seq_len}"
+                )
+            cos, sin = self.rope(T)
+        else:
+            lengths = cache.advance(T)
+            cos, sin = self.rope(self.config.max_seq_len)
+        x, update = self.embed(tokens).to(self.dtype), None
+        for index, block in enumerate(self.layers):
+            layer_cache = None if cache is None else (*cache.layer(index), lengths)
+            update, x = block(update, x, cos, sin, layer_cache)
+        return self.norm(update, x)[0]
+
+    def forward(
+        self, tokens: Tensor, *, cache: KVCache | None = None, last_only: bool = False
+    ) -> Tensor:
+        """tokens (B,T) int64 → logits (B,T,V) float32, or (B,1,V) of the last token alone."""
+        h = self.hidden(tokens, cache=cache)
+        if last_only:
+            h = h[:, -1:]
+        return self.head(h).float()
+
+    def loss(self, tokens: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
+        """Mean cross entropy of `targets` (B,T) int64. The logits are never stored whole."""
+        h = self.hidden(tokens)
+        return ops.linear_cross_entropy(h, self.head.weight, targets, ignore_index=ignore_index)
+
+    def new_cache(self, batch: int, max_seq_len: int, kv_cache: str | None = None) -> KVCache:
+        """An empty cache on this model's device, of its dtype or as `kv_cache` ("int8") says."""
+        dtype = cache_dtype(kv_cache, self.dtype)
+        return KVCache(self.config, batch, max_seq_len, device=self.device, dtype=dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations, and of the weights that are not quantised."""
+        return self.norm.weight.dtype
+
+
+def _rotary_embedding(config: LlamaConfig, device: torch.device | str | None) -> RotaryEmbedding:
+    return RotaryEmbedding(
+        config.head_dim, config.max_seq_len, config.rope_theta, config.rope_scaling, device
+    )

@@ -1,0 +1,120 @@
+"""Weights into a model and out of it: from a folder, as floats or quantised on the way.
+
+It knows of no architecture: a model has a config, `tie`, and weights under the names of
+`checkpoint.state_shapes`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint
+from ..config import LlamaConfig
+from ..config.quantization import Quantization
+from ..dispatch import reserve
+from ..errors import ConfigError
+from ..ops import QuantizedWeight
+from ..ops.quantized_weight import round_rows
+from .quantized import quantization_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Pretrained(nn.Module):
+    """A model that is loaded from a folder and saved as one."""
+
+    config: LlamaConfig
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | checkpoint.Checkpoint | checkpoint.QuantizedCheckpoint,
+        *,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype | None = None,
+        quantize: str | Quantization | None = None,
+        max_seq_len: int | None = None,
+        progress: checkpoint.Progress | None = None,
+    ) -> Self:
+        """Loads a folder of Meta's (`params.json`) or Hugging Face's (`config.json`) format, or of
+        quantised weights, or one that `checkpoint.open_checkpoint` has opened.
+
+        device       "auto": the GPU when there is one, else the CPU
+        dtype        of the weights; None keeps the file's
+        quantize     "int8", "int4" or a `Quantization`: weights are stored as integers, each as it
+                     is read. None keeps them; a folder that is quantised is loaded as it is
+        max_seq_len  a shorter context than the model's own: smaller tables and caches
+        progress     called as progress(bytes done, bytes in all, name) while the weights stream in
+
+        Weights are streamed: the peak of memory is the model and a few blocks of one weight, also
+        where they are quantised on the way. Those of a quantised folder are mapped: on the
+        CPU they take no time to load, and of memory the pages that are used.
+        Raises CheckpointError or ConfigError, naming the file and the remedy.
+        """
+        settings = None if quantize is None else Quantization.of(quantize)
+        opened = not isinstance(path, str | Path)
+        source = path if opened else checkpoint.open_checkpoint(path)
+        config = source.config.shortened(max_seq_len)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = cls(config, device="meta", dtype=dtype or source.dtype)
+        shapes = checkpoint.state_shapes(config)
+        if isinstance(source, checkpoint.QuantizedCheckpoint):
+            if settings is not None:
+                raise ConfigError(
+                    f"{source.folder} is quantised already ({source.quantization}); leave quantize "
+                    "out, or give the folder that it was made from"
+                )
+            for name, weight in source.tensors().items():
+                if not isinstance(weight, Tensor):
+                    shape, form = shapes[name], source.quantization.of_weight(name)
+                    weight = QuantizedWeight.holding(shape, form, weight)
+                model.set_weight(name, weight.to(device))
+        elif settings is not None:
+            for name, rows in source.rows(progress=progress):
+                on_device = (part.to(device) for part in rows)
+                weight = round_rows(shapes[name], on_device, settings.of_weight(name), device)
+                model.set_weight(name, weight)
+        else:
+            for name, shape in shapes.items():
+                fresh = torch.empty(shape, device=device, dtype=model.dtype)
+                model.set_weight(name, reserve(fresh))
+            model.tie()
+            source.load_into(model.state_dict(), progress=progress)
+        model.tie()
+        model.rope.to_empty(device=device)
+        return model.eval()
+
+    def set_weight(self, name: str, weight: Tensor | QuantizedWeight) -> None:
+        """Puts a weight in the place of the one of that name ("layers.0.mlp.down.weight"); a float
+        in the model's dtype, and without a copy where it has it."""
+        module = self.get_submodule(name.removesuffix(".weight"))
+        if isinstance(weight, Tensor):
+            weight = nn.Parameter(weight.to(self.dtype))
+        module.weight = weight
+
+    def save_pretrained(self, path: str | Path, format: str = "hf") -> None:
+        """Writes the model as a new folder in Hugging Face's ("hf") or Meta's ("meta") format; one
+        that is quantised as `checkpoint.quantized` says, whose config.json is Hugging Face's.
+
+        Raises CheckpointError when the folder exists or cannot be written; nothing half-written
+        is left behind.
+        """
+        if format not in ("hf", "meta"):
+            raise ConfigError(f'format is {format!r}; it must be "hf" or "meta"')
+        quantization = quantization_of(self)
+        if quantization is None:
+            write = checkpoint.write_hf if format == "hf" else checkpoint.write_meta
+            write(path, self.config, self.state_dict())
+        elif format == "hf":
+            checkpoint.write_quantized(path, self.config, quantization, self.state_dict())
+        else:
+            raise ConfigError(
+                f"the model is quantised ({quantization}), which Meta's format cannot hold; "
+                'leave format="hf"'
+            )

@@ -1,0 +1,168 @@
+"""The keys and values of past tokens, with a position of its own for each row of the batch.
+
+Prompts of different lengths batch in one prefill by padding on the left: a row whose prompt is n
+tokens shorter than the longest starts at length -n, so its padding falls on negative positions,
+which are neither stored nor seen, and its first real token has position 0. No slot is wasted and
+no token is fed twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..config import LlamaConfig
+from ..dispatch import reserve
+from ..errors import ConfigError, PromptError, ShapeError
+from ..ops import QuantizedKV
+
+# Names of what a cache may be stored as, where that is not the model's dtype.
+KV_CACHES = {"int8": torch.int8}
+
+
+def cache_dtype(kv_cache: str | None, dtype: torch.dtype) -> torch.dtype:
+    """What a cache of this name is stored as; `dtype`, the model's, for None. Raises ConfigError
+    for a name that is none of KV_CACHES."""
+    if kv_cache is not None and kv_cache not in KV_CACHES:
+        raise ConfigError(
+            f"kv_cache is {kv_cache!r}; it must be {', '.join(map(repr, KV_CACHES))}, or None to "
+            "store keys and values in the model's dtype"
+        )
+    return dtype if kv_cache is None else KV_CACHES[kv_cache]
+
+
+class KVCache:
+    """Rotated keys and values of every layer, for B sequences of at most `max_seq_len` tokens.
+
+    dtype    the model's; or torch.int8, for codes and a float32 scale for each head's vector
+    lengths  (B,) int64 on the device: tokens held by each row; negative while padding is due
+    used     the largest length; lengths are known on the host too, so no call asks the device
+
+    Takes 2 · layers · B · K · max_seq_len · D elements, stored (layers, B, K, S, D): what one head
+    reads is contiguous. Scales are stored (layers, B, K, S).
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch: int,
+        max_seq_len: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        if not 0 < max_seq_len <= config.max_seq_len:
+            raise PromptError(
+                f"a cache for {max_seq_len} tokens was asked for; this model's context is "
+                f"1 to {config.max_seq_len} tokens"
+            )
+        if batch < 1:
+            raise ShapeError(f"a cache for a batch of {batch} was asked for; it must be at least 1")
+        heads = (config.n_layers, batch, config.n_kv_heads, max_seq_len)
+
+        def stored() -> Tensor | QuantizedKV:
+            # Left uninitialised: only slots below a row's length are ever read.
+            vectors = reserve(torch.empty((*heads, config.head_dim), device=device, dtype=dtype))
+            if dtype is not torch.int8:
+                return vectors
+            return QuantizedKV(vectors, torch.empty(heads, device=device, dtype=torch.float32))
+
+        self.dtype = dtype
+        self._k, self._v = stored(), stored()
+        self.lengths = torch.zeros(batch, device=device, dtype=torch.int64)
+        self._lengths = [0] * batch
+        self._max_seq_len = max_seq_len
+        self._whole = False
+
+    @property
+    def used(self) -> int:
+        return max(self._lengths)
+
+    @property
+    def batch(self) -> int:
+        return len(self._lengths)
+
+    @property
+    def max_seq_len(self) -> int:
+        return self._max_seq_len
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for x in (self._k, self._v) for part in _parts(x))
+
+    def reset(self, padding: Sequence[int] | None = None) -> None:
+        """Forgets everything; row b then expects `padding[b]` tokens of padding first."""
+        padding = [0] * self.batch if padding is None else list(padding)
+        if len(padding) != self.batch or min(padding) < 0:
+            raise ShapeError(
+                f"padding is {padding}; it must be one count ≥ 0 for each of the {self.batch} rows"
+            )
+        self._set_lengths([-count for count in padding])
+
+    def restart(self, row: int) -> None:
+        """Empties one row, while the others go on: one that ended takes no more room."""
+        self._set_lengths([*self._lengths[:row], 0, *self._lengths[row + 1 :]])
+
+    def first(self, rows: int) -> KVCache:
+        """A cache of the first rows alone, in the same memory. On the host it counts for itself:
+        `take_lengths` brings this one up to date."""
+        part = copy.copy(self)
+        part._k, part._v = (_each(x, lambda x: x[:, :rows]) for x in (self._k, self._v))
+        part.lengths, part._lengths = self.lengths[:rows], self._lengths[:rows]
+        return part
+
+    def take_lengths(self, part: KVCache) -> None:
+        """What a cache of the first rows has counted."""
+        self._lengths = [*part._lengths, *self._lengths[part.batch :]]
+
+    def advance(self, T: int) -> Tensor:
+        """Makes room for T more tokens in every row; returns the lengths after them."""
+        if not self._whole:
+            self.count(T)
+        self.lengths += T
+        return self.lengths
+
+    def count(self, T: int) -> None:
+        """The host's part of `advance`: a step inside of `whole` does the device's part alone."""
+        if self.used + T > self.max_seq_len:
+            raise PromptError(
+                f"the cache holds {self.max_seq_len} tokens a row; {self.used} are taken and "
+                f"{T} more were given. Make it larger, or shorten the prompt"
+            )
+        self._lengths = [length + T for length in self._lengths]
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside the block, `layer` gives all slots, the same memory however long the rows are, and
+        `advance` leaves the counting on the host to `count`. A step then depends on no number
+        that changes, so that it can be captured, or compiled, once for all lengths."""
+        self._whole = True
+        try:
+            yield
+        finally:
+            self._whole = False
+
+    def _set_lengths(self, lengths: list[int]) -> None:
+        self._lengths = lengths
+        self.lengths.copy_(torch.tensor(lengths))
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor] | tuple[QuantizedKV, QuantizedKV]:
+        """Keys and values of one layer, (B,S,K,D) views of the slots in use."""
+        used = self.max_seq_len if self._whole else max(self.used, 0)
+
+        def view(x: Tensor) -> Tensor:
+            return x[index, :, :, :used].transpose(1, 2)
+
+        return _each(self._k, view), _each(self._v, view)
+
+
+def _parts(x: Tensor | QuantizedKV) -> tuple[Tensor, ...]:
+    return x if isinstance(x, QuantizedKV) else (x,)
+
+
+def _each(x: Tensor | QuantizedKV, f: Callable[[Tensor], Tensor]) -> Tensor | QuantizedKV:
+    return QuantizedKV(*map(f, x)) if isinstance(x, QuantizedKV) else f(x)

@@ -1,0 +1,89 @@
+"""The values and scales that a group of weights is rounded to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError
+from .linear_quantized import centre
+
+# (groups (..., group_size), bits, symmetric) → (scales, offsets or None), float16 (...)
+Fit = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
+
+
+def enclosing(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Scales and offsets, float16 (...), that take in all numbers of `groups` (..., group_size)."""
+    if symmetric:
+        low, high = groups.aminmax(dim=-1)
+        if bits == 8:
+            return (torch.maximum(-low, high) / 127).half(), None
+        # The largest number by its size becomes code 0: -8 times a scale of the other sign.
+        return (torch.where(-low > high, low, high) / -8).half(), None
+    low, high = groups.aminmax(dim=-1)
+    return ((high - low) / (2**bits - 1)).half(), low.half()
+
+
+def encode(groups: Tensor, scales: Tensor, offsets: Tensor | None, bits: int) -> Tensor:
+    """The codes, uint8, nearest to `groups` (..., group_size) under scales and offsets (...)."""
+    scale = scales.float().unsqueeze(-1)
+    if offsets is None:
+        low, high, zero = (1 if bits == 8 else 0), 2**bits - 1, float(centre(bits))
+    else:
+        low, high, zero = 0, 2**bits - 1, 0.0
+        groups = groups - offsets.float().unsqueeze(-1)
+    codes = torch.where(scale == 0, zero, groups / scale + zero)
+    return codes.round_().clamp_(low, high).to(torch.uint8)
+
+
+def refuse_non_finite(groups: Tensor, scales: Tensor, offsets: Tensor | None) -> None:
+    """Raises ShapeError where weights are not finite, or too large for float16 scales."""
+    if torch.isfinite(scales).all() and (offsets is None or torch.isfinite(offsets).all()):
+        return
+    if torch.isfinite(groups).all():
+        raise ShapeError(
+            f"QuantizedWeight: the weight has numbers up to {groups.abs().max():.3g}, which "
+            "float16 scales cannot reach; keep it as it is, or scale it down"
+        )
+    raise ShapeError("QuantizedWeight: the weight has numbers that are not finite")
+
+
+def best_fit(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Scales and offsets as of `enclosing`; where they are coarse, the scales of least squares."""
+    if bits == 4 and symmetric:
+        return search_scales(groups), None
+    return enclosing(groups, bits, symmetric)
+
+
+# Shares of the scale that takes in the largest number. Below 1 it is stretched beyond the codes,
+# so that the others fall closer together; more of them than these gain less than 0.2% of error.
+_SHARES = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
+_CHUNK = 1 << 17  # numbers that go through the cache together
+
+
+def search_scales(groups: Tensor) -> Tensor:
+    """The scales, float16 (...), that leave symmetric four-bit codes of `groups` (..., group_size)
+    the least squared error, among some.
+
+    For codes q, the scale of least error is s = Σ wq / Σ q² and the error Σ w² - s Σ wq. Codes are
+    made for each of _SHARES, and the scale of the best of them is taken.
+    """
+    rows = groups.reshape(-1, groups.shape[-1])
+    found = torch.empty(len(rows), dtype=torch.float16, device=rows.device)
+    step = max(1, _CHUNK // rows.shape[1])
+    for start in range(0, len(rows), step):
+        w = rows[start : start + step]
+        low, high = w.aminmax(dim=-1)
+        # The largest number by its size is meant for code 0, which stands for -8.
+        inverse = (-8 / torch.where(-low > high, low, high)).nan_to_num_(0, 0, 0)
+        best, scale = torch.zeros_like(inverse), torch.zeros_like(inverse)
+        for share in _SHARES:
+            q = (w * (inverse * share).unsqueeze(-1)).round_().clamp_(-8, 7)
+            wq, qq = torch.linalg.vecdot(w, q), torch.linalg.vecdot(q, q)
+            s = wq / qq.clamp_(min=1)
+            better = wq * s > best
+            best, scale = torch.where(better, wq * s, best), torch.where(better, s, scale)
+        found[start : start + step] = scale
+    return found.view(groups.shape[:-1])

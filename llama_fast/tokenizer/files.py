@@ -1,0 +1,129 @@
+"""The two file formats of the Llama 3 vocabulary, read into byte strings in rank order.
+
+Meta's `tokenizer.model` is lines of `base64 rank`; Hugging Face's `tokenizer.json` writes each byte
+as a character. Both hold the same vocabulary, and in both a token's id is its merge rank.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import operator
+
+from ..errors import TokenizerError
+from .special_tokens import ADDED_TOKENS
+
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# GPT-2's byte order: printable characters first, the rest after them. A byte's place here is its
+# rank, and the character that stands for it in tokenizer.json is itself or chr(256 + n).
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHER = tuple(b for b in range(256) if b not in _PRINTABLE)
+BYTE_ORDER = bytes((*_PRINTABLE, *_OTHER))
+BYTE_TO_CHAR = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + n) for n, b in enumerate(_OTHER)}
+_CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+
+
+def parse_ranks(data: bytes) -> list[bytes]:
+    """The tokens of Meta's format in rank order."""
+    if data.startswith(b"version https://git-lfs"):
+        raise TokenizerError("a Git LFS pointer stands in the file's place; run `git lfs pull`")
+    if b"<unk>" in data[:64] or b"\0" in data[:1024]:
+        raise TokenizerError(
+            "a sentencepiece model, as Llama 1 and 2 use it, or another binary file; "
+            "this package needs Llama 3's tokenizer.model: lines of `base64 rank`"
+        )
+    tokens: list[bytes] = []
+    seen: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            encoded, rank = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(rank)
+        except ValueError:
+            raise TokenizerError(
+                f"line {number} is not `base64 rank`: {line[:40]!r}; the file is cut off or damaged"
+            ) from None
+        if rank != len(tokens):
+            raise TokenizerError(
+                f"line {number} has rank {rank} where {len(tokens)} is due; ranks must rise from 0 "
+                "by one, so lines are missing, repeated or out of order: get a complete file"
+            )
+        if seen.setdefault(token, number) != number:
+            raise TokenizerError(f"line {number} repeats the token of line {seen[token]}")
+        tokens.append(token)
+    if not tokens:
+        raise TokenizerError("the file is empty; get a complete file")
+    return tokens
+
+
+def load_json(data: bytes) -> dict:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise TokenizerError(f"invalid JSON ({error}); get a complete file") from None
+    if not isinstance(value, dict):
+        raise TokenizerError("a JSON object is needed")
+    return value
+
+
+def listed_specials(data: bytes) -> dict[str, int]:
+    """The special tokens that a tokenizer_config.json lists, name to id; it may list none."""
+    try:
+        listed = load_json(data).get(ADDED_TOKENS) or {}
+        return {token["content"]: int(id_) for id_, token in listed.items() if token["special"]}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise TokenizerError(
+            f"its {ADDED_TOKENS} are not tokens by their ids ({error!r})"
+        ) from None
+
+
+def parse_json(data: bytes) -> tuple[list[bytes], dict[str, int], dict[str, int]]:
+    """Tokens in rank order, specials and added words of a tokenizer.json. Its merges are not read:
+    the rank is the id."""
+    root = load_json(data)
+    try:
+        vocab, added = root["model"]["vocab"], root.get("added_tokens") or []
+        split = root["pre_tokenizer"]
+        patterns = [s["pattern"]["Regex"] for s in split.get("pretokenizers", [split])[:1]]
+        if patterns != [PATTERN] or root.get("normalizer") is not None:
+            raise TokenizerError("it splits or normalizes text otherwise than Llama 3 does")
+        words = {token["content"]: operator.index(token["id"]) for token in added}
+        control = {token["content"] for token in added if token["special"]}
+        for token in added:
+            if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+                raise TokenizerError(
+                    f"added token {token['content']!r} has lstrip, rstrip or single_word set, "
+                    "which this package does not follow"
+                )
+        keys = {operator.index(id_): key for key, id_ in vocab.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TokenizerError(
+            f"not a byte-level BPE tokenizer.json as Llama 3 has it ({error!r})"
+        ) from None
+    if len(keys) < len(vocab):
+        raise TokenizerError("two tokens of its vocabulary have the same id")
+    # Some writers list the added tokens in the vocabulary too; those at its end are no ranks.
+    n_ranks = len(keys)
+    while n_ranks and keys.get(n_ranks - 1) in words:
+        n_ranks -= 1
+    tokens = []
+    for rank in range(n_ranks):
+        key = keys.get(rank)
+        if key is None:
+            raise TokenizerError(f"no token has the id {rank}; ids must be without gaps")
+        if key in words:
+            tokens.append(key.encode())
+            continue
+        try:
+            tokens.append(bytes(_CHAR_TO_BYTE[char] for char in key))
+        except KeyError as error:
+            raise TokenizerError(
+                f"token {key!r} (id {rank}) has the character {error}, which stands for no byte"
+            ) from None
+    specials = {name: id_ for name, id_ in words.items() if name in control}
+    return tokens, specials, {name: id_ for name, id_ in words.items() if name not in control}

@@ -1,0 +1,299 @@
+"""The Llama 3 tokenizer: byte-level BPE in which a token's id is its merge rank.
+
+Reads Meta's `tokenizer.model` (lines of `base64 rank`) and Hugging Face's `tokenizer.json`; merging
+is tiktoken's. A piece of text that is itself a token is emitted whole before any merging, which
+is what Hugging Face calls `ignore_merges`. The 256 special tokens follow the last rank, so a small
+vocabulary in the same format has the same specials at lower ids.
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import functools
+import operator
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import regex
+import tiktoken
+
+from ..errors import TokenizerError
+from ..utils.files import atomic_file
+from .files import PATTERN, listed_specials, load_json, parse_json, parse_ranks
+from .special_tokens import BOS, EOM, EOS, EOT, PAD, TABLES, TOKENIZER_CONFIG, special_ids
+
+PIECES = regex.compile(PATTERN)
+MAX_SLICE = 400_000  # characters handed to tiktoken at once
+MAX_RUN = 25_000  # characters of one run of whitespace or of non-whitespace
+_RUNS = re.compile(r"\s+|\S+")
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    tokens: the vocabulary's byte strings in rank order, all 256 single bytes among them.
+    specials: the name of a table ("3.0", "3.1", "hf"), or name to id.
+    added: further whole words, text to id, found in any text before the pattern splits it.
+
+    Attributes: n_ranks; vocab_size (ranks, specials and added words); specials (name to id) and
+    special_names (id to name); bos_id, eos_id, eot_id; eom_id and pad_id (None in 3.0); stop_ids;
+    id_to_bytes (tuple of bytes, a special's being its name in UTF-8).
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[bytes],
+        *,
+        specials: str | Mapping[str, int] = "3.1",
+        added: Mapping[str, int] | None = None,
+    ):
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        if len(ranks) < len(tokens):
+            rank = next(rank for rank, token in enumerate(tokens) if ranks[token] != rank)
+            raise TokenizerError(f"the tokens of ranks {rank} and {ranks[tokens[rank]]} are equal")
+        missing = [b for b in range(256) if bytes([b]) not in ranks]
+        if missing:
+            raise TokenizerError(
+                f"{len(missing)} of the 256 single bytes are not in the vocabulary, the first of "
+                f"them 0x{missing[0]:02x}; some text could not be encoded: get a complete file"
+            )
+        self.n_ranks = len(tokens)
+        if isinstance(specials, str):
+            specials = special_ids(specials, self.n_ranks)
+        self.specials = dict(specials)
+        self.special_names = {id_: name for name, id_ in self.specials.items()}
+        absent = [name for name in (BOS, EOS, EOT) if name not in self.specials]
+        if absent:
+            raise TokenizerError(f"not a Llama 3 vocabulary: it has no {', '.join(absent)}")
+        self._added = dict(added or {})
+        self.bos_id, self.eos_id, self.eot_id = (self.specials[n] for n in (BOS, EOS, EOT))
+        self.eom_id, self.pad_id = self.specials.get(EOM), self.specials.get(PAD)
+        self.stop_ids = frozenset({self.eos_id, self.eot_id, self.eom_id} - {None})
+
+        words = {id_: name.encode() for name, id_ in (self.specials | self._added).items()}
+        if len(words) < len(self.specials) + len(self._added):
+            raise TokenizerError("two special tokens or added words have the same name or id")
+        self.vocab_size = max(self.n_ranks, 1 + max(words))
+        beyond = sum(id_ >= self.n_ranks for id_ in words)
+        if min(words) < 0 or self.n_ranks + beyond < self.vocab_size:
+            raise TokenizerError(
+                f"the ids of special tokens and added words leave gaps after {self.n_ranks - 1}, "
+                "the last rank: the vocabulary is incomplete"
+            )
+        ids = range(self.vocab_size)
+        self.id_to_bytes = tuple(words[i] if i in words else tokens[i] for i in ids)
+        self._bpe = tiktoken.Encoding(
+            "llama3", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    @classmethod
+    def from_file(
+        cls, path: str | Path, *, specials: str | Mapping[str, int] = "auto"
+    ) -> Tokenizer:
+        """Reads Meta's `tokenizer.model` or Hugging Face's `tokenizer.json`, told apart by content.
+
+        specials "auto" takes a tokenizer.json's own added tokens. Meta's file lists no specials, so
+        there it means "3.1"; give "3.0" for the original Llama 3, or name to id. Raises
+        TokenizerError.
+        """
+        path = Path(path)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise TokenizerError(
+                f"{path} cannot be read ({error.strerror}); give a tokenizer.model or .json"
+            ) from error
+        try:
+            if data.lstrip().startswith(b"{") or path.suffix == ".json":
+                tokens, found, added = parse_json(data)
+                if specials != "auto":
+                    named = isinstance(specials, str)
+                    wanted = special_ids(specials, len(tokens)) if named else dict(specials)
+                    taken = set(wanted.values())
+                    found = {n: i for n, i in found.items() if i not in taken} | wanted
+                return cls(tokens, specials=found, added=added)
+            return cls(parse_ranks(data), specials="3.1" if specials == "auto" else specials)
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, specials: str = "auto") -> Tokenizer:
+        """Reads a folder's `tokenizer.model`, or else its `tokenizer.json`.
+
+        With Meta's file and a `params.json` beside it, "auto" is "3.1" where `use_scaled_rope` is
+        true and "3.0" where it is not; and the vocabulary must then be of the model's size, which
+        finds a file that was cut off at the end of a line. With a `tokenizer_config.json` instead,
+        "auto" is the special tokens that it lists, if any. Raises TokenizerError.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise TokenizerError(f"{folder} is not a folder; give one with a tokenizer.model in it")
+        model, params = folder / "tokenizer.model", folder / "params.json"
+        listed = folder / TOKENIZER_CONFIG
+        if not model.exists():
+            if not (folder / "tokenizer.json").exists():
+                raise TokenizerError(f"{folder} has neither tokenizer.model nor tokenizer.json")
+            return cls.from_file(folder / "tokenizer.json", specials=specials)
+        if not params.exists():
+            if specials != "auto" or not listed.exists():
+                return cls.from_file(model, specials=specials)
+            try:
+                found = listed_specials(listed.read_bytes())
+            except (TokenizerError, OSError) as error:
+                raise TokenizerError(f"{listed}: {error}") from error
+            return cls.from_file(model, specials=found or specials)
+        try:
+            config = load_json(params.read_bytes())
+        except (TokenizerError, OSError) as error:
+            raise TokenizerError(f"{params}: {error}") from error
+        if specials == "auto":
+            specials = "3.1" if config.get("use_scaled_rope") else "3.0"
+        tokenizer = cls.from_file(model, specials=specials)
+        rows = config.get("vocab_size")  # -1 where the file leaves it to the tokenizer
+        padding = rows - tokenizer.vocab_size if isinstance(rows, int) and rows > 0 else 0
+        if not 0 <= padding < 64:
+            raise TokenizerError(
+                f"{model} has {tokenizer.vocab_size} tokens, specials included, but the model has "
+                f"{rows} (params.json): the file is cut off or belongs to another model"
+            )
+        return tokenizer
+
+    def save(self, path: str | Path) -> None:
+        """Writes the ranks in Meta's format, which does not say which table of specials it is for.
+
+        Raises TokenizerError where the file cannot be written or the format cannot hold the
+        vocabulary: it has room for no added words and for no other specials than the tables'.
+        """
+        if self._added or all(special_ids(t, self.n_ranks) != self.specials for t in TABLES):
+            raise TokenizerError(
+                "Meta's format cannot hold this vocabulary's own special tokens and added words; "
+                "keep its tokenizer.json"
+            )
+        ranks = enumerate(self.id_to_bytes[: self.n_ranks])
+        lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in ranks)
+        try:
+            with atomic_file(path) as beside:
+                beside.write_bytes(lines)
+        except OSError as error:
+            raise TokenizerError(f"{path} cannot be written ({error.strerror})") from error
+
+    def encode(
+        self,
+        text: str,
+        *,
+        bos: bool = False,
+        eos: bool = False,
+        allowed_special: str | Collection[str] = frozenset(),
+        disallowed_special: str | Collection[str] = (),
+    ) -> list[int]:
+        """The ids of `text`, with the begin and end tokens where asked.
+
+        By default text that looks like a special token is encoded as the ordinary characters it is,
+        so that text from outside cannot become a control token. allowed_special: the names (or
+        "all") that become their ids. disallowed_special: the names (or "all", meaning all that are
+        not allowed) that are refused. Text of any length is taken in slices, cut where the pattern
+        splits it anyway; only a single piece longer than 25,000 characters is cut inside.
+
+        Raises TokenizerError for anything but a str, a lone surrogate (which no UTF-8 holds; decode
+        the input with errors="replace" to be rid of them), a refused or an unknown special.
+        """
+        if not isinstance(text, str):
+            raise TokenizerError(f"encode takes a str, not {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"character {error.start} is a lone surrogate (U+{ord(text[error.start]):04X}), "
+                'which is not text; decode the input with errors="replace"'
+            ) from None
+        allowed = self._names("allowed_special", allowed_special)
+        refused = self._names("disallowed_special", disallowed_special)
+        for name in refused - allowed if disallowed_special == "all" else refused:
+            if name in text:
+                raise TokenizerError(
+                    f"the text holds {name}, which disallowed_special refuses; put it into "
+                    "allowed_special, or leave both empty to encode it as ordinary text"
+                )
+        whole = self._added | {name: self.specials[name] for name in allowed}
+        ids = [self.bos_id] if bos else []
+        for n, part in enumerate(_splitter(frozenset(whole)).split(text) if whole else (text,)):
+            if n % 2:  # re.split: the separators stand at the odd places
+                ids.append(whole[part])
+            else:
+                for piece in _slices(part):
+                    ids += self._bpe.encode_ordinary(piece)
+        return [*ids, self.eos_id] if eos else ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises as decode_bytes."""
+        return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
+        """The bytes of `ids`. Raises TokenizerError for an id outside 0 ... vocab_size - 1."""
+        if not isinstance(ids, Iterable):
+            raise TokenizerError(f"decode takes a sequence of ids, not {type(ids).__name__}")
+        return b"".join(self._bytes(id_, skip_special) for id_ in ids)
+
+    def _bytes(self, id_: int, skip_special: bool) -> bytes:
+        try:
+            index = operator.index(id_)
+        except TypeError:
+            raise TokenizerError(f"{id_!r} is not a token id; ids are integers") from None
+        if not 0 <= index < self.vocab_size:
+            raise TokenizerError(f"the id {index} is outside 0 ... {self.vocab_size - 1}")
+        return b"" if skip_special and index in self.special_names else self.id_to_bytes[index]
+
+    def _names(self, argument: str, value: str | Collection[str]) -> frozenset[str]:
+        if value == "all":
+            return frozenset(self.specials)
+        names = frozenset([value] if isinstance(value, str) else value)
+        for name in names - self.specials.keys():
+            raise TokenizerError(f"{argument}: {name!r} is not a special token of this vocabulary")
+        return names
+
+
+class StreamDecoder:
+    """Decodes ids one by one; bytes of an unfinished character wait until it is whole.
+
+    All that push and flush return, joined, is what `Tokenizer.decode` gives for the same ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False):
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id_: int) -> str:
+        """The characters that `id_` completes, perhaps none. Raises as Tokenizer.decode."""
+        return self._utf8.decode(self._tokenizer._bytes(id_, self._skip_special))
+
+    def flush(self) -> str:
+        """What an unfinished character leaves (U+FFFD or nothing); the decoder starts anew."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+@functools.lru_cache(maxsize=16)
+def _splitter(names: frozenset[str]) -> re.Pattern[str]:
+    longest_first = sorted(names, key=lambda name: (-len(name), name))
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+
+def _slices(text: str) -> Iterator[str]:
+    """Cuts `text` to MAX_SLICE and MAX_RUN, beyond which tiktoken can overflow its stack."""
+    start = 0
+    while start < len(text):
+        limit = min(start + MAX_SLICE, len(text))
+        if limit - start > MAX_RUN:
+            runs = (m.span() for m in _RUNS.finditer(text, start, limit))
+            limit = next((a + MAX_RUN for a, b in runs if b - a > MAX_RUN), limit)
+        if limit < len(text):
+            # A piece that ends before the limit and not in whitespace ends there in the whole text
+            # too: only whitespace looks further ahead than to the next character.
+            ends = (m.end() for m in PIECES.finditer(text, start, limit))
+            sure = [end for end in ends if end < limit and not text[end - 1].isspace()]
+            limit = sure[-1] if sure else limit
+        yield text[start:limit]
+        start = limit
