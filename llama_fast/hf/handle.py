@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import explain
-from ..errors import LlamaFastError, PatchError
+from ..errors import PatchError
 from . import attention, forwards, structure, verify
 from .conditions import DTYPES
 from .patched import function_of, is_patched, patch_class, replaced_forward, unpatch_class
@@ -337,8 +337,8 @@ def _backend(
         if any(isinstance(arg, Tensor) and arg.is_meta for arg in given):
             return "meta", None  # decided when the weights have come
         decision = explain(op, *given)
-    except LlamaFastError as error:
-        return None, str(error)
+    except Exception as error:  # whatever a module of an unknown kind raises is the reason
+        return None, f"what it computes in cannot be told: {error}"
     if decision.chosen != "eager":
         return decision.chosen, None
     reasons = [r for name, why in decision.reasons.items() if name != "eager" for r in why]
