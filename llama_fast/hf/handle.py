@@ -302,9 +302,11 @@ def _computes_in(decoder: nn.Module) -> Tensor:
         for tensor in (*module.parameters(), *module.buffers())
     ]
     device = tensors[0].device if tensors else torch.device("cpu")
-    dtypes = [tensor.dtype for tensor in tensors if tensor.dtype in (*DTYPES, torch.float64)]
-    named = getattr(decoder.config, "dtype", None) or getattr(decoder.config, "torch_dtype", None)
-    dtype = dtypes[0] if dtypes else named if isinstance(named, torch.dtype) else torch.float32
+    dtypes = (tensor.dtype for tensor in tensors if tensor.dtype in (*DTYPES, torch.float64))
+    dtype = next(dtypes, None)
+    if dtype is None:  # the config's name for it was torch_dtype before transformers 5
+        named = vars(decoder.config)
+        dtype = named.get("dtype") or named.get("torch_dtype") or torch.float32
     return torch.empty(0, dtype=dtype, device=device)
 
 
