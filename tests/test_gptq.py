@@ -14,8 +14,6 @@ from llama_fast.cli import main
 from llama_fast.cli.quantize import REPORT
 from llama_fast.config.quantization import NAMED, Quantization, WeightFormat
 from llama_fast.demo import FOLDER
-from llama_fast.demo.recipe import BLOCK, held_out_data
-from llama_fast.demo.texts import documents
 from llama_fast.errors import ConfigError
 from llama_fast.model import Llama
 from llama_fast.ops.quantized_weight import round_weight
@@ -25,6 +23,8 @@ from llama_fast.quantization.report import compare
 from llama_fast.tokenizer import Tokenizer
 from llama_fast.training.data import PackedDataset
 from tests.checkpoints import SMALL, random_state
+from tools.demo_model.recipe import BLOCK, held_out_data
+from tools.demo_model.texts import documents
 
 FORMS = [WeightFormat(4, 32), WeightFormat(4, 64, False), WeightFormat(8, 128)]
 

@@ -12,7 +12,6 @@ from llama_fast.backends import cpu
 from llama_fast.config import LlamaConfig
 from llama_fast.config.quantization import NAMED, Quantization, WeightFormat
 from llama_fast.demo import FOLDER
-from llama_fast.demo.recipe import held_out_data
 from llama_fast.errors import ConfigError, ShapeError
 from llama_fast.generation.generate import generate
 from llama_fast.model import Llama
@@ -21,6 +20,7 @@ from llama_fast.ops import QuantizedWeight
 from llama_fast.ops.quantized_weight import round_rows, round_weight
 from llama_fast.ops.rounding import enclosing, encode, search_scales
 from llama_fast.tokenizer import Tokenizer
+from tools.demo_model.recipe import held_out_data
 
 FOUR = WeightFormat(4, 32)
 UNTIED = LlamaConfig(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ import typer
 
 from ..errors import PromptError
 from .convert import report_written
-from .options import Debug, DType, Threads, example, set_threads
+from .options import DEMO, Debug, DType, Threads, example, set_threads
 from .terminal import show, table, weights_bar
 from .units import write_json
 
@@ -138,12 +139,9 @@ def _read(path: Path) -> str:
         ) from None
 
 
-def _stories() -> Iterator[str]:
-    """Texts of the small model's world, of a kind that it was not trained on."""
-    from ..demo.recipe import SEED
-    from ..demo.texts import documents
-
-    return documents(SEED, "combinations")
+def _stories() -> list[str]:
+    """Texts of the demo model's world, of a kind that it was not trained on."""
+    return json.loads((DEMO / "stories.json").read_text(encoding="utf-8"))
 
 
 def _tokens(checkpoint: Checkpoint, documents: Iterable[str], most: int) -> Tensor:
