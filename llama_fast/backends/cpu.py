@@ -28,8 +28,8 @@ try:
 except ImportError as error:
     _cpu = None
     _unavailable = [
-        f"the extension module llama_fast._cpu cannot be imported ({error}); "
-        "install the package with a C++ compiler at hand: pip install ."
+        f"{limits.not_loaded('C++', '_cpu', error)}; install the package with a C++ compiler at "
+        "hand: pip install ."
     ]
 else:
     _unavailable = []

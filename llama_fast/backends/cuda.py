@@ -25,9 +25,9 @@ try:
 except ImportError as error:
     _cuda = None
     _unavailable = [
-        f"the extension module llama_fast._cuda cannot be imported ({error}). It is built where "
-        "the installation finds nvcc and a GPU, or when asked for: "
-        "LLAMA_FAST_CUDA=all pip install . (or LLAMA_FAST_CUDA=90a for one architecture)"
+        f"{limits.not_loaded('CUDA C++', '_cuda', error)}; they are built where the installation "
+        "finds nvcc and a GPU, or when asked for: LLAMA_FAST_CUDA=all pip install . (or "
+        "LLAMA_FAST_CUDA=90a for one architecture)"
     ]
 else:
     _unavailable = []

@@ -116,6 +116,8 @@ def measure(
             failed[name] = error
     del expected
     row.ceiling, row.at_best = at_best(op, least, results, dtype, ceilings)
+    if not once:
+        return row
     if device.type == "cuda":
         times = interleaved_on_gpu(once, _rounds_on_gpu(once, rounds), warm=warm)
         row.samples = times.seconds

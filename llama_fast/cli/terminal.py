@@ -36,13 +36,17 @@ def size(nbytes: float) -> str:
 
 
 def table(*header: str, numbers: bool = False) -> Table:
-    """An empty table; with `numbers` all columns but the first are aligned right."""
+    """Returns an empty table. With `numbers` all columns but the first are aligned right and never
+    broken: where the terminal is narrow, the first one is."""
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(header))
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_header=any(header))
     for index, name in enumerate(header):
-        made.add_column(name, justify="right" if numbers and index else "left")
+        number = numbers and index > 0
+        made.add_column(
+            name, justify="right" if number else "left", no_wrap=number, overflow="fold"
+        )
     return made
 
 
@@ -62,8 +66,11 @@ def columns() -> int:
 def show(*things: object) -> None:
     """Prints texts and tables to stdout."""
     console = _stdout()
-    for thing in things:
-        console.print(thing, soft_wrap=isinstance(thing, str))
+    with contextlib.nullcontext() if sys.stdout.isatty() else console.capture() as captured:
+        for thing in things:
+            console.print(thing, soft_wrap=isinstance(thing, str))
+    if captured is not None:  # without the blanks that fill up the lines of a table
+        print("\n".join(line.rstrip() for line in captured.get().split("\n")), end="")
 
 
 @contextlib.contextmanager
@@ -72,6 +79,11 @@ def growing(rows: Table) -> Iterator[Table]:
     from rich.live import Live
 
     unwind_when_stopped()
+    if not sys.stdout.isatty():
+        yield rows
+        if rows.row_count:
+            show(rows)
+        return
     with Live(rows, console=_stdout(), vertical_overflow="visible"):
         yield rows
 

@@ -582,15 +582,26 @@ class _Recorder(DispatchMode):
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
-    """Says which backend would serve `op(*args)` now, and why each other one does not.
+    """Returns which backend would serve `op(*args)` now, and why each other one does not.
 
     `print(llama_fast.explain("attention", q, k, v))` shows it; the result's fields are `chosen`,
-    `reasons` (backend → list of sentences) and `how` (a few words, or none).
+    `reasons` (every backend → list of sentences, empty where it could serve the call) and `how` (a
+    few words, or none). Raises BackendError for an op that does not exist.
     """
     backends()  # importing them declares the ops
     if op not in OPS:
         raise BackendError(f"no op is named {op!r}; there are {', '.join(sorted(OPS))}")
-    return OPS[op].explain(*_positional(OPS[op], args, kwargs))
+    decision = OPS[op].explain(*_positional(OPS[op], args, kwargs))
+    elsewhere = {
+        name: [f"it serves tensors on {_devices_of(name)}; these are on {decision.device}"]
+        for name in BACKENDS
+        if name not in decision.reasons
+    }
+    return decision._replace(reasons={**decision.reasons, **elsewhere})
+
+
+def _devices_of(backend: str) -> str:
+    return " or ".join(device for device, order in ORDER.items() if backend in order)
 
 
 def _positional(op: Op, args: tuple, kwargs: dict[str, Any]) -> tuple:
