@@ -182,7 +182,8 @@ def _numbers(option: str, text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) for part in parts):
         raise typer.BadParameter(
-            f"{option} is {text}; write whole numbers from 1, as {option} 512,2048"
+            f"{text} is no list of whole numbers from 1. Write for example: {option} 512,2048",
+            param_hint=option,
         )
     return [int(part) for part in parts]
 
@@ -194,10 +195,15 @@ def _wanted(
     from ..bench.shapes import NAMES, Work
 
     if unknown := [name for name in ops or () if name not in NAMES]:
-        raise BackendError(f"no op {', '.join(unknown)}; there are {', '.join(NAMES)}")
+        raise BackendError(
+            f"there is no op {', '.join(unknown)}; write one or several of {', '.join(NAMES)}"
+        )
     kinds = work.split(",")
     if unknown := [kind for kind in kinds if kind not in WORK]:
-        raise typer.BadParameter(f"--work is {', '.join(unknown)}; it must be {' or '.join(WORK)}")
+        raise typer.BadParameter(
+            f"there is no work {', '.join(unknown)}. Write one or several of {','.join(WORK)}",
+            param_hint="--work",
+        )
     works = {
         "decode": [Work.decode(n) for n in keys],
         "prefill": [Work.prefill(n) for n in tokens],

@@ -40,7 +40,11 @@ def doctor(
     Exits with 0 when the package is usable here, and with 1 when it is not.
     """
     if arch and not resources:
-        raise typer.BadParameter("--arch is of --resources; give that too")
+        raise typer.BadParameter(
+            "it says for which chips --resources compiles. "
+            f"Write: llama-fast doctor --resources --arch {arch}",
+            param_hint="--arch",
+        )
     problems = _versions()
     if not problems:
         problems = [*_machine(), *_backends(), *_ops("cpu"), *_gpu_ops()]

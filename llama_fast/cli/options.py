@@ -122,14 +122,15 @@ def device_named(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise LlamaFastError(f"--device is {name!r}; it must be auto, cpu, cuda, or cuda:1 …")
+        raise LlamaFastError(f"--device is {name!r}; write auto, cpu, cuda, or cuda:1 …")
     if device.type == "cuda" and not has_gpu:
         raise LlamaFastError(
-            f"--device {name}: torch {torch.__version__} sees no GPU here; give --device cpu"
+            f"--device {name}: torch {torch.__version__} sees no GPU here; write --device cpu"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise LlamaFastError(
-            f"--device {name}: there are {torch.cuda.device_count()} GPUs, numbered from 0"
+            f"--device {name}: there are {torch.cuda.device_count()} GPUs, numbered from 0; write "
+            "--device cuda:0"
         )
     return device
 
@@ -141,7 +142,7 @@ def check_backend(name: str, device: str) -> None:
     if name not in ORDER[device]:
         raise BackendError(
             f"--backend {name} does not run on device {device}, which has "
-            f"{', '.join(ORDER[device])}; give one of these, or another --device"
+            f"{', '.join(ORDER[device])}; write one of these, or another --device"
         )
     if name != "eager" and (name not in backends() or backends()[name].unavailable):
         why = backends()[name].unavailable if name in backends() else ["it is not installed"]

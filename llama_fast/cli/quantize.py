@@ -91,15 +91,20 @@ def quantize(
     """
     set_threads(threads)
     if text is not None and not report:
-        raise typer.BadParameter("it needs --report", param_hint="--text")
+        raise typer.BadParameter(
+            f"it is the text that --report reads. Write: --report --text {text}",
+            param_hint="--text",
+        )
     from ..config.quantization import NAMED, Quantization, WeightFormat
     from ..quantization.folder import open_float_checkpoint, quantize_folder
 
     default = {4: NAMED["int4"].mlp, 8: NAMED["int8"].mlp}
     if bits not in default:
-        raise typer.BadParameter(f"{bits}; it must be 4 or 8", param_hint="--bits")
+        raise typer.BadParameter(f"{bits} is not 4 or 8. Write: --bits 4", param_hint="--bits")
     if head_bits not in (*default, 16):
-        raise typer.BadParameter(f"{head_bits}; it must be 4, 8 or 16", param_hint="--head-bits")
+        raise typer.BadParameter(
+            f"{head_bits} is not 4, 8 or 16. Write: --head-bits 8", param_hint="--head-bits"
+        )
     size = default[bits].group_size if group_size is None else group_size
     form = WeightFormat(bits, size, not offsets)
     of_head = None
