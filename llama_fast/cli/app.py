@@ -12,6 +12,7 @@ from .. import __version__
 from .bench import bench
 from .convert import convert
 from .doctor import doctor
+from .explain import explain
 from .generate import generate
 from .info import info
 from .init import init
@@ -22,7 +23,7 @@ from .report import report
 from .tokenize import tokenize
 
 COMMANDS = (
-    generate, info, tokenize, convert, quantize, init, doctor, bench, profile, report
+    generate, info, tokenize, convert, quantize, init, doctor, explain, bench, profile, report
 )  # fmt: skip
 
 app = typer.Typer(

@@ -59,6 +59,14 @@ class KvCache(str, Enum):
     int8 = "int8"
 
 
+class Work(str, Enum):
+    """`llama_fast.bench.shapes.Work`, by its names."""
+
+    decode = "decode"
+    prefill = "prefill"
+    training = "training"
+
+
 class Backend(str, Enum):
     cpu = "cpu"
     cuda = "cuda"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -19,11 +21,23 @@ Progress = Callable[[int, int, str], None]
 
 
 WIDTH = 160  # of what is no terminal
+LONGEST_PROMPT = 1000  # characters that are shown of one
 
 
 def note(text: str) -> None:
     """A line about the work, apart from its result."""
     print(text, file=sys.stderr, flush=True)
+
+
+def note_pairs(pairs: list[tuple[str, str]]) -> None:
+    """Writes a note for each (name, value), the values below each other; on a terminal a long value
+    goes on below itself."""
+    width = os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else None
+    indent = max(len(name) for name, _ in pairs) + 2
+    for name, value in pairs:
+        lines = textwrap.wrap(value, max(20, width - indent)) if width else [value]
+        for at, line in enumerate(lines or [""]):
+            note(f"{'' if at else name:<{indent}}{line}")
 
 
 def size(nbytes: float) -> str:
@@ -56,6 +70,17 @@ def _stdout() -> Console:
 
     width = None if sys.stdout.isatty() else WIDTH
     return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def show_prompt(text: str) -> None:
+    """Shows what is continued, dimmed, where stdout is a terminal: of a long one the end."""
+    if not sys.stdout.isatty():
+        return
+    from rich.text import Text
+
+    if len(text) > LONGEST_PROMPT:
+        text = f"… {text[-LONGEST_PROMPT:]}"
+    _stdout().print(Text(text, style="dim"), end="", soft_wrap=True)
 
 
 def columns() -> int:
