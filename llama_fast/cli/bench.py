@@ -278,7 +278,8 @@ def _heading(shape: str, work: Any, dtype: str, device: str, ceilings: Ceilings)
     """What all calls of a table have in common."""
     where = device
     if device == "cpu":
-        where += f" ({ceilings.threads} threads, {ceilings.isa or 'C++ kernels not built'})"
+        threads = f"{ceilings.threads} thread{'s' * (ceilings.threads != 1)}"
+        where += f" ({threads}, {ceilings.isa or 'C++ kernels not built'})"
     gradients = " (gradients)" if work.name == "training" else ""
     return f"{work}{gradients} of {shape}, {dtype}, on {where}"
 

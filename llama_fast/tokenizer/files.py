@@ -80,8 +80,8 @@ def _fault(error: Exception) -> str:
 
 def listed_specials(data: bytes) -> dict[str, int]:
     """The special tokens that a tokenizer_config.json lists, name to id; it may list none."""
+    listed = load_json(data).get(ADDED_TOKENS) or {}
     try:
-        listed = load_json(data).get(ADDED_TOKENS) or {}
         return {token["content"]: int(id_) for id_, token in listed.items() if token["special"]}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise TokenizerError(

@@ -71,7 +71,7 @@ def random_quantized(
 ) -> QuantizedWeight:
     """Returns a weight whose quantised values are uniform, with a scale that gives it that standard
     deviation."""
-    weight = form.empty(shape).to_empty(device=device)
+    weight = QuantizedWeight.empty(shape, form).to_empty(device=device)
     fill(weight.codes)
     weight.scales.fill_(std * 12**0.5 / 2**form.bits)
     if weight.offsets is not None:
