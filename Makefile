@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 # The C++ sources too: a change of theirs rebuilds the extension.
 SOURCES := pyproject.toml setup.py setup_cuda.py constraints.txt $(shell find csrc -type f)
 
@@ -9,13 +10,18 @@ SOURCES := pyproject.toml setup.py setup_cuda.py constraints.txt $(shell find cs
 
 demo: $(VENV)/.installed
 	$(BIN)/llama-fast generate "Once upon a time" --max-new-tokens 120 --seed 1
+	@echo
+	$(BIN)/llama-fast generate "从前" --max-new-tokens 120 --seed 1 --quiet
+	@echo
+	$(BIN)/llama-fast generate --max-new-tokens 5 --temperature 0 --quiet \
+		"the answer to the ultimate question of life, the universe, and everything is "
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
 # ARGS="-k rms_norm --benchmark-json=out.json" and all else that pytest-benchmark takes
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/python -m pytest benchmarks -vv $(ARGS)
 
 # ARGS="--rows 'decode bf16'" and the like: see python -m benchmarks.cpu --help
 bench-cpu: $(VENV)/.installed-peers
@@ -42,17 +48,20 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(SOURCES) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@echo "Setting up $(VENV): PyTorch is downloaded, and the C++ kernels are compiled: some minutes, once."
+	$(PIP) -e .
 	touch $@
 
 $(VENV)/.installed-test: $(SOURCES) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@echo "Setting up $(VENV) with the test tools: some minutes, once."
+	$(PIP) -e '.[test]'
 	touch $@ $(VENV)/.installed
 
 # The peers are compiled here; without them the benchmark runs, and says who is missing.
 $(VENV)/.installed-peers: $(SOURCES) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]' \
+	@echo "Setting up $(VENV) with the peers, which are compiled here: ten minutes or more, once."
+	$(PIP) -e '.[bench]'
+	$(PIP) -e '.[peers]' \
 		|| echo "Not all of the peers could be installed; the benchmark runs without them."
 	touch $@ $(VENV)/.installed
 

@@ -290,9 +290,8 @@ def _narrow() -> bool:
 
 def _table() -> Table:
     rates = () if _narrow() else ("GB/s", "GFLOP/s")
-    made = table("op", "by", "time", "spread", *rates, "of ceiling", "× eager", numbers=True)
-    made.columns[1].justify = "left"
-    return made
+    header = ("op", "by", "time", "spread", *rates, "of ceiling", "× eager")
+    return table(*header, numbers=True, texts=2)
 
 
 def _cells(row: Row, contender: str) -> list[str]:

@@ -112,7 +112,7 @@ def generate(
         typer.Option(
             "--quiet",
             "-q",
-            help="Only what is generated: no prompt before it and no figures after it.",
+            help="Only the text, without the figures at the end.",
         ),
     ] = False,
     debug: Debug = False,
@@ -180,8 +180,7 @@ def generate(
             kv_cache=form,
         )
         try:
-            if not quiet:
-                show_prompt(text)
+            show_prompt(text)
             for chunk in chunks:
                 times.append(time.perf_counter())
                 sys.stdout.write(chunk.text)

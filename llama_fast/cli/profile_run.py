@@ -272,7 +272,7 @@ def _show_rows(found: Profile, by_shape: bool) -> None:
     wide = columns() >= 110
     header = ["op", "backend", "calls", "time", "share"]
     header += ["bytes", "FLOPs"] * wide
-    rows = table(*header, "GB/s", "GFLOP/s", "of ceiling", numbers=True)
+    rows = table(*header, "GB/s", "GFLOP/s", "of ceiling", numbers=True, texts=2)
     for row in found.rows(by_shape):
         share = "" if row.share_of_ceiling is None else f"{row.share_of_ceiling:.0%} {row.ceiling}"
         rows.add_row(
@@ -322,9 +322,14 @@ def _show_step(found: Profile, wanted: Wanted, ceilings: Ceilings, others: float
         )
         if value
     ]
-    show(f"Ceilings, measured now: {', '.join(limits)}")
-    if found.spread > TOO_NOISY or (others or 0) > TOO_BUSY:
-        note("~ too noisy: steps that spread over a tenth, or other programs that were busy")
+    show(f"This machine's peak rates, measured now: {', '.join(limits)}")
+    if found.spread > TOO_NOISY:
+        note(f"The steps spread over more than {TOO_NOISY:.0%}: give more --repeats")
+    if (others or 0) > TOO_BUSY:
+        note(
+            f"Other programs took {others:.0%} of the processors' time: these times are too noisy "
+            "to count; end those programs and measure again"
+        )
 
 
 def _show_between(between: list[TorchOp]) -> None:

@@ -35,7 +35,7 @@ def report(
         typer.Option(
             metavar="PAGE",
             help="Also put figures into this page, where comments ask for them: "
-            "<!-- decode bf16 | × transformers --><!-- end -->. May be given several times.",
+            "<!-- decode bf16: × transformers --><!-- end -->. May be given several times.",
         ),
     ] = None,
     debug: Debug = False,

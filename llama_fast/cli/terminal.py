@@ -49,18 +49,16 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.3g} GB" if nbytes < 999.5 else f"{nbytes:,.0f} GB"
 
 
-def table(*header: str, numbers: bool = False) -> Table:
-    """Returns an empty table. With `numbers` all columns but the first are aligned right and never
-    broken: where the terminal is narrow, the first one is."""
+def table(*header: str, numbers: bool = False, texts: int = 1) -> Table:
+    """Returns an empty table. With `numbers` all columns but the first `texts` are aligned right.
+    Where the terminal is narrow, only the first is broken."""
     from rich import box
     from rich.table import Table
 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_header=any(header))
     for index, name in enumerate(header):
-        number = numbers and index > 0
-        made.add_column(
-            name, justify="right" if number else "left", no_wrap=number, overflow="fold"
-        )
+        justify = "right" if numbers and index >= texts else "left"
+        made.add_column(name, justify=justify, no_wrap=numbers and index > 0, overflow="fold")
     return made
 
 

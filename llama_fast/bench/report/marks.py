@@ -1,6 +1,6 @@
 """Figures inside a page, which are taken from results files and never typed.
 
-In a page, `<!-- decode bf16 | × transformers -->2.1<!-- end -->` is the figure 2.1: the row of the
+In a page, `<!-- decode bf16: × transformers -->2.1<!-- end -->` is the figure 2.1: the row of the
 results by its name, and what is wanted of it. The comments do not show on the rendered page. Which
 machine's results they are is said before them, once for all that follow:
 `<!-- figures of intel-xeon-processor-avx512-vnni-2-threads -->`.
@@ -16,7 +16,7 @@ from ..results import Row
 
 _MARKS = re.compile(
     r"<!-- figures of (?P<machine>\S+) -->|"
-    r"(?P<begin><!-- (?P<row>[^|<>]+) \| (?P<wanted>[^<>]+) -->)[^<>]*(?P<end><!-- end -->)"
+    r"(?P<begin><!-- (?P<row>[^:<>]+): (?P<wanted>[^<>]+) -->)[^<>]*(?P<end><!-- end -->)"
 )
 
 
@@ -49,7 +49,7 @@ def filled(page: str, results: Mapping[str, Mapping[str, Row]]) -> str:
     text = _MARKS.sub(place, page)
     if not found:
         raise ResultsError(
-            "it has no place for a figure; write one as <!-- decode bf16 | × transformers -->"
+            "it has no place for a figure; write one as <!-- decode bf16: × transformers -->"
             "<!-- end -->, after <!-- figures of MACHINE -->, the name of a results file"
         )
     return text
