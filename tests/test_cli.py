@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fast import checkpoint, config
-from llama_fast import dispatch as registry
+from llama_fast import checkpoint, config, dispatch
 from llama_fast.bench import machine, results
 from llama_fast.checkpoint import open_checkpoint, write_random
 from llama_fast.cli import app, main, measure, options
@@ -111,7 +110,7 @@ def test_no_arguments_show_the_help_and_version_the_version(run):
 
 
 def test_choices_are_the_library_s():
-    assert [backend.value for backend in options.Backend] == list(registry.BACKENDS)
+    assert [backend.value for backend in options.Backend] == list(dispatch.BACKENDS)
     assert [named.value for named in options.Named] == list(NAMED)
     assert [dtype.torch for dtype in options.DType] == [
         torch.float32,
@@ -581,20 +580,20 @@ def test_doctor_names_every_op_and_is_content(run):
     if not torch.cuda.is_available():
         assert not re.search(r"^ triton +available", out, re.M)
     rows = {line.split()[0]: line.split()[1] for line in out.splitlines() if len(line.split()) > 1}
-    for name, op in registry.OPS.items():
+    for name, op in dispatch.OPS.items():
         if op.cases is not None:
-            assert rows[name] in registry.BACKENDS
+            assert rows[name] in dispatch.BACKENDS
 
 
 def test_doctor_says_what_is_wrong(run, monkeypatch):
-    broken = registry.Backend("cpu", ["the module is made of cheese"], {})
-    monkeypatch.setitem(registry.backends(), "cpu", broken)
-    for op in registry.OPS.values():
+    broken = dispatch.Backend("cpu", ["the module is made of cheese"], {})
+    monkeypatch.setitem(dispatch.backends(), "cpu", broken)
+    for op in dispatch.OPS.values():
         op.forget_order()
     try:
         code, out, _ = run("doctor")
     finally:
-        for op in registry.OPS.values():
+        for op in dispatch.OPS.values():
             op.forget_order()
     assert code == 1
     assert "made of cheese" in out and "PROBLEM: the C++ kernels" in out
@@ -727,7 +726,7 @@ def test_explain_says_it_of_every_backend(run):
     code, out, err = run("explain", "linear", "--device", "cpu", "--keys", 16)
     assert (code, err) == (0, "")
     assert out.startswith("decode, 1 token, 16 keys of 135m, bfloat16\n")
-    for backend in registry.BACKENDS:
+    for backend in dispatch.BACKENDS:
         assert re.search(rf"^  {backend}: \S", out, re.M)
     assert "cuda: it serves tensors on cuda; these are on cpu" in out
     code, out, _ = run("explain", "rms_norm", "--backend", "eager", "--work", "prefill")

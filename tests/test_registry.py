@@ -8,7 +8,7 @@ import torch
 
 import llama_fast
 from llama_fast import attention, explain, rms_norm, use_backend
-from llama_fast import dispatch as registry
+from llama_fast.dispatch import op as registry
 from llama_fast.errors import FallbackWarning, ShapeError
 from llama_fast.ops.attention import OP as ATTENTION
 from llama_fast.ops.rms_norm import OP as RMS_NORM
