@@ -50,9 +50,11 @@ class SafetensorsFile(StoredFile):
         try:
             self._map()
             slices = {key: self._file.get_slice(key) for key in self._file.keys()}
-        except (SafetensorError, OSError, ValueError) as error:
+        except PermissionError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        except (SafetensorError, OSError, ValueError):
             raise CheckpointError(
-                f"{path} cannot be read as safetensors ({error}): it is truncated or damaged at "
+                f"{path} cannot be read as safetensors: it is truncated or damaged at "
                 f"{path.stat().st_size:,} bytes; copy or download it again"
             ) from None
         self.shapes = {key: tuple(entry.get_shape()) for key, entry in slices.items()}

@@ -6,11 +6,24 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .checks import check_size, need
+from .checks import check_number, check_size, need
 from .rope_scaling import RopeScaling
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+# Checked by their own names, which are those in the file.
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 class HuggingFaceSpelling:
@@ -25,12 +38,14 @@ class HuggingFaceSpelling:
         activation, quantised weights and rope types other than "default" and "llama3".
         """
         _refuse_other_hf_models(config)
+        for key in SIZES:
+            if config.get(key) is not None:
+                check_size(key, config[key])
+        check_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6), minimum=0.0)
         n_heads = need(config, "num_attention_heads")
         dim = need(config, "hidden_size")
         head_dim = config.get("head_dim")
         if head_dim is None:
-            check_size("num_attention_heads", n_heads)
-            check_size("hidden_size", dim)
             if dim % n_heads:
                 raise ConfigError(
                     f"hidden_size={dim} is not a multiple of num_attention_heads={n_heads} "
