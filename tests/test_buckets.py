@@ -138,7 +138,6 @@ def test_a_second_generation_at_the_same_time_has_its_own(model):
         assert first.cache._k.data_ptr() != second.cache._k.data_ptr()
     with borrow_step(model, 1, 40, graphs) as again:
         assert again in (first, second)
-    assert len(graphs) == 2
 
 
 def test_an_exception_leaves_nothing_behind(model):

@@ -535,6 +535,7 @@ register_backend(
         name="cpu",
         unavailable=_unavailable,
         recorder=lambda: CpuRecorder(_cpu.Tape),
+        settings=None if _cpu is None else lambda: (isa(),),
         reserve=_reserve,
         implementations={
             "attention": _prepared(_attention, _attention_unsupported),

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import BackendError, FallbackWarning, GradientError
@@ -126,6 +127,8 @@ _backends: dict[str, Backend] = {}
 _wrapper: Callable[[Op, str, Callable[..., Any]], Callable[..., Any]] | None = None
 _request: ContextVar[Request] = ContextVar("llama_fast_backend", default=_ANY)
 _warned: set[tuple] = set()
+# How often the implementations that there are have changed.
+_changes = 0
 
 
 def backends() -> dict[str, Backend]:
@@ -453,10 +456,24 @@ def recorder(device: torch.device) -> Any:
 
 
 def launch_settings() -> tuple:
-    """What launches depend on besides their arguments: what `use_backend` asks for here, and what
-    the backends are set to."""
+    """What launches depend on besides their arguments: what `use_backend` asks for here, which
+    implementations there are, and what the backends are set to."""
     settings = (backend.settings for backend in backends().values())
-    return _request.get(), *(now() for now in settings if now is not None)
+    return _request.get(), _changes, *(now() for now in settings if now is not None)
+
+
+def observed() -> bool:
+    """True while something is to see each call, of an op or of torch, as it is made: what
+    `interposed` asks for, `wrapped_launches`, or a mode of torch's functions. A default device is
+    such a mode too, but leaves calls with tensors alone."""
+    return (
+        interposed()
+        or _wrapper is not None
+        or any(
+            type(_function_mode(index)) is not DeviceContext
+            for index in range(_count_function_modes())
+        )
+    )
 
 
 def reserve(fresh: Tensor) -> Tensor:
@@ -477,6 +494,8 @@ _is_autocast_enabled = torch._C._is_any_autocast_enabled
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.maybe_current_level
 _forward_ad = torch.autograd.forward_ad
+_count_function_modes = torch._C._len_torch_function_stack
+_function_mode = torch._C._get_function_stack_at
 _increment_version = torch.autograd.graph.increment_version
 
 
@@ -541,6 +560,8 @@ def wrapped_launches(
 
 
 def _forget_orders() -> None:
+    global _changes
+    _changes += 1
     for op in OPS.values():
         op.forget_order()
 
