@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from llama_fast.config import LlamaConfig
+from llama_fast.config.quantization import Quantization
 from llama_fast.generation.decode import DecodeStep
 from llama_fast.model import Llama
 from llama_fast.nn.kv_cache import KVCache
-from llama_fast.quantization.rounding import Quantization, round_weight
+from llama_fast.ops.quantized_weight import round_weight
 
 STEPS, CHANGED = 10, 5
 CONFIG = LlamaConfig(

@@ -21,7 +21,7 @@ from ..dispatch import observed, recorder
 from ..errors import FallbackWarning
 from ..model import Llama
 from ..nn.kv_cache import KVCache
-from ..snapshot import Snapshot
+from .snapshot import Snapshot
 
 
 class Capturer(Protocol):

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules import module as torch_module
 
-from . import ops
-from .dispatch import launch_settings
-from .nn.kv_cache import KVCache
+from .. import ops
+from ..dispatch import launch_settings
+from ..nn.kv_cache import KVCache
 
+PACKAGE = __package__.partition(".")[0]
 # Where functions are defined that do nothing a replay would leave out.
-HOMES = (__package__, "torch.nn", "torch.utils._contextlib", "contextlib")
+HOMES = (PACKAGE, "torch.nn", "torch.utils._contextlib", "contextlib")
 # Dicts of a module that its call looks into, and hooks of all modules; they are empty of hooks
 # where a step is replayed. Backward hooks have no part in a step.
 OF_A_MODULE = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
@@ -110,7 +111,7 @@ def _shared_dicts(classes: list[type]) -> Iterator[Mapping[str, Any]]:
     found = {ops.__name__: vars(ops)}
     for function in chain.from_iterable(map(_values, map(vars, classes))):
         names = getattr(function, "__globals__", {})
-        if _is_home(names, (__package__,)):
+        if _is_home(names, (PACKAGE,)):
             found[names["__name__"]] = names
     yield from found.values()
     yield from (vars(torch_module)[name] for name in OF_ALL_MODULES)
