@@ -33,8 +33,8 @@ def tune_here(wanted: list[tuple[str, str, Any, Any]], dtype: torch.dtype) -> No
             "bench --tune measures launch configurations on a GPU, and torch finds none here; run "
             "it on the machine that is to use them"
         )
+    from ..bench.timing import device_seconds
     from ..triton_kernels.chips import chip_of_device, slug
-    from ..triton_kernels.tune import device_seconds
 
     chip = chip_of_device(torch.cuda.current_device())
     found = tune_ops(wanted, dtype, "cuda", device_seconds, lambda launches: spills(chip, launches))
