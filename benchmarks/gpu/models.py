@@ -17,7 +17,8 @@ from benchmarks import bench_patch
 from benchmarks.models import with_layers
 from llama_fast.backends import cuda
 from llama_fast.bench.profile.steps import random_model
-from llama_fast.bench.results import OURS, Row
+from llama_fast.bench.results import OURS, READ, Row
+from llama_fast.bench.roofline_gpu import plain_read
 from llama_fast.bench.timing import OtherPrograms, interleaved, interleaved_on_gpu
 from llama_fast.cli.measure import bytes_per_token
 from llama_fast.dispatch import backends, use_backend
@@ -81,15 +82,17 @@ def _decode(form: str, what: str, setting: Setting, failed: dict[str, Exception]
             row.notes.append(f"{who}: the step could not be captured, and is run in Python")
         kept.append(step)
         steps[who] = step.replay or _in_python(step, token, backend, name)
+    row.bytes = int(bytes_per_token(model, sizes.context))
+    row.ceiling = "read"
     if setting.gpu:
+        steps[READ] = plain_read(row.bytes, setting.device)
         row.samples, _ = interleaved_on_gpu(steps, ROUNDS)
+        row.at_best = row.seconds(READ)
     else:
         with OtherPrograms([os.getpid()]) as others:
             row.samples = interleaved(steps, 3)
         row.others = others.share
-    row.bytes = int(bytes_per_token(model, sizes.context))
-    row.ceiling = "read"
-    row.at_best = row.bytes / setting.ceilings.read if setting.ceilings.read else None
+        row.at_best = row.bytes / setting.ceilings.read if setting.ceilings.read else None
     row.goals = [bandwidth(DECODE[form]).measured(row)]
     return row
 
