@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -84,6 +85,25 @@ def test_nvcc_is_found_in_cuda_home_first(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(setup_cuda.sys, "path", [str(tmp_path / "site")])
     assert setup_cuda.find_nvcc() == pip
+
+
+def test_ninja_is_that_of_pip_or_of_the_path(monkeypatch, tmp_path):
+    inside, on_path = (tmp_path / name / "ninja" for name in ("inside", "path"))
+    for program in (inside, on_path):
+        program.parent.mkdir()
+        program.touch(mode=0o755)
+    package = ModuleType("ninja")
+    monkeypatch.setitem(sys.modules, "ninja", package)
+    monkeypatch.setenv("PATH", str(on_path.parent))
+    package.BIN_DIR = str(inside.parent)
+    assert setup_cuda.find_ninja() == inside
+    package.BIN_DIR = ""  # as the package has it where its program is missing
+    assert setup_cuda.find_ninja() == on_path
+    monkeypatch.setitem(sys.modules, "ninja", None)  # not installed
+    assert setup_cuda.find_ninja() == on_path
+    on_path.unlink()
+    with pytest.raises(FileNotFoundError, match="pip install ninja, or put one on PATH"):
+        setup_cuda.find_ninja()
 
 
 @pytest.mark.parametrize(
