@@ -32,7 +32,7 @@ bench-check: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.check $(ARGS)
 
 # On a machine with a GPU, without a network: the Python that is there, and nothing is installed.
-# ARGS="--parts attention,decode" and the like: see python3 -m benchmarks.gpu --help
+# Build and tests; then ARGS=kernels and ARGS=models measure: see python3 -m benchmarks.gpu --help
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 

@@ -5,6 +5,7 @@ Random weights. A step of decoding is replayed as a CUDA graph, so the host's ti
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from functools import partial
@@ -139,12 +140,20 @@ def _in_python(step: DecodeStep, token: Tensor, backend: str, name: str) -> Call
 
 
 def training(setting: Setting) -> list[str]:
-    """A training step of a transformers model as it is, compiled, with Liger, and patched."""
+    """A training step of a transformers model as it is, with Liger, and patched; and then beside
+    torch.compile, so that what takes long to compile takes no other row along."""
+    P = bench_patch
     if setting.gpu:
-        options = bench_patch.Options(layers=16, batch=4, tokens=2048, device="cuda", rounds=10)
+        options = P.Options(layers=16, batch=4, tokens=2048, device="cuda", rounds=10)
     else:
-        kinds = (bench_patch.TRANSFORMERS, OURS)
-        options = bench_patch.Options("demo", 1, tokens=8, threads=1, rounds=2, contenders=kinds)
-    name = bench_patch.name_of("training", options)
-    rows = {name: lambda failed: bench_patch.measure("training", options)}
+        options = P.Options("demo", 1, tokens=8, threads=1, rounds=2, backend="triton")
+    name, groups = P.name_of("training", options), [("", (OURS, P.TRANSFORMERS, P.LIGER))]
+    if setting.gpu:
+        groups.append((f", beside {P.COMPILED}", (OURS, P.TRANSFORMERS, P.COMPILED)))
+    rows = {
+        name + more: lambda failed, kinds=kinds: P.measure(
+            "training", dataclasses.replace(options, contenders=kinds)
+        )
+        for more, kinds in groups
+    }
     return measured(setting, rows, PARTS["training"].row)
