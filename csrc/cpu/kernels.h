@@ -120,6 +120,13 @@ struct KvAppendArgs {
   int64_t lengths_stride;
   int64_t B, T, D;
   bool interleaved;
+
+  // Where token t of row b is stored; negative where it is not. A row of no tokens or less stores
+  // none, and a length near the least integer must not wrap around.
+  int64_t position(int64_t b, int64_t t) const {
+    const int64_t length = lengths[b * lengths_stride];
+    return (length > 0 ? length : 0) - T + t;
+  }
 };
 
 struct KvAppendQuantizedArgs {

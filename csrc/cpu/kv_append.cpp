@@ -18,7 +18,7 @@ template <class T> static void kv_append_tokens(const KvAppendArgs& a) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t b = n / a.T, t = n % a.T;
       const int64_t next = n + 1 < end ? n + 1 : n, next_b = next / a.T, next_t = next % a.T;
-      const int64_t position = a.lengths[b * a.lengths_stride] - a.T + t;
+      const int64_t position = a.position(b, t);
       T* q_out = static_cast<T*>(a.q_out) + n * a.q.heads * D;
       if (position < 0) {
         std::memset(q_out, 0, size_t(a.q.heads * D) * sizeof(T));
