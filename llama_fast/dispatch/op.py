@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import BackendError, FallbackWarning, GradientError
-from .signature import kind_of_call
+from ..errors import BackendError, FallbackWarning, GradientError, ShapeError
+from .signature import has_memory, kind_of_call
 
 ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
 # Kinds of calls that an op remembers at most.
@@ -221,6 +221,7 @@ class Op:
             return self._torch_op(*args)
         kind = kind_of_call(args, torch.is_grad_enabled())
         if kind is None:
+            self._refuse_negated(args)
             return self._torch_op(*args)
         if self._written:
             self._count_writes(args)
@@ -240,6 +241,7 @@ class Op:
 
     def run(self, *args: Any) -> Any:
         """Checks the arguments, chooses an implementation and launches it; no autograd."""
+        self._check_memory(args)
         self.check(*args)
         return self._choose(args).launch(*args)
 
@@ -298,6 +300,25 @@ class Op:
                 raise TypeError(
                     f"{self.name}: {argument.name} is a {type(arg).__name__}; it must be a "
                     "torch.Tensor: make one with torch.as_tensor"
+                )
+
+    def _refuse_negated(self, args: tuple) -> None:
+        """torch's dispatcher resolves negated arguments, but for those that an op writes."""
+        for i in self._written:
+            if isinstance(args[i], Tensor) and args[i].is_neg():
+                raise ShapeError(
+                    f"{self.name}: {self._torch_op._schema.arguments[i].name} is a view of its "
+                    "memory with the other sign, and the op writes it: give a tensor without, as "
+                    ".resolve_neg() makes one"
+                )
+
+    def _check_memory(self, args: tuple) -> None:
+        for arg, argument in zip(args, self._torch_op._schema.arguments, strict=False):
+            if isinstance(arg, Tensor) and not has_memory(arg):
+                raise ShapeError(
+                    f"{self.name}: {argument.name} has no memory: its storage was freed, as FSDP "
+                    "does between forwards. Call the op inside the module's forward, or gather the "
+                    "parameters first"
                 )
 
     def forget_order(self) -> None:
@@ -506,7 +527,8 @@ def interposed() -> bool:
         torch.compiler.is_compiling()
         or _is_autocast_enabled()
         or _count_dispatch_modes() > 0
-        or transformed()
+        or _functorch_level() is not None  # as in `transformed`
+        or _forward_ad._current_level >= 0
     )
 
 
