@@ -71,7 +71,7 @@ class RecordedGraphs:
 
     def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self.captures += 1
-        memory = [self.cache.lengths, *tensors(self.cache._k), *tensors(self.cache._v)]
+        memory = [self.cache.lengths, *self.cache.tensors()]
         kept = [x.clone() for x in memory]
         recorder = Recorder()
         with recorder:
@@ -93,8 +93,9 @@ def model() -> Llama:
 
 def prefilled(model: Llama, kv_cache: str | None = None):
     cache = model.new_cache(B, SLOTS, kv_cache)
-    for x in (cache._k, cache._v):  # what no row holds is never read
-        (x if kv_cache is None else x.scales).fill_(float("nan"))
+    for x in cache.tensors():  # what no row holds is never read
+        if x.is_floating_point():
+            x.fill_(float("nan"))
     cache.reset([0, 3, 1])
     tokens = torch.randint(50, (B, 7), generator=torch.Generator().manual_seed(1))
     model(tokens, cache=cache, last_only=True)

@@ -110,7 +110,7 @@ def _step(model: Any, context: int) -> DecodeStep:
     """The first steps after so many tokens, the same random ones every time."""
     cache = model.new_cache(1, context + STEPS)
     generator = torch.Generator(model.device).manual_seed(0)
-    for x in (cache._k, cache._v):
+    for x in cache.tensors():
         x.normal_(generator=generator)
     cache.advance(context)
     return DecodeStep(model, cache)
