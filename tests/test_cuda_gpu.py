@@ -15,7 +15,7 @@ import torch
 from llama_fast.backends import cuda
 from llama_fast.dispatch import OPS, use_backend
 
-from .ops.oracle import assert_accurate, references, run_poisoned
+from .ops.oracle import assert_accurate, of_op, run_poisoned
 from .test_cuda import OF_DECODING
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +44,7 @@ def test_what_must_be_asked_for(setting, dtype, monkeypatch):
                 continue
             with use_backend("cuda", strict=True):
                 actual = run_poisoned(op, args)
-            assert_accurate(actual, *references(op, args), f"{name} {case}")
+            assert_accurate(actual, of_op(op, args), f"{name} {case}")
 
 
 @pytest.mark.skipif(SANITIZER is None, reason="this needs compute-sanitizer, of CUDA's toolkit")

@@ -14,6 +14,7 @@ def randn(
     device: str | torch.device = "cpu",
     scale: float = 1.0,
 ) -> torch.Tensor:
-    """Normal numbers of `shape`, drawn on the CPU, so that every device gets the same."""
-    numbers = torch.randn(*shape, generator=generator, dtype=torch.float32)
+    """Normal numbers of `shape`, the same on every device and CPU: drawn on the CPU in float64, as
+    torch draws float32 with the vector unit's own logarithm."""
+    numbers = torch.randn(*shape, generator=generator, dtype=torch.float64)
     return (numbers * scale).to(device=device, dtype=dtype)
