@@ -1,12 +1,14 @@
-# make demo · test · bench · bench-check · gpu · lint — everything runs in .venv, made on first use.
+# make demo · test · test-all · bench · bench-check · gpu · lint — everything runs in .venv, made on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# Each worker takes long runs of tests in their order, since neighbours share what they are judged by.
+WORKERS ?= -n 2 --dist worksteal
 # The C++ sources too: a change of theirs rebuilds the extension.
 SOURCES := pyproject.toml setup.py setup_cuda.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench bench-cpu bench-check lint format clean gpu
+.PHONY: demo test test-all bench bench-cpu bench-check lint format clean gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/llama-fast generate "Once upon a time" --max-new-tokens 120 --seed 1
@@ -16,8 +18,13 @@ demo: $(VENV)/.installed
 	$(BIN)/llama-fast generate --max-new-tokens 5 --temperature 0 --quiet \
 		"the answer to the ultimate question of life, the universe, and everything is "
 
+# Half types on a third of the backends only. OP=attention: what belongs to that stem
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS) $(if $(OP),-k $(OP)) $(ARGS)
+
+# Every case in every dtype on every backend
+test-all: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --all $(WORKERS) $(if $(OP),-k $(OP)) $(ARGS)
 
 # ARGS="-k rms_norm --benchmark-json=out.json" and all else that pytest-benchmark takes
 bench: $(VENV)/.installed-test

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+from filelock import FileLock
 
 from llama_fast.backends import cuda
 from llama_fast.dispatch import register_backend
@@ -127,9 +128,10 @@ def build_with_ninja(folder: str, name: str, sources: list[Path], kind: str = RA
     """Compiles the sources in build/`folder`, incrementally, and links them to the file `name`."""
     path = ROOT / "build" / folder
     path.mkdir(parents=True, exist_ok=True)
-    (path / "build.ninja").write_text(ninja_file(name, sources, *BUILDS[kind]))
     command = [setup.setup_cuda.find_ninja(), "-C", path]
-    result = subprocess.run(command, capture_output=True, text=True)
+    with FileLock(path / "lock"):  # every worker of pytest-xdist comes here at once
+        (path / "build.ninja").write_text(ninja_file(name, sources, *BUILDS[kind]))
+        result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         pytest.fail(f"the CUDA kernels do not compile on the host:\n{result.stdout}", pytrace=False)
     return path / name
