@@ -2,12 +2,13 @@
 
 Tests in several dtypes on several backends are the bulk of the work. On each backend one dtype runs
 in full, and of the others every third combination, so spread that each case meets each dtype, and
-each backend as well.
+each backend as well. What is marked `thorough` is left out.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ EVERY = 3
 
 def short_run(items: list[pytest.Item]) -> list[pytest.Item]:
     """Those of `items` that run without `--all`, in their order."""
+    items = [item for item in items if not item.get_closest_marker("thorough")]
     dtypes = defaultdict(dict)  # of each test, in the order of collection, as are the others
     for item in filter(_of_both, items):
         dtypes[item.function].setdefault(item.callspec.params["dtype"])
@@ -24,7 +26,7 @@ def short_run(items: list[pytest.Item]) -> list[pytest.Item]:
     return [item for item in items if not _of_both(item) or _runs(item, dtypes, cases, backends)]
 
 
-def full_dtype(backend: str, dtypes: list[torch.dtype]) -> torch.dtype:
+def full_dtype(backend: str, dtypes: Sequence[torch.dtype]) -> torch.dtype:
     """The dtype that a test runs in full: the one that most kernels of the backend take."""
     half = backend.startswith(("cuda", "cpu-avx512_bf16"))
     preferred = torch.bfloat16 if half else torch.float32

@@ -239,7 +239,7 @@ def test_a_gpu_of_another_architecture_is_told_what_to_do(monkeypatch):
 
 
 @on_host
-def test_under_address_and_undefined_behaviour_sanitizers():
+def test_under_address_and_undefined_behaviour_sanitizers(request):
     """The kernels' cases once more, in a process of its own into which the sanitizer is loaded."""
     library = subprocess.run(
         [host.CXX, "-print-file-name=libasan.so"], capture_output=True, text=True
@@ -253,6 +253,7 @@ def test_under_address_and_undefined_behaviour_sanitizers():
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     command = [sys.executable, "-m", "tests.cuda_host.sanitized"]
+    command += ["--all"] * request.config.getoption("--all")
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
     )

@@ -61,7 +61,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+HALF = [pytest.param(t, marks=pytest.mark.thorough) for t in (torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_verdicts_are_the_same_however_torch_computes(way, dtype):
     command = [sys.executable, "-m", "tests.ops.verdicts", str(dtype)[6:], way]
