@@ -185,17 +185,17 @@ def test_the_report_is_what_the_models_say(held_out):
     exact = read(model, False)
     assert report.tokens == targets.numel()
     assert report.perplexity == pytest.approx(math.exp(-exact.gather(-1, targets).mean()), 1e-3)
-    for guesses, found in (
+    for predictions, found in (
         (report.quantized, read(quantized, False)),
         (report.kv_cache, read(model, True)),
         (report.both, read(quantized, True)),
     ):
         kl = (exact.exp() * (exact - found)).sum(-1)
         perplexity = math.exp(-found.gather(-1, targets).mean())
-        assert guesses.perplexity == pytest.approx(perplexity, 1e-3)
-        assert guesses.divergence == pytest.approx(float(kl.mean()), rel=0.02)
-        assert guesses.divergence_largest == pytest.approx(float(kl.max()), rel=0.1)
-        assert 0.9 < guesses.same_guess < 1
+        assert predictions.perplexity == pytest.approx(perplexity, 1e-3)
+        assert predictions.divergence == pytest.approx(float(kl.mean()), rel=0.02)
+        assert predictions.divergence_largest == pytest.approx(float(kl.max()), rel=0.1)
+        assert 0.9 < predictions.top1_agreement < 1
     assert 0 < report.kv_cache.divergence < 0.1 * report.quantized.divergence
 
     weights = {error.name: error for error in report.weights}
@@ -213,7 +213,7 @@ def test_of_a_model_beside_itself_nothing_is_reported(held_out):
         open_checkpoint(FOLDER), Llama.from_pretrained(FOLDER, device="cpu"), held_out[:1]
     )
     assert report.weights == [] and report.layers == [0.0] * 4
-    assert report.quantized.divergence == 0 and report.quantized.same_guess == 1
+    assert report.quantized.divergence == 0 and report.quantized.top1_agreement == 1
     assert report.kv_cache == report.both and 0 < report.both.divergence < 2e-4
 
 

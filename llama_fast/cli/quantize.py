@@ -177,21 +177,25 @@ def _report(checkpoint: Checkpoint, target: Path, tokens: Tensor) -> None:
         found = compare(checkpoint, quantized, tokens, progress=progress)
     write_json(target / REPORT, found.to_dict())
 
-    rows = table("", "perplexity", "divergence", "largest", "same guess", numbers=True)
+    rows = table("", "perplexity", "divergence", "largest", "top-1", numbers=True)
     rows.add_row("float model", f"{found.perplexity:.4f}", "", "", "")
-    for name, guesses in (
+    for name, predictions in (
         ("quantised weights", found.quantized),
         ("int8 KV cache", found.kv_cache),
         ("both", found.both),
     ):
         rows.add_row(
             name,
-            f"{guesses.perplexity:.4f}",
-            f"{guesses.divergence:.2e}",
-            f"{guesses.divergence_largest:.2e}",
-            f"{guesses.same_guess:.2%}",
+            f"{predictions.perplexity:.4f}",
+            f"{predictions.divergence:.2e}",
+            f"{predictions.divergence_largest:.2e}",
+            f"{predictions.top1_agreement:.2%}",
         )
-    show(f"{found.tokens:,} tokens; divergence from the float model in nats a token", rows)
+    show(
+        f"{found.tokens:,} tokens; divergence from the float model in nats a token; top-1: tokens of "
+        "which both have the same likeliest one",
+        rows,
+    )
 
     rows = table("weight", "form", "weights", "outputs", "after the layer", numbers=True)
     for at, error in enumerate(found.weights):
