@@ -248,7 +248,7 @@ def test_texts_that_cannot_be_used(tmp_path, capsys):
     (tmp_path / "short").write_text("a")
     out = tmp_path / "out"
     for options, code, says in (
-        (("--text", tmp_path / "short"), 2, "it needs --report"),
+        (("--text", tmp_path / "short"), 2, "Write: --report --text "),
         (("--calibrate", tmp_path / "latin"), 1, "latin is not UTF-8 (byte 3)"),
         (("--report", "--text", tmp_path / "short"), 1, "the text has 1 tokens"),
         (("--calibrate", tmp_path / "none"), 2, "does not exist"),

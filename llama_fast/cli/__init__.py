@@ -86,5 +86,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _say(text: str) -> None:
+    from .terminal import note
+
     with contextlib.suppress(BrokenPipeError):
-        print(f"llama-fast: {text}", file=sys.stderr, flush=True)
+        note(f"llama-fast: {text}")

@@ -192,8 +192,8 @@ def _report(checkpoint: Checkpoint, target: Path, tokens: Tensor) -> None:
             f"{predictions.top1_agreement:.2%}",
         )
     show(
-        f"{found.tokens:,} tokens; divergence from the float model in nats a token; top-1: tokens of "
-        "which both have the same likeliest one",
+        f"{found.tokens:,} tokens; divergence from the float model in nats a token; top-1: the "
+        "share with the same likeliest token",
         rows,
     )
 

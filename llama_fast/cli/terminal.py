@@ -25,19 +25,37 @@ LONGEST_PROMPT = 1000  # characters that are shown of one
 
 
 def note(text: str) -> None:
-    """A line about the work, apart from its result."""
-    print(text, file=sys.stderr, flush=True)
+    """Writes a line about the work, apart from its result."""
+    print(broken_for_stderr(text), file=sys.stderr, flush=True)
+
+
+def broken_for_stderr(text: str, indent: str = "") -> str:
+    """Returns the text with its lines broken between words where stderr is a terminal."""
+    try:
+        width = os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
+    except (OSError, ValueError):
+        width = 0
+    if not width:
+        return text
+    return "\n".join(
+        textwrap.fill(
+            line,
+            max(width, 2 * len(indent)),
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for line in text.split("\n")
+    )
 
 
 def note_pairs(pairs: list[tuple[str, str]]) -> None:
     """Writes a note for each (name, value), the values below each other; on a terminal a long value
     goes on below itself."""
-    width = os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else None
     indent = max(len(name) for name, _ in pairs) + 2
     for name, value in pairs:
-        lines = textwrap.wrap(value, max(20, width - indent)) if width else [value]
-        for at, line in enumerate(lines or [""]):
-            note(f"{'' if at else name:<{indent}}{line}")
+        text = broken_for_stderr(f"{name:<{indent}}{value}", " " * indent)
+        print(text, file=sys.stderr, flush=True)
 
 
 def size(nbytes: float) -> str:
@@ -89,9 +107,10 @@ def columns() -> int:
 def show(*things: object) -> None:
     """Prints texts and tables to stdout."""
     console = _stdout()
-    with contextlib.nullcontext() if sys.stdout.isatty() else console.capture() as captured:
+    whole_lines = not sys.stdout.isatty()
+    with console.capture() if whole_lines else contextlib.nullcontext() as captured:
         for thing in things:
-            console.print(thing, soft_wrap=isinstance(thing, str))
+            console.print(thing, soft_wrap=whole_lines and isinstance(thing, str))
     if captured is not None:  # without the blanks that fill up the lines of a table
         print("\n".join(line.rstrip() for line in captured.get().split("\n")), end="")
 
