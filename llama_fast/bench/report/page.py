@@ -140,7 +140,7 @@ def _ceilings(rows: list[Row]) -> str:
     said = (
         f"{name} {found[name] / 1e9:.3g} {unit}" for name, unit in UNITS.items() if name in found
     )
-    return "Measured ceilings: " + ", ".join(said) + "."
+    return "Peak rates, measured: " + ", ".join(said) + "."
 
 
 def targets(rows: list[Row]) -> str:
