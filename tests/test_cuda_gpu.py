@@ -50,7 +50,7 @@ def test_what_must_be_asked_for(setting, dtype, monkeypatch):
 @pytest.mark.skipif(SANITIZER is None, reason="this needs compute-sanitizer, of CUDA's toolkit")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_the_sanitizer_finds_nothing(tool):
-    tests = [sys.executable, "-m", "pytest", "-q", "tests/ops/test_ops.py"]
+    tests = [sys.executable, "-m", "pytest", "-q", "--all", "tests/ops/test_ops.py"]
     chosen = ["-k", f"test_forward and bfloat16-cuda and not cuda-host and ({CASES})"]
     command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", *tests, *chosen]
     # torch's own allocator would hide an access beyond a tensor within its pool.

@@ -24,9 +24,10 @@ OP_TESTS = "tests/ops/test_ops.py"
 # On a GPU nearly all of the time of Triton's tests goes into compiling variants of kernels, which
 # takes one core each; the CUDA kernels are compiled already.
 CORES = max(1, (os.cpu_count() or 1) - 1)
-TRITON = [Selection(OP_TESTS, "triton", processes=CORES)]
+ALL = "--all"  # dtypes in full, which `make test` leaves to `make test-all`
+TRITON = [Selection(OP_TESTS, "triton", CORES, ALL)]
 CUDA = [
-    Selection(f"{OP_TESTS} tests/ops/test_linear_swiglu.py", "cuda and not cuda-host", processes=4),
+    Selection(f"{OP_TESTS} tests/ops/test_linear_swiglu.py", "cuda and not cuda-host", 4, ALL),
     Selection("tests/test_decode.py tests/test_buckets.py", "cuda_graphs"),
     Selection("tests/test_cuda_gpu.py", "not sanitizer"),
 ]
@@ -52,7 +53,7 @@ def build(setting: Setting) -> list[str]:
 
 
 def triton_tests(setting: Setting) -> list[str]:
-    rehearsed = [Selection(OP_TESTS, "triton and rms_norm and odd and forward")]
+    rehearsed = [Selection(OP_TESTS, "triton and rms_norm and odd and forward", options=ALL)]
     return run_tests(setting, TRITON if setting.gpu else rehearsed, "triton")
 
 

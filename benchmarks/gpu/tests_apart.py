@@ -31,11 +31,13 @@ NOTHING_SELECTED = 5  # pytest's exit code
 class Selection(NamedTuple):
     """files      that pytest is given, with spaces between
     which      of their tests, as pytest -k takes it
-    processes  among which they are divided"""
+    processes  among which they are divided
+    options    of pytest, with spaces between"""
 
     files: str
     which: str
     processes: int = 1
+    options: str = ""
 
 
 def run_tests(setting: Setting, selections: list[Selection], backend: str) -> list[str]:
@@ -99,6 +101,7 @@ class Tally:
 def run_share(tally: Tally, selection: Selection, share: int) -> None:
     """Runs one process's tests of a selection."""
     lines, options = pytest_lines.__name__, ["--maxfail=10", "--tb=no", "-p", "no:cacheprovider"]
+    options += selection.options.split()
     if selection.processes > 1:
         options += ["--share", f"{share}/{selection.processes}"]
     process = subprocess.Popen(
