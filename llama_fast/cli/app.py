@@ -52,7 +52,7 @@ def llama_fast(
 
 
 def _help(command: Callable) -> str:
-    """The docstring with its lines joined, which the terminal's width is to break anew."""
+    """Returns the docstring with its lines joined: the terminal's width breaks them anew."""
     paragraphs = inspect.getdoc(command).split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
@@ -62,5 +62,5 @@ for _command in COMMANDS:
 
 
 def command() -> Any:
-    """The click command of all this."""
+    """Returns the whole command line as a click command."""
     return typer.main.get_command(app)

@@ -191,7 +191,7 @@ def _numbers(option: str, text: str) -> list[int]:
 def _wanted(
     ops: list[str] | None, shapes: str, work: str, tokens: list[int], keys: list[int]
 ) -> list[tuple[str, str, Any, Any]]:
-    """(op, name of the shape, config, work) of everything to time, checked before any of it."""
+    """Returns (op, name of the shape, config, work) of everything to time, all of it checked."""
     from ..bench.shapes import NAMES, Work
 
     if unknown := [name for name in ops or () if name not in NAMES]:
@@ -275,7 +275,7 @@ def _rows(
 
 
 def _heading(shape: str, work: Any, dtype: str, device: str, ceilings: Ceilings) -> str:
-    """What all calls of a table have in common."""
+    """Returns what all calls of a table have in common."""
     where = device
     if device == "cpu":
         threads = f"{ceilings.threads} thread{'s' * (ceilings.threads != 1)}"

@@ -47,20 +47,20 @@ class DType(str, Enum):
 
 
 class Named(str, Enum):
-    """`llama_fast.quantization.rounding.NAMED`."""
+    """The names of `llama_fast.quantization.rounding.NAMED`."""
 
     int8 = "int8"
     int4 = "int4"
 
 
 class KvCache(str, Enum):
-    """`llama_fast.nn.kv_cache.KV_CACHES`."""
+    """The names of `llama_fast.nn.kv_cache.KV_CACHES`."""
 
     int8 = "int8"
 
 
 class Work(str, Enum):
-    """`llama_fast.bench.shapes.Work`, by its names."""
+    """The kinds of `llama_fast.bench.shapes.Work`."""
 
     decode = "decode"
     prefill = "prefill"
@@ -101,7 +101,7 @@ Debug = Annotated[
 
 
 def model_folder(model: Path | None) -> Path:
-    """The folder to open: the one given, or the demo model's. Raises CheckpointError."""
+    """Returns the folder to open: the one given, or the demo model's. Raises CheckpointError."""
     if model is not None:
         return model
     if not (DEMO / "params.json").is_file():
@@ -119,7 +119,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def device_named(name: str) -> torch.device:
-    """Of --device; raises LlamaFastError for one that is not here."""
+    """Returns the device of --device. Raises LlamaFastError for one that is not here."""
     import torch
 
     has_gpu = torch.cuda.is_available()

@@ -29,7 +29,8 @@ FORMS = 4  # of a class that are named
 
 
 def chip_for(arch: str | None, needs: str) -> Chip:
-    """Of --arch, or of the GPU that is here. Raises BackendError for one that is not known."""
+    """Returns the chip of --arch, or the GPU that is here. Raises BackendError for one that is not
+    known."""
     import torch
 
     from ..bench.profile.code import CHIPS, chip_named
@@ -52,7 +53,7 @@ def chip_for(arch: str | None, needs: str) -> Chip:
 
 
 def calls_of(wanted: Wanted) -> tuple[list[MetaCall], str]:
-    """Of the step on the meta device: recorded, not run."""
+    """Returns the calls of the step on the meta device, recorded and not run, and its title."""
     import torch
 
     from ..bench.profile.code import record_calls

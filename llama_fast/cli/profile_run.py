@@ -58,7 +58,7 @@ class Wanted:
     backward: bool
 
     def check(self) -> None:
-        """Raises for what cannot be, and fills in the defaults."""
+        """Fills in the defaults. Raises typer.BadParameter or BackendError for what cannot be."""
         from ..bench.profile.steps import MODEL_STEPS
         from ..bench.shapes import NAMES
 
@@ -129,19 +129,20 @@ class Wanted:
 
     @property
     def stem(self) -> str:
-        """For names of files."""
+        """Returns the stem of the names of its files."""
         return f"llama-fast-{self.what}-{self.model.name if self.model else self.shape}"
 
     @property
     def amount(self) -> str:
-        """1 token of each of 4 sequences, after 1,024 others"""
+        """Returns in words how much is run: "1 token of each of 4 sequences, after 1,024
+        others"."""
         text = f"{self.tokens:,} token{'s' * (self.tokens > 1)}"
         text += f" of each of {self.batch} sequences" * (self.batch > 1)
         return text + f", after {self.context:,} others" * (self.context > 0)
 
     @property
     def arguments(self) -> list[str]:
-        """The command line that says the same."""
+        """Returns the command line that says the same."""
         given = {
             "--shape": None if self.model else self.shape,
             "--model": self.model,

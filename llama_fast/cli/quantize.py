@@ -145,12 +145,12 @@ def _read(path: Path) -> str:
 
 
 def _stories() -> list[str]:
-    """Texts of the demo model's world, of a kind that it was not trained on."""
+    """Returns texts of the demo model's world, of a kind that it was not trained on."""
     return json.loads((DEMO / "stories.json").read_text(encoding="utf-8"))
 
 
 def _tokens(checkpoint: Checkpoint, documents: Iterable[str], most: int) -> Tensor:
-    """Documents one after another, in rows of one length: (B,T) int64, at most `most` tokens."""
+    """Returns the documents one after another in rows: (B,T) int64, at most `most` tokens."""
     import torch
 
     from ..tokenizer import Tokenizer

@@ -59,7 +59,7 @@ def note_pairs(pairs: list[tuple[str, str]]) -> None:
 
 
 def size(nbytes: float) -> str:
-    """1.24 GB: decimal units, three digits."""
+    """Returns for example 1.24 GB: decimal units, three digits."""
     for unit in ("B", "kB", "MB"):
         if nbytes < 999.5:
             return f"{nbytes:.3g} {unit}"
@@ -81,7 +81,7 @@ def table(*header: str, numbers: bool = False, texts: int = 1) -> Table:
 
 
 def _stdout() -> Console:
-    """Wide and without colour where stdout is no terminal."""
+    """Returns a console for stdout: wide and without colour where that is no terminal."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else WIDTH
@@ -100,7 +100,7 @@ def show_prompt(text: str) -> None:
 
 
 def columns() -> int:
-    """Of what `show` writes to."""
+    """Returns the width of what `show` writes to."""
     return _stdout().width
 
 
@@ -132,7 +132,7 @@ def growing(rows: Table) -> Iterator[Table]:
 
 @contextlib.contextmanager
 def weights_bar(doing: str) -> Iterator[Progress | None]:
-    """A bar of bytes on stderr, gone when done; None where stderr is no terminal."""
+    """Shows a bar of bytes on stderr, gone when done; None where stderr is no terminal."""
     unwind_when_stopped()
     if not sys.stderr.isatty():
         yield None
@@ -155,7 +155,7 @@ def weights_bar(doing: str) -> Iterator[Progress | None]:
 
 
 def text_or_stdin(text: str | None, usage: str) -> str:
-    """The text given, or else all of standard input, without the line end that closes it.
+    """Returns the text given, or else all of standard input, without the line end that closes it.
 
     Raises PromptError where there is neither: on a terminal nothing is waited for.
     """

@@ -27,7 +27,8 @@ def usage_line(error: Any) -> str:
 
 
 def _own_words(error: Any) -> str:
-    """What to say of a number that is none or too large or small; nothing for other errors."""
+    """Returns what to say of a number that is none or too large or small; nothing for other
+    errors."""
     details = getattr(error.__cause__, "errors", None)
     if details is None:
         return ""
