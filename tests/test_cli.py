@@ -784,3 +784,19 @@ def test_profile_of_an_op_and_its_gradient(run, monkeypatch, tmp_path):
     assert re.search(r"rms_norm 1×4×32 +eager +\d+ ", out)
     assert re.search(r"rms_norm_backward 1×4×32, 1×4×32 +eager +\d+ ", out)
     assert (tmp_path / "llama-fast-rms_norm-1b.trace.json").exists()
+
+
+def test_a_terminal_gets_lines_that_break_between_words(monkeypatch, capsys):
+    from llama_fast.cli import terminal
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
+    monkeypatch.setattr(terminal.os, "get_terminal_size", lambda _: os.terminal_size((20, 9)))
+    terminal.note("one two three four five six")
+    terminal.note_pairs([("a", "seven eight nine ten"), ("long", "eleven")])
+    assert capsys.readouterr().err == (
+        "one two three four\nfive six\na     seven eight\n      nine ten\nlong  eleven\n"
+    )
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    terminal.note("one two three four five six")
+    assert capsys.readouterr().err == "one two three four five six\n"
