@@ -278,10 +278,14 @@ def _heading(shape: str, work: Any, dtype: str, device: str, ceilings: Ceilings)
     """Returns what all calls of a table have in common."""
     where = device
     if device == "cpu":
-        threads = f"{ceilings.threads} thread{'s' * (ceilings.threads != 1)}"
-        where += f" ({threads}, {ceilings.isa or 'C++ kernels not built'})"
+        where += f" ({_threads_and_isa(ceilings)})"
     gradients = " (gradients)" if work.name == "training" else ""
     return f"{work}{gradients} of {shape}, {dtype}, on {where}"
+
+
+def _threads_and_isa(ceilings: Ceilings) -> str:
+    threads = f"{ceilings.threads} thread{'s' * (ceilings.threads != 1)}"
+    return f"{threads}, {ceilings.isa or 'C++ kernels not built'}"
 
 
 def _narrow() -> bool:
@@ -320,7 +324,7 @@ def _show_ceilings() -> None:
         found = measure(device)
         where = "CPU" if device == "cpu" else f"{device}, {torch.cuda.get_device_name(device)}"
         if device == "cpu":
-            where += f", {found.threads} threads, {found.isa or 'C++ kernels not built'}"
+            where += f", {_threads_and_isa(found)}"
         rows = table("", "", numbers=True)
         for name, value, unit in (
             ("memory read", found.read, "GB/s"),
