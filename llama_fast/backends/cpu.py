@@ -253,7 +253,7 @@ def _attention(
     B, T, H, D = q.shape
     S = k.shape[1]
     no_lse = torch.empty(0, dtype=lse_dtype(q.dtype))
-    new_lse = _maker(no_lse, (B, H, T)) if need_lse else lambda: no_lse
+    new_lse = _maker(no_lse, (B, H, T) if need_lse else (0,))
     factor = D**-0.5 if scale is None else scale
     run = _cpu.attention(
         DTYPES[q.dtype], q.shape, k.shape, q.stride(), k.stride(), v.stride(), causal, factor

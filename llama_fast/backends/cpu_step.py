@@ -106,18 +106,19 @@ class CpuRecorder(DispatchMode):
         self._kept.append((used, [x.untyped_storage() for x in _tensors(used)]))
 
 
+OUT_OF_HANDS = {
+    Tensor.numpy,
+    Tensor.tolist,
+    Tensor.data_ptr,
+    Tensor.untyped_storage,
+    Tensor.storage,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+}
+
+
 class _Readings(TorchFunctionMode):
     """Refuses a step that gives a tensor's memory out of torch's hands, where no op is seen."""
-
-    OUT_OF_HANDS = {
-        Tensor.numpy,
-        Tensor.tolist,
-        Tensor.data_ptr,
-        Tensor.untyped_storage,
-        Tensor.storage,
-        Tensor.__array__,
-        Tensor.__dlpack__,
-    }
 
     def __init__(self, recorder: CpuRecorder) -> None:
         super().__init__()
@@ -126,7 +127,7 @@ class _Readings(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function in self.OUT_OF_HANDS:
+        if function in OUT_OF_HANDS:
             self._recorder.refuse(function)
         return function(*args, **(kwargs or {}))
 

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import import_module
 from operator import itemgetter
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -116,6 +117,8 @@ class Decision(NamedTuple):
 
 
 _ANY = Request()
+# What a call may have where its schema has numbers, as its kind holds them by value.
+_PLAIN_NUMBERS = (float, int, bool, NoneType)
 # What torch.autocast casts, and how torch's dispatcher reaches it.
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(
@@ -195,6 +198,7 @@ class Op:
         self._torch_op = getattr(torch.ops.llama_fast, self.name).default
         arguments = self._torch_op._schema.arguments
         self._defaults = tuple(argument.default_value for argument in arguments)
+        self._numbers = [i for i, a in enumerate(arguments) if "Tensor" not in str(a.type)]
         self._constants = [i for i, a in enumerate(arguments) if a.name in self.constants]
         self._written = [
             i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write
@@ -218,11 +222,11 @@ class Op:
         if interposed():
             if not torch.compiler.is_compiling() and transformed():
                 return self._transformed(*args)
-            return self._torch_op(*args)
+            return self._torch_op(*self._with_plain_numbers(args))
         kind = kind_of_call(args, torch.is_grad_enabled())
         if kind is None:
             self._refuse_negated(args)
-            return self._torch_op(*args)
+            return self._torch_op(*self._with_plain_numbers(args))
         if self._written:
             self._count_writes(args)
         key = (_request.get(), kind)
@@ -264,7 +268,11 @@ class Op:
         """The launcher for a kind of call that `check` lets pass. It is kept: checks and limits
         depend on shapes, strides, dtypes, devices and the request alone (not on addresses or
         values), and a model repeats few kinds of calls. A fallback is not kept, so that it warns as
-        it should."""
+        it should; nor is a call with a number that is not Python's own, whose value is no part of
+        its kind."""
+        plain = self._with_plain_numbers(args)
+        if plain is not args:
+            return lambda *args: self(*plain)
         self._check_tensors(args)
         self.check(*args)
         implementation = self._choose(args)
@@ -278,6 +286,7 @@ class Op:
         return launch
 
     def explain(self, *args: Any) -> Decision:
+        args = self._with_plain_numbers(args)
         self._check_tensors(args)
         self.check(*args)
         device = _device_type(args)
@@ -320,6 +329,40 @@ class Op:
                     "does between forwards. Call the op inside the module's forward, or gather the "
                     "parameters first"
                 )
+
+    def _with_plain_numbers(self, args: tuple) -> tuple:
+        """The arguments, with a number of Python where the schema has one and something else was
+        given: a tensor of one element, say, or a number of numpy. It is read in every call."""
+        numbers = {
+            i: self._plain_number(i, args[i])
+            for i in self._numbers
+            if type(args[i]) not in _PLAIN_NUMBERS
+        }
+        return tuple(numbers.get(i, arg) for i, arg in enumerate(args)) if numbers else args
+
+    def _plain_number(self, index: int, value: Any) -> Any:
+        argument = self._torch_op._schema.arguments[index]
+        kind = str(argument.type).removeprefix("Optional[").removesuffix("]")
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return value  # a trace's
+        if isinstance(value, Tensor):
+            if torch.is_grad_enabled() and value.requires_grad:
+                raise GradientError(
+                    f"{self.name}: {argument.name} requires a gradient, and is a constant here: "
+                    f"pass {argument.name}.detach()"
+                )
+            if value.numel() == 1:
+                value = value.item()
+        elif type(value).__module__ == "numpy" and not hasattr(value, "__len__"):
+            value = value.item()
+        if kind == "bool" and isinstance(value, int):
+            return bool(value)
+        if isinstance(value, int) or (isinstance(value, float) and kind == "float"):
+            return {"int": int, "float": float}[kind](value)
+        raise TypeError(
+            f"{self.name}: {argument.name} is a {type(value).__name__}; it must be "
+            f"{'an' if kind == 'int' else 'a'} {kind}, or a tensor of one element that holds one"
+        )
 
     def forget_order(self) -> None:
         self._orders.clear()

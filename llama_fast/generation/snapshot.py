@@ -42,8 +42,8 @@ class Snapshot:
            are this package's and torch's, no module has hooks, and tensors are dense ones of no
            subclass
 
-    Keeps what it has seen, but neither the model itself nor what only the model has: a model may keep
-    its steps.
+    Keeps what it has seen, but neither the model itself nor what only the model has: a model may
+    keep its steps.
     """
 
     def __init__(self, model: nn.Module, cache: KVCache) -> None:
@@ -158,6 +158,8 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def _place(x: Tensor) -> tuple:
+    if x.layout is not torch.strided:
+        return ()
     return x.data_ptr(), x.shape, x.stride(), x.dtype
 
 

@@ -26,6 +26,11 @@ def needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+def is_learnt(number: float | Tensor) -> bool:
+    """Whether a gradient is to reach it: ops take numbers for constants."""
+    return isinstance(number, Tensor) and needs_gradient(number)
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether a call of the module does more than its forward."""
     return bool(

@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .. import ops
 from . import attention
-from .conditions import fits, hooked, needs_gradient
+from .conditions import fits, hooked, is_learnt, needs_gradient
 from .logits import DeferredLogits
 from .patched import own_class, own_forward, replaced_forward
 
@@ -34,7 +34,7 @@ SILU = {nn.SiLU, getattr(activations, "SiLUActivation", nn.SiLU)}
 
 def rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
     """hidden_states (..., C) → (..., C)."""
-    if not fits(hidden_states, self.weight):
+    if not fits(hidden_states, self.weight) or is_learnt(self.variance_epsilon):
         return own_forward(self, hidden_states)
     return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
@@ -155,6 +155,7 @@ def add_rms_norm_layer(self: nn.Module, hidden_states: Tensor, **kwargs: Any) ->
     norm = self.post_attention_layernorm
     if (
         getattr(norm, "variance_epsilon", None) is None
+        or is_learnt(norm.variance_epsilon)
         or hooked(norm)
         or replaced_forward(norm) is not None
         or (getattr(self, "gradient_checkpointing", False) and self.training)
