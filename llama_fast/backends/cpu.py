@@ -81,8 +81,10 @@ def _maker(like: torch.Tensor, shape: tuple[int, ...] | None = None) -> Callable
         return lambda: from_dlpack(_cpu.large_tensor(*kind))
     # torch.empty takes twice as long as torch.empty_like.
     if numel <= SMALL:
-        return partial(torch.empty_like, torch.empty(shape, dtype=dtype))
-    pattern = torch.empty((), dtype=dtype).expand(shape)  # one element stands for them all
+        return partial(torch.empty_like, torch.empty(shape, dtype=dtype, device="cpu"))
+    pattern = torch.empty((), dtype=dtype, device="cpu").expand(
+        shape
+    )  # one element stands for them all
     make = partial(torch.empty_like, pattern, memory_format=torch.contiguous_format)
     return (lambda: _reserve(make())) if numel >= LARGE else make
 
@@ -252,7 +254,7 @@ def _attention(
     new = _maker(q)
     B, T, H, D = q.shape
     S = k.shape[1]
-    no_lse = torch.empty(0, dtype=lse_dtype(q.dtype))
+    no_lse = torch.empty(0, dtype=lse_dtype(q.dtype), device="cpu")
     new_lse = _maker(no_lse, (B, H, T) if need_lse else (0,))
     factor = D**-0.5 if scale is None else scale
     run = _cpu.attention(
@@ -377,7 +379,7 @@ def _product(
     A side is (tensor, Rows, transposed): MatrixSide of csrc/cpu/kernels.h, which says what `rows`
     and `lanes` are.
     """
-    out = _maker(rows[0][0], shape)()
+    out = _maker(rows[0], shape)()
     R, L = out.shape[-1], out.shape[:-1].numel()
     if not transposed:
         R, L = L, R

@@ -156,14 +156,14 @@ def forget() -> None:
 
 
 def _sink(threads: int) -> torch.Tensor:
-    """Where the loops leave their results, whatever torch's default dtype is."""
-    return torch.zeros(threads, dtype=torch.float32)
+    """Where the loops leave their results, whatever torch's default dtype and device are."""
+    return torch.zeros(threads, dtype=torch.float32, device="cpu")
 
 
 def _memory(nbytes: int) -> torch.Tensor:
     """Memory that was written, because pages never written all read one page of zeros; in huge
     pages, as weights are. torch aligns what it allocates to 64 bytes."""
-    fresh = torch.empty(nbytes, dtype=torch.uint8)
+    fresh = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     _cpu.prefer_huge_pages(fresh.data_ptr(), nbytes)
     return fresh.fill_(1)
 

@@ -68,7 +68,8 @@ class SafetensorsFile(StoredFile):
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
         self._map()
-        return self._file.get_slice(key)[start:stop]
+        with torch.device("cpu"):  # safetensors would use torch's default device
+            return self._file.get_slice(key)[start:stop]
 
     def release(self) -> None:
         self._file = None

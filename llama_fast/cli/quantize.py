@@ -164,7 +164,7 @@ def _tokens(checkpoint: Checkpoint, documents: Iterable[str], most: int) -> Tens
     if len(ids) < 4:
         raise PromptError(f"the text has {len(ids) - 2} tokens; give one of some hundreds or more")
     T = min(len(ids), ROW, checkpoint.config.max_seq_len)
-    return torch.tensor(ids[: min(len(ids), most) // T * T]).view(-1, T)
+    return torch.tensor(ids[: min(len(ids), most) // T * T], device="cpu").view(-1, T)
 
 
 def _report(checkpoint: Checkpoint, target: Path, tokens: Tensor) -> None:

@@ -21,7 +21,7 @@ from transformers.models.llama import modeling_llama
 from .. import ops
 from ..dispatch import ORDER, backends, interposed
 from ..ops.attention import head_dim_reasons
-from .conditions import fits, needs_gradient
+from .conditions import fits, is_learnt, needs_gradient
 
 NAME = "llama_fast"
 # The attention functions in whose place `patch` puts ours: their masks can be read.
@@ -80,6 +80,7 @@ def attend(
     rows = None
     if (
         dropout
+        or is_learnt(scaling)
         or any(arg is not None for name, arg in kwargs.items() if name not in HARMLESS)
         or _wants_weights(module, kwargs)
         or not fits(query, key, value)
@@ -92,7 +93,6 @@ def attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **given
         )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    scaling = None if scaling is None else float(scaling)
     if rows is not None:
         return _attend_rows(q, k, v, rows, scaling), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

@@ -62,7 +62,7 @@ def _result(output: Any) -> Tensor:
 
 
 def _randn(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float32)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _linear(generator: torch.Generator, C_in: int, C_out: int) -> Callable[[Tensor], Tensor]:
@@ -135,7 +135,7 @@ def _of_layer(module: nn.Module, g: torch.Generator) -> tuple:
 
 
 def _of_causal_lm(module: nn.Module, g: torch.Generator) -> tuple:
-    hidden, labels = _randn(g, 2, T, C), torch.randint(V, (2, T), generator=g)
+    hidden, labels = _randn(g, 2, T, C), torch.randint(V, (2, T), generator=g, device="cpu")
     head = nn.Linear(C, V, bias=False, device="meta").to_empty(device="cpu")
     head.weight = nn.Parameter(_randn(g, V, C), requires_grad=False)
     labels[0, 2] = -100

@@ -73,6 +73,7 @@ class Llama(Pretrained):
     to it and no gradient is recorded; without one they are whole sequences.
     """
 
+    @normal_tensors()
     def __init__(
         self,
         config: LlamaConfig,

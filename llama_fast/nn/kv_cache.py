@@ -19,6 +19,7 @@ from ..config import LlamaConfig
 from ..dispatch import reserve
 from ..errors import ConfigError, PromptError, ShapeError
 from ..ops import QuantizedKV
+from ..utils.normal_tensors import normal_tensors
 
 # Names of what a cache may be stored as, where that is not the model's dtype.
 KV_CACHES = {"int8": torch.int8}
@@ -51,6 +52,7 @@ class KVCache:
     inductor writes every slice of it to where the first one lies.
     """
 
+    @normal_tensors()
     def __init__(
         self,
         config: LlamaConfig,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config.quantization import ROWS, WeightFormat, packed_shapes
 from ..dispatch import interposed, reserve
 from ..errors import ShapeError
+from ..utils.normal_tensors import normal_tensors
 from .linear_quantized import centre, dequantize, dequantized_blocks
 from .rounding import AT_ONCE_ON_GPU, Fit, best_fit, enclosing, encode, refuse_non_finite
 
@@ -82,6 +83,7 @@ class QuantizedWeight(nn.Module):
         return cls.from_rows(weight.shape, (weight,), *form, fit=fit, device=weight.device)
 
     @classmethod
+    @normal_tensors()
     def from_rows(
         cls,
         shape: tuple[int, int],

@@ -83,7 +83,7 @@ def fill(x: Tensor, std: float = 1.0) -> None:
     """Fills x with the same few million random numbers again and again: normal ones, or any bytes
     where x is uint8."""
     numbers = torch.empty(min(RANDOM, max(1, x.numel())), dtype=x.dtype, device="cpu")
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     if x.dtype is torch.uint8:
         numbers.random_(256, generator=generator)
     else:
@@ -180,7 +180,9 @@ def train_step(model: Llama, batch: int, tokens: int) -> Step:
 
 def _tokens(model: Llama, batch: int, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(model.config.vocab_size, (batch, count), generator=generator)
+    drawn = torch.randint(
+        model.config.vocab_size, (batch, count), generator=generator, device="cpu"
+    )
     return drawn.to(model.device)
 
 
