@@ -25,6 +25,7 @@ from ..nn import (
     RotaryEmbedding,
     cache_dtype,
 )
+from ..utils.normal_tensors import normal_tensors
 from .loading import Pretrained
 
 

@@ -1,8 +1,8 @@
 """Runs the CUDA kernels on the ops' cases under AddressSanitizer and UBSan; tests/test_cuda.py
 starts this in a process into which their libraries are loaded. A finding ends the process.
 
-With `--all` in every dtype; otherwise as selection.py says. Inputs lie at the ends of allocations of
-their own, so that an access beyond them is one of memory that nobody has.
+With `--all` in every dtype; otherwise as selection.py says. Inputs lie at the ends of allocations
+of their own, so that an access beyond them is one of memory that nobody has.
 """
 
 from __future__ import annotations
