@@ -40,9 +40,9 @@ ATTEMPTS = 3
 # What one token of a sequence, and a prompt, ask of the ops; one matrix of each size that differs.
 DECODE, PREFILL = Work.decode(8192), Work.prefill(512)
 FEW_ROWS = ("linear qkv", "linear gate_up", "linear head",
-            "linear_quantized gate_up int8", "linear_quantized gate_up int4")  # fmt: skip
-MANY_ROWS = ("linear qkv", "linear gate_up", "linear_quantized gate_up int8",
-             "linear_quantized gate_up int4")  # fmt: skip
+            "linear gate_up int8", "linear gate_up int4")  # fmt: skip
+MANY_ROWS = ("linear qkv", "linear gate_up", "linear gate_up int8",
+             "linear gate_up int4")  # fmt: skip
 CHECKED = [
     *((name, DECODE) for name in ("attention", *FEW_ROWS)),
     *((n, PREFILL) for n in ("rms_norm", "add_rms_norm", "swiglu", "kv_append", "attention")),

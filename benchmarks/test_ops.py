@@ -23,6 +23,7 @@ from llama_fast.bench import measure as speed
 from llama_fast.bench.results import Row
 from llama_fast.bench.roofline import Ceilings
 from llama_fast.bench.shapes import NAMES, Work, workloads
+from llama_fast.config.quantization import NAMED
 from llama_fast.dispatch import BACKENDS, OPS, Op
 
 # Of a model's several matrices the quick run takes one of each kind that differs, and of the forms
@@ -30,7 +31,7 @@ from llama_fast.dispatch import BACKENDS, OPS, Op
 MATRICES = ("qkv", "gate_up", "head")
 QUANTIZED = ("gate_up",)
 # Which ops a model calls where: loss and gradients belong to training, the cache does not.
-IN_TRAINING_ALONE = ("linear_cross_entropy", "linear_cross_entropy_quantized")
+IN_TRAINING_ALONE = ("linear_cross_entropy",)
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,16 @@ def cases(config: pytest.Config) -> Iterator[Case]:
 
 
 def _quick(workload: str, kind: str) -> bool:
-    op, *matrix = workload.split()
-    if op == "linear_quantized":
-        return matrix[0] in QUANTIZED and (kind != "training" or matrix[1] == "int8")
-    if op == "linear_swiglu_quantized":  # its gradients are those of the two ops that it is
-        return kind != "training"
+    op, *words = workload.split()
+    if op != "linear":
+        return kind != "training" or not set(words) & set(OPS[op].forward_only)
+    matrix, quantized = words[0], words[-1] in NAMED
+    if "swiglu" in words:  # quantised, its gradients are those of the two ops that it is
+        return not quantized or kind != "training"
+    if quantized:
+        return matrix in QUANTIZED and (kind != "training" or words[-1] == "int8")
     # Of a prompt the head sees the last token alone; its gradients are linear_cross_entropy's.
-    return op != "linear" or matrix[0] in (MATRICES if kind == "decode" else MATRICES[:2])
+    return matrix in (MATRICES if kind == "decode" else MATRICES[:2])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

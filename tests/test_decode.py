@@ -94,8 +94,7 @@ def model() -> Llama:
 def prefilled(model: Llama, kv_cache: str | None = None):
     cache = model.new_cache(B, SLOTS, kv_cache)
     for x in cache.tensors():  # what no row holds is never read
-        if x.is_floating_point():
-            x.fill_(float("nan"))
+        x.fill_(float("nan") if x.is_floating_point() else 127)
     cache.reset([0, 3, 1])
     tokens = torch.randint(50, (B, 7), generator=torch.Generator().manual_seed(1))
     model(tokens, cache=cache, last_only=True)

@@ -219,11 +219,14 @@ def test_a_step_recorded_without_contents_costs_what_it_costs(name, quantize):
     assert totals[0] == totals[1]
 
 
-@pytest.mark.parametrize("name", ["linear", "linear_quantized", "attention", "rms_norm"])
+@pytest.mark.parametrize("name", ["linear", "linear int8", "attention", "rms_norm"])
 def test_an_op_is_recorded_once_for_each_matrix(name):
-    step = steps.op_step(name, TINY, Work.decode(9), dtype=torch.bfloat16, device="meta")
+    op, _, form = name.partition(" ")
+    step = steps.op_step(
+        op, TINY, Work.decode(9), dtype=torch.bfloat16, device="meta", quantize=form or None
+    )
     found = record_calls(step)
-    expected = {"linear": 5, "linear_quantized": 10}.get(name, 1)
+    expected = 6 if op == "linear" else 1  # gate_up once more, with swiglu
     assert len(found) == expected and {call.count for call in found} == {1}
 
 
@@ -243,9 +246,9 @@ def test_kernels_of_an_op_are_found_in_its_sources():
     assert cuda_code.kernel_names("rms_norm") == ["rms_norm_fwd_kernel"]
     backward = cuda_code.kernel_names("add_rms_norm_backward")
     assert backward == ["rms_norm_bwd_kernel", "rms_norm_bwd_sum_kernel"]
-    assert cuda_code.kernel_names("linear_quantized") == ["linear_fwd_kernel"]
-    assert cuda_code.stem_of("linear_swiglu") == "linear_swiglu"
-    assert cuda_code.kernel_names("linear_swiglu_quantized") == ["linear_fwd_kernel"]
+    assert cuda_code.kernel_names("linear int4") == ["linear_fwd_kernel"]
+    assert cuda_code.stem_of("linear swiglu") == "linear_swiglu"
+    assert cuda_code.kernel_names("linear swiglu int8") == ["linear_fwd_kernel"]
     assert cuda_code.kernel_names("linear_cross_entropy") == []
     assert cuda_code.kernel_names("linear_backward_x") == []
 

@@ -147,13 +147,16 @@ def test_memory_of_a_call_is_seen():
 
 def test_what_bounds_a_call():
     out = (torch.empty(100, dtype=torch.bfloat16),)  # 200 bytes
-    half, op = torch.bfloat16, OPS["linear"]
-    assert speed.at_best(op, Cost(400, 100), out, half, CEILINGS) == ("copy", 400 / 2e9)
-    assert speed.at_best(op, Cost(4000, 100), out, half, CEILINGS) == ("read", 4000 / 1e9)
-    assert speed.at_best(op, Cost(400, 9000), out, half, CEILINGS) == ("bfloat16", 9000 / 8e9)
-    assert speed.at_best(op, Cost(400, 9000), out, torch.float32, CEILINGS)[0] == "float32"
-    quantized = OPS["linear_quantized"]
-    assert speed.at_best(quantized, Cost(400, 9000), out, half, CEILINGS) == ("int8", None)
+    half, args = torch.bfloat16, (torch.empty(1, 8), torch.empty(8, 8))
+    assert speed.at_best(args, Cost(400, 100), out, half, CEILINGS) == ("copy", 400 / 2e9)
+    assert speed.at_best(args, Cost(4000, 100), out, half, CEILINGS) == ("read", 4000 / 1e9)
+    assert speed.at_best(args, Cost(400, 9000), out, half, CEILINGS) == ("bfloat16", 9000 / 8e9)
+    assert speed.at_best(args, Cost(400, 9000), out, torch.float32, CEILINGS)[0] == "float32"
+    quantized = torch.empty(1, 16, 16, 4, dtype=torch.uint8)
+    assert speed.at_best((args[0], quantized), Cost(400, 9000), out, half, CEILINGS) == (
+        "int8",
+        None,
+    )
 
 
 def test_reasons_name_what_cannot_serve():

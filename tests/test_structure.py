@@ -150,16 +150,32 @@ OP_HELPERS = {
     "__init__",
     "checks",
     "inputs",
+    "linear_cases",
     "logits",
+    "model_inputs",
     "quantized_kv",
+    "quantized_layout",
     "quantized_weight",
     "rounding",
 }
 OP_STEMS = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - OP_HELPERS
-# Files that belong to no op, with what they are for.
+# Files that belong to no op, and kernels of an op's variants that have a file of their own.
 HOUSEKEEPING = {
-    "csrc/cpu": {"table", "ceilings"},
-    "csrc/cuda": {"device"},
+    "csrc/cpu": {
+        "table",
+        "ceilings",
+        "attention_quantized",
+        "kv_append_quantized",
+        "linear_quantized",
+    },
+    "csrc/cuda": {
+        "device",
+        "attention_quantized",
+        "kv_append_quantized",
+        "linear_quantized",
+        "linear_swiglu",
+        "linear_swiglu_quantized",
+    },
     "triton_kernels": {"__init__", "aot", "chips", "choice", "cubin", "launch", "rows", "tune"},
 }
 
@@ -184,6 +200,7 @@ def test_every_op_has_cost_and_cases(stem):
     for name in names:
         assert OPS[name].cost is not None, f"{name} has no cost()"
         assert OPS[name].cases is not None and OPS[name].cases(), f"{name} has no cases()"
+        assert OPS[name].at_model_size is not None, f"{name} has no at_model_size()"
 
 
 def test_triton_kernels_import_torch_and_triton_alone():

@@ -26,11 +26,8 @@ for launch in launches(chip, stems, brief=True):
     print(json.dumps([row.kernel, row.config, row.matrix, problems(row)]))
 """
 # The rest of the table, other models, dtypes and kernels: llama-fast doctor --resources.
-ATTENTION = "attention attention_quantized"
-ALL = (
-    f"rms_norm add_rms_norm swiglu rope kv_append kv_append_quantized {ATTENTION} cross_entropy "
-    "linear_quantized"
-)
+ATTENTION = "attention"
+ALL = "rms_norm add_rms_norm swiglu rope kv_append attention cross_entropy linear"
 MATRIX = {"sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 

@@ -19,11 +19,9 @@ from llama_fast.model import Llama
 from llama_fast.triton_kernels import (
     aot,
     attention,
-    attention_quantized,
     chips,
     cross_entropy,
     kv_append,
-    kv_append_quantized,
     rms_norm,
     rope,
     swiglu,
@@ -180,7 +178,9 @@ def variants(T: int, S: int) -> set[str]:
     x, weight = empty(2, T, 4096), empty(4096)
     q, k, v = empty(2, T, 48, 128).split((32, 8, 8), dim=2)
     caches = [empty(2, 8, 4096, 128).transpose(1, 2) for _ in "kv"]
-    coded = [part[:, :S] for cache in caches for part in aot.quantized(cache)]
+    (k8, k_scale), (v8, v_scale) = (
+        [part[:, :S] for part in aot.quantized(cache)] for cache in caches
+    )
     caches = [cache[:, :S] for cache in caches]
     tables = [empty(T, 64, dtype=torch.float32) for _ in "cs"]
     lse = empty(2, 32, T, dtype=torch.float32)
@@ -192,8 +192,8 @@ def variants(T: int, S: int) -> set[str]:
         rope.rope(q, k, *tables, False)
         kv_append.kv_append(q, k, v, *tables, *caches, lengths, False)
         attention.attention(q, *caches, True, None, lengths, True)
-        kv_append_quantized.kv_append_quantized(q, k, v, *tables, *coded, lengths, False)
-        attention_quantized.attention_quantized(q, *coded, True, None, lengths)
+        kv_append.kv_append(q, k, v, *tables, k8, v8, lengths, False, k_scale, v_scale)
+        attention.attention(q, k8, v8, True, None, lengths, False, k_scale, v_scale)
         attention.attention_backward(q, q, *caches, q, lse, True, None, lengths)
         cross_entropy.linear_cross_entropy(x, empty(128256, 4096), targets, -100, True, True)
     return {str(aot.specialise(launch)) + str(launch.options) for launch in launches}

@@ -161,14 +161,19 @@ def test_the_kernels_of_a_gradient_are_tuned_too(op):
 
 
 @INTERPRETED
-@pytest.mark.parametrize("op", ["attention_quantized", "kv_append_quantized"])
+@pytest.mark.parametrize("op", ["attention", "kv_append"])
 @pytest.mark.parametrize("work", [Work.decode(40), Work.prefill(17)])
-def test_the_kernels_of_a_cache_in_8_bits_have_files_of_their_own(op, work):
+def test_a_cache_in_8_bits_has_configurations_of_its_own(op, work):
     found = tune_ops(
         [(op, "tiny", TINY, work)], torch.float32, "cpu", lambda call: 1.0, lambda launches: "no"
     )
-    kernel = "attention_fwd" if op == "attention_quantized" else op
-    assert [(one.choice.stem, one.choice.kernel) for one in found] == [(op, kernel)]
+    made = {(one.choice.stem, one.choice.kernel, one.choice.shape) for one in found}
+    if op == "kv_append":
+        assert {kernel for _, kernel, _ in made} == {"kv_append", "kv_append_quantized"}
+    else:
+        forward = [dict(shape) for _, kernel, shape in made if kernel == "attention_fwd"]
+        assert sorted(shape.get("kv", "") for shape in forward) == ["", "int8"]
+    assert {stem for stem, *_ in made} == {op}
     assert all(one.refused and not one.timed for one in found)
 
 

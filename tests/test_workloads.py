@@ -24,6 +24,12 @@ def test_every_op_of_a_model_has_workloads():
     assert set(NAMES) == {name for name, op in OPS.items() if op.cases is not None}
 
 
+def test_a_workload_is_named_after_what_it_asks_for():
+    for name in NAMES:
+        for workload, make in workloads(name, TINY, Work.prefill(5), device="meta").items():
+            assert set(OPS[name].label(*make(0)).split()) <= set(workload.split())
+
+
 @pytest.mark.parametrize("work", WORK, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", NAMES)
@@ -88,7 +94,10 @@ def test_seeds_give_other_numbers_in_the_same_layout():
 def test_matrices_are_those_of_the_model():
     found = workloads("linear", TINY, Work.decode(8))
     shapes = {name: tuple(make(0)[1].shape) for name, make in found.items()}
-    assert shapes == {
+    floats = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    assert shapes.keys() == {f"{name}{form}" for name in floats for form in ("", " int8", " int4")}
+    assert floats == {
+        "linear gate_up swiglu": (192, 64),
         "linear qkv": (256, 64),
         "linear output": (64, 128),
         "linear gate_up": (192, 64),

@@ -80,22 +80,22 @@ def calls(brief: bool = False) -> Iterator[tuple[str, str, tuple]]:
         step = empty(B, 1, H, D)
         for queries in (step,) if brief else (q, q[:, :8], step):
             yield "attention", "attention", (queries, *caches, True, None, lengths, False)
-        coded = [part for cache in caches for part in quantized(cache)]
-        given = (q, k, v, table, table, *coded, lengths)
+        (k8, k_scale), (v8, v_scale) = map(quantized, caches)
+        given = (q, k, v, table, table, k8, v8, lengths)
         for interleaved in (False, True):
-            yield "kv_append_quantized", "kv_append_quantized", (*given, interleaved)
+            yield "kv_append", "kv_append", (*given, interleaved, k_scale, v_scale)
         for queries in (q, step) if brief else (q, q[:, :8], step):
-            given = (queries, *coded, True, None, lengths)
-            yield "attention_quantized", "attention_quantized", given
+            given = (queries, k8, v8, True, None, lengths, False, k_scale, v_scale)
+            yield "attention", "attention", given
         targets = empty(B, T, dtype=torch.int64)
         head = empty(128256, C)
         yield "cross_entropy", "linear_cross_entropy", (x, head, targets, -100, True, True)
         for bits, group in ((8, 64), (4, 32)):
-            codes = empty(F // 16, C * bits // 32, 16, 4, dtype=torch.uint8)
+            values = empty(F // 16, C * bits // 32, 16, 4, dtype=torch.uint8)
             scales = empty(F // 16, C // group, 16, dtype=torch.float16)
             for tokens in (1, 512):
-                given = (empty(tokens, C), codes, scales, None, F, bits, group)
-                yield "linear_quantized", "linear_quantized", given
+                given = (empty(tokens, C), values, scales, None, F, bits, group)
+                yield "linear", "linear", given
     if brief:
         return
     for C in (2048, 4096, 16384):
@@ -116,7 +116,7 @@ def calls(brief: bool = False) -> Iterator[tuple[str, str, tuple]]:
         yield from attention(q, k, v)
         for queries in (q[:, :8], q[:, :1]):
             yield "attention", "attention", (queries, k, v, True, None, None, False)
-        yield from attention_quantized(q, k, v)
+        yield from int8_attention(q, k, v)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple]:
@@ -128,14 +128,14 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tup
     yield "attention", "attention_backward", (o, q, k, v, o, lse, True, None, None)
 
 
-def attention_quantized(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple]:
+def int8_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple]:
     for queries in (q, q[:, :8], q[:, :1]):
-        given = (queries, *quantized(k), *quantized(v), True, None, None)
-        yield "attention_quantized", "attention_quantized", given
+        (k8, k_scale), (v8, v_scale) = quantized(k), quantized(v)
+        yield "attention", "attention", (queries, k8, v8, True, None, None, False, k_scale, v_scale)
 
 
 def quantized(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales in the place of keys or values (B, S, K, D), laid out as they are."""
+    """8-bit values and scales in the place of keys or values (B, S, K, D), laid out as they are."""
     heads = cache.transpose(1, 2)
     scales = torch.empty(heads.shape[:3], dtype=FULL, device="meta")
     return torch.empty_like(heads, dtype=torch.int8).transpose(1, 2), scales.transpose(1, 2)

@@ -25,9 +25,10 @@ would have to share.
 **Few queries.** A decoding step has B·K tiles of queries, which would leave most of a GPU idle,
 so the keys are cut into parts, one program each, and `attention_combine_kernel` adds them up.
 
-**Keys and values in 8 bits** (attention_quantized) are codes with a scale for each key, a and b.
-Both leave the inner sums: s = a · (q · codes) and acc' = c · acc + (p · b) codes. Codes are whole
-numbers that every dtype of q holds exactly, so they are multiplied as numbers of it.
+**Keys and values in 8 bits** have a scale for each key, a and b, that leaves the inner sums:
+s = a · (q · k) and acc' = c · acc + (p · b) v. The values are whole numbers that every dtype of q
+holds exactly, so a tile is read once, as bytes, and multiplied as numbers of it; no memory is taken
+for keys and values in q's dtype. What differs is how large a tile is best.
 
 **Backward.** P = exp(s - lse) is made again from the lse of the forward pass, tile by tile:
 
@@ -39,14 +40,13 @@ the queries (dk, dv). It multiplies twice what one kernel could share, but each 
 by one program in one order: no atomics, the same bits each time.
 
 Shapes: q, o (B, T, H, D), k, v (B, S, K, D), lse (B, H, T) float32, or float64 beside float32;
-delta (B, H, T) float32; scales of codes (B, S, K) float32; G = H / K.
+delta (B, H, T) float32; scales of 8-bit k and v (B, S, K) float32; G = H / K.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -545,6 +545,21 @@ def forward_config(chip: Chip, rows: int, D: int, dtype: torch.dtype) -> Attenti
     return AttentionConfig(128, block_n, num_warps=8, num_stages=3)
 
 
+def int8_config(chip: Chip, rows: int, D: int, dtype: torch.dtype) -> AttentionConfig:
+    """For keys and values in 8 bits: as `forward_config` for few rows and in float32. The values
+    become q's dtype in registers, so the other tiles are smaller, or shared by more warps; float16
+    keeps a unit besides."""
+    config = forward_config(chip, rows, D, dtype)
+    if dtype == torch.float32 or rows <= FEW_ROWS:
+        return config
+    if D > 128:
+        return replace(config, block_m=64, block_n=16)
+    if chip.hopper:
+        return replace(config, block_n=32) if rows <= 64 < D else config
+    crowded = not chip.amd and (D > 64 or dtype == torch.float16)
+    return replace(config, block_n=32, num_warps=8 if crowded else config.num_warps)
+
+
 def backward_configs(
     chip: Chip, D: int, dtype: torch.dtype
 ) -> tuple[AttentionConfig, AttentionConfig]:
@@ -587,26 +602,13 @@ def attention(
     scale: float | None,
     lengths: torch.Tensor | None,
     need_lse: bool,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the op attention of llama_fast.ops.attention: (o, lse)."""
-    return attend("attention", forward_config, q, (k, v), None, causal, scale, lengths, need_lse)
-
-
-def attend(
-    stem: str,
-    config_for: Callable[[Chip, int, int, torch.dtype], AttentionConfig],
-    q: torch.Tensor,
-    kv: tuple[torch.Tensor, torch.Tensor],
-    scales: tuple[torch.Tensor, torch.Tensor] | None,
-    causal: bool,
-    scale: float | None,
-    lengths: torch.Tensor | None,
-    need_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse) against keys and values, or against codes of them with their scales, as the op
-    `stem` launches it."""
+    scales = None if k_scale is None else (k_scale, v_scale)
+    config_for = forward_config if scales is None else int8_config
     B, T, H, D = q.shape
-    k, v = kv
     _, S, K, _ = k.shape
     G, chip = H // K, chip_of(q)
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -615,13 +617,14 @@ def attend(
     scale = D**-0.5 if scale is None else scale
     block_d = max(16, next_power_of_2(D))
     config = chosen(
-        stem,
+        "attention",
         "attention_fwd",
         chip,
         config_for(chip, T * G, block_d, q.dtype),
         rows=max(FEW_ROWS, min(128, next_power_of_2(T * G))),
         D=D,
         dtype=TYPES[q.dtype],
+        **({} if scales is None else {"kv": "int8"}),
     )
     tiles = -(-T * G // config.block_m)
     parts, part = parts_for(chip, tiles * B * K, S, config.block_n)
@@ -671,7 +674,7 @@ def attend(
     if split:
         block_p = next_power_of_2(parts)
         combine = chosen(
-            stem, "attention_combine", chip, CombineConfig(4), parts=block_p, D=block_d
+            "attention", "attention_combine", chip, CombineConfig(4), parts=block_p, D=block_d
         )
         launch(
             attention_combine_kernel,

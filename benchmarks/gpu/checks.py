@@ -78,18 +78,18 @@ def graph(setting: Setting) -> list[str]:
     x, weight = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((4, 4096), (4096,)))
     q = torch.randn(4, 1, 32, 128, device="cuda").bfloat16()
     k, v = (torch.randn(4, 8, 4096, 128, device="cuda").bfloat16().transpose(1, 2) for _ in "kv")
-    caches = {"attention": (k, v), "attention_quantized": (quantize(k), quantize(v))}
+    (k8, k_scale), (v8, v_scale) = quantize(k), quantize(v)
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
     lengths = torch.tensor([4096, 17, 0, 2000], device="cuda")
     failures = []
 
     def step(served: Container[str]) -> tuple:
         with torch.no_grad():
-            attended = (
-                llama_fast.attention(q, *cache, lengths=lengths)
-                for op, cache in caches.items()
-                if op in served
-            )
-            return llama_fast.rms_norm(x, weight), *attended
+            found = (llama_fast.rms_norm(x, weight),)
+            if "attention" in served:
+                found += (llama_fast.attention(q, k, v, lengths=lengths),)
+                found += (llama_fast.attention(q, k8, v8, lengths=lengths, **scales),)
+            return found
 
     for name in KERNELS:
         if backends()[name].unavailable:

@@ -85,17 +85,17 @@ def attention_decode(s: Sizes) -> list[Call]:
     works, goals = [Work("decode", B, 1, S) for B, S in s.caches], (bandwidth(0.90),)
     return [
         *(Call("attention", w, FORWARD, goals, (EAGER, *FUSED)) for w in works),
-        *(Call("attention_quantized", w, FORWARD, goals, (EAGER,)) for w in works),
+        *(Call("attention int8", w, FORWARD, goals, (EAGER,)) for w in works),
     ]
 
 
 def linear(s: Sizes) -> list[Call]:
     """Products of few rows with the weights of a layer, bfloat16 and quantised, and the first half
     of an MLP, whose weight is gate_up."""
-    kinds = ("linear {}", "linear_quantized {} int8", "linear_quantized {} int4")
+    kinds = ("linear {}", "linear {} int8", "linear {} int4")
     names = [
         *(kind.format(matrix) for matrix in s.matrices for kind in kinds),
-        *("linear_swiglu", "linear_swiglu_quantized int8", "linear_swiglu_quantized int4"),
+        *(f"linear gate_up swiglu{form}" for form in ("", " int8", " int4")),
     ]
     return [
         Call(name, Work("decode", batch, 1, 1), FORWARD, (), (EAGER,), ("OVERLAP",))

@@ -6,6 +6,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -71,6 +72,16 @@ class KindOfCall {
         std::memcpy(&bits, &value, sizeof bits);
         key.add(FLOAT);
         key.add(bits);
+      } else if (PyUnicode_CheckExact(arg.ptr())) {
+        Py_ssize_t size = 0;
+        const char* text = PyUnicode_AsUTF8AndSize(arg.ptr(), &size);
+        if (text == nullptr) throw pybind11::error_already_set();
+        key.add(TEXT | int64_t(size) << 8);
+        for (Py_ssize_t i = 0; i < size; i += 8) {
+          int64_t word = 0;
+          std::memcpy(&word, text + i, std::min<Py_ssize_t>(8, size - i));
+          key.add(word);
+        }
       } else {
         return fallback_(args, grad);
       }
@@ -80,7 +91,7 @@ class KindOfCall {
   }
 
  private:
-  enum Tag : int64_t { NONE, TENSOR, TRUE, FALSE, INT, FLOAT };
+  enum Tag : int64_t { NONE, TENSOR, TRUE, FALSE, INT, FLOAT, TEXT };
 
   class Key {
    public:

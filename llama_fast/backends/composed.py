@@ -1,4 +1,8 @@
-"""What a backend serves by two kernels of its own, one after the other."""
+"""The rows of the ops whose calls several kernels serve: which one takes a call, and what it takes.
+
+A row of kernels takes leading arguments of its op, in an order of its own; the others of a call
+have their defaults.
+"""
 
 from __future__ import annotations
 
@@ -6,68 +10,139 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..dispatch import OPS, Implementation
-from ..ops.logits import Wanted, in_blocks
+from ..ops.attention import lse_dtype
 
 
-def linear_swiglu(name: str, linear: Implementation, swiglu: Implementation) -> Implementation:
-    """The row of `linear_swiglu` or `linear_swiglu_quantized`: a backend's row of the linear op
-    `name`, then its row of `swiglu` on the halves of the result, which it always serves."""
+def one_of(pick: Callable[..., tuple[Implementation, int]]) -> Implementation:
+    """The row of an op of which `pick` says, for the arguments of a call, the kernels' row and how
+    many of the arguments that one takes."""
 
-    def launch(*args: Any) -> torch.Tensor:
+    def prepare(*args: Any) -> Callable[..., Any]:
+        row, takes = pick(*args)
+        prepared = row.launch if row.prepare is None else row.prepare(*args[:takes])
+        return prepared if len(args) <= takes else lambda *given: prepared(*given[:takes])
+
+    def ask(question: str, otherwise: Any) -> Callable[..., Any]:
+        def asked(*args: Any) -> Any:
+            row, takes = pick(*args)
+            answer = getattr(row, question)
+            return otherwise if answer is None else answer(*args[:takes])
+
+        return asked
+
+    return Implementation(ask("launch", None), ask("unsupported", []), ask("how", ""), prepare)
+
+
+def attention(dense: Implementation, quantized: Implementation) -> Implementation:
+    """quantized  takes (q, k, k_scale, v, v_scale, causal, scale, lengths) and returns o"""
+
+    def in_order(q, k, v, causal, scale, lengths, need_lse, k_scale, v_scale) -> tuple:
+        return q, k, k_scale, v, v_scale, causal, scale, lengths
+
+    def no_lse(q: Tensor) -> Tensor:
+        return torch.empty(0, dtype=lse_dtype(q.dtype), device=q.device)
+
+    def prepare(*args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+        attend, lse = quantized.prepare(*in_order(*args)), no_lse(args[0])
+
+        def launch(q, k, v, causal, scale, lengths, need_lse, k_scale, v_scale):
+            return attend(q, k, k_scale, v, v_scale, causal, scale, lengths), lse
+
+        return launch
+
+    in_8_bits = Implementation(
+        lambda *args: (quantized.launch(*in_order(*args)), no_lse(args[0])),
+        lambda *args: quantized.unsupported(*in_order(*args)),
+        prepare=quantized.prepare and prepare,
+    )
+
+    def pick(q, k, v, causal, scale, lengths, need_lse, k_scale=None, v_scale=None):
+        return (dense, 7) if k_scale is None else (in_8_bits, 9)
+
+    return one_of(pick)
+
+
+def kv_append(dense: Implementation, quantized: Implementation) -> Implementation:
+    """quantized  takes (…, k_cache, k_scale, v_cache, v_scale, lengths, interleaved)"""
+
+    def in_order(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, k_scale, v_scale):
+        return q, k, v, cos, sin, k_cache, k_scale, v_cache, v_scale, lengths, interleaved
+
+    def prepare(*args: Any) -> Callable[..., Tensor]:
+        append = quantized.prepare(*in_order(*args))
+
+        def launch(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, k_scale, v_scale):
+            caches = (k_cache, k_scale, v_cache, v_scale)
+            return append(q, k, v, cos, sin, *caches, lengths, interleaved)
+
+        return launch
+
+    in_8_bits = Implementation(
+        lambda *args: quantized.launch(*in_order(*args)),
+        lambda *args: quantized.unsupported(*in_order(*args)),
+        prepare=quantized.prepare and prepare,
+    )
+
+    def pick(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, k_scale=None, v_scale=None):
+        return (dense, 9) if k_scale is None else (in_8_bits, 11)
+
+    return one_of(pick)
+
+
+def linear(
+    dense: Implementation,
+    quantized: Implementation,
+    dense_swiglu: Implementation,
+    quantized_swiglu: Implementation,
+) -> Implementation:
+    """Those of dense weights take (x, weight), the others also (scales, minima, C_out, bits,
+    group_size)."""
+
+    def pick(x, weight, scales=None, minima=None, C_out=0, bits=0, group_size=0, epilogue=""):
+        if scales is None:
+            return dense_swiglu if epilogue else dense, 2
+        return quantized_swiglu if epilogue else quantized, 7
+
+    return one_of(pick)
+
+
+def linear_cross_entropy(dense: Implementation, quantized: Implementation) -> Implementation:
+    """That of dense weights takes the arguments up to `mean`, the other all."""
+
+    def pick(*args: Any) -> tuple[Implementation, int]:
+        return (dense, 7) if len(args) < 8 or args[7] is None else (quantized, 12)
+
+    return one_of(pick)
+
+
+def linear_backward_x(dense: Implementation, quantized: Implementation) -> Implementation:
+    """That of dense weights takes (grad, weight), the other all arguments."""
+
+    def pick(grad, weight, scales=None, minima=None, C_in=0, bits=0, group_size=0):
+        return (dense, 2) if scales is None else (quantized, 7)
+
+    return one_of(pick)
+
+
+def then_swiglu(linear: Implementation, swiglu: Implementation) -> Implementation:
+    """A row of products of a backend, then its row of `swiglu` on the halves of the result, which
+    it always serves."""
+
+    def launch(*args: Any) -> Tensor:
         return swiglu.launch(*linear.launch(*args).chunk(2, dim=-1))
 
-    def prepare(x: torch.Tensor, *weight: Any) -> Callable[..., torch.Tensor]:
+    def prepare(x: Tensor, *weight: Any) -> Callable[..., Tensor]:
         multiply = linear.prepare(x, *weight)
-        activate = swiglu.prepare(*OPS[name].fake(x.to("meta"), *weight).chunk(2, dim=-1))
+        gate_up = OPS["linear"].fake(x.to("meta"), *weight)
+        activate = swiglu.prepare(*gate_up.chunk(2, dim=-1))
         return lambda *args: activate(*multiply(*args).chunk(2, dim=-1))
 
     return Implementation(
         launch,
         linear.unsupported,
-        lambda *args: f"by {name} and swiglu, one after the other",
+        lambda *args: "by linear and swiglu, one after the other",
         prepare if linear.prepare and swiglu.prepare else None,
-    )
-
-
-def linear_cross_entropy_quantized(
-    linear: Implementation, backward_x: Implementation
-) -> Implementation:
-    """The row of that name: a backend's rows of `linear_quantized` and of its gradient, in turn for
-    each block of logits."""
-
-    def launch(
-        x: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        offsets: torch.Tensor | None,
-        V: int,
-        bits: int,
-        group_size: int,
-        targets: torch.Tensor,
-        ignore_index: int,
-        need_x: bool,
-        mean: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        weight, form = (codes, scales, offsets), (bits, group_size)
-
-        def to_x(d_logits: torch.Tensor) -> torch.Tensor:
-            return backward_x.launch(d_logits, *weight, x.shape[-1], *form)
-
-        wanted = Wanted.of("linear_cross_entropy_quantized", x, V, targets, ignore_index, mean)
-        return in_blocks(
-            x,
-            V,
-            wanted,
-            lambda rows: linear.launch(rows, *weight, V, *form),
-            to_x if need_x else None,
-            quantized=True,
-        )
-
-    def unsupported(x: torch.Tensor, *others: Any) -> list[str]:
-        return linear.unsupported(x, *others[:6])
-
-    return Implementation(
-        launch, unsupported, lambda *args: "by linear_quantized, a block of rows at a time"
     )

@@ -15,8 +15,8 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from ..dispatch import OPS, Backend, Implementation, nothing, register_backend
+from ..ops import cross_entropy
 from ..ops.attention import head_dim_reasons, lse_dtype, too_long
-from ..ops.cross_entropy import chunked as linear_cross_entropy_in_blocks
 from ..ops.kv_append import too_long as too_long_for_cache
 from . import composed, limits
 from .cpu_step import CpuRecorder
@@ -529,8 +529,11 @@ def _prepared(
 
 LINEAR = _prepared(_linear, limits.linear, _linear_how)
 LINEAR_QUANTIZED = _prepared(_linear_quantized, limits.linear)
-LINEAR_QUANTIZED_BACKWARD_X = Implementation(OPS["linear_quantized_backward_x"].eager, nothing)
 SWIGLU = _prepared(_swiglu, limits.swiglu)
+IN_BLOCKS = Implementation(
+    cross_entropy.chunked, nothing, lambda *args: "by linear, a block of rows at a time"
+)
+BACKWARD_X = Implementation(_linear_backward_x, nothing, _gradient_how)
 
 register_backend(
     Backend(
@@ -540,31 +543,33 @@ register_backend(
         settings=None if _cpu is None else lambda: (isa(),),
         reserve=_reserve,
         implementations={
-            "attention": _prepared(_attention, _attention_unsupported),
-            "attention_quantized": _prepared(
-                _attention_quantized, _attention_quantized_unsupported
+            "attention": composed.attention(
+                _prepared(_attention, _attention_unsupported),
+                _prepared(_attention_quantized, _attention_quantized_unsupported),
             ),
-            "linear": LINEAR,
-            "linear_backward_x": Implementation(_linear_backward_x, nothing, _gradient_how),
+            "linear": composed.linear(
+                LINEAR,
+                LINEAR_QUANTIZED,
+                composed.then_swiglu(LINEAR, SWIGLU),
+                composed.then_swiglu(LINEAR_QUANTIZED, SWIGLU),
+            ),
+            "linear_backward_x": composed.linear_backward_x(
+                BACKWARD_X, Implementation(OPS["linear_backward_x"].eager, nothing)
+            ),
             "linear_backward_weight": Implementation(
                 _linear_backward_weight, nothing, _gradient_how
             ),
-            "linear_quantized": LINEAR_QUANTIZED,
-            "linear_quantized_backward_x": LINEAR_QUANTIZED_BACKWARD_X,
-            "linear_swiglu": composed.linear_swiglu("linear", LINEAR, SWIGLU),
-            "linear_swiglu_quantized": composed.linear_swiglu(
-                "linear_quantized", LINEAR_QUANTIZED, SWIGLU
-            ),
-            "linear_cross_entropy": Implementation(linear_cross_entropy_in_blocks, nothing),
-            "linear_cross_entropy_quantized": composed.linear_cross_entropy_quantized(
-                LINEAR_QUANTIZED, LINEAR_QUANTIZED_BACKWARD_X
+            "linear_cross_entropy": composed.linear_cross_entropy(
+                IN_BLOCKS, IN_BLOCKS._replace(unsupported=limits.linear)
             ),
             "rms_norm": _prepared(_rms_norm, limits.rms_norm),
             "add_rms_norm": _prepared(_add_rms_norm, limits.add_rms_norm),
             "swiglu": SWIGLU,
             "rope": _prepared(_rope, limits.rope),
-            "kv_append": _prepared(_kv_append, limits.kv_append),
-            "kv_append_quantized": _prepared(_kv_append_quantized, limits.kv_append_quantized),
+            "kv_append": composed.kv_append(
+                _prepared(_kv_append, limits.kv_append),
+                _prepared(_kv_append_quantized, limits.kv_append_quantized),
+            ),
         },
     )
 )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ..dispatch import OPS, Backend, Implementation, nothing, register_backend
 from ..errors import KernelError
 from ..ops.checks import describe
-from . import limits
+from . import composed, limits
 from .layout import DTYPES, dense, rows
 
 try:
@@ -692,9 +692,9 @@ def _failure(op: str, error: RuntimeError, args: tuple) -> KernelError:
     )
 
 
-def _of_torch(op: str) -> tuple[str, Callable[..., Any], Callable[..., list[str]]]:
+def _of_torch(op: str) -> Implementation:
     """An op that is a product of matrices, which torch leaves to the vendor's library."""
-    return op, OPS[op].eager, nothing
+    return _row(op, OPS[op].eager, nothing)
 
 
 BACKEND = Backend(
@@ -702,26 +702,33 @@ BACKEND = Backend(
     unavailable=_unavailable,
     settings=lambda: (OVERLAP, WARPGROUPS),
     implementations={
-        name: _row(name, launch, unsupported)
-        for name, launch, unsupported in [
-            ("rms_norm", _rms_norm, limits.rms_norm),
-            ("rms_norm_backward", _rms_norm_backward, _rms_norm_backward_unsupported),
-            ("add_rms_norm", _add_rms_norm, limits.add_rms_norm),
-            ("add_rms_norm_backward", _add_rms_norm_backward, _add_rms_norm_backward_unsupported),
-            ("swiglu", _swiglu, limits.swiglu),
-            ("swiglu_backward", _swiglu_backward, _swiglu_backward_unsupported),
-            ("rope", _rope, limits.rope),
-            ("kv_append", _kv_append, limits.kv_append),
-            ("kv_append_quantized", _kv_append_quantized, limits.kv_append_quantized),
-            ("attention", _attention, _attention_unsupported),
-            ("attention_quantized", _attention_quantized, _attention_quantized_unsupported),
-            ("linear", _linear, limits.linear),
-            _of_torch("linear_backward_x"),
-            _of_torch("linear_backward_weight"),
-            ("linear_quantized", _linear_quantized, _linear_quantized_unsupported),
-            ("linear_swiglu", _linear_swiglu, limits.linear),
-            ("linear_swiglu_quantized", _linear_swiglu_quantized, _linear_quantized_unsupported),
-        ]
+        "rms_norm": _row("rms_norm", _rms_norm, limits.rms_norm),
+        "rms_norm_backward": _row(
+            "rms_norm_backward", _rms_norm_backward, _rms_norm_backward_unsupported
+        ),
+        "add_rms_norm": _row("add_rms_norm", _add_rms_norm, limits.add_rms_norm),
+        "add_rms_norm_backward": _row(
+            "add_rms_norm_backward", _add_rms_norm_backward, _add_rms_norm_backward_unsupported
+        ),
+        "swiglu": _row("swiglu", _swiglu, limits.swiglu),
+        "swiglu_backward": _row("swiglu_backward", _swiglu_backward, _swiglu_backward_unsupported),
+        "rope": _row("rope", _rope, limits.rope),
+        "kv_append": composed.kv_append(
+            _row("kv_append", _kv_append, limits.kv_append),
+            _row("kv_append", _kv_append_quantized, limits.kv_append_quantized),
+        ),
+        "attention": composed.attention(
+            _row("attention", _attention, _attention_unsupported),
+            _row("attention", _attention_quantized, _attention_quantized_unsupported),
+        ),
+        "linear": composed.linear(
+            _row("linear", _linear, limits.linear),
+            _row("linear", _linear_quantized, _linear_quantized_unsupported),
+            _row("linear", _linear_swiglu, limits.linear),
+            _row("linear", _linear_swiglu_quantized, _linear_quantized_unsupported),
+        ),
+        "linear_backward_x": _of_torch("linear_backward_x"),
+        "linear_backward_weight": _of_torch("linear_backward_weight"),
     },
 )
 register_backend(BACKEND)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from ..dispatch import OPS, Backend, Implementation, register_backend
 from ..ops.attention import head_dim_reasons
+from ..ops.cross_entropy import chunked
 from ..utils.environment import triton_interpreter
 from . import composed
 from .layout import DTYPES, dense, stride_reasons
@@ -90,28 +92,18 @@ def _rope(q, k, cos, sin, interleaved) -> list[str]:
     return stride_reasons(q=q, k=k, cos=cos, sin=sin)
 
 
-def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> list[str]:
+def _kv_append(
+    q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, k_scale=None, v_scale=None
+) -> list[str]:
     return stride_reasons(q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
 
 
-def _kv_append_quantized(
-    q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, interleaved
-) -> list[str]:
-    return _kv_append(q, k, v, cos, sin, k_codes, v_codes, lengths, interleaved)
-
-
-def _attention(q, k, v, causal, scale, lengths, need_lse) -> list[str]:
+def _attention(q, k, v, causal, scale, lengths, need_lse, k_scale=None, v_scale=None) -> list[str]:
     return attention_reasons(q, k, v, scale, lengths)
 
 
 def _attention_backward(q, k, v, o, lse, causal, scale, lengths) -> list[str]:
     return attention_reasons(q, k, v, scale, lengths) + stride_reasons(o=o)
-
-
-def _attention_quantized(
-    q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths
-) -> list[str]:
-    return attention_reasons(q, k_codes, v_codes, scale, lengths)
 
 
 def attention_reasons(q, k, v, scale, lengths) -> list[str]:
@@ -123,7 +115,7 @@ def attention_reasons(q, k, v, scale, lengths) -> list[str]:
     return reasons
 
 
-def _linear_quantized(x, codes, scales, offsets, C_out, bits, group_size) -> list[str]:
+def _linear_quantized(x, weight, scales, minima, C_out, bits, group_size) -> list[str]:
     return rows_reasons(x=x)
 
 
@@ -137,7 +129,8 @@ def products(name: str) -> Implementation:
 
 
 SWIGLU = implementation("swiglu", "swiglu", _swiglu)
-LINEAR_QUANTIZED = implementation("linear_quantized", "linear_quantized", _linear_quantized)
+LINEAR = products("linear")
+LINEAR_QUANTIZED = implementation("linear", "linear", _linear_quantized)
 
 register_backend(
     Backend(
@@ -161,28 +154,27 @@ register_backend(
             "attention_backward": implementation(
                 "attention", "attention_backward", _attention_backward, grads=1
             ),
-            "attention_quantized": implementation(
-                "attention_quantized", "attention_quantized", _attention_quantized
+            "linear": composed.linear(
+                LINEAR,
+                LINEAR_QUANTIZED,
+                composed.then_swiglu(LINEAR, SWIGLU),
+                composed.then_swiglu(LINEAR_QUANTIZED, SWIGLU),
             ),
-            "linear": products("linear"),
             "linear_backward_x": products("linear_backward_x"),
             "linear_backward_weight": products("linear_backward_weight"),
-            "linear_cross_entropy": implementation(
-                "cross_entropy", "linear_cross_entropy", _linear_cross_entropy
-            ),
-            "linear_quantized": LINEAR_QUANTIZED,
-            "linear_quantized_backward_x": products("linear_quantized_backward_x"),
-            "linear_cross_entropy_quantized": composed.linear_cross_entropy_quantized(
-                LINEAR_QUANTIZED, products("linear_quantized_backward_x")
-            ),
-            "linear_swiglu": composed.linear_swiglu("linear", products("linear"), SWIGLU),
-            "linear_swiglu_quantized": composed.linear_swiglu(
-                "linear_quantized", LINEAR_QUANTIZED, SWIGLU
+            "linear_cross_entropy": composed.linear_cross_entropy(
+                implementation("cross_entropy", "linear_cross_entropy", _linear_cross_entropy),
+                Implementation(
+                    partial(
+                        chunked,
+                        linear=LINEAR_QUANTIZED.launch,
+                        linear_backward_x=OPS["linear_backward_x"].eager,
+                    ),
+                    lambda x, *others: device_reasons(x) or rows_reasons(x=x),
+                    lambda *args: "by linear, a block of rows at a time",
+                ),
             ),
             "kv_append": implementation("kv_append", "kv_append", _kv_append),
-            "kv_append_quantized": implementation(
-                "kv_append_quantized", "kv_append_quantized", _kv_append_quantized
-            ),
         },
     )
 )

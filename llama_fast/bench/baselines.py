@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import BACKENDS, Op, nothing, use_backend
+from ..dispatch import BACKENDS, OPS, Op, nothing, use_backend
 from ..errors import BackendError
 
 COMPILED = "torch.compile"
@@ -129,8 +129,18 @@ def _flashinfer_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, *_: Any
     return o[None]
 
 
-def _whole_logits(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, *_: Any) -> Tensor:
-    return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=ignore_index)
+def _whole_logits(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    need_x: bool,
+    need_weight: bool,
+    mean: bool,
+    *form: Any,
+) -> Tensor:
+    logits = OPS["linear"].eager(x, weight, *form)
+    return F.cross_entropy(logits.float(), targets, ignore_index=ignore_index)
 
 
 # What a user would compile, where the eager reference makes its own gradients.
@@ -183,8 +193,8 @@ def why_not(name: str, op: Op, args: tuple, *, gradient: bool = False) -> list[s
     gradient  its backward pass, too
     Raises BackendError for a name that is no contender.
     """
-    if gradient and op.gradient is None:
-        return [f"{op.name} has no gradient"]
+    if gradient and not op.has_gradient(*args):
+        return [f"{op.label(*args)} has no gradient"]
     if name in BACKENDS:
         with use_backend(name):
             return op.explain(*args).reasons[name]
@@ -194,6 +204,8 @@ def why_not(name: str, op: Op, args: tuple, *, gradient: bool = False) -> list[s
         )
     if name != COMPILED and op.name not in _FUNCTIONS[name]:
         return [f"{name} has no {op.name} in one function"]
+    if name != COMPILED and (variant := op.label(*args).partition(" ")[2]):
+        return [f"{name} has no {op.name} {variant} in one function"]
     module, device = MODULES.get(name), args[0].device
     if module is not None and importlib.util.find_spec(module) is None:
         return [f"{name} is not installed"]

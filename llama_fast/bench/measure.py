@@ -28,7 +28,6 @@ from .oracle import (
     BACKWARD,
     BOTH,
     FORWARD,
-    GRADIENT_IN_FORWARD,
     distance,
     gradients_of,
     outputs,
@@ -60,7 +59,7 @@ def passes(op: Op) -> tuple[str, ...]:
     """Those of an op that can be timed."""
     if op.gradient is None:
         return (FORWARD,)
-    return (FORWARD, BOTH if op.name in GRADIENT_IN_FORWARD else BACKWARD)
+    return (FORWARD, BOTH if op.gradient_in_forward else BACKWARD)
 
 
 def measure(
@@ -118,7 +117,7 @@ def measure(
                 error = error.with_traceback(None)  # whose frames would hold the memory
             failed[name] = error
     del expected
-    row.ceiling, row.at_best = at_best(op, least, results, dtype, ceilings)
+    row.ceiling, row.at_best = at_best(first, least, results, dtype, ceilings)
     if not once:
         return row
     if device.type == "cuda":
@@ -311,7 +310,7 @@ def cost(op: Op, args: tuple, which: str) -> Cost:
 
 
 def at_best(
-    op: Op,
+    args: tuple,
     least: Cost,
     results: tuple[Tensor, ...],
     dtype: torch.dtype,
@@ -332,7 +331,7 @@ def at_best(
     computing = least.flops / rate if rate else None
     if computing is None or moving is None or moving >= computing:
         return memory, moving
-    if op.name.startswith("linear_") and op.name.endswith("_quantized"):
+    if any(isinstance(x, Tensor) and x.dtype is torch.uint8 for x in args):
         return "int8", None
     return arithmetic, computing
 

@@ -16,8 +16,6 @@ from ..dispatch import Op
 from ..utils.compare import relative_rms
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
-# The op makes its gradients in the forward pass: only both passes together compare.
-GRADIENT_IN_FORWARD = ("linear_cross_entropy", "linear_cross_entropy_quantized")
 # Bytes of float64 copies up to which the reference is made of them, and of float32 ones beyond.
 EXACT_BYTES = 6e9
 # Float64 tensors of the size of the scores, or of the logits, that an eager definition holds.
@@ -28,11 +26,12 @@ def reference(op: Op, args: tuple, which: str) -> tuple[Tensor, ...]:
     """What the pass gives by the eager definition in float64 (in float32 where that is too large).
 
     which  FORWARD: the outputs; BACKWARD: the gradients of `gradients_of` the outputs; BOTH: both,
-           of an op of GRADIENT_IN_FORWARD
+           of an op that makes its gradients in the forward pass
     """
     if op.name == "attention" and _scores(args) * 8 > EXACT_BYTES:
         return _attention_in_parts(op, args, which)
-    if op.name == "linear_cross_entropy" and which != BACKWARD:
+    # Of a quantised weight the definition itself takes a block of rows at a time.
+    if op.name == "linear_cross_entropy" and which != BACKWARD and args[7] is None:
         return _cross_entropy_in_parts(op, args)
     if which == BOTH:
         with torch.no_grad():
@@ -52,7 +51,7 @@ def outputs(op: Op, found: Any) -> tuple[Tensor, ...]:
         return (found,)
     found = tuple(found)
     declared = len(op._torch_op._schema.returns)
-    return found[: declared - op.auxiliary] if len(found) == declared else found
+    return found[: declared - op.non_differentiable] if len(found) == declared else found
 
 
 def with_leaves(op: Op, args: tuple) -> tuple[tuple, list[Tensor]]:
@@ -62,7 +61,7 @@ def with_leaves(op: Op, args: tuple) -> tuple[tuple, list[Tensor]]:
         x.detach().requires_grad_()
         if isinstance(x, Tensor) and x.is_floating_point() and name not in op.constants
         else x
-        for name, x in zip(names, args, strict=True)
+        for name, x in zip(names, args, strict=False)
     )
     return args, [x for x in args if isinstance(x, Tensor) and x.requires_grad]
 
@@ -114,7 +113,7 @@ def _blocks(rows: int, width: int) -> Iterator[slice]:
 def _attention_in_parts(op: Op, args: tuple, which: str) -> tuple[Tensor, ...]:
     """A sequence, a KV head and a block of queries at a time: each query sees the keys up to its
     own, and the gradients of keys and values are sums over the blocks."""
-    q, k, v, causal, scale, lengths, need_lse = args
+    q, k, v, causal, scale, lengths, need_lse, *kv_scales = args
     B, T, H, _ = q.shape
     S, K = k.shape[1:3]
     G = H // K
@@ -125,11 +124,13 @@ def _attention_in_parts(op: Op, args: tuple, which: str) -> tuple[Tensor, ...]:
         for block in _blocks(T, G * S):
             after = T - block.stop  # queries behind the block's
             seen = slice(0, S if lengths is not None or not causal else S - after)
-            part = _exact((q[one, block, heads], k[one, seen, its], v[one, seen, its]))
+            scales = (x if x is None else x[one, seen, its] for x in kv_scales)
+            part = _exact((q[one, block, heads], k[one, seen, its], v[one, seen, its], *scales))
             behind = after if causal else 0
             rows = None if lengths is None else (lengths[one] - behind).clamp(min=0)
             gradient = whole[one, block, heads].to(part[0].dtype)
-            found = _run(op, (*part, causal, scale, rows, need_lse), which, (gradient,))
+            given = (*part[:3], causal, scale, rows, need_lse, *part[3:])
+            found = _run(op, given, which, (gradient,))
             made[0][one, block, heads] = found[0].to(torch.float64)
             if which == BACKWARD:
                 made[1][one, seen, its] += found[1]
@@ -139,7 +140,7 @@ def _attention_in_parts(op: Op, args: tuple, which: str) -> tuple[Tensor, ...]:
 
 def _cross_entropy_in_parts(op: Op, args: tuple) -> tuple[Tensor, ...]:
     """A block of rows at a time: the loss, and the gradients that the arguments ask for."""
-    x, weight, targets, ignore_index, need_x, need_weight, mean = args
+    x, weight, targets, ignore_index, need_x, need_weight, mean, *_ = args
     x, weight = _exact((x, weight))
     rows, targets = x.flatten(0, -2), targets.flatten()
     loss, dx, dw = 0.0, [], 0.0

@@ -3,7 +3,7 @@
 config.json is that of Hugging Face's format, and its entry "quantization_config" says how each kind
 of weight is stored. model.safetensors holds our fused tensors under our own names: of a quantised
 one "<name>.codes", "<name>.scales" and perhaps "<name>.offsets", in the layout of the op
-`linear_quantized`, otherwise the tensor. So a model is mapped and not read: a page of it takes
+`linear`, otherwise the tensor. So a model is mapped and not read: a page of it takes
 memory when it is first used, and is shared between processes.
 """
 

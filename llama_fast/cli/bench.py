@@ -246,6 +246,8 @@ def _rows(
         made = workloads(op, config, work, dtype=dtype.torch, device=device, gradient=training)
         for workload, make in made.items():
             args = make(0)
+            if training and not OPS[op].has_gradient(*args):
+                continue
             able = []
             for name in [*names, *(contenders.peers(OPS[op]) if peers else ())]:
                 why = contenders.why_not(name, OPS[op], args, gradient=training)

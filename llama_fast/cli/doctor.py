@@ -160,36 +160,46 @@ def _gpu_ops() -> list[str]:
 
 
 def _ops(device: str) -> list[str]:
-    """Runs every op once, on the first of its own cases, and says who served it."""
+    """Runs every form of every op once, on the first of its own cases, and says who served it."""
     from ..dispatch import OPS
 
     problems: list[str] = []
     found: dict[str, tuple[str, str]] = {}
-    for name, op in sorted(OPS.items()):
+    for _, op in sorted(OPS.items()):
         if op.cases is None:  # the backward of another
             continue
-        try:
-            found[name] = _try(op, device)
-        except Exception as error:
-            found[name] = "none", f"{type(error).__name__}: {error}"
-            problems.append(f"{name} fails on {device}: {error}")
+        for label, args in _variants(op, device).items():
+            try:
+                found[label] = _try(op, args, device)
+            except Exception as error:
+                found[label] = "none", f"{type(error).__name__}: {error}"
+                problems.append(f"{label} fails on {device}: {error}")
     whys = any(why for _, why in found.values())
     rows = table("op", "served by", *["instead of"] * whys)
-    for name, (chosen, why) in found.items():
-        rows.add_row(name, chosen, *[why] * whys)
+    for label, (chosen, why) in found.items():
+        rows.add_row(label, chosen, *[why] * whys)
     show(f"Ops on {device} tensors (bfloat16); eager could serve each of them too", rows)
     return problems
 
 
-def _try(op: Op, device: str) -> tuple[str, str]:
+def _variants(op: Op, device: str) -> dict[str, tuple]:
+    """The arguments of the first case of each of the op's forms, by its label."""
+    import torch
+
+    found: dict[str, tuple] = {}
+    for case in op.cases():
+        dtype = torch.bfloat16 if torch.bfloat16 in case.dtypes else case.dtypes[0]
+        args = case.make(torch.Generator("cpu").manual_seed(0), dtype, device)
+        found.setdefault(op.label(*args), args)
+    return found
+
+
+def _try(op: Op, args: tuple, device: str) -> tuple[str, str]:
     """Returns who served the op, and why those did not that were asked before."""
     import torch
 
     from ..dispatch import ORDER, backends
 
-    case = op.cases()[0]
-    dtype = torch.bfloat16 if torch.bfloat16 in case.dtypes else case.dtypes[0]
-    args = case.make(torch.Generator().manual_seed(0), dtype, device)
     decision = op.explain(*args)
     with torch.no_grad():
         op(*args)

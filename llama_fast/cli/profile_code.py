@@ -117,7 +117,7 @@ def _show_least(calls: list[MetaCall], limits: Limits, wanted: Wanted) -> None:
         seconds, bound = call.at_best(limits)
         total += call.count * seconds
         rows.add_row(
-            f"{call.op} {call.shapes}",
+            f"{call.label} {call.shapes}",
             f"{call.count}",
             size(call.count * call.cost.bytes),
             count(call.count * call.cost.flops),
@@ -159,7 +159,7 @@ def _compile(calls: list[MetaCall], chip: Chip, backend: str | None) -> list[Ker
                 raise
             note(f"No {name} kernels: {error}")
     compiled = {kernel.op for kernel in found.values()}
-    if left := sorted({call.op for call in calls} - compiled):
+    if left := sorted({call.label for call in calls} - compiled):
         note(
             f"No kernels: {', '.join(left)}; torch's libraries or eager code serve them, or a "
             "backend that is not shown"
@@ -247,7 +247,7 @@ def _dump(kernels: list[Kernel], chip: Chip, folder: Path) -> None:
 def _call_record(call: MetaCall, limits: Limits) -> dict[str, Any]:
     seconds, bound = call.at_best(limits)
     return {
-        "op": call.op,
+        "op": call.label,
         "shapes": call.shapes,
         "calls": call.count,
         **call.cost._asdict(),
@@ -283,7 +283,7 @@ def show_ncu(wanted: Wanted, chip: Chip, backend: str | None, arguments: list[st
             names += found
             launches += call.count * len(found)
     if backend in (None, "cuda"):
-        of_cuda = [(call, cuda_code.kernel_names(call.op)) for call in calls]
+        of_cuda = [(call, cuda_code.kernel_names(call.label)) for call in calls]
         names += [name for _, found in of_cuda for name in found]
         launches = max(launches, sum(call.count for call, found in of_cuda if found))
     if not names:

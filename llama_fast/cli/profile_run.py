@@ -87,11 +87,10 @@ class Wanted:
                 "gradients of a model write: profile train",
                 param_hint="--backward",
             )
-        forms = ("decode", "prefill", "linear_quantized", "linear_swiglu_quantized")
-        if self.quantize and self.what not in forms:
+        if self.quantize and not self.is_op and self.what not in ("decode", "prefill"):
             raise typer.BadParameter(
-                f"{self.what} has no quantised weights here. Leave it out, or profile one of "
-                f"{', '.join(forms)}",
+                f"{self.what} has no quantised weights here. Leave it out, or profile decode, "
+                "prefill or an op that multiplies by weights: linear",
                 param_hint="--quantize",
             )
         if self.what == "decode" and (self.tokens or 1) != 1:

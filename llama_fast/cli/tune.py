@@ -116,7 +116,7 @@ def calls(
         ).items():
             args = make(0)
             yield f"{workload}, {shape} {work.name}", forward(op, args)
-            if work.tokens > 1 and op.gradient is not None:
+            if work.tokens > 1 and op.has_gradient(*args):
                 yield f"{workload} gradient, {shape} {work.name}", backward(op, args)
 
 

@@ -1,6 +1,6 @@
 """How a model's weights may be quantised: which of them, and in what form.
 
-The layout of the values is that of `llama_fast.ops.linear_quantized`.
+The layout of the values is that of `llama_fast.ops.quantized_layout`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def packed_shapes(
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How one matrix is stored: see `llama_fast.ops.linear_quantized`.
+    """How one matrix is stored: see `llama_fast.ops.quantized_layout`.
 
     bits        8 or 4
     group_size  32, 64 or 128 columns share a scale: smaller is closer to the weights, and larger

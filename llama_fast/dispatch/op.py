@@ -9,6 +9,7 @@ the first implementation that has no reason to refuse.
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import BackendError, FallbackWarning, GradientError, ShapeError
+from .schema import fake_of, schema_of
 from .signature import has_memory, kind_of_call
 
 ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
@@ -40,11 +42,12 @@ _library = torch.library.Library("llama_fast", "DEF")
 class Implementation(NamedTuple):
     """One op on one backend.
 
-    `launch` takes the op's arguments and returns its outputs. `unsupported` takes the same
-    arguments and returns sentences that say why it cannot serve them; an empty list means it can.
-    `how`, where there is a choice of ways, says in a few words which one it takes. `prepare`, where
-    there is one, takes the arguments of a call and returns what launches all calls of that kind:
-    with tensors of these shapes, strides, dtypes and devices, and these other arguments.
+    `launch` takes the op's arguments and returns its outputs; trailing arguments that have a
+    default may be left out. `unsupported` takes all arguments and returns sentences that say why it
+    cannot serve them; an empty list means it can. `how`, where there is a choice of ways, says in a
+    few words which one it takes. `prepare`, where there is one, takes the arguments of a call and
+    returns what launches all calls of that kind: with as many arguments, tensors of these shapes,
+    strides, dtypes and devices, and these other arguments.
     """
 
     launch: Callable[..., Any]
@@ -79,7 +82,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments for one test or benchmark of an op: `make(device, dtype, generator)` → args."""
+    """Arguments for one test or benchmark of an op: `make(generator, dtype, device)` → args."""
 
     name: str
     make: Callable[..., tuple]
@@ -97,8 +100,8 @@ class Request(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Which backend serves a call, and for every other one in line the reasons why not; how, where
-    the backend has several ways."""
+    """Which backend serves a call of an op (its `label`), and for every other one in line the
+    reasons why not; how, where the backend has several ways."""
 
     op: str
     device: str
@@ -157,54 +160,66 @@ class Op:
     """A named operation with one definition and several interchangeable implementations.
 
     name     `torch.ops.llama_fast.<name>`; also the stem of every file that belongs to it
-    schema   the arguments and results in torch.library's notation, without the name
     check    raises ShapeError for arguments that no backend may be given
-    eager    the reference in plain PyTorch: specification, fallback and test oracle
-    fake     shapes and dtypes of the results, for tracing
+    eager    the reference in plain PyTorch: specification, fallback and test oracle. Its annotated
+             signature is the op's schema
+    fake     shapes and dtypes of the results, for tracing; by default found by running `eager` on
+             the meta device
+    writes   names of the arguments that a call writes
     save     (inputs, output) → what the gradient needs: tensors, and anything else
-    gradient (saved tensors, rest, *gradients of the outputs) → a gradient for each input or None
+    gradient (saved tensors, ctx scalars, which inputs need one, *gradients of the outputs) → a
+             gradient for each input or None
     constants  names of float arguments that have no gradient
-    auxiliary  how many of the last results have no gradient: they are for `save` alone
-    instead  the op to use where a gradient is needed, for one that writes and so has none
+    forward_only  variants of an op with a gradient that have none
+    non_differentiable  how many of the last results have no gradient: they are for `save` alone
+    gradient_in_forward  whether the forward pass makes the gradients, where they are asked for
+    grad_alternative  the op to use where a gradient is needed, for one that writes and has none
     autocast  what torch.autocast makes of its float arguments, constants and what it writes apart:
              "lower": autocast's dtype; "widest": the widest of theirs, or that of what it writes;
              "": nothing. Inside the op autocast is off, as it is in torch's own
     cost     arguments → Cost
     cases    () → list[Case]; absent on an op that is only the backward of another
+    variant  arguments → which of the op's forms they ask for, in words: "swiglu int8", or none
+    at_model_size  (ops.model_inputs.ModelInputs) → what a model calls the op with: by a name such
+             as "linear head int8", functions that make the arguments
     """
 
     name: str
-    schema: str
     check: Callable[..., None]
     eager: Callable[..., Any]
-    fake: Callable[..., Any]
+    fake: Callable[..., Any] | None = None
+    writes: tuple[str, ...] = ()
     save: Callable[..., tuple] | None = None
     gradient: Callable[..., tuple] | None = None
     constants: tuple[str, ...] = ()
-    auxiliary: int = 0
-    instead: str = ""
+    forward_only: tuple[str, ...] = ()
+    non_differentiable: int = 0
+    gradient_in_forward: bool = False
+    grad_alternative: str = ""
     autocast: str = ""
     cost: Callable[..., Cost] | None = None
     cases: Callable[[], list[Case]] | None = None
+    variant: Callable[..., str] | None = None
+    at_model_size: Callable[[Any], dict[str, Callable[[], tuple]]] | None = None
     _orders: dict[tuple, list[tuple[str, Implementation]]] = field(default_factory=dict)
     _known: dict[tuple, Callable[..., Any]] = field(default_factory=dict)
+    _writes_of: dict[int, Callable[[tuple], tuple]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         OPS[self.name] = self
-        _library.define(self.name + self.schema)
+        self.fake = self.fake or fake_of(self.eager)
+        _library.define(self.name + schema_of(self.eager, self.writes))
         for key in ("CPU", "CUDA"):
             _library.impl(self.name, self._run_dispatched, key)
             _library.impl(self.name, self._run_autocast, f"Autocast{key}")
         self._torch_op = getattr(torch.ops.llama_fast, self.name).default
         arguments = self._torch_op._schema.arguments
         self._defaults = tuple(argument.default_value for argument in arguments)
-        self._numbers = [i for i, a in enumerate(arguments) if "Tensor" not in str(a.type)]
-        self._constants = [i for i, a in enumerate(arguments) if a.name in self.constants]
-        self._written = [
-            i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write
+        self._numbers = [
+            i for i, a in enumerate(arguments) if not re.search("Tensor|str", str(a.type))
         ]
-        if self._written:
-            self._writes_of = itemgetter(*self._written)
+        self._constants = [i for i, a in enumerate(arguments) if a.name in self.constants]
+        self._written = [i for i, a in enumerate(arguments) if a.name in self.writes]
         torch.library.register_fake(f"llama_fast::{self.name}", self._run_fake, lib=_library)
         if self.gradient is not None:
             torch.library.register_autograd(
@@ -219,7 +234,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         """Runs the op. Goes through torch's dispatcher only where that is needed: to trace, to
         record a gradient, or for tensor subclasses; the direct call costs a tenth as much."""
-        if interposed():
+        if needs_dispatcher():
             if not torch.compiler.is_compiling() and transformed():
                 return self._transformed(*args)
             return self._torch_op(*self._with_plain_numbers(args))
@@ -238,13 +253,18 @@ class Op:
             launch = self._learn(key, args)
         return launch(*args)
 
-    @property
-    def writes(self) -> bool:
-        """Whether a call changes some of its arguments, as its schema says."""
-        return bool(self._written)
+    def label(self, *args: Any) -> str:
+        """Returns the name and the variant that the arguments ask for: "linear swiglu int8"."""
+        return f"{self.name} {self.variant(*args)}".rstrip() if self.variant else self.name
+
+    def has_gradient(self, *args: Any) -> bool:
+        if self.gradient is None:
+            return False
+        return not (self.forward_only and self.variant(*args) in self.forward_only)
 
     def run(self, *args: Any) -> Any:
         """Checks the arguments, chooses an implementation and launches it; no autograd."""
+        args = self._complete(args)
         self._check_memory(args)
         self.check(*args)
         return self._choose(args).launch(*args)
@@ -253,6 +273,7 @@ class Op:
         """What torch.func's transforms and forward-mode gradients are taken of: the definition,
         since it is made of what torch can transform. torch's dispatcher would refuse an op with a
         gradient of its own, or take its tangents for zero."""
+        args = self._complete(args)
         self._check_tensors(args)
         self.check(*args)
         request = _request.get()
@@ -273,9 +294,10 @@ class Op:
         plain = self._with_plain_numbers(args)
         if plain is not args:
             return lambda *args: self(*plain)
-        self._check_tensors(args)
-        self.check(*args)
-        implementation = self._choose(args)
+        whole = self._complete(args)
+        self._check_tensors(whole)
+        self.check(*whole)
+        implementation = self._choose(whole)
         if len(self._known) >= KNOWN_CALLS:
             self._known.clear()
         launch = implementation.launch
@@ -286,7 +308,7 @@ class Op:
         return launch
 
     def explain(self, *args: Any) -> Decision:
-        args = self._with_plain_numbers(args)
+        args = self._with_plain_numbers(self._complete(args))
         self._check_tensors(args)
         self.check(*args)
         device = _device_type(args)
@@ -299,7 +321,7 @@ class Op:
         if chosen != "eager":
             implementation = backends()[chosen].implementations[self.name]
         how = implementation.how(*args) if implementation and implementation.how else ""
-        return Decision(self.name, device, chosen, reasons, how)
+        return Decision(self.label(*args), device, chosen, reasons, how)
 
     def _check_tensors(self, args: tuple) -> None:
         """Tensors stand where the schema has them; torch's dispatcher sees to it for itself."""
@@ -336,7 +358,7 @@ class Op:
         numbers = {
             i: self._plain_number(i, args[i])
             for i in self._numbers
-            if type(args[i]) not in _PLAIN_NUMBERS
+            if i < len(args) and type(args[i]) not in _PLAIN_NUMBERS
         }
         return tuple(numbers.get(i, arg) for i, arg in enumerate(args)) if numbers else args
 
@@ -401,9 +423,14 @@ class Op:
                     rows.append((name, implementation))
         if _wrapper is not None:
             rows = [
-                (n, i._replace(launch=_wrapper(self, n, i.launch), prepare=None)) for n, i in rows
+                (n, i._replace(launch=self._wrapped(n, i.launch), prepare=None)) for n, i in rows
             ]
         return rows
+
+    def _wrapped(self, backend: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+        """What `wrapped_launches` asked for, which sees all arguments of a call."""
+        wrapped = _wrapper(self, backend, launch)
+        return lambda *args: wrapped(*self._complete(args))
 
     def _reasons(self, name: str, args: tuple) -> list[str]:
         if name == "eager":
@@ -431,7 +458,7 @@ class Op:
                 )
 
     def _complete(self, args: tuple) -> tuple:
-        """torch's dispatcher leaves out trailing arguments that equal their defaults."""
+        """Callers and torch's dispatcher leave out trailing arguments that equal their defaults."""
         return args + self._defaults[len(args) :]
 
     def _run_dispatched(self, *args: Any) -> Any:
@@ -476,9 +503,9 @@ class Op:
                     f"{self.name}: {name} requires a gradient, and is a constant here: "
                     f"pass {name}.detach()"
                 )
-        if self.auxiliary:
-            ctx.mark_non_differentiable(*output[-self.auxiliary :])
-        tensors, ctx.rest = self.save(inputs, output)
+        if self.non_differentiable:
+            ctx.mark_non_differentiable(*output[-self.non_differentiable :])
+        tensors, ctx.scalars = self.save(inputs, output)
         ctx.save_for_backward(*tensors)
         # The backward pass may run in another thread, where the request is not known.
         ctx.request = _request.get()
@@ -486,7 +513,7 @@ class Op:
     def _backward(self, ctx: Any, *gradients: Tensor) -> tuple:
         token = _request.set(ctx.request)
         try:
-            return self.gradient(ctx.saved_tensors, ctx.rest, ctx.needs_input_grad, *gradients)
+            return self.gradient(ctx.saved_tensors, ctx.scalars, ctx.needs_input_grad, *gradients)
         finally:
             _request.reset(token)
 
@@ -498,7 +525,7 @@ class Op:
                     raise GradientError(
                         f"{self.name} has no gradient, but {argument.name} requires one: "
                         "call it under torch.no_grad()"
-                        + (f", or use {self.instead}" if self.instead else "")
+                        + (f", or use {self.grad_alternative}" if self.grad_alternative else "")
                     )
         self._count_writes(args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -506,7 +533,19 @@ class Op:
 
     def _count_writes(self, args: tuple) -> None:
         """Tells autograd that the tensors have changed, should a gradient need their old values."""
-        _increment_version(self._writes_of(args))
+        written_of = self._writes_of.get(len(args))
+        if written_of is None:
+            written_of = self._writes_of[len(args)] = _taker(self._written, len(args))
+        written = written_of(args)
+        if written[-1] is None:  # those that may be left out stand last
+            written = tuple(x for x in written if x is not None)
+        _increment_version(written)
+
+
+def _taker(indices: list[int], count: int) -> Callable[[tuple], tuple]:
+    """Returns what takes the arguments of these indices out of `count` of them."""
+    indices = [i for i in indices if i < count]
+    return itemgetter(*indices) if len(indices) > 1 else lambda args: (args[indices[0]],)
 
 
 def recorder(device: torch.device) -> Any:
@@ -514,7 +553,7 @@ def recorder(device: torch.device) -> Any:
     backend has no such thing or is not asked first, or where calls are traced."""
     first = ORDER.get(device.type, ("eager",))[0]
     backend = backends().get(first)
-    if backend is None or backend.unavailable or backend.recorder is None or interposed():
+    if backend is None or backend.unavailable or backend.recorder is None or needs_dispatcher():
         return None
     return backend.recorder() if _request.get().backend in (None, first) else None
 
@@ -528,10 +567,10 @@ def launch_settings() -> tuple:
 
 def observed() -> bool:
     """True while something is to see each call, of an op or of torch, as it is made: what
-    `interposed` asks for, `wrapped_launches`, or a mode of torch's functions. A default device is
+    `needs_dispatcher` asks for, `wrapped_launches`, or a mode of torch's functions. A default device is
     such a mode too, but leaves calls with tensors alone."""
     return (
-        interposed()
+        needs_dispatcher()
         or _wrapper is not None
         or any(
             type(_function_mode(index)) is not DeviceContext
@@ -563,7 +602,7 @@ _function_mode = torch._C._get_function_stack_at
 _increment_version = torch.autograd.graph.increment_version
 
 
-def interposed() -> bool:
+def needs_dispatcher() -> bool:
     """True while something traces or transforms calls: torch.compile, a mode, autocast, or what
     `transformed` asks for."""
     return (

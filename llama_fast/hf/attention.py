@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from transformers.models.llama import modeling_llama
 
 from .. import ops
-from ..dispatch import ORDER, backends, interposed
+from ..dispatch import ORDER, backends
 from ..ops.attention import head_dim_reasons
 from .conditions import fits, is_learnt, needs_gradient
 
@@ -186,7 +186,7 @@ def _rows(mask: Tensor, query: Tensor, key: Tensor) -> Rows | None:
     """Each row's first key and the end of all, where the mask says no more than causality and left
     padding; None otherwise. Kept on the mask, which all layers share, as long as nobody writes to
     it."""
-    if interposed() or type(mask) is not Tensor or mask.requires_grad:
+    if needs_dispatcher() or type(mask) is not Tensor or mask.requires_grad:
         return None
     # A tensor made in inference mode does not count its changes.
     version = None if mask.is_inference() else mask._version

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops import QuantizedKV
 from .linear import Linear
 
-# One layer's share of a KV cache: keys (B,S,K,D), values (B,S,K,D), lengths (B,) after the append.
-LayerCache = tuple[Tensor | QuantizedKV, Tensor | QuantizedKV, Tensor]
+# One layer's share of a KV cache: keys (B,S,K,D), values (B,S,K,D), their scales (B,S,K) where they
+# are in 8 bits, lengths (B,) after the append.
+LayerCache = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]
 
 
 class Attention(nn.Module):
@@ -44,7 +44,8 @@ class Attention(nn.Module):
             q, k = ops.rope(q, k, cos, sin)
             o = ops.attention(q, k, v)
         else:
-            keys, values, lengths = cache
-            q = ops.kv_append(q, k, v, cos, sin, keys, values, lengths)
-            o = ops.attention(q, keys, values, lengths=lengths)
+            keys, values, k_scale, v_scale, lengths = cache
+            scales = {"k_scale": k_scale, "v_scale": v_scale}
+            q = ops.kv_append(q, k, v, cos, sin, keys, values, lengths, **scales)
+            o = ops.attention(q, keys, values, lengths=lengths, **scales)
         return self.output(o.flatten(-2))

@@ -9,7 +9,7 @@ no token is fed twice.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from ..config import LlamaConfig
 from ..dispatch import reserve
 from ..errors import ConfigError, PromptError, ShapeError
-from ..ops import QuantizedKV
 from ..utils.normal_tensors import normal_tensors
 
 # Names of what a cache may be stored as, where that is not the model's dtype.
@@ -39,7 +38,7 @@ def cache_dtype(kv_cache: str | None, dtype: torch.dtype) -> torch.dtype:
 class KVCache:
     """Rotated keys and values of every layer, for B sequences of at most `max_seq_len` tokens.
 
-    dtype    the model's; or torch.int8, for codes and a float32 scale for each head's vector
+    dtype    the model's; or torch.int8, with a float32 scale for each head's vector
     lengths  (B,) int64 on the device: tokens held by each row; negative while padding is due
     used     the largest length; lengths are known on the host too, so no call asks the device
 
@@ -71,16 +70,19 @@ class KVCache:
             raise ShapeError(f"a cache for a batch of {batch} was asked for; it must be at least 1")
         heads = (batch, config.n_kv_heads, max_seq_len)
 
-        def stored() -> Tensor | QuantizedKV:
-            # Left uninitialised: only slots below a row's length are ever read.
-            vectors = reserve(torch.empty((*heads, config.head_dim), device=device, dtype=dtype))
-            if dtype is not torch.int8:
-                return vectors
-            return QuantizedKV(vectors, torch.empty(heads, device=device, dtype=torch.float32))
+        # Left uninitialised: only slots below a row's length are ever read.
+        def vectors() -> Tensor:
+            return reserve(torch.empty((*heads, config.head_dim), device=device, dtype=dtype))
+
+        def scales() -> Tensor | None:
+            int8 = dtype is torch.int8
+            return torch.empty(heads, device=device, dtype=torch.float32) if int8 else None
 
         self.dtype = dtype
-        self._k = [stored() for _ in range(config.n_layers)]
-        self._v = [stored() for _ in range(config.n_layers)]
+        self._k = [vectors() for _ in range(config.n_layers)]
+        self._v = [vectors() for _ in range(config.n_layers)]
+        self._k_scale = [scales() for _ in range(config.n_layers)]
+        self._v_scale = [scales() for _ in range(config.n_layers)]
         # Where captured steps count. Only compiled ones leave these alone and put new ones in their
         # place: one that raises may have written anything that it writes.
         self._counted_here = torch.zeros(batch, device=device, dtype=torch.int64)
@@ -106,8 +108,14 @@ class KVCache:
         return sum(x.nbytes for x in self.tensors())
 
     def tensors(self) -> list[Tensor]:
-        """Everything that keys and values are stored in: codes and scales apart."""
-        return [part for x in (*self._k, *self._v) for part in _parts(x)]
+        """Everything that keys and values are stored in: quantised values and scales apart."""
+        return [x for layers in self._stored for x in layers if x is not None]
+
+    @property
+    def _stored(
+        self,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None], list[Tensor | None]]:
+        return self._k, self._v, self._k_scale, self._v_scale
 
     def reset(self, padding: Sequence[int] | None = None) -> None:
         """Forgets everything; row b then expects `padding[b]` tokens of padding first."""
@@ -126,8 +134,8 @@ class KVCache:
         """A cache of the first rows alone, in the same memory. On the host it counts for itself:
         `take_lengths` brings this one up to date."""
         part = copy.copy(self)
-        part._k, part._v = (
-            [_each(layer, lambda x: x[:rows]) for layer in layers] for layers in (self._k, self._v)
+        part._k, part._v, part._k_scale, part._v_scale = (
+            [x if x is None else x[:rows] for x in layers] for layers in self._stored
         )
         self._return_lengths()
         part.lengths = part._counted_here = self.lengths[:rows]
@@ -194,22 +202,11 @@ class KVCache:
         if self.lengths is not self._counted_here:
             self.lengths = self._counted_here.copy_(self.lengths)
 
-    def layer(
-        self, index: int, T: int = 0
-    ) -> tuple[Tensor, Tensor] | tuple[QuantizedKV, QuantizedKV]:
+    def layer(self, index: int, T: int = 0) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Keys and values of one layer, (B,S,K,D) views of the slots in use, those of T more tokens
-        included."""
+        included; and their scales (B,S,K), where they are in 8 bits."""
         used = self.max_seq_len if self._whole else max(self.used + T, 0)
-
-        def view(x: Tensor) -> Tensor:
-            return x[:, :, :used].transpose(1, 2)
-
-        return _each(self._k[index], view), _each(self._v[index], view)
-
-
-def _parts(x: Tensor | QuantizedKV) -> tuple[Tensor, ...]:
-    return x if isinstance(x, QuantizedKV) else (x,)
-
-
-def _each(x: Tensor | QuantizedKV, f: Callable[[Tensor], Tensor]) -> Tensor | QuantizedKV:
-    return QuantizedKV(*map(f, x)) if isinstance(x, QuantizedKV) else f(x)
+        return tuple(
+            x if x is None else x[:, :, :used].transpose(1, 2)
+            for x in (layers[index] for layers in self._stored)
+        )

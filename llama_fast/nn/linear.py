@@ -47,7 +47,7 @@ class GateUp(Linear):
     first half are the rows of the gate, its second those of `up`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear_swiglu(x, self.weight)
+        return ops.linear(x, self.weight, epilogue="swiglu")
 
 
 class Embedding(_Weighted):

@@ -14,11 +14,14 @@ Gradient, with (dx, dw) the gradients of rms_norm at residual' and g' that of re
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..dispatch import Case, Cost, Op
 from . import checks, rms_norm
 from .inputs import randn
+from .model_inputs import ModelInputs
 
 
 def add_rms_norm(
@@ -44,16 +47,10 @@ def check(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: fl
 
 
 def eager(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total = (x + residual).contiguous()
     return rms_norm.eager(total, weight, eps), total
-
-
-def fake(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 def backward_eager(
@@ -80,16 +77,6 @@ def backward_check(
     checks.shape(op, "weight", weight, total.shape[-1:], "(C,)")
     checks.shape(op, "grad_y", grad_y, total.shape, "the shape of total")
     checks.shape(op, "grad_total", grad_total, total.shape, "the shape of total")
-
-
-def backward_fake(
-    grad_y: torch.Tensor,
-    grad_total: torch.Tensor,
-    total: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return total.new_empty(total.shape), weight.new_empty(weight.shape)
 
 
 def save(inputs: tuple, output: tuple) -> tuple:
@@ -119,6 +106,11 @@ def backward_cost(
     return Cost(bytes=elements * total.element_size(), flops=12 * total.numel())
 
 
+def at_model_size(m: ModelInputs) -> dict[str, Callable[[], tuple]]:
+    C = m.config.dim
+    return {"add_rms_norm": lambda: (m.rows(C), m.rows(C), m.randn(C), m.config.norm_eps)}
+
+
 def cases() -> list[Case]:
     def of_rms_norm(case: Case):
         def make(g, dtype, device):
@@ -140,24 +132,18 @@ def cases() -> list[Case]:
 
 OP = Op(
     name="add_rms_norm",
-    schema="(Tensor x, Tensor residual, Tensor weight, float eps=1e-5) -> (Tensor, Tensor)",
     check=check,
     autocast="widest",
     eager=eager,
-    fake=fake,
     save=save,
     gradient=gradient,
     cost=cost,
     cases=cases,
+    at_model_size=at_model_size,
 )
 BACKWARD = Op(
     name="add_rms_norm_backward",
-    schema=(
-        "(Tensor grad_y, Tensor grad_total, Tensor total, Tensor weight, float eps)"
-        " -> (Tensor, Tensor)"
-    ),
     check=backward_check,
     eager=backward_eager,
-    fake=backward_fake,
     cost=backward_cost,
 )

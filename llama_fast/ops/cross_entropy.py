@@ -1,11 +1,13 @@
 """Cross entropy of a linear head, without ever holding its logits.
 
-    logits = x Wᵀ        loss = mean over the kept rows of  log Σ_v exp(logits[v]) - logits[target]
+    logits = linear(x, weight)
+    loss = mean over the kept rows of  log Σ_v exp(logits[v]) - logits[target]
 
 A row is kept when its target is not `ignore_index`. Without `mean` the loss is the sum over these
 rows, and n below is 1.
 
-Shapes    x (..., C), weight (V, C), targets (...) int64 → loss (), float32 (float64 for float64)
+Shapes    x (..., C), weight (V, C), targets (...) int64 → loss (), float32 (float64 for float64);
+          a quantised weight is that of `linear` with C_out = V
 Layout    x is contiguous in C, its other dims have any stride; weight and targets are contiguous
 Rounding  logits are rounded to x's dtype, as the model's own head does; all else is in float32
 
@@ -13,7 +15,8 @@ Gradient, with P = softmax(logits) and Y the one-hot targets, over the n kept ro
     dx = (P - Y) W / n        dw = (P - Y)ᵀ x / n
 Both are made together with the loss, since P is at hand then: three matrix products in all, where a
 backward pass that remakes the logits costs four. So the op returns (loss, dx, dw); a gradient that
-nobody needs is an empty tensor and is not computed.
+nobody needs is an empty tensor and is not computed. A quantised weight is frozen, and its
+definition, too, takes a block of rows at a time: on no device are its logits ever whole.
 
 Without a kept row the mean is NaN, as `torch.nn.functional.cross_entropy` has it (there is nothing
 to take a mean of), the sum is 0, and the gradients are zero.
@@ -21,35 +24,37 @@ to take a mean of), the sum is 0, and the gradients are zero.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from collections.abc import Callable
 
-from ..dispatch import Case, Cost, Op, interposed
-from .cross_entropy_quantized import linear_cross_entropy_quantized
+import torch
+from torch import Tensor
+
+from ..config.quantization import NAMED
+from ..dispatch import Case, Cost, Op, needs_dispatcher
 from .inputs import rand, randint, randn
-from .linear import BACKWARD_X, check_width
+from .linear import BACKWARD_X, wrong_width
 from .linear import OP as LINEAR
-from .linear import check as check_linear
-from .logits import LOGITS, ROWS, Wanted, check_reduction, check_targets, in_blocks
+from .logits import LOGITS, ROWS, Wanted, blocks, check_reduction, check_targets, in_blocks
+from .model_inputs import ModelInputs
 from .quantized_weight import QuantizedWeight
 from .rms_norm import accumulate
 
 NAME = "linear_cross_entropy"
+NOT_QUANTIZED = (None, None, 0, 0, 0)  # what follows `mean`
 
 
 def linear_cross_entropy(
-    x: torch.Tensor,
-    weight: torch.Tensor | QuantizedWeight,
-    targets: torch.Tensor,
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    targets: Tensor,
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
-) -> torch.Tensor:
+) -> Tensor:
     """Mean or summed cross entropy of `linear(x, weight)` against `targets`.
 
     x             (..., C), float32, bfloat16 or float16, contiguous in C
-    weight        (V, C), contiguous, of x's dtype and device; or a QuantizedWeight, which the op
-                  `linear_cross_entropy_quantized` multiplies by
+    weight        (V, C), contiguous, of x's dtype and device; or a QuantizedWeight
     targets       (...), int64, each in [0, V) or equal to ignore_index
     ignore_index  marks the rows that do not count
     reduction     "mean" over the rows that count, or their "sum"
@@ -57,129 +62,169 @@ def linear_cross_entropy(
     Raises ShapeError when the arguments do not fit, for another reduction, and on the CPU when a
     target is out of range.
     """
-    if isinstance(weight, QuantizedWeight):
-        check_width(NAME, x, weight)
-        return linear_cross_entropy_quantized(
-            x, *weight.arguments, targets, ignore_index=ignore_index, reduction=reduction
-        )
     check_reduction(NAME, reduction)
-    grad = torch.is_grad_enabled()
-    need_x, need_weight = grad and x.requires_grad, grad and weight.requires_grad
-    return OP(x, weight, targets, ignore_index, need_x, need_weight, reduction == "mean")[0]
+    grad, mean = torch.is_grad_enabled(), reduction == "mean"
+    need_x = grad and x.requires_grad
+    if not isinstance(weight, QuantizedWeight):
+        need_weight = grad and weight.requires_grad
+        return OP(x, weight, targets, ignore_index, need_x, need_weight, mean)[0]
+    if x.shape[-1:] != weight.shape[1:]:
+        raise wrong_width(NAME, x, weight)
+    values, *form = weight.arguments
+    return OP(x, values, targets, ignore_index, need_x, False, mean, *form)[0]
 
 
 def check(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    ignore_index: int,
-    need_x: bool,
-    need_weight: bool,
-    mean: bool = True,
-) -> None:
-    check_linear(x, weight, NAME)
+    x, weight, targets, ignore_index, need_x, need_weight, mean=True,
+    scales=None, minima=None, V=0, bits=0, group_size=0,
+) -> None:  # fmt: skip
+    LINEAR.check(x, weight, scales, minima, V, bits, group_size, op=NAME)
     check_targets(NAME, x, targets)
 
 
 def eager(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    ignore_index: int,
-    need_x: bool,
-    need_weight: bool,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    need_x: bool = False,
+    need_weight: bool = False,
     mean: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    wanted = Wanted.of(NAME, x, weight.shape[0], targets, ignore_index, mean)
-    rows = x.reshape(targets.numel(), x.shape[-1])
-    loss, d_logits = wanted.judge(F.linear(rows, weight), need_x or need_weight)
-    dx = dw = x.new_empty(0)
-    if need_x:
-        dx = d_logits.mm(weight).view(x.shape)
-    if need_weight:
-        dw = d_logits.t().mm(rows)
-    return loss / wanted.count, dx, dw
+    scales: Tensor | None = None,
+    minima: Tensor | None = None,
+    V: int = 0,
+    bits: int = 0,
+    group_size: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    quantized = scales is not None
+    N, C = targets.numel(), x.shape[-1]
+    V = V if quantized else weight.shape[0]
+    wanted = Wanted.of(NAME, x, V, targets, ignore_index, mean)
+    rows = x.reshape(N, C)
+    loss = rows[:0].sum(dtype=accumulate(x.dtype))  # 0, and to autograd a function of x
+    dx, dw = x.new_empty((N, C) if need_x else 0), x.new_empty(0)
+    for block in blocks(N, V, quantized) if quantized else [slice(None)]:
+        logits = LINEAR.eager(rows[block], weight, scales, minima, V, bits, group_size)
+        some, d_logits = wanted.of_rows(block).loss(logits, need_x or need_weight)
+        loss = loss + some
+        if need_x:
+            form = (scales, minima, C, bits, group_size)
+            dx[block] = BACKWARD_X.eager(d_logits, weight, *form)
+        if need_weight:
+            dw = d_logits.t().mm(rows)
+    return loss / wanted.count, dx.view(x.shape) if need_x else dx, dw
 
 
 def fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    ignore_index: int,
-    need_x: bool,
-    need_weight: bool,
-    mean: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, weight, targets, ignore_index, need_x, need_weight, *others
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty((), dtype=accumulate(x.dtype)),
         x.new_empty(x.shape if need_x else 0),
-        weight.new_empty(weight.shape if need_weight else 0),
+        x.new_empty(weight.shape if need_weight else 0),
     )
 
 
 def chunked(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    ignore_index: int,
-    need_x: bool,
-    need_weight: bool,
-    mean: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, weight, targets, ignore_index, need_x, need_weight, mean=True,
+    scales=None, minima=None, V=0, bits=0, group_size=0, *, linear=None, linear_backward_x=None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same in blocks of rows. Beyond its results it holds one block of logits, and where weight
-    is of a half type the float32 sum of dw."""
-    dtype = accumulate(x.dtype)
-    dw = weight.new_zeros(weight.shape if need_weight else 0, dtype=dtype)
+    is of a half type the float32 sum of dw.
 
-    def add_to_dw(d_logits: torch.Tensor, rows: torch.Tensor) -> None:
+    linear, linear_backward_x  what launches these ops; by default whoever serves them
+    """
+    linear, linear_backward_x = linear or LINEAR.run, linear_backward_x or BACKWARD_X.run
+    quantized, dtype = scales is not None, accumulate(x.dtype)
+    V = V if quantized else weight.shape[0]
+    dw = x.new_zeros(weight.shape if need_weight else 0, dtype=dtype)
+
+    def multiply(rows: Tensor) -> Tensor:
+        return linear(rows, weight, scales, minima, V, bits, group_size)
+
+    def backward_x(d_logits: Tensor) -> Tensor:
+        form = (scales, minima, x.shape[-1], bits, group_size)
+        return linear_backward_x(d_logits, weight, *form)
+
+    def add_to_dw(d_logits: Tensor, rows: Tensor) -> None:
         dw.addmm_(d_logits.t(), rows.to(dtype))
 
-    V = weight.shape[0]
     loss, dx = in_blocks(
         x,
         V,
         Wanted.of(NAME, x, V, targets, ignore_index, mean),
-        lambda rows: LINEAR.run(rows, weight),
-        (lambda d_logits: BACKWARD_X.run(d_logits, weight)) if need_x else None,
+        multiply,
+        backward_x if need_x else None,
         add_to_dw if need_weight else None,
+        quantized,
     )
-    return loss, dx, dw.to(weight.dtype)
+    return loss, dx, dw.to(x.dtype)
 
 
 def save(inputs: tuple, output: tuple) -> tuple:
-    x, weight, targets, ignore_index, need_x, need_weight, mean = inputs
-    return (x, weight, targets), (ignore_index, mean, {(need_x, need_weight): output[1:]})
+    x, weight, targets, ignore_index, need_x, need_weight, mean, scales, minima, *form = inputs
+    made = {(need_x, need_weight): output[1:]}
+    return (x, weight, targets, scales, minima), (ignore_index, mean, form, made)
 
 
 def gradient(
-    saved: tuple, rest: tuple, needed: tuple, grad: torch.Tensor, *unused: torch.Tensor
-) -> tuple:
-    ignore_index, mean, made = rest
+    saved: tuple, scalars: tuple, needed: tuple, grad: Tensor, *unused: Tensor
+) -> tuple[Tensor | None, ...]:
+    x, weight, targets, scales, minima = saved
+    ignore_index, mean, form, made = scalars
     # Taken out, so that no copy of dw is held on while autograd adds it to weight.grad. A second
     # pass through the same graph makes them again.
-    dx, dw = made.pop(needed[:2], None) or OP(*saved, ignore_index, *needed[:2], mean)[1:]
-    scale = torch.mul if interposed() else torch.Tensor.mul_  # a traced graph must not write them
-    return scale(dx, grad), scale(dw, grad), None, None, None, None, None
+    gradients = made.pop(needed[:2], None)
+    if gradients is None:
+        args = (x, weight, targets, ignore_index, *needed[:2], mean, scales, minima, *form)
+        gradients = OP(*args)[1:]
+    scale = torch.mul if needs_dispatcher() else torch.Tensor.mul_  # a traced graph writes nothing
+    found = (scale(d, grad) if need else None for d, need in zip(gradients, needed, strict=False))
+    return *found, *[None] * 10
 
 
 def cost(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    ignore_index: int,
-    need_x: bool,
-    need_weight: bool,
-    mean: bool = True,
-) -> Cost:
+    x, weight, targets, ignore_index, need_x, need_weight, mean=True,
+    scales=None, minima=None, V=0, bits=0, group_size=0,
+) -> Cost:  # fmt: skip
+    head = sum(part.nbytes for part in (weight, scales, minima) if part is not None)
+    V = weight.shape[0] if scales is None else V
     products = 1 + need_x + need_weight
-    elements = x.numel() * (1 + need_x) + weight.numel() * (1 + need_weight)
     return Cost(
-        bytes=elements * x.element_size() + targets.nbytes,
-        flops=2 * products * targets.numel() * weight.numel(),
+        bytes=x.nbytes * (1 + need_x) + head * (1 + need_weight) + targets.nbytes,
+        flops=2 * products * x.numel() * V,
     )
 
 
+def variant(
+    x, weight, targets, ignore_index, need_x, need_weight, mean=True,
+    scales=None, minima=None, V=0, bits=0, group_size=0,
+) -> str:  # fmt: skip
+    return f"int{bits}" if bits else ""
+
+
+def at_model_size(m: ModelInputs) -> dict[str, Callable[[], tuple]]:
+    N, C = m.work.batch * m.work.tokens, m.config.dim
+    flags = (-100, m.gradient)
+
+    def make() -> tuple:
+        given = m.randn(N, C), m.weight("head"), m.targets(N)
+        return *given, *flags, m.gradient, True, None, None, 0, 0, 0
+
+    def make_int8() -> tuple:
+        form = NAMED["int8"].head  # in "int4" too
+        x = m.rows(C)
+        values, *others = m.quantized_weight("head", form.bits, form.group_size)
+        return x, values, m.targets(*x.shape[:-1]), *flags, False, True, *others
+
+    return {NAME: make, f"{NAME} int8": make_int8}
+
+
 def cases() -> list[Case]:
+    return [*float_cases(), *quantized_cases()]
+
+
+def float_cases() -> list[Case]:
     def sizes(*rows: int, C: int, V: int, ignored: float = 0.0, scale: float = 1.0, mean=True):
         def make(g, dtype, device):
             targets = randint(g, V, *rows)
@@ -192,6 +237,7 @@ def cases() -> list[Case]:
                 True,
                 True,
                 mean,
+                *NOT_QUANTIZED,
             )
 
         return make
@@ -201,7 +247,8 @@ def cases() -> list[Case]:
         return torch.cat((x, x), -1)[..., 11:51], *rest
 
     def not_needed(g, dtype, device):
-        return *sizes(7, C=32, V=50)(g, dtype, device)[:3], -100, False, False, True
+        given = sizes(7, C=32, V=50)(g, dtype, device)[:3]
+        return *given, -100, False, False, True, *NOT_QUANTIZED
 
     return [
         Case("one row", sizes(1, C=8, V=2)),
@@ -218,17 +265,58 @@ def cases() -> list[Case]:
     ]
 
 
+def quantized_cases() -> list[Case]:
+    def sizes(*rows: int, C: int, V: int, bits: int = 8, group_size: int = 32,
+              symmetric: bool = True, ignored: float = 0.0, need_x: bool = True, mean: bool = True,
+              take=lambda x: x):  # fmt: skip
+        def make(g, dtype, device):
+            x = take(randn(g, *rows, C, dtype=dtype, device=device))
+            C_in = x.shape[-1]
+            w = randn(g, V, C_in, dtype=torch.float32, device=device, scale=C_in**-0.5)
+            weight = QuantizedWeight.from_float(w, bits, group_size, symmetric)
+            values, *others = weight.arguments
+            targets = torch.randint(V, x.shape[:-1], generator=g)
+            targets[torch.rand(targets.shape, generator=g, dtype=torch.float32) < ignored] = -100
+            return x, values, targets.to(device), -100, need_x, False, mean, *others
+
+        return make
+
+    kinds = [
+        Case(
+            f"{bits} bits, {'symmetric' if symmetric else 'with minima'}",
+            sizes(3, 8, C=75, V=150, bits=bits, group_size=group_size, symmetric=symmetric),
+        )
+        for bits, group_size in ((8, 64), (4, 32))
+        for symmetric in (True, False)
+    ]
+    return [
+        *kinds,
+        Case("quantised, one row", sizes(1, C=8, V=2)),
+        Case("quantised, some ignored", sizes(2, 20, C=64, V=129, ignored=0.4)),
+        Case("quantised, all ignored", sizes(4, C=16, V=32, bits=4, ignored=1.0)),
+        Case("quantised, sum", sizes(3, 7, C=24, V=50, ignored=0.3, mean=False)),
+        Case("quantised, loss alone", sizes(7, C=32, V=50, need_x=False)),
+        Case("quantised, no rows", sizes(0, C=16, V=32)),
+        Case(
+            "quantised, columns of a wider tensor",
+            sizes(3, 5, C=80, V=70, bits=4, take=lambda x: x[..., 11:51]),
+        ),
+    ]
+
+
 OP = Op(
     name=NAME,
-    schema="(Tensor x, Tensor weight, Tensor targets, int ignore_index=-100, bool need_x=False, "
-    "bool need_weight=False, bool mean=True) -> (Tensor, Tensor, Tensor)",
     check=check,
     autocast="lower",
     eager=eager,
     fake=fake,
     save=save,
     gradient=gradient,
-    auxiliary=2,
+    constants=("scales", "minima"),
+    non_differentiable=2,
+    gradient_in_forward=True,
     cost=cost,
     cases=cases,
+    variant=variant,
+    at_model_size=at_model_size,
 )

@@ -6,80 +6,88 @@ Token t of row b has the position p = lengths[b] - T + t, which is also its slot
 A batch of prompts of different lengths is padded on the left, so a position may be negative: such
 a token is not stored, and its q' is 0.
 
-Shapes    q (B,T,H,D), k and v (B,T,K,D), cos and sin (P, D/2) float32 with P the most positions,
-          k_cache and v_cache (B,S,K,D), lengths (B,) int64: the valid keys of each row once the T
-          tokens are stored → q' (B,T,H,D)
-Layout    every tensor is contiguous in its last dim, with any stride in the others: q, k and v may
-          be parts of one (B,T,(H+2K)·D) tensor, and the caches may lie as (B,K,S,D); q' is
-          contiguous
-Rounding  rotated in float32, rounded once, as in rope; v is copied
+A cache may be in 8 bits: each head's vector is then stored as int8 and a scale (quantized_kv.py).
 
-k_cache and v_cache are written; the op has no gradient. Train with rope.
+Shapes    q (B,T,H,D), k and v (B,T,K,D), cos and sin (P, D/2) float32 with P the most positions,
+          k_cache and v_cache (B,S,K,D), k_scale and v_scale (B,S,K) float32 of int8 caches,
+          lengths (B,) int64: the valid keys of each row once the T tokens are stored
+          → q' (B,T,H,D)
+Layout    every tensor is contiguous in its last dim, with any stride in the others: q, k and v may
+          be parts of one (B,T,(H+2K)·D) tensor, and the caches may lie as (B,K,S,D); the scales
+          have any stride; q' is contiguous
+Rounding  rotated in float32, rounded once, as in rope; v is copied. Then k and v to 8 bits, where
+          the cache is
+
+The caches and their scales are written; the op has no gradient. Train with rope.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
-from ..dispatch import OPS, Case, Cost, Op
+import torch
+from torch import Tensor
+
+from ..dispatch import Case, Cost, Op
 from ..errors import ShapeError
-from . import checks
+from . import checks, quantized_kv
 from .inputs import randn
-from .quantized_kv import QuantizedKV, is_quantized
+from .model_inputs import ModelInputs
+from .quantized_kv import quantize
 from .rope import check_tables, rotate, tables
 
 
 def kv_append(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    k_cache: torch.Tensor | QuantizedKV,
-    v_cache: torch.Tensor | QuantizedKV,
-    lengths: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
     *,
     interleaved: bool = False,
-) -> torch.Tensor:
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
     """Appends T tokens to the cache of each row and returns their rotated queries.
 
     q                 (B,T,H,D), float32, bfloat16 or float16, D even
     k, v              (B,T,K,D), of q's dtype and device
     cos, sin          (P, D/2) float32: a row for each position
-    k_cache, v_cache  (B,S,K,D), of q's dtype and device; written at each token's position. Or each
-                      a QuantizedKV of that shape, which the op `kv_append_quantized` writes
+    k_cache, v_cache  (B,S,K,D), of q's dtype and device; written at each token's position. Or int8,
+                      with scales
     lengths           (B,) int64: valid keys of each row after the append, at most min(S, P)
     interleaved       whether the pairs are (2i, 2i + 1) rather than (i, i + D/2)
+    k_scale, v_scale  (B,S,K) float32, of int8 caches; written likewise
     Returns q' (B,T,H,D), contiguous; 0 for tokens at negative positions. Raises ShapeError when the
     arguments do not fit, and before anything is written when a row would end beyond the cache or
     the tables (on a GPU such tokens are not stored and their q' is 0, since to ask would be to
     wait).
     """
-    if is_quantized("kv_append", k_cache, v_cache):
-        append = OPS["kv_append_quantized"]
-        return append(q, k, v, cos, sin, *k_cache, *v_cache, lengths, interleaved)
-    return OP(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved)
+    given = (q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved)
+    if k_scale is None and v_scale is None:
+        return OP(*given)
+    return OP(*given, k_scale, v_scale)
 
 
-def check(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> None:
-    checks.same_kind("kv_append", "q", q, k_cache=k_cache, v_cache=v_cache)
-    check_tokens("kv_append", q, k, v, cos, sin, lengths)
+def check(
+    q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, k_scale=None, v_scale=None
+) -> None:
+    checks.same_kind("kv_append", "q", q, k=k, v=v)
+    checks.heads("kv_append", q, k=k)
+    checks.shape("kv_append", "v", v, k.shape, "k's shape")
     B, _, K, D = k.shape
     checks.ndim("kv_append", "k_cache", k_cache, 4, "(B, S, K, D)")
-    checks.shape("kv_append", "k_cache", k_cache, (B, k_cache.shape[1], K, D), "(B, S, K, D)")
-    checks.shape("kv_append", "v_cache", v_cache, k_cache.shape, "k_cache's shape")
-
-
-def check_tokens(op: str, q, k, v, cos, sin, lengths) -> None:
-    """What is appended, whatever the cache: everything but the caches."""
-    checks.same_kind(op, "q", q, k=k, v=v)
-    checks.heads(op, q, k=k)
-    checks.shape(op, "v", v, k.shape, "k's shape")
-    checks.ndim(op, "cos", cos, 2, "(P, D/2)")
-    checks.shape(op, "cos", cos, (cos.shape[0], q.shape[-1] // 2), "(P, D/2)")
-    checks.shape(op, "sin", sin, cos.shape, "cos's shape")
-    check_tables(op, q, cos, sin)
-    checks.lengths(op, lengths, q)
+    shape = (B, k_cache.shape[1], K, D)
+    caches = ("k_cache", k_cache, k_scale, "v_cache", v_cache, v_scale)
+    quantized_kv.check("kv_append", q, shape, *caches)
+    checks.ndim("kv_append", "cos", cos, 2, "(P, D/2)")
+    checks.shape("kv_append", "cos", cos, (cos.shape[0], q.shape[-1] // 2), "(P, D/2)")
+    checks.shape("kv_append", "sin", sin, cos.shape, "cos's shape")
+    check_tables("kv_append", q, cos, sin)
+    checks.lengths("kv_append", lengths, q)
 
 
 def too_long(row: int, length: int, S: int, P: int) -> ShapeError:
@@ -89,9 +97,7 @@ def too_long(row: int, length: int, S: int, P: int) -> ShapeError:
     )
 
 
-def places(
-    q: torch.Tensor, lengths: torch.Tensor, S: int, P: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def places(q: Tensor, lengths: Tensor, S: int, P: int) -> tuple[Tensor, Tensor, Tensor]:
     """Row, token and position of each token that is stored; raises ShapeError where one would lie
     beyond the cache of S slots or the tables of P positions."""
     T = q.shape[1]
@@ -104,31 +110,69 @@ def places(
     return b, t, position[b, t]
 
 
-def eager(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> torch.Tensor:
+def eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
     b, t, p = places(q, lengths, k_cache.shape[1], cos.shape[0])
     cos, sin = cos[p, None], sin[p, None]
-    k_cache[b, p] = rotate(k[b, t], cos, sin, interleaved)
-    v_cache[b, p] = v[b, t]
+    new_k, new_v = rotate(k[b, t], cos, sin, interleaved), v[b, t]
+    if k_scale is None:
+        k_cache[b, p], v_cache[b, p] = new_k, new_v
+    else:
+        k_cache[b, p], k_scale[b, p] = quantize(new_k)
+        v_cache[b, p], v_scale[b, p] = quantize(new_v)
     rotated = q.new_zeros(q.shape)
     rotated[b, t] = rotate(q[b, t], cos, sin, interleaved)
     return rotated
 
 
-def fake(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> torch.Tensor:
+def fake(q, *others: Tensor | bool | None) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def cost(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> Cost:
-    B, T, _, D = q.shape
-    return Cost(
-        bytes=2 * (q.numel() + k.numel() + v.numel()) * q.element_size()
-        + B * T * D * cos.element_size()
-        + lengths.numel() * lengths.element_size(),
-        flops=3 * (q.numel() + k.numel()),
-    )
+def cost(
+    q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, k_scale=None, v_scale=None
+) -> Cost:
+    """Every token once, read and written; in 8 bits each head of k and v with a scale."""
+    B, T, K, D = k.shape
+    read = (q.numel() + k.numel() + v.numel()) * q.element_size()
+    head = D * k_cache.element_size() + (0 if k_scale is None else k_scale.element_size())
+    written = q.numel() * q.element_size() + 2 * B * T * K * head
+    tables = B * T * D * cos.element_size() + lengths.numel() * lengths.element_size()
+    rounding = 0 if k_scale is None else 4 * (k.numel() + v.numel())
+    return Cost(read + written + tables, 3 * (q.numel() + k.numel()) + rounding)
+
+
+def variant(
+    q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, k_scale=None, v_scale=None
+) -> str:
+    return "" if k_scale is None else "int8"
 
 
 def cases() -> list[Case]:
+    return [*float_cases(), *int8_cases()]
+
+
+def at_model_size(m: ModelInputs) -> dict[str, Callable[[], tuple]]:
+    def make(int8: bool) -> tuple:
+        tables, tokens = m.rope_tables(), m.heads()
+        (k_cache, k_scale), (v_cache, v_scale) = m.cache(int8), m.cache(int8)
+        return *tokens, *tables, k_cache, v_cache, m.lengths(), False, k_scale, v_scale
+
+    return {"kv_append": lambda: make(False), "kv_append int8": lambda: make(True)}
+
+
+def float_cases() -> list[Case]:
     def append(lengths, T, H, K, D, *, S=24, interleaved=False, fused=True, heads_first=False):
         """`lengths` after the append of T tokens, for a cache of S slots."""
 
@@ -147,7 +191,17 @@ def cases() -> list[Case]:
             else:
                 caches = [randn(g, B, S, K, D, dtype=dtype, device=device) for _ in "kv"]
             at = torch.tensor(lengths, dtype=torch.int64, device=device)
-            return q, k, v, *tables(g, S + 3, D // 2, device=device), *caches, at, interleaved
+            return (
+                q,
+                k,
+                v,
+                *tables(g, S + 3, D // 2, device=device),
+                *caches,
+                at,
+                interleaved,
+                None,
+                None,
+            )
 
         return make
 
@@ -167,17 +221,42 @@ def cases() -> list[Case]:
     ]
 
 
+def int8_cases() -> list[Case]:
+    def in_8_bits(case: Case):
+        def make(g, dtype, device):
+            *tokens, k, v, lengths, interleaved, _, _ = case.make(g, dtype, device)
+            (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+            return *tokens, k, v, lengths, interleaved, k_scale, v_scale
+
+        return make
+
+    def one_layer(g, dtype, device):
+        """Values and scales laid out as in a cache, (B,K,S,D) and (B,K,S)."""
+        *given, k_scale, v_scale = in_8_bits(float_cases()[1])(g, dtype, device)
+        given[1][0] = 0  # a head of zeros has a scale of zero
+        given[2][1] *= 1e-3
+
+        def heads_first(x: Tensor) -> Tensor:
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+        given[5:7] = map(heads_first, given[5:7])
+        return *given, heads_first(k_scale), heads_first(v_scale)
+
+    usual = [Case(f"8 bits, {case}", in_8_bits(case), case.dtypes) for case in float_cases()]
+    return [*usual, Case("8 bits, one layer", one_layer)]
+
+
 OP = Op(
     name="kv_append",
-    schema=(
-        "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_cache,"
-        " Tensor(b!) v_cache, Tensor lengths, bool interleaved=False) -> Tensor"
-    ),
     check=check,
+    constants=("cos", "sin", "k_scale", "v_scale"),
+    writes=("k_cache", "v_cache", "k_scale", "v_scale"),
     autocast="widest",
     eager=eager,
     fake=fake,
-    instead="rope",
+    grad_alternative="rope",
     cost=cost,
     cases=cases,
+    variant=variant,
+    at_model_size=at_model_size,
 )

@@ -1,6 +1,6 @@
 """The cross entropy of logits that a head makes, of all rows or of a block of them at a time.
 
-Shared by the ops `linear_cross_entropy` and `linear_cross_entropy_quantized`, which say what it is.
+The op `linear_cross_entropy` says what it is.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def check_range(op: str, targets: torch.Tensor, V: int, ignore_index: int) -> No
 
 
 class Wanted(NamedTuple):
-    """What the logits of N rows are judged by.
+    """What the logits of N rows are compared with.
 
     target  (N, 1) int64: a column for each row, any where it does not count
     kept    (N, 1) bool: whether it counts
@@ -86,10 +86,10 @@ class Wanted(NamedTuple):
     def of_rows(self, rows: slice) -> Wanted:
         return Wanted(self.target[rows], self.kept[rows], self.share[rows], self.count)
 
-    def judge(
+    def loss(
         self, logits: torch.Tensor, need_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The sum of the losses of logits (N, V), and their gradient, of their own dtype."""
+        """Returns the sum of the losses of logits (N, V), and their gradient in their dtype."""
         log_p = logits.to(self.share.dtype).log_softmax(-1)
         loss = -log_p.gather(1, self.target).where(self.kept, 0.0).sum()
         if not need_gradient:

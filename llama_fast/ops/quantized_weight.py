@@ -1,6 +1,6 @@
 """The weight of a linear or an embedding as 8-bit or 4-bit integers, where a Parameter stood.
 
-Its layout is that of `llama_fast.ops.linear_quantized`.
+Its layout is that of `llama_fast.ops.quantized_layout`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.quantization import ROWS, WeightFormat, packed_shapes
-from ..dispatch import interposed, reserve
+from ..dispatch import needs_dispatcher, reserve
 from ..errors import ShapeError
 from ..utils.normal_tensors import normal_tensors
-from .linear_quantized import centre, dequantize, dequantized_blocks
+from .quantized_layout import centre, dequantize, dequantized_blocks
 from .rounding import AT_ONCE_ON_GPU, Fit, best_fit, enclosing, encode, refuse_non_finite
 
 # Weights that are rounded at a time on a CPU: there are several float32 tensors of as many.
@@ -25,7 +25,7 @@ ROUNDED = 1 << 18
 class QuantizedWeight(nn.Module):
     """A (C_out, C_in) matrix of integers, with a float16 scale for each group of a row.
 
-    codes, scales, offsets   buffers, in the layout of `linear_quantized`; offsets is None for a
+    codes, scales, offsets   buffers, in the layout of `quantized_layout`; offsets is None for a
                              symmetric weight. They keep their dtypes whatever a model is cast to
     shape                    (C_out, C_in), as of the matrix that it stands for
     bits, group_size         8 or 4; 32, 64 or 128
@@ -140,7 +140,7 @@ class QuantizedWeight(nn.Module):
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor | None, int, int, int]:
-        """What `linear_quantized` takes after x."""
+        """What the op `linear` takes after x."""
         return (*self._buffers.values(), self.shape[0], self.bits, self.group_size)
 
     def row_blocks(self, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -204,7 +204,7 @@ class QuantizedWeight(nn.Module):
         """The rows of `indices` (...) int64, as an embedding looks them up: (..., C_in). Only they
         are read. Raises IndexError for an index that is no row, unless calls are being traced."""
         C_out, C_in = self.shape
-        if not interposed() and indices.is_cpu and indices.numel():
+        if not needs_dispatcher() and indices.is_cpu and indices.numel():
             low, high = indices.aminmax()
             if low < 0 or high >= C_out:
                 raise IndexError(

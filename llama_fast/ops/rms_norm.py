@@ -12,11 +12,14 @@ Gradient, with r = 1 / sqrt(mean(x²) + eps), x̂ = x·r and g the gradient of y
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..dispatch import Case, Cost, Op
 from . import checks
 from .inputs import randn
+from .model_inputs import ModelInputs
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
@@ -36,7 +39,7 @@ def check(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
     checks.shape("rms_norm", "weight", weight, x.shape[-1:], "(C,)")
 
 
-def eager(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def eager(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
     xf = x.to(accumulate(x.dtype))
     xf = xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + eps)
     return (xf.to(x.dtype) * weight).contiguous()
@@ -45,10 +48,6 @@ def eager(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def accumulate(dtype: torch.dtype) -> torch.dtype:
     """float32 for the half types; float64 stays, so that the reference can be its own oracle."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def fake(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return x.new_empty(x.shape)
 
 
 def backward_eager(
@@ -76,12 +75,6 @@ def backward_check(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, ep
     checks.shape("rms_norm_backward", "grad", grad, x.shape, "x's shape")
 
 
-def backward_fake(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
 def save(inputs: tuple, output: torch.Tensor) -> tuple:
     x, weight, eps = inputs
     return (x, weight), eps
@@ -99,6 +92,11 @@ def cost(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Cost:
 def backward_cost(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Cost:
     elements = 3 * x.numel() + 2 * weight.numel()
     return Cost(bytes=elements * x.element_size(), flops=11 * x.numel())
+
+
+def at_model_size(m: ModelInputs) -> dict[str, Callable[[], tuple]]:
+    C = m.config.dim
+    return {"rms_norm": lambda: (m.rows(C), m.randn(C), m.config.norm_eps)}
 
 
 def cases() -> list[Case]:
@@ -142,21 +140,18 @@ def cases() -> list[Case]:
 
 OP = Op(
     name="rms_norm",
-    schema="(Tensor x, Tensor weight, float eps=1e-5) -> Tensor",
     check=check,
     autocast="widest",
     eager=eager,
-    fake=fake,
     save=save,
     gradient=gradient,
     cost=cost,
     cases=cases,
+    at_model_size=at_model_size,
 )
 BACKWARD = Op(
     name="rms_norm_backward",
-    schema="(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     check=backward_check,
     eager=backward_eager,
-    fake=backward_fake,
     cost=backward_cost,
 )

@@ -17,12 +17,15 @@ Gradient: the rotation by the negative angle. The tables are constants and have 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..dispatch import Case, Cost, Op
 from ..errors import ShapeError
 from . import checks
 from .inputs import randn
+from .model_inputs import ModelInputs
 from .rms_norm import accumulate
 
 
@@ -73,7 +76,11 @@ def check_tables(op: str, q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
 
 
 def eager(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (.., T, 1, D/2): one angle for all heads
     return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
@@ -88,12 +95,6 @@ def rotate(
     pairs = (a * cos - b * sin, b * cos + a * sin)
     y = torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
     return y.to(x.dtype).contiguous()
-
-
-def fake(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 def save(inputs: tuple, output: tuple) -> tuple:
@@ -124,6 +125,14 @@ def tables(g: torch.Generator, *shape: int, device) -> tuple[torch.Tensor, torch
     """cos and sin of random angles, for cases."""
     angle = randn(g, *shape, dtype=torch.float32, scale=10.0)
     return angle.cos().to(device), angle.sin().to(device)
+
+
+def at_model_size(m: ModelInputs) -> dict[str, Callable[[], tuple]]:
+    def make() -> tuple:
+        q, k, _ = m.heads()
+        return q, k, *(table[-m.work.tokens :] for table in m.rope_tables()), False
+
+    return {"rope": make}
 
 
 def cases() -> list[Case]:
@@ -168,16 +177,13 @@ def cases() -> list[Case]:
 
 OP = Op(
     name="rope",
-    schema=(
-        "(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved=False) -> (Tensor, Tensor)"
-    ),
     check=check,
     autocast="widest",
     eager=eager,
-    fake=fake,
     save=save,
     gradient=gradient,
     constants=("cos", "sin"),
     cost=cost,
     cases=cases,
+    at_model_size=at_model_size,
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from .linear_quantized import centre
+from .quantized_layout import centre
 
 # (groups (..., group_size), bits, symmetric) → (scales, offsets or None), float16 (...)
 Fit = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]

@@ -13,12 +13,15 @@ Gradient, with s = σ(gate) and g the gradient of h:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from ..dispatch import Case, Cost, Op
 from . import checks
 from .inputs import randn
+from .model_inputs import ModelInputs
 from .rms_norm import accumulate
 
 
@@ -43,10 +46,6 @@ def eager(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return (F.silu(gate) * up).contiguous()
 
 
-def fake(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return gate.new_empty(gate.shape)
-
-
 def backward_eager(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,12 +62,6 @@ def backward_check(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> 
     checks.shape("swiglu_backward", "grad", grad, gate.shape, "gate's shape")
 
 
-def backward_fake(
-    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
-
-
 def save(inputs: tuple, output: torch.Tensor) -> tuple:
     return inputs, None
 
@@ -83,6 +76,10 @@ def cost(gate: torch.Tensor, up: torch.Tensor) -> Cost:
 
 def backward_cost(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Cost:
     return Cost(bytes=5 * gate.numel() * gate.element_size(), flops=11 * gate.numel())
+
+
+def at_model_size(m: ModelInputs) -> dict[str, Callable[[], tuple]]:
+    return {"swiglu": lambda: m.rows(2 * m.config.hidden_dim).chunk(2, dim=-1)}
 
 
 def cases() -> list[Case]:
@@ -115,21 +112,18 @@ def cases() -> list[Case]:
 
 OP = Op(
     name="swiglu",
-    schema="(Tensor gate, Tensor up) -> Tensor",
     check=check,
     autocast="widest",
     eager=eager,
-    fake=fake,
     save=save,
     gradient=gradient,
     cost=cost,
     cases=cases,
+    at_model_size=at_model_size,
 )
 BACKWARD = Op(
     name="swiglu_backward",
-    schema="(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     check=backward_check,
     eager=backward_eager,
-    fake=backward_fake,
     cost=backward_cost,
 )

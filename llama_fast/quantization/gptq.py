@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..config.quantization import WeightFormat
 from ..ops import QuantizedWeight
-from ..ops.linear_quantized import decode
+from ..ops.quantized_layout import numbers
 from ..ops.rounding import best_fit, encode
 
 # Share of the mean of H's diagonal that is added to it: H has no inverse where inputs are few, or
@@ -78,7 +78,7 @@ def round_compensated(weight: Tensor, H: Tensor, form: WeightFormat) -> Quantize
             row, at = group[i], start + i
             code = encode(row.unsqueeze(-1), scale, offset, form.bits).squeeze(-1)
             codes[column] = code
-            errors[i] = (row - decode(code.float(), *exact, form.bits)) / U[at, at]
+            errors[i] = (row - numbers(code.float(), *exact, form.bits)) / U[at, at]
             group[i + 1 :].addr_(U[at, at + 1 : end], errors[i], alpha=-1)
         w[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
         start = end

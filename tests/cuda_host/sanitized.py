@@ -61,7 +61,7 @@ def main() -> None:
                         continue
                     args = case.make(torch.Generator().manual_seed(0), dtype, "cpu")
                     taken += run(op, args, f"{name} {case} {dtype}")
-                    if name in ("attention", "attention_quantized"):
+                    if name == "attention":
                         cuda.WARPGROUPS = True
                         taken += run(op, args, f"{name} {case} {dtype}, warpgroups")
                         cuda.WARPGROUPS = False

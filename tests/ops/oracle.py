@@ -124,7 +124,7 @@ def of_op(op: Op, args: tuple) -> list[Expected]:
         return *outputs, *(
             a
             for argument, a in zip(schema, given, strict=True)
-            if argument.alias_info is not None and argument.alias_info.is_write
+            if argument.alias_info is not None and argument.alias_info.is_write and a is not None
         )
 
     return expected(run, args)

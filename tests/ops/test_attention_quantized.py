@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from llama_fast import QuantizedKV, attention, explain, kv_append, use_backend
+from llama_fast import attention as plain_attention
+from llama_fast import explain, kv_append, use_backend
 from llama_fast.backends import cpu, triton
 from llama_fast.dispatch import OPS
 from llama_fast.errors import BackendError, GradientError, ShapeError
-from llama_fast.ops.quantized_kv import dequantize, quantize
+from llama_fast.ops import quantized_kv
+from llama_fast.ops.quantized_kv import dequantize
 from llama_fast.ops.rope import tables
 
 from ..cuda_host import host
@@ -34,6 +37,27 @@ SERVED = [
 bf16 = torch.bfloat16
 
 
+class KV(NamedTuple):
+    """Keys or values: int8, and their scales."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+
+def quantize(x: torch.Tensor) -> KV:
+    return KV(*quantized_kv.quantize(x))
+
+
+def attention(q, k: KV, v: KV, **options) -> torch.Tensor:
+    return plain_attention(q, k.values, v.values, k_scale=k.scales, v_scale=v.scales, **options)
+
+
+def append(q, k, v, cos, sin, k_cache: KV, v_cache: KV, lengths, **options) -> torch.Tensor:
+    caches = (k_cache.values, v_cache.values)
+    scales = {"k_scale": k_cache.scales, "v_scale": v_cache.scales}
+    return kv_append(q, k, v, cos, sin, *caches, lengths, **scales, **options)
+
+
 def made(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -43,20 +67,20 @@ def inputs(B, T, S, H, K, D, dtype=bf16):
     return made(B, T, H, D, dtype=dtype), k, v
 
 
-def rows_of(x: QuantizedKV, rows: slice) -> QuantizedKV:
-    return QuantizedKV(*(part[rows] for part in x))
+def rows_of(x: KV, rows: slice) -> KV:
+    return KV(*(part[rows] for part in x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_code_is_within_half_a_step(dtype):
+def test_a_value_is_within_half_a_step(dtype):
     x = made(5, 7, 3, 64, dtype=dtype) * torch.tensor([1e-6, 1.0, 3e3]).to(dtype)[:, None]
     x[0, 0] = 0
-    codes, scales = quantize(x)
-    assert codes.dtype is torch.int8 and scales.dtype is torch.float32
-    error = (dequantize(QuantizedKV(codes, scales), torch.float64) - x.double()).abs()
+    values, scales = quantize(x)
+    assert values.dtype is torch.int8 and scales.dtype is torch.float32
+    error = (dequantize(values, scales, torch.float64) - x.double()).abs()
     assert (error <= scales.double()[..., None] * 0.5001).all()
-    assert (codes.abs().amax(-1)[scales > 0] == 127).all()
-    assert not codes[0, 0].any() and not scales[0, 0].any()
+    assert (values.abs().amax(-1)[scales > 0] == 127).all()
+    assert not values[0, 0].any() and not scales[0, 0].any()
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -64,8 +88,8 @@ def test_what_is_not_finite_stays_so(value):
     x = made(2, 3, 8)
     x[1, 2, 5] = value
     kv = quantize(x)
-    back = dequantize(kv, torch.float32)
-    assert not kv.codes[1, 2].any() and not back[1, 2].isfinite().any()
+    back = dequantize(*kv, torch.float32)
+    assert not kv.values[1, 2].any() and not back[1, 2].isfinite().any()
     assert back[0].isfinite().all() and back[1, :2].isfinite().all()
 
 
@@ -78,12 +102,12 @@ def test_the_cache_holds_what_a_cache_of_floats_holds_but_rounded(backend, dtype
     coded = [quantize(torch.zeros_like(k_cache)) for _ in "kv"]
     with on(backend):
         plain = kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved=interleaved)
-        found = kv_append(q, k, v, cos, sin, *coded, lengths, interleaved=interleaved)
+        found = append(q, k, v, cos, sin, *coded, lengths, interleaved=interleaved)
     assert torch.equal(found, plain)
     for exact, kv in zip((k_cache, v_cache), coded, strict=True):
         for b, length in enumerate(lengths.tolist()):
             new = slice(length - q.shape[1], length)
-            assert torch.equal(kv.codes[b, new], quantize(exact[b, new]).codes)
+            assert torch.equal(kv.values[b, new], quantize(exact[b, new]).values)
             assert torch.equal(kv.scales[b, new], quantize(exact[b, new]).scales)
             assert not kv.scales[b, length:].any() and not kv.scales[b, : new.start].any()
 
@@ -95,8 +119,8 @@ def test_appending_keeps_a_bad_head_to_itself(backend):
     args[2][0, 0, 0, 0] = math.inf
     args[5:7] = coded = [quantize(cache) for cache in args[5:7]]
     with on(backend):
-        kv_append(*args)
-    k, v = (dequantize(kv, torch.float32) for kv in coded)
+        append(*args)
+    k, v = (dequantize(*kv, torch.float32) for kv in coded)
     bad_k, bad_v = (~x.isfinite().all(-1) for x in (k, v))
     assert bad_k.nonzero().tolist() == [[1, 3, 1]] and bad_v.nonzero().tolist() == [[0, 2, 0]]
 
@@ -109,8 +133,8 @@ def test_what_lies_behind_a_length_is_not_used(backend, dtype, T):
     with on(backend):
         expected = attention(q, k, v, lengths=lengths)
         for kv in (k, v):
-            kv.codes[1, 41:], kv.scales[1, 41:] = 127, math.nan
-            kv.codes[2, 1:], kv.scales[2, 1:] = -127, math.inf
+            kv.values[1, 41:], kv.scales[1, 41:] = 127, math.nan
+            kv.values[2, 1:], kv.scales[2, 1:] = -127, math.inf
         found = attention(q, k, v, lengths=lengths)
     assert expected.isfinite().all() and torch.equal(found, expected)
 
@@ -153,7 +177,7 @@ def test_a_bad_number_reaches_its_own_heads_alone(backend, dtype, T, which):
         q[1, T - 1, 2, 9] = math.nan
     else:
         kv = k if which == "k" else v
-        kv.codes[1, 3, 1], kv.scales[1, 3, 1] = 0, math.nan
+        kv.values[1, 3, 1], kv.scales[1, 3, 1] = 0, math.nan
     with on(backend):
         o = attention(q, k, v)
     assert o[0].isfinite().all() and o[1, :, :2].isfinite().all()
@@ -168,10 +192,11 @@ def test_small_values_lose_nothing_in_float16(backend, T, growth):
     the scales of a row may differ by far."""
     q, k, _ = inputs(2, T, 300, 4, 2, 64, torch.float16)
     v = made(2, 300, 2, 64, seed=3) * 1e-3 * torch.logspace(0, growth, 300)[:, None, None]
-    args = (q, *k, *quantize(v), True, None, None)
-    op = OPS["attention_quantized"]
+    v = quantize(v)
+    args = (q, k.values, v.values, True, None, None, False, k.scales, v.scales)
+    op = OPS["attention"]
     with on(backend):
-        assert_accurate((op(*args),), of_op(op, args), f"small values, T {T}")
+        assert_accurate(op(*args), of_op(op, args), f"small values, T {T}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -184,26 +209,29 @@ def test_a_length_beyond_the_cache_is_refused(backend):
         attention(q, k, v, lengths=torch.tensor([9, 10]))
 
 
-def changed(kv: QuantizedKV, **parts) -> QuantizedKV:
-    return kv._replace(**parts)
-
-
 Q, K, V = inputs(2, 3, 9, 4, 2, 64, torch.float32)
+ABSENT = KV(made(2, 9, 2, 64), None)
 BAD = {
-    "values that are floats": (Q, K, made(2, 9, 2, 64), "one of keys and values is a QuantizedKV"),
-    "keys that are floats": (Q, made(2, 9, 2, 64), V, "one of keys and values is a QuantizedKV"),
-    "codes' dtype": (
-        Q, changed(K, codes=K.codes.short()), V, "k's codes are torch.int16; they must be torch.in"
+    "values that are floats": (Q, K, ABSENT, "one of k_scale and v_scale is given; give both"),
+    "keys that are floats": (Q, ABSENT, V, "one of k_scale and v_scale is given; give both"),
+    "floats with scales": (
+        Q, K._replace(values=made(2, 9, 2, 64)), V, "k is torch.float32; with scales it must be"
+    ),
+    "no scales": (
+        Q, K._replace(scales=None), V._replace(scales=None), "8-bit keys and values need k_scale"
+    ),
+    "keys' dtype": (
+        Q, K._replace(values=K.values.short()), V, "k is torch.int16; with scales it must be torch"
     ),
     "scales' dtype": (
-        Q, K, changed(V, scales=V.scales.half()), "v's scales are torch.float16; they must be torch"
+        Q, K, V._replace(scales=V.scales.half()), "v_scale is torch.float16; with scales it must be"
     ),
     "scales' shape": (
-        Q, changed(K, scales=K.scales[:, :8]), V, r"k's scales has shape \(2, 8, 2\).*\(B, S, K\)"
+        Q, K._replace(scales=K.scales[:, :8]), V, r"k_scale has shape \(2, 8, 2\).*\(B, S, K\)"
     ),
-    "fewer values": (Q, K, rows_of(V, slice(1)), r"v's codes has shape \(1, 9, 2, 64\)"),
+    "fewer values": (Q, K, rows_of(V, slice(1)), r"v has shape \(1, 9, 2, 64\)"),
     "heads": (Q[:, :, :3], K, V, "q has H = 3 heads of D = 64 and k has K = 2"),
-    "devices": (Q, changed(K, scales=K.scales.to("meta")), V, "k's scales are on meta and q on c"),
+    "devices": (Q, K._replace(scales=K.scales.to("meta")), V, "k_scale is on meta and q on cpu"),
     "whole numbers": (Q.long(), K, V, "q is torch.int64"),
 }  # fmt: skip
 
@@ -215,14 +243,14 @@ def test_bad_input_is_refused_in_words(name):
         attention(*args)
 
 
-def test_a_cache_of_which_a_half_is_coded_is_refused():
+def test_a_cache_of_which_a_half_is_in_8_bits_is_refused():
     args = list(append_arguments())
-    args[5] = quantize(args[5])
-    with pytest.raises(ShapeError, match="kv_append: one of keys and values is a QuantizedKV"):
-        kv_append(*args)
-    args[6] = quantize(args[6][:, :7])
-    with pytest.raises(ShapeError, match=r"v_cache's codes has shape \(2, 7, 2, 16\)"):
-        kv_append(*args)
+    args[5], args[6] = quantize(args[5]), KV(args[6], None)
+    with pytest.raises(ShapeError, match="kv_append: one of k_scale and v_scale is given"):
+        append(*args)
+    args[6] = quantize(args[6].values[:, :7])
+    with pytest.raises(ShapeError, match=r"v_cache has shape \(2, 7, 2, 16\)"):
+        append(*args)
 
 
 def test_a_gradient_is_refused():
@@ -234,14 +262,19 @@ def test_a_gradient_is_refused():
     k = made(2, 3, 2, 16).requires_grad_()
     args = list(append_arguments())
     args[5:7] = [quantize(cache) for cache in args[5:7]]
-    with pytest.raises(GradientError, match="kv_append_quantized has no gradient, but k requires"):
-        kv_append(args[0], k, *args[2:])
+    with pytest.raises(GradientError, match="kv_append has no gradient, but k requires"):
+        append(args[0], k, *args[2:])
+    with pytest.raises(GradientError, match=r"in 8 bits.*torch\.no_grad\(\)"):
+        scales = {"k_scale": K.scales, "v_scale": V.scales}
+        torch.ops.llama_fast.attention(q, K.values, V.values, **scales)
 
 
 def test_a_backend_says_what_it_cannot_serve():
-    assert explain("attention_quantized", Q, *K, *V).chosen == ("cpu" if cpu.isas() else "eager")
+    scales = {"k_scale": K.scales, "v_scale": V.scales}
+    decision = explain("attention", Q, K.values, V.values, **scales)
+    assert decision.chosen == ("cpu" if cpu.isas() else "eager")
     odd = inputs(2, 3, 9, 4, 2, 12, torch.float32)
-    apart = QuantizedKV(torch.empty(2, 9, 2, 128, dtype=torch.int8)[..., ::2], K.scales)
+    apart = KV(torch.empty(2, 9, 2, 128, dtype=torch.int8)[..., ::2], K.scales)
     with use_backend("triton", strict=True):
         with pytest.raises(BackendError, match="D is 12; it must be a multiple of 8"):
             attention(*odd)
@@ -257,4 +290,4 @@ def test_tables_of_the_model_serve_both_caches():
     cos, sin = tables(torch.Generator().manual_seed(1), 99, q.shape[-1] // 2, device="cpu")
     coded = [quantize(cache) for cache in (k_cache, v_cache)]
     expected = kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths)
-    assert torch.equal(kv_append(q, k, v, cos, sin, *coded, lengths), expected)
+    assert torch.equal(append(q, k, v, cos, sin, *coded, lengths), expected)

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llama_fast import kv_append
 from llama_fast.backends import cuda
 from llama_fast.dispatch import use_backend
-from llama_fast.ops.attention_quantized import OP
-from llama_fast.ops.kv_append_quantized import OP as APPEND
+from llama_fast.ops.attention import OP
+from llama_fast.ops.kv_append import OP as APPEND
 from llama_fast.ops.quantized_kv import quantize
 
 from ..cuda_host import host
@@ -30,19 +30,31 @@ def arguments(B, T, S, H, K, D, lengths=None, causal=True, dtype=bf16, scale=Non
     return q, *k, *v, causal, scale, lengths
 
 
+def in_order(q, k, k_scale, v, v_scale, causal, scale, lengths) -> tuple:
+    """As the op takes them."""
+    return q, k, v, causal, scale, lengths, False, k_scale, v_scale
+
+
 def in_cache(x: torch.Tensor) -> torch.Tensor:
     """x (B,S,K,…) with the values it has, in memory of (B,K,S + 5,…)."""
     room = torch.zeros(x.shape[0], x.shape[2], x.shape[1] + 5, *x.shape[3:], dtype=x.dtype)
     return room.transpose(1, 2)[:, : x.shape[1]].copy_(x)
 
 
+def append(q, k, v, cos, sin, caches, lengths, **options) -> torch.Tensor:
+    (k_cache, k_scale), (v_cache, v_scale) = caches
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    return kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, **scales, **options)
+
+
 def launches_of(args, order=0):
     """Runs the op as the oracle wants it; the blocks of each launch."""
+    args = in_order(*args)
     with host.use_host(order=order), use_backend("cuda", strict=True):
         host.take_launches()
         actual = run_poisoned(OP, args)
         launches = host.take_launches()
-    assert_accurate(actual, of_op(OP, args), "attention_quantized")
+    assert_accurate(actual, of_op(OP, args), "attention in 8 bits")
     return [(launch.kernel, launch.blocks) for launch in launches]
 
 
@@ -136,7 +148,7 @@ def test_a_scale_that_is_not_finite_reaches_its_head_alone(T, value, which):
     args[1 + which][1, 290, 1] = value
     args[which][1, 290, 1] = 0
     with host.use_host(), use_backend("cuda", strict=True):
-        o = OP(*args)
+        o, _ = OP(*in_order(*args))
     assert o[0].isfinite().all() and o[1, :, :2].isfinite().all()
     assert not o[1, -1, 2:].isfinite().any()
 
@@ -189,7 +201,7 @@ def test_what_is_not_served_is_said():
 
     def reasons(*args):
         with host.use_host(), use_backend("cuda"):
-            return OP.explain(*args).reasons["cuda"]
+            return OP.explain(*in_order(*args)).reasons["cuda"]
 
     assert reasons(q, k, k_scales, v, v_scales, *rest) == []
     assert "multiples of 16 bytes" in reasons(q, apart, k_scales, v, v_scales, *rest)[0]
@@ -216,14 +228,14 @@ def test_codes_are_those_of_what_a_plain_cache_holds(interleaved, D, dtype, orde
     tables = angles.cos(), angles.sin()
     with host.use_host(order=order), use_backend("cuda", strict=True):
         expected = kv_append(q, k, v, *tables, *plain, lengths, interleaved=interleaved)
-        found = kv_append(q, k, v, *tables, *coded, lengths, interleaved=interleaved)
+        found = append(q, k, v, *tables, coded, lengths, interleaved=interleaved)
     assert torch.equal(found, expected)
     for cache, (codes, scales) in zip(plain, coded, strict=True):
         for row, length in enumerate(lengths.tolist()):
             new = slice(max(0, length - T), length)
-            expected = quantize(cache[row, new])
-            assert torch.equal(codes[row, new], expected.codes)
-            assert torch.equal(scales[row, new], expected.scales)
+            expected_codes, expected_scales = quantize(cache[row, new])
+            assert torch.equal(codes[row, new], expected_codes)
+            assert torch.equal(scales[row, new], expected_scales)
             assert not codes[row, length:].any() and not codes[row, : new.start].any()
             assert not scales[row, length:].any() and not scales[row, : new.start].any()
 
@@ -238,11 +250,11 @@ def test_subnormal_and_bad_heads_are_coded_as_the_definition_does():
     tables = torch.ones(3, 32), torch.zeros(3, 32)
     caches = [quantize(torch.zeros(1, 3, 4, 64)) for _ in "kv"]
     with host.use_host(), use_backend("cuda", strict=True):
-        kv_append(q, k, v, *tables, *caches, torch.tensor([2]))
+        append(q, k, v, *tables, caches, torch.tensor([2]))
     codes, scales = (part[0, 1] for part in caches[1])
-    expected = quantize(v[0, 0])
-    assert torch.equal(codes, expected.codes) and codes[0].abs().max() == 127
-    torch.testing.assert_close(scales, expected.scales, rtol=0, atol=0, equal_nan=True)
+    expected_codes, expected_scales = quantize(v[0, 0])
+    assert torch.equal(codes, expected_codes) and codes[0].abs().max() == 127
+    torch.testing.assert_close(scales, expected_scales, rtol=0, atol=0, equal_nan=True)
 
 
 class NoHostReads(TorchDispatchMode):
@@ -259,10 +271,12 @@ class NoHostReads(TorchDispatchMode):
 @pytest.mark.parametrize("backend", ["cuda", "eager"])
 def test_a_step_can_be_captured(backend):
     """Launchers ask for no value, where the definition does."""
-    attended = arguments(2, 1, 700, 8, 2, 64, [700, 3])
+    given = arguments(2, 1, 700, 8, 2, 64, [700, 3])
+    _, k8, k_scale, v8, v_scale, *_, lengths = given
+    attended = in_order(*given)
     q, k, v = (torch.zeros(2, 1, heads, 64, dtype=bf16) for heads in (8, 2, 2))
     angles = torch.zeros(700, 32)
-    appended = (q, k, v, angles, angles, *attended[1:5], attended[7], False)
+    appended = (q, k, v, angles, angles, k8, v8, lengths, False, k_scale, v_scale)
     with host.use_host(), use_backend(backend, strict=True):
         for op, args in ((OP, attended), (APPEND, appended)):
             op._learn((), args)  # it is served before, so that nothing is looked up in the capture

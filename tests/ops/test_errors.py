@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_fast import add_rms_norm, attention, kv_append, rms_norm, swiglu
+from llama_fast import add_rms_norm, attention, kv_append, rms_norm, rope, swiglu
 from llama_fast.errors import GradientError, ShapeError
-from llama_fast.nn import rope
 
 f32, bf16 = torch.float32, torch.bfloat16
 x, w = torch.ones(3, 8), torch.ones(8)

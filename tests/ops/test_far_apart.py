@@ -41,7 +41,8 @@ def arguments(g: torch.Generator, to: str) -> dict[str, tuple[tuple, tuple[int, 
     lengths = torch.tensor([4, 9], device=to)
     one = new(B, 1, H, D)
     quantized = QuantizedWeight.from_float(new(C, C), 8, 64)
-    coded = (*quantize(k_cache), *quantize(v_cache))
+    (k8, k_scale), (v8, v_scale) = quantize(k_cache), quantize(v_cache)
+    in_8_bits = (k8, v8, True, None, lengths, False, k_scale, v_scale)
     return {
         "rms_norm": ((new(2, C), new(C), 1e-5), (0,)),
         "add_rms_norm": ((new(2, C), new(2, C), new(C), 1e-5), (0, 1)),
@@ -50,19 +51,16 @@ def arguments(g: torch.Generator, to: str) -> dict[str, tuple[tuple, tuple[int, 
         "kv_append": ((q, k, v, cos, sin, k_cache, v_cache, lengths, False), (0, 1, 2, 5, 6)),
         "attention": ((q, k_cache, v_cache, True, None, lengths, False), (0, 1, 2)),
         "attention of one query": ((one, k_cache, v_cache, True, None, lengths, False), (0, 1, 2)),
-        "kv_append_quantized": (
-            (q, k, v, cos, sin, *coded, lengths, False),
-            (0, 1, 2, 5, 6, 7, 8),
+        "kv_append in 8 bits": (
+            (q, k, v, cos, sin, k8, v8, lengths, False, k_scale, v_scale),
+            (0, 1, 2, 5, 6, 9, 10),
         ),
-        "attention_quantized": ((q, *coded, True, None, lengths), (0, 1, 2, 3, 4)),
-        "attention_quantized of one query": (
-            (one, *coded, True, None, lengths),
-            (0, 1, 2, 3, 4),
-        ),
+        "attention in 8 bits": ((q, *in_8_bits), (0, 1, 2, 7, 8)),
+        "attention in 8 bits, of one query": ((one, *in_8_bits), (0, 1, 2, 7, 8)),
         "linear": ((new(2, C), new(C, C)), (0,)),
-        "linear_quantized": ((new(2, C), *quantized.arguments), (0,)),
-        "linear_swiglu": ((new(2, C), new(C, C)), (0,)),
-        "linear_swiglu_quantized": ((new(2, C), *quantized.arguments), (0,)),
+        "linear, quantised": ((new(2, C), *quantized.arguments), (0,)),
+        "linear with swiglu": ((new(2, C), new(C, C), None, None, 0, 0, 0, "swiglu"), (0,)),
+        "linear with swiglu, quantised": ((new(2, C), *quantized.arguments, "swiglu"), (0,)),
     }
 
 
@@ -78,7 +76,7 @@ def results(op: Callable, args: tuple) -> list[torch.Tensor]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_far_apart(name, backend):
-    op = OPS[name.partition(" ")[0]]
+    op = OPS[name.replace(",", " ").partition(" ")[0]]
     args, free = arguments(torch.Generator().manual_seed(0), device(backend))[name]
     far = tuple(spread(a) if i in free else a for i, a in enumerate(args))
     far = tuple(a.clone() if torch.is_tensor(a) and i not in free else a for i, a in enumerate(far))

@@ -9,30 +9,38 @@ from llama_fast.dispatch import OPS
 
 from .oracle import as_tuple, copies
 
-FORWARD = {name: op for name, op in OPS.items() if op.cases is not None}
 
-
-def small(op) -> tuple:
-    """The arguments of the op's smallest case that is not empty."""
-    cases = [
-        case.make(torch.Generator().manual_seed(0), torch.float32, "cpu") for case in op.cases()
-    ]
+def small(op) -> dict[str, tuple[tuple, bool]]:
+    """Of each form of the op, by its label: the arguments of the smallest case that is not empty,
+    and whether it has a gradient."""
 
     def elements(args):
         return sum(a.numel() for a in args if isinstance(a, torch.Tensor))
 
-    return min(
-        (args for args in cases if all(a.numel() for a in args if isinstance(a, torch.Tensor))),
-        key=elements,
-    )
+    found: dict[str, tuple[tuple, bool]] = {}
+    for case in op.cases():
+        args = case.make(torch.Generator().manual_seed(0), torch.float32, "cpu")
+        label = op.label(*args)
+        if all(a.numel() for a in args if isinstance(a, torch.Tensor)) and (
+            label not in found or elements(args) < elements(found[label][0])
+        ):
+            found[label] = args, op.has_gradient(*args)
+    return found
+
+
+SMALL = [
+    pytest.param(op, args, with_gradient, id=label)
+    for op in OPS.values()
+    if op.cases is not None
+    for label, (args, with_gradient) in small(op).items()
+]
 
 
 def leaves(op, args: tuple) -> tuple:
     """`args`, with a gradient due to all that have one."""
     return tuple(
         a.detach().requires_grad_()
-        if op.gradient is not None
-        and isinstance(a, torch.Tensor)
+        if isinstance(a, torch.Tensor)
         and a.is_floating_point()
         and argument.name not in op.constants
         else a
@@ -40,23 +48,21 @@ def leaves(op, args: tuple) -> tuple:
     )
 
 
-@pytest.mark.parametrize("name", FORWARD)
-def test_opcheck(name):
-    op = FORWARD[name]
-    torch.library.opcheck(op._torch_op, leaves(op, small(op)))
+@pytest.mark.parametrize(("op", "args", "with_gradient"), SMALL)
+def test_opcheck(op, args, with_gradient):
+    given = leaves(op, args) if with_gradient else copies(args)
+    torch.library.opcheck(op._torch_op, given)
 
 
-@pytest.mark.parametrize("name", FORWARD)
-def test_compiles_in_one_graph(name):
-    op = FORWARD[name]
-    args = small(op)
+@pytest.mark.parametrize(("op", "args", "with_gradient"), SMALL)
+def test_compiles_in_one_graph(op, args, with_gradient):
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
-    ours, theirs = leaves(op, args), leaves(op, args)
+    ours, theirs = (leaves(op, args) if with_gradient else copies(args) for _ in range(2))
     expected, actual = as_tuple(op(*ours)), as_tuple(compiled(*theirs))
     for e, a in zip(expected, actual, strict=True):
         assert torch.equal(e, a)
-    if op.gradient is not None:
+    if with_gradient:
         sum(e.sum() for e in expected).backward()
         sum(a.sum() for a in actual).backward()
     for e, a in zip(ours, theirs, strict=True):

@@ -10,8 +10,9 @@ import pickle
 import pytest
 import torch
 
-from llama_fast import QuantizedWeight, linear, linear_quantized
+from llama_fast import QuantizedWeight, linear
 from llama_fast.backends import cpu
+from llama_fast.dispatch import OPS
 from llama_fast.errors import BackendError, GradientError, ShapeError
 from llama_fast.nn import Linear
 
@@ -169,28 +170,28 @@ X = torch.ones(2, 64)
 
 
 def call(x=X, **changed):
-    names = ("codes", "scales", "offsets", "C_out", "bits", "group_size")
+    names = ("weight", "scales", "minima", "C_out", "bits", "group_size")
     given = dict(zip(names, WEIGHT.arguments, strict=True))
-    return lambda: linear_quantized(x, **(given | changed))
+    return lambda: OPS["linear"](x, *(given | changed).values())
 
 
 meta = torch.device("meta")
 BAD = [
     ("bits", call(bits=5), "bits is 5; it must be 8 or 4"),
     ("group", call(group_size=16), "group_size is 16; it must be 32, 64 or 128"),
-    ("codes", call(C_out=33), r"codes has shape \(2, 16, 16, 4\).*\(33, 64\).*\(3, 16, 16, 4\)"),
-    ("other bits", call(bits=4), r"codes has shape.*bits=4.*needs \(2, 8, 16, 4\)"),
+    ("values", call(C_out=33), r"weight has shape \(2, 16, 16, 4\).*\(33, 64\).*\(3, 16, 16, 4\)"),
+    ("other bits", call(bits=4), r"weight has shape.*bits=4.*needs \(2, 8, 16, 4\)"),
     ("scales", call(group_size=64), r"scales has shape \(2, 2, 16\).*needs \(2, 1, 16\)"),
-    ("offsets", call(offsets=WEIGHT.offsets[:1]), r"offsets has shape \(1, 2, 16\)"),
-    ("signed codes", call(codes=WEIGHT.codes.char()), "codes is torch.int8; it must be .*uint8"),
+    ("minima", call(minima=WEIGHT.offsets[:1]), r"minima has shape \(1, 2, 16\)"),
+    ("signed values", call(weight=WEIGHT.codes.char()), "weight is torch.int8; it must be .*uint8"),
     ("float32 scales", call(scales=WEIGHT.scales.float()), "scales is torch.float32.*float16"),
     ("device", call(scales=WEIGHT.scales.to(meta)), "scales is on meta"),
     (
         "strides",
-        call(codes=WEIGHT.codes.transpose(2, 3).contiguous().transpose(2, 3)),
-        "codes has strides.*contiguous",
+        call(weight=WEIGHT.codes.transpose(2, 3).contiguous().transpose(2, 3)),
+        "weight has strides.*contiguous",
     ),
-    ("x", call(X[:, :20]), "codes has shape"),
+    ("x", call(X[:, :20]), "weight has shape"),
     ("x's dtype", call(X.long()), "x is torch.int64"),
     ("columns", lambda: linear(X[:, :63], WEIGHT), r"x has shape \(2, 63\).*\(32, 64\)"),
     ("a vector", lambda: QuantizedWeight.from_float(X[0], 8, 32), r"\(64,\); it must be a"),

@@ -1,5 +1,6 @@
-"""linear_swiglu: the bits of the two ops that it stands for, in one launch where there is a kernel;
-what it does where a gradient is due; how the model calls it. `test_ops.py` judges its accuracy."""
+"""linear with the epilogue swiglu: the bits of the two ops that it stands for, in one launch where
+there is a kernel; what it does where a gradient is due; how the model calls it. `test_ops.py`
+judges its accuracy."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import llama_fast
-from llama_fast import QuantizedWeight, linear, linear_swiglu, swiglu
+from llama_fast import QuantizedWeight, linear, swiglu
 from llama_fast.dispatch import record_decisions, use_backend
 from llama_fast.errors import ShapeError
 from llama_fast.nn import MLP
@@ -29,6 +30,10 @@ def operands(M: int, C_in: int, F: int, dtype: torch.dtype, form: tuple | None, 
     if form is not None:
         return x, QuantizedWeight.from_float(weight, *form).to(to)
     return x, weight.to(to, dtype)
+
+
+def linear_swiglu(x, weight):
+    return linear(x, weight, epilogue="swiglu")
 
 
 def one_after_the_other(x, weight):
@@ -78,16 +83,18 @@ def test_a_gradient_keeps_gate_and_up(form):
 def test_what_it_refuses():
     x = torch.ones(2, 64)
     with pytest.raises(
-        ShapeError, match=r"linear_swiglu: weight has shape \(5, 64\).*\(2F, C_in\)"
+        ShapeError, match=r"linear: the weight has 5 rows; with swiglu.*\(2F, C_in\)"
     ):
         linear_swiglu(x, torch.ones(5, 64))
-    with pytest.raises(ShapeError, match=r"linear_swiglu: x has shape.*and 64 is not 63"):
+    with pytest.raises(ShapeError, match=r"linear: x has shape.*and 64 is not 63"):
         linear_swiglu(x, torch.ones(6, 63))
     odd = QuantizedWeight.from_float(torch.ones(5, 64), 8, 64)
-    with pytest.raises(ShapeError, match="linear_swiglu_quantized: the weight has 5 rows"):
+    with pytest.raises(ShapeError, match="linear: the weight has 5 rows"):
         linear_swiglu(x, odd)
-    with pytest.raises(ShapeError, match="linear_swiglu: x has shape"):
+    with pytest.raises(ShapeError, match="linear: x has shape"):
         linear_swiglu(x[:, :8], odd)
+    with pytest.raises(ShapeError, match="epilogue is 'gelu'; it must be 'swiglu' or None"):
+        linear(x, torch.ones(6, 64), epilogue="gelu")
 
 
 def test_the_model_calls_it_and_hooks_see_what_goes_in():
@@ -98,7 +105,7 @@ def test_the_model_calls_it_and_hooks_see_what_goes_in():
     mlp.gate_up.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad(), record_decisions() as decisions:
         y = mlp(x)
-    assert [d.op for d in decisions] == ["linear_swiglu", "linear"] and seen == [x]
+    assert [d.op for d in decisions] == ["linear swiglu", "linear"] and seen == [x]
     with record_decisions() as decisions:
         trained = mlp(x)
     assert [d.op for d in decisions] == ["linear", "swiglu", "linear"]
@@ -108,5 +115,5 @@ def test_the_model_calls_it_and_hooks_see_what_goes_in():
 def test_explain_says_how():
     x, weight = operands(3, 64, 8, torch.bfloat16, None)
     with use_backend("cpu"):
-        said = str(llama_fast.explain("linear_swiglu", x, weight))
+        said = str(llama_fast.explain("linear", x, weight, epilogue="swiglu"))
     assert "by linear and swiglu, one after the other" in said

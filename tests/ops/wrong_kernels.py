@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from llama_fast.ops.linear_quantized import dequantize as dequantize_weight
 
 from llama_fast.dispatch import OPS, Op
 from llama_fast.ops.attention import valid_only, visible
 from llama_fast.ops.inputs import randn
 from llama_fast.ops.kv_append import places
-from llama_fast.ops.linear_quantized import dequantize as dequantize_weight
 from llama_fast.ops.quantized_kv import dequantize, quantize
 from llama_fast.ops.rope import rotate
 

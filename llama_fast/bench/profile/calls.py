@@ -251,9 +251,9 @@ class _Counter(_Observer):
         tensors = [x for x in args if isinstance(x, Tensor)]
         dtype = next(x.dtype for x in tensors if x.is_floating_point())
         written = (results,) if isinstance(results, Tensor) else tuple(results)
-        ceiling, seconds = at_best(op, least, written, dtype, self.ceilings)
+        ceiling, seconds = at_best(args, least, written, dtype, self.ceilings)
         shapes = ", ".join("×".join(map(str, x.shape)) for x in tensors if x.ndim > 1)
-        self.calls.append(Call(op.name, backend, shapes, *least, ceiling, seconds))
+        self.calls.append(Call(op.label(*args), backend, shapes, *least, ceiling, seconds))
         return results
 
     @contextmanager

@@ -38,6 +38,10 @@ class MetaCall:
     cost: Cost
 
     @property
+    def label(self) -> str:
+        return OPS[self.op].label(*self.args)
+
+    @property
     def shapes(self) -> str:
         tensors = (x for x in self.args if isinstance(x, Tensor) and x.ndim > 1)
         return ", ".join("×".join(map(str, x.shape)) for x in tensors)
@@ -124,7 +128,7 @@ def triton_launches(call: MetaCall, chip: Chip) -> list[Any]:
     from ...triton_kernels.launch import record
 
     implementation = backends()["triton"].implementations.get(call.op)
-    if implementation is None or implementation.launch is OPS[call.op].eager:
+    if implementation is None:
         return []
     with torch.no_grad(), assume(chip), record() as launches:
         implementation.launch(*call.args)
@@ -147,7 +151,7 @@ def triton_kernels(call: MetaCall, chip: Chip) -> Iterator[Kernel]:
             instructions = parse_sass(text)
         warps = compiled.metadata.num_warps
         yield Kernel(
-            op=call.op,
+            op=call.label,
             backend="triton",
             name=launch.kernel.__name__,
             config=found.config.partition(" num_warps=")[0],
@@ -167,8 +171,8 @@ def triton_kernels(call: MetaCall, chip: Chip) -> Iterator[Kernel]:
 
 def cuda_kernels(call: MetaCall, chip: Chip) -> Iterator[Kernel]:
     """Those that csrc/cuda has for the op, its pass and dtype: the launch chooses one of them."""
-    stem = cuda_code.stem_of(call.op)
-    names = cuda_code.kernel_names(call.op)
+    stem = cuda_code.stem_of(call.label)
+    names = cuda_code.kernel_names(call.label)
     if stem is None or not names or chip.amd:
         return
     file = cuda_code.cubin(stem, architecture(chip))
@@ -185,7 +189,7 @@ def cuda_kernels(call: MetaCall, chip: Chip) -> Iterator[Kernel]:
         programs = chip.programs(usage.registers, warps, shared)
         name, _, config = readable[usage.name].partition("<")
         yield Kernel(
-            op=call.op,
+            op=call.label,
             backend="cuda",
             name=name,
             config=f"<{config}" if config else "",

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import torch
 
+from ...config.quantization import NAMED
 from ...errors import BackendError
 from ...utils.files import atomic_file
 
@@ -23,19 +24,22 @@ SOURCES = ROOT / "csrc" / "cuda"
 MANGLED = {torch.bfloat16: "13__nv_bfloat16", torch.float16: "6__half"}
 
 
-def stem_of(op: str) -> str | None:
-    """The file of an op's kernels, or of those of its gradient; None where there is none."""
-    stem = op.removesuffix("_backward")
+def stem_of(label: str) -> str | None:
+    """The file of the kernels of an op, "linear swiglu int8" say, or of those of its gradient; None
+    where there is none."""
+    op, *variant = label.split()
+    words = ("quantized" if word in NAMED else word for word in variant)
+    stem = "_".join((op.removesuffix("_backward"), *words))
     names = (stem, stem.removeprefix("linear_"))
     return next((name for name in names if (SOURCES / f"{name}.cu").is_file()), None)
 
 
-def kernel_names(op: str) -> list[str]:
+def kernel_names(label: str) -> list[str]:
     """Of the kernels that an op's file launches, those of the op itself, forward or backward."""
-    stem = stem_of(op)
+    stem = stem_of(label)
     if stem is None:
         return []
-    backward = op.endswith("_backward")
+    backward = label.split()[0].endswith("_backward")
     names = set(
         re.findall(r"(\w+_kernel)\s*[(<]", "".join(_texts(SOURCES / f"{stem}.cu").values()))
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...checkpoint import initial_std
 from ...config import LlamaConfig
-from ...config.quantization import Quantization, WeightFormat
+from ...config.quantization import NAMED, Quantization, WeightFormat
 from ...dispatch import OPS, Cost, Op
 from ...errors import ConfigError
 from ...generation.decode import DecodeStep
@@ -140,8 +140,9 @@ def _cache(model: Llama, batch: int, context: int) -> KVCache:
     if context:
         cache.advance(context)
         for index in range(model.config.n_layers):
-            for x in cache.layer(index):
-                x.normal_()
+            keys, values, *_ = cache.layer(index)
+            keys.normal_()
+            values.normal_()
     return cache
 
 
@@ -199,7 +200,7 @@ def op_step(
     """Calls an op once with each of its workloads' arguments: for the linear layers, one for each
     matrix of the model. As many calls with other arguments as make the data come from memory.
 
-    quantize  of an op of quantised weights, only these forms
+    quantize  of an op of quantised weights or caches, these forms; those of floats when None
     backward  its gradient too
     Raises ConfigError for an op that has none.
     """
@@ -207,18 +208,22 @@ def op_step(
     if backward and op.gradient is None:
         raise ConfigError(
             f"{name} has no gradient; leave --backward out"
-            + (f", or take {op.instead}" if op.instead else "")
+            + (f", or take {op.grad_alternative}" if op.grad_alternative else "")
         )
     calls: list[Callable[[], None]] = []
     made = workloads(name, config, work, dtype=dtype, device=device, gradient=backward)
     for label, make in made.items():
-        if quantize is None or quantize in label.split():
+        if quantize == next((word for word in label.split() if word in NAMED), None):
             first = make(0)
+            if backward and not op.has_gradient(*first):
+                continue
             count = max(1, min(SETS, BYTES // max(1, op.cost(*first).bytes)))
             if device == "meta":
                 count = 1
             sets = [first, *(make(seed) for seed in range(1, count))]
             calls += [_call(op, args, backward) for args in sets]
+    if not calls:
+        raise ConfigError(f"{name} has no form {quantize}; it has {', '.join(made)}")
 
     def step(section: Section) -> None:
         for call in calls:

@@ -1,16 +1,16 @@
 """Linear layer whose weight is 8-bit or 4-bit integers: y = x Wᵀ, dequantised on the way.
 
-    y[m, o] = Σ over groups of scale[o] · (Σ_i x[m, i] · (code[o, i] - centre))
-        (and + (offset + centre · scale) · Σ x, where there are offsets: of codes that are not
+    y[m, o] = Σ over groups of scale[o] · (Σ_i x[m, i] · (q[o, i] - centre))
+        (and + (minimum + centre · scale) · Σ x, where there are minima: of values that are not
         centred the two sums would be large and nearly cancel, which float32 x shows)
 
-Bound by reading the codes while rows are few: a program owns 16 to 64 rows of W and walks their
-groups. A code is a whole number of at most 8 bits, which the half types hold exactly, so a group is
-one matrix product of x with the codes themselves, and its scale multiplies 16 sums rather than
+Bound by reading the weight while rows are few: a program owns 16 to 64 rows of W and walks their
+groups. A value q is a whole number of at most 8 bits, which the half types hold exactly, so a group
+is one matrix product of x with the values themselves, and its scale multiplies 16 sums rather than
 16 · group_size weights. x is not rounded to 8 bits, as the CPU's kernels do: sums are in float32.
 
-Layout: codes uint8 (NB, C_pad/4, 16, 4) for 8 bits and (NB, C_pad/8, 16, 4) for 4, scales and
-offsets float16 (NB, C_pad/group_size, 16), as llama_fast.ops.linear_quantized describes.
+Layout: uint8 (NB, C_pad/4, 16, 4) for 8 bits and (NB, C_pad/8, 16, 4) for 4, scales and minima
+float16 (NB, C_pad/group_size, 16), as llama_fast.ops.quantized_layout describes.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from .rows import row_offset, rows
 @triton.jit(do_not_specialize=["M"])
 def linear_quantized_kernel(
     x_ptr,  # (M, C_in)
-    codes_ptr,
+    weight_ptr,
     scales_ptr,
-    offsets_ptr,
+    minima_ptr,
     y_ptr,  # (M, C_out) contiguous
     M,
     C_in,
@@ -45,7 +45,7 @@ def linear_quantized_kernel(
     stride_x2,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr,
+    HAS_MINIMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
@@ -58,7 +58,7 @@ def linear_quantized_kernel(
     CENTRE: tl.constexpr = 1 << (BITS - 1)
     # Bytes from a block's start to (row r, column i) of its first group.
     byte = r[:, None] * 4 + (i // RUN)[None, :] * 64 + (i % 4)[None, :]
-    code_row = codes_ptr + (block * groups * (GROUP // RUN * 64))[:, None] + byte
+    value_row = weight_ptr + (block * groups * (GROUP // RUN * 64))[:, None] + byte
     scale_at = block * groups * 16 + r
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     for group in range(0, groups):
@@ -66,17 +66,17 @@ def linear_quantized_kernel(
         inside = (row[:, None] < M) & (column[None, :] < C_in)
         x = tl.load(x_row[:, None] + column[None, :], mask=inside, other=0.0)
         valid = o < C_out
-        code = tl.load(code_row + group * (GROUP // RUN * 64), mask=valid[:, None], other=0)
+        q = tl.load(value_row + group * (GROUP // RUN * 64), mask=valid[:, None], other=0)
         if BITS == 4:  # the second four columns of a run are the high halves
-            code = (code >> (i % RUN // 4 * 4)[None, :].to(tl.uint8)) & 15
+            q = (q >> (i % RUN // 4 * 4)[None, :].to(tl.uint8)) & 15
         scale = tl.load(scales_ptr + scale_at + group * 16, mask=valid, other=0.0).to(tl.float32)
-        w = code.to(tl.float32) - CENTRE
+        w = q.to(tl.float32) - CENTRE
         s = tl.dot(x, tl.trans(w.to(x.dtype)), input_precision="ieee")
         acc += s * scale[None, :]
-        if HAS_OFFSETS:
-            offset = tl.load(offsets_ptr + scale_at + group * 16, mask=valid, other=0.0)
-            offset = offset.to(tl.float32) + CENTRE * scale
-            acc += tl.sum(x.to(tl.float32), axis=1)[:, None] * offset[None, :]
+        if HAS_MINIMA:
+            minimum = tl.load(minima_ptr + scale_at + group * 16, mask=valid, other=0.0)
+            minimum = minimum.to(tl.float32) + CENTRE * scale
+            acc += tl.sum(x.to(tl.float32), axis=1)[:, None] * minimum[None, :]
     inside = (row[:, None] < M) & (o[None, :] < C_out)
     y_at = row[:, None] * C_out + o[None, :]
     tl.store(y_ptr + y_at, acc.to(y_ptr.dtype.element_ty), mask=inside)
@@ -102,16 +102,16 @@ def config_for(chip: Chip, M: int, C_out: int) -> QuantizedConfig:
     return QuantizedConfig(block_m, 16, num_warps=1)
 
 
-def linear_quantized(
+def linear(
     x: torch.Tensor,
-    codes: torch.Tensor,
+    weight: torch.Tensor,
     scales: torch.Tensor,
-    offsets: torch.Tensor | None,
+    minima: torch.Tensor | None,
     C_out: int,
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
-    """As llama_fast.ops.linear_quantized."""
+    """As llama_fast.ops.linear with a quantised weight; torch multiplies by all others."""
     C_in = x.shape[-1]
     y = x.new_empty((*x.shape[:-1], C_out))
     M, n1, n2, (stride_x,) = rows(x)
@@ -119,7 +119,7 @@ def linear_quantized(
         return y.zero_()
     chip = chip_of(x)
     config = chosen(
-        "linear_quantized",
+        "linear",
         "linear_quantized",
         chip,
         config_for(chip, M, C_out),
@@ -133,9 +133,9 @@ def linear_quantized(
         linear_quantized_kernel,
         (-(-C_out // config.block_o), -(-M // config.block_m)),
         x,
-        codes,
+        weight,
         scales,
-        offsets,
+        minima,
         y,
         M,
         C_in,
@@ -146,7 +146,7 @@ def linear_quantized(
         *stride_x,
         BITS=bits,
         GROUP=group_size,
-        HAS_OFFSETS=offsets is not None,
+        HAS_MINIMA=minima is not None,
         BLOCK_M=config.block_m,
         BLOCK_O=config.block_o,
         num_warps=config.num_warps,
