@@ -12,7 +12,7 @@ from llama_fast import Llama, Tokenizer
 from llama_fast.config import LlamaConfig
 from llama_fast.dispatch import use_backend
 from llama_fast.errors import ConfigError
-from llama_fast.generation import generate
+from llama_fast.generation.generate import generate
 from llama_fast.nn.kv_cache import KVCache
 from tools.demo_model.recipe import held_out_data
 

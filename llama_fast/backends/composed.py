@@ -36,6 +36,13 @@ def one_of(pick: Callable[..., tuple[Implementation, int]]) -> Implementation:
     return Implementation(ask("launch", None), ask("unsupported", []), ask("how", ""), prepare)
 
 
+def first(count: int, row: Implementation) -> Implementation:
+    """A row that is given more arguments than it takes."""
+    return Implementation(
+        lambda *args: row.launch(*args[:count]), lambda *args: row.unsupported(*args[:count])
+    )
+
+
 def attention(dense: Implementation, quantized: Implementation) -> Implementation:
     """quantized  takes (q, k, k_scale, v, v_scale, causal, scale, lengths) and returns o"""
 
@@ -98,13 +105,13 @@ def linear(
     dense_swiglu: Implementation,
     quantized_swiglu: Implementation,
 ) -> Implementation:
-    """Those of dense weights take (x, weight), the others also (scales, minima, C_out, bits,
-    group_size)."""
+    """Those of dense weights take (x, weight), those of quantised ones also (scales, minima, C_out,
+    bits, group_size), those with the epilogue all arguments."""
 
     def pick(x, weight, scales=None, minima=None, C_out=0, bits=0, group_size=0, epilogue=""):
-        if scales is None:
-            return dense_swiglu if epilogue else dense, 2
-        return quantized_swiglu if epilogue else quantized, 7
+        if epilogue:
+            return dense_swiglu if scales is None else quantized_swiglu, 8
+        return (dense, 2) if scales is None else (quantized, 7)
 
     return one_of(pick)
 
@@ -127,22 +134,24 @@ def linear_backward_x(dense: Implementation, quantized: Implementation) -> Imple
     return one_of(pick)
 
 
-def then_swiglu(linear: Implementation, swiglu: Implementation) -> Implementation:
-    """A row of products of a backend, then its row of `swiglu` on the halves of the result, which
-    it always serves."""
+def then_swiglu(linear: Implementation, swiglu: Implementation, takes: int) -> Implementation:
+    """A row of products of a backend, which takes so many arguments, then its row of `swiglu` on
+    the halves of the result, which it always serves."""
 
     def launch(*args: Any) -> Tensor:
-        return swiglu.launch(*linear.launch(*args).chunk(2, dim=-1))
+        return swiglu.launch(*linear.launch(*args[:takes]).chunk(2, dim=-1))
 
     def prepare(x: Tensor, *weight: Any) -> Callable[..., Tensor]:
-        multiply = linear.prepare(x, *weight)
-        gate_up = OPS["linear"].fake(x.to("meta"), *weight)
+        multiply = linear.prepare(x, *weight[: takes - 1])
+        gate_up = OPS["linear"].fake(x.to("meta"), *weight[:-1])
         activate = swiglu.prepare(*gate_up.chunk(2, dim=-1))
-        return lambda *args: activate(*multiply(*args).chunk(2, dim=-1))
+        if takes == 2:
+            return lambda x, weight, *_: activate(*multiply(x, weight).chunk(2, -1))
+        return lambda *args: activate(*multiply(*args[:takes]).chunk(2, -1))
 
     return Implementation(
         launch,
-        linear.unsupported,
+        lambda *args: linear.unsupported(*args[:takes]),
         lambda *args: "by linear and swiglu, one after the other",
         prepare if linear.prepare and swiglu.prepare else None,
     )

@@ -550,8 +550,8 @@ register_backend(
             "linear": composed.linear(
                 LINEAR,
                 LINEAR_QUANTIZED,
-                composed.then_swiglu(LINEAR, SWIGLU),
-                composed.then_swiglu(LINEAR_QUANTIZED, SWIGLU),
+                composed.then_swiglu(LINEAR, SWIGLU, 2),
+                composed.then_swiglu(LINEAR_QUANTIZED, SWIGLU, 7),
             ),
             "linear_backward_x": composed.linear_backward_x(
                 BACKWARD_X, Implementation(OPS["linear_backward_x"].eager, nothing)

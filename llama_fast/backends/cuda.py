@@ -724,8 +724,10 @@ BACKEND = Backend(
         "linear": composed.linear(
             _row("linear", _linear, limits.linear),
             _row("linear", _linear_quantized, _linear_quantized_unsupported),
-            _row("linear", _linear_swiglu, limits.linear),
-            _row("linear", _linear_swiglu_quantized, _linear_quantized_unsupported),
+            composed.first(2, _row("linear", _linear_swiglu, limits.linear)),
+            composed.first(
+                7, _row("linear", _linear_swiglu_quantized, _linear_quantized_unsupported)
+            ),
         ),
         "linear_backward_x": _of_torch("linear_backward_x"),
         "linear_backward_weight": _of_torch("linear_backward_weight"),

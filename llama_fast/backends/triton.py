@@ -157,8 +157,8 @@ register_backend(
             "linear": composed.linear(
                 LINEAR,
                 LINEAR_QUANTIZED,
-                composed.then_swiglu(LINEAR, SWIGLU),
-                composed.then_swiglu(LINEAR_QUANTIZED, SWIGLU),
+                composed.then_swiglu(LINEAR, SWIGLU, 2),
+                composed.then_swiglu(LINEAR_QUANTIZED, SWIGLU, 7),
             ),
             "linear_backward_x": products("linear_backward_x"),
             "linear_backward_weight": products("linear_backward_weight"),

@@ -1,23 +1,15 @@
-"""The op table: each module is one op, and each function here is its public face."""
+"""The op table: each module that declares an `OP` is one, and the function of its name the op's
+public face."""
 
-from .add_rms_norm import add_rms_norm
-from .attention import attention
-from .cross_entropy import linear_cross_entropy
-from .kv_append import kv_append
-from .linear import linear
+from importlib import import_module
+from pkgutil import iter_modules
+
 from .quantized_weight import QuantizedWeight
-from .rms_norm import rms_norm
-from .rope import rope
-from .swiglu import swiglu
 
-__all__ = [
-    "QuantizedWeight",
-    "add_rms_norm",
-    "attention",
-    "kv_append",
-    "linear",
-    "linear_cross_entropy",
-    "rms_norm",
-    "rope",
-    "swiglu",
-]
+_modules = [import_module(f".{found.name}", __name__) for found in iter_modules(__path__)]
+_functions = {
+    module.OP.name: getattr(module, module.OP.name) for module in _modules if hasattr(module, "OP")
+}
+globals().update(_functions)  # over the modules of the same names
+
+__all__ = ["QuantizedWeight", *sorted(_functions)]

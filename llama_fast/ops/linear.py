@@ -57,21 +57,19 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight, *, epilogue: str | None 
     Returns y (..., C_out), or (..., F) with the epilogue, contiguous, of x's dtype. Raises
     ShapeError when the arguments do not fit, or for another epilogue.
     """
-    if isinstance(weight, QuantizedWeight):
-        if x.shape[-1:] != weight.shape[1:]:  # its arguments no longer say its own C_in
-            raise wrong_width("linear", x, weight)
-        if epilogue is None:
-            return OP(x, *weight.arguments)
-        form, learns = weight.arguments, False
-    elif epilogue is None:
-        return OP(x, weight)
-    else:
-        form, learns = (weight, None, None, 0, 0, 0), weight.requires_grad
+    quantized = isinstance(weight, QuantizedWeight)
+    if quantized and x.shape[-1:] != weight.shape[1:]:  # its arguments no longer say its own C_in
+        raise wrong_width("linear", x, weight)
+    if epilogue is None:
+        return OP(x, *weight.arguments) if quantized else OP(x, weight)
     if epilogue != "swiglu":
         raise ShapeError(f"linear: epilogue is {epilogue!r}; it must be 'swiglu' or None")
+    learns = not quantized and weight.requires_grad
     if torch.is_grad_enabled() and (x.requires_grad or learns):
         return swiglu(*linear(x, weight).chunk(2, dim=-1))
-    return OP(x, *form, epilogue)
+    if quantized:
+        return OP(x, *weight.arguments, epilogue)
+    return OP(x, weight, None, None, 0, 0, 0, epilogue)
 
 
 def wrong_width(op: str, x: Tensor, weight: Tensor | QuantizedWeight) -> ShapeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import llama_fast.ops  # noqa: F401  declares the ops
 from llama_fast.dispatch import OPS
 
 from .oracle import as_tuple, copies
