@@ -567,8 +567,8 @@ def launch_settings() -> tuple:
 
 def observed() -> bool:
     """True while something is to see each call, of an op or of torch, as it is made: what
-    `needs_dispatcher` asks for, `wrapped_launches`, or a mode of torch's functions. A default device is
-    such a mode too, but leaves calls with tensors alone."""
+    `needs_dispatcher` asks for, `wrapped_launches`, or a mode of torch's functions. A default
+    device is such a mode too, but leaves calls with tensors alone."""
     return (
         needs_dispatcher()
         or _wrapper is not None

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from transformers.models.llama import modeling_llama
 
 from .. import ops
-from ..dispatch import ORDER, backends
+from ..dispatch import ORDER, backends, needs_dispatcher
 from ..ops.attention import head_dim_reasons
 from .conditions import fits, is_learnt, needs_gradient
 

@@ -275,8 +275,8 @@ def quantized_cases() -> list[Case]:
             w = randn(g, V, C_in, dtype=torch.float32, device=device, scale=C_in**-0.5)
             weight = QuantizedWeight.from_float(w, bits, group_size, symmetric)
             values, *others = weight.arguments
-            targets = torch.randint(V, x.shape[:-1], generator=g)
-            targets[torch.rand(targets.shape, generator=g, dtype=torch.float32) < ignored] = -100
+            targets = randint(g, V, *x.shape[:-1])
+            targets[rand(g, *targets.shape) < ignored] = -100
             return x, values, targets.to(device), -100, need_x, False, mean, *others
 
         return make

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..config.quantization import ROWS, packed_shapes
 from ..errors import ShapeError
+from .inputs import rand, randint
 
 BLOCK = 1 << 22  # weights that the reference dequantises at a time
 
@@ -139,11 +140,11 @@ def random_weight(
     """Returns random arguments of a weight that makes y's elements of the order of 1."""
     of_values, of_scales = packed_shapes(C_out, C_in, bits, group_size)
     fill = centre(bits) if symmetric else 0
-    values = torch.randint(256, of_values, generator=g, dtype=torch.uint8)
+    values = randint(g, 256, *of_values, dtype=torch.uint8)
     padding = of_scales[1] * group_size - C_in
     if padding:
         per = 32 // bits
-        column = torch.arange(of_values[1] * per).view(-1, 1, per)
+        column = torch.arange(of_values[1] * per, device=values.device).view(-1, 1, per)
         if bits == 8:
             values[(column >= C_in).expand(values.shape)] = fill
         else:
@@ -151,6 +152,6 @@ def random_weight(
             values = torch.where(low, values & 240 | fill, values)
             values = torch.where(high, values & 15 | fill << 4, values)
     size = 2.0 ** (1 - bits) * max(C_in, 1) ** -0.5
-    scales = size * (0.5 + torch.rand(of_scales, generator=g, dtype=torch.float32))
+    scales = size * (0.5 + rand(g, *of_scales))
     minima = None if symmetric else (-scales * centre(bits)).half().to(device)
     return values.to(device), scales.half().to(device), minima, C_out, bits, group_size
