@@ -96,7 +96,11 @@ def test_the_number_of_each_call_is_read_where_a_gradient_is_recorded():
             assert torch.equal(ops.rms_norm(x, weight, torch.tensor(eps)), y)
 
 
-@pytest.mark.parametrize("wrong", ["1", [1.0], torch.ones(2), np.ones(1), 1j, object()], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    ["1", [1.0], torch.ones(2), np.ones(1), 1j, object()],
+    ids=["text", "list", "tensor", "array", "complex", "object"],
+)
 def test_what_is_no_number_is_refused(wrong):
     x, weight = torch.randn(3, 64), torch.ones(64)
     for given in (x, x.clone().requires_grad_()):
