@@ -22,7 +22,7 @@ from . import hf_models
 from .checkpoints import SMALL
 from .ops.backends import BACKENDS, CUDA_HOST, name_of, on
 from .ops.oracle import as_tuple, copies
-from .ops.test_library import FORWARD, leaves, small
+from .ops.test_library import FORMS, leaves
 
 # A kernel of the host's CUDA is compiled for minutes, and takes what the other kernels take.
 HERE = [b for b in BACKENDS if name_of(b) not in ("cuda", CUDA_HOST)]
@@ -48,20 +48,19 @@ def under_each(call):
 
 
 @pytest.mark.parametrize("backend", HERE)
-@pytest.mark.parametrize("name", FORWARD)
-def test_ops(name, backend):
-    op = OPS[name]
+@pytest.mark.parametrize("form", FORMS)
+def test_ops(form, backend):
+    op, args, with_gradient = FORMS[form]
 
     def call():
         for each in OPS.values():
             each.forget_order()  # so that this is the first call of its shapes
-        args = small(op)
         with on(name_of(backend)):
             given = copies(args)
             with torch.no_grad():
                 results = as_tuple(op(*given))
-        asked = leaves(op, args)
-        if op.gradient is not None:  # of which a backend may have none of its own
+        asked = leaves(op, args) if with_gradient else args
+        if with_gradient:  # of which a backend may have none of its own
             sum(y.sum() for y in as_tuple(op(*asked))).backward()
         grads = [t.grad for t in asked if isinstance(t, torch.Tensor) and t.grad is not None]
         return [t for t in (*args, *results, *given, *grads) if isinstance(t, torch.Tensor)]

@@ -325,7 +325,7 @@ PATCHES = {
         functools.wraps(layers.GateUp.forward)(doubled(layers.GateUp.forward)),
     ),
     "a class without one": (layers.GateUp, "__call__", doubled(nn.Module.__call__)),
-    "an op": (ops, "linear_swiglu", doubled(ops.linear_swiglu)),
+    "an op": (ops, "linear", doubled(ops.linear)),
 }
 
 

@@ -11,7 +11,7 @@ from llama_fast.config import LlamaConfig
 from llama_fast.dispatch import OPS, use_backend
 from llama_fast.model import Llama
 from tests.ops.oracle import as_tuple, assert_accurate, of_op, run_poisoned
-from tests.ops.test_library import FORWARD, leaves, small
+from tests.ops.test_library import FORMS, leaves
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -103,7 +103,7 @@ def test_activation_checkpointing():
     "name", ["rms_norm", "swiglu", "rope", "attention", "linear_cross_entropy"]
 )
 def test_opcheck(name):
-    args = tuple(a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in small(FORWARD[name]))
+    args = tuple(a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in FORMS[name][1])
     with use_backend("triton", strict=True):
         torch.library.opcheck(OPS[name]._torch_op, leaves(OPS[name], args))
 

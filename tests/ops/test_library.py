@@ -29,12 +29,14 @@ def small(op) -> dict[str, tuple[tuple, bool]]:
     return found
 
 
-SMALL = [
-    pytest.param(op, args, with_gradient, id=label)
+# Each form of each op, by its label: the op, arguments, and whether it has a gradient.
+FORMS = {
+    label: (op, args, with_gradient)
     for op in OPS.values()
     if op.cases is not None
     for label, (args, with_gradient) in small(op).items()
-]
+}
+SMALL = [pytest.param(*form, id=label) for label, form in FORMS.items()]
 
 
 def leaves(op, args: tuple) -> tuple:

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from llama_fast import rms_norm, swiglu
-from llama_fast.dispatch import OPS
 from llama_fast.dispatch.signature import kind_of_call, read_by_python
 from llama_fast.errors import ShapeError
 from llama_fast.ops import linear
 
 from .backends import BACKENDS, device, name_of, on
 from .oracle import as_tuple, copies
-from .test_library import FORWARD, small
+from .test_library import FORMS
 
 
 def floats(args: tuple) -> list[int]:
@@ -27,10 +26,11 @@ def negated(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", FORWARD)
-def test_negated_tensors(backend, name):
-    op, where = OPS[name], device(name_of(backend))
-    args = tuple(a.to(where) if isinstance(a, torch.Tensor) else a for a in small(op))
+@pytest.mark.parametrize("form", FORMS)
+def test_negated_tensors(backend, form):
+    op, args, _ = FORMS[form]
+    where = device(name_of(backend))
+    args = tuple(a.to(where) if isinstance(a, torch.Tensor) else a for a in args)
     with on(name_of(backend)), torch.no_grad():
         plain = copies(args)
         expected = [*as_tuple(op(*plain)), *(a for a in plain if isinstance(a, torch.Tensor))]

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from llama_fast.ops.linear_quantized import dequantize as dequantize_weight
 
 from llama_fast.dispatch import OPS, Op
 from llama_fast.ops.attention import valid_only, visible
 from llama_fast.ops.inputs import randn
 from llama_fast.ops.kv_append import places
 from llama_fast.ops.quantized_kv import dequantize, quantize
+from llama_fast.ops.quantized_layout import dequantize as dequantize_weight
 from llama_fast.ops.rope import rotate
 
 from .oracle import Expected, of_op
@@ -45,7 +45,7 @@ def product(fault: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def linear(fault, x, weight):
+def linear(fault, x, weight, *defaults):
     return (product(fault, x, weight.t()).to(x.dtype),)
 
 
@@ -86,7 +86,7 @@ def rope(fault, q, k, cos, sin, interleaved):
     return tuple(rotate(x, cos.unsqueeze(-2), sin.unsqueeze(-2), interleaved) for x in (q, k))
 
 
-def kv_append(fault, q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved):
+def kv_append(fault, q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, *defaults):
     b, t, p = places(q, lengths, k_cache.shape[1], cos.shape[0])
     of_p = cos[p, None], sin[p, None]
     to = p.clamp(1) - 1 if fault == "a slot before" else p
@@ -96,21 +96,23 @@ def kv_append(fault, q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved):
     return rotated, k_cache, v_cache
 
 
-def kv_append_quantized(fault, q, k, v, cos, sin, *caches_and_rest):
-    *caches, lengths, interleaved = caches_and_rest
-    b, t, p = places(q, lengths, caches[0].shape[1], cos.shape[0])
+def kv_append_quantized(
+    fault, q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, k_scale, v_scale
+):
+    b, t, p = places(q, lengths, k_cache.shape[1], cos.shape[0])
     of_p = cos[p, None], sin[p, None]
-    for x, (codes, scales) in ((rotate(k[b, t], *of_p, interleaved), caches[:2]),
-                               (v[b, t], caches[2:])):  # fmt: skip
-        codes[b, p], scales[b, p] = quantize(x)
-        if fault == "codes cut, not rounded":
-            codes[b, p] = (x.float() / scales[b, p, :, None]).trunc().to(torch.int8)
+    caches = (k_cache, k_scale), (v_cache, v_scale)
+    new = rotate(k[b, t], *of_p, interleaved), v[b, t]
+    for x, (values, scale) in zip(new, caches, strict=True):
+        values[b, p], scale[b, p] = quantize(x)
+        if fault == "values cut, not rounded":
+            values[b, p] = (x.float() / scale[b, p, :, None]).trunc().to(torch.int8)
     rotated = torch.zeros_like(q).contiguous()
     rotated[b, t] = rotate(q[b, t], *of_p, interleaved)
-    return rotated, *caches
+    return rotated, k_cache, v_cache, k_scale, v_scale
 
 
-def attention(fault, q, k, v, causal, scale, lengths, need_lse):
+def attention(fault, q, k, v, causal, scale, lengths, need_lse, *defaults):
     B, T, H, D = q.shape
     _, S, K, _ = k.shape
     if fault == "an ignored length":
@@ -154,13 +156,13 @@ def attention(fault, q, k, v, causal, scale, lengths, need_lse):
     return o, lse
 
 
-def attention_quantized(fault, q, k_codes, k_scales, v_codes, v_scales, *rest):
+def attention_quantized(fault, q, k, v, causal, scale, lengths, need_lse, k_scale, v_scale):
     if fault == "the scale of the key before":
-        k_scales = k_scales.roll(1, 1)
+        k_scale = k_scale.roll(1, 1)
     if fault == "the scale of the head before":
-        v_scales = v_scales.roll(1, 2)
-    k, v = (dequantize(kv, q.dtype) for kv in ((k_codes, k_scales), (v_codes, v_scales)))
-    return attention(fault, q, k, v, *rest, False)[:1]
+        v_scale = v_scale.roll(1, 2)
+    k, v = dequantize(k, k_scale, q.dtype), dequantize(v, v_scale, q.dtype)
+    return attention(fault, q, k, v, causal, scale, lengths, need_lse)
 
 
 def attention_backward(fault, grad, q, k, v, o, lse, causal, scale, lengths):
@@ -186,7 +188,9 @@ def attention_backward(fault, grad, q, k, v, o, lse, causal, scale, lengths):
     return tuple(x.transpose(1, 2).to(q.dtype).contiguous() for x in results)
 
 
-def linear_cross_entropy(fault, x, weight, targets, ignore_index, need_x, need_weight, mean):
+def linear_cross_entropy(
+    fault, x, weight, targets, ignore_index, need_x, need_weight, mean, *defaults
+):
     rows, C = x.reshape(-1, x.shape[-1]), x.shape[-1]
     target = targets.flatten()
     logits = product("", rows, weight.t()).to(x.dtype).float()
@@ -215,12 +219,12 @@ def linear_cross_entropy(fault, x, weight, targets, ignore_index, need_x, need_w
     return losses.sum() * share, dx.to(x.dtype).view(*x.shape[:-1], C), dw.to(x.dtype)
 
 
-def linear_quantized(fault, x, codes, scales, offsets, C_out, bits, group_size):
+def linear_quantized(fault, x, values, scales, minima, C_out, bits, group_size, *defaults):
     if fault == "a zero point off by one":
-        offsets = offsets - scales
+        minima = minima - scales
     if fault == "the scales of another group":
         scales = scales.roll(1, 1)
-    weight = dequantize_weight(codes, scales, offsets, bits, group_size, torch.float32)
+    weight = dequantize_weight(values, scales, minima, bits, group_size, torch.float32)
     return (product(fault, x, weight[:C_out, : x.shape[-1]].t()).to(x.dtype),)
 
 
@@ -245,7 +249,7 @@ FAULTS = [
     Fault(linear, "a dropped tail", "16 rows"),
     Fault(linear, HALF_SUM, "decode"),
     Fault(linear, "TF32 products", "40 rows", (F32,)),
-    Fault(linear_quantized, "a zero point off by one", "4 bits, group of 32, with offsets"),
+    Fault(linear_quantized, "a zero point off by one", "4 bits, group of 32, with minima"),
     Fault(linear_quantized, "the scales of another group", "8 bits, group of 64, symmetric"),
     Fault(swiglu, "the halves exchanged", "odd"),
     Fault(swiglu, "a sigmoid in half precision", "1b prefill", (F32, F16)),
@@ -258,7 +262,7 @@ FAULTS = [
     Fault(rope, "turned backwards", "8b decode, interleaved"),
     Fault(rope, "the position before", "1b prefill"),
     Fault(kv_append, "a slot before", "chunk"),
-    Fault(kv_append_quantized, "codes cut, not rounded", "chunk"),
+    Fault(kv_append_quantized, "values cut, not rounded", "8 bits, chunk"),
     Fault(attention, "a stale maximum", "1b heads"),
     Fault(attention, "a stale denominator", "long decode"),
     Fault(attention, "a dropped tail", "long decode"),
@@ -269,8 +273,8 @@ FAULTS = [
     Fault(attention, "an ignored length", "ragged"),
     Fault(attention, HALF_SUM, "long decode"),
     Fault(attention, "lse without the maximum", "for a gradient"),
-    Fault(attention_quantized, "the scale of the key before", "8b decode"),
-    Fault(attention_quantized, "the scale of the head before", "8b decode"),
+    Fault(attention_quantized, "the scale of the key before", "8 bits, 8b decode"),
+    Fault(attention_quantized, "the scale of the head before", "8 bits, 8b decode"),
     Fault(attention_backward, "no sum of the row", "for a gradient"),
     Fault(attention_backward, "dk without the scale", "for a gradient"),
     Fault(attention_backward, "dk of the last head of a group", "for a gradient"),
@@ -291,12 +295,12 @@ def judged_by(kernel: Callable, case: str, dtype: torch.dtype) -> tuple[Op, tupl
 
 def arguments(name: str, case_name: str, dtype: torch.dtype) -> tuple[Op, tuple]:
     of_gradient = name.endswith("_backward")
-    op = OPS[name.removesuffix("_backward")]
+    op = OPS[name.removesuffix("_backward").removesuffix("_quantized")]
     (case,) = (case for case in op.cases() if case.name == case_name)
     generator = torch.Generator().manual_seed(0)
     args = case.make(generator, dtype, "cpu")
     if of_gradient:
-        q, k, v, causal, scale, lengths, _ = args
+        q, k, v, causal, scale, lengths, *_ = args
         o, lse = attention("", *args)
         grad = randn(generator, *q.shape, dtype=dtype)
         return OPS[name], (grad, q, k, v, o, lse, causal, scale, lengths)
