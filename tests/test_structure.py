@@ -34,7 +34,7 @@ MAY_IMPORT = {
 MODEL = MAY_IMPORT["model"] | {"model"}
 MAY_IMPORT |= {
     "quantization": MODEL,
-    "generation": MODEL | {"tokenizer"},
+    "generation": MODEL | {"tokenizer", "_cpu"},
     "training": MODEL | {"tokenizer"},
 }
 BELOW_BENCH = MODEL | {"tokenizer", "quantization", "generation", "training", "hf"}

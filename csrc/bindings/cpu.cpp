@@ -13,6 +13,7 @@
 
 #include "bindings/blocks.h"
 #include "bindings/kind_of_call.h"
+#include "bindings/unchanged.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -74,17 +75,30 @@ void set_isa(const std::string& name) {
 
 template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
-// What makes the kinds of calls with tensors of these types, or None where their library does not
-// offer DLPack's C functions (torch does from 2.10 on).
-py::object kinds_of_calls(py::type tensor, py::type parameter, py::function fallback) {
+// DLPack's C functions for tensors of this type, or null where their library does not offer them
+// (torch does from 2.10 on).
+const DLPackExchangeAPI* exchange_api(const py::type& tensor) {
   const auto capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
-  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return py::none();
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
   const auto* api = static_cast<const DLPackExchangeAPI*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (api->major != 1 || !api->dltensor_from_py_object) return py::none();
+  return api->major == 1 && api->dltensor_from_py_object ? api : nullptr;
+}
+
+// What makes the kinds of calls with tensors of these types, or None without `exchange_api`.
+py::object kinds_of_calls(py::type tensor, py::type parameter, py::function fallback) {
+  const auto* api = exchange_api(tensor);
+  if (!api) return py::none();
   return py::cpp_function(
       [kind = KindOfCall(std::move(tensor), std::move(parameter), api, std::move(fallback))](
           const py::tuple& args, bool grad) { return kind(args, grad); });
+}
+
+// What says whether these are unchanged, or None without `exchange_api`.
+py::object unchanged(const py::type& tensor, const py::list& dicts, const py::list& tensors) {
+  const auto* api = exchange_api(tensor);
+  if (!api) return py::none();
+  return py::cpp_function([of = Unchanged(dicts, tensors, api)] { return of.holds(); });
 }
 
 // n0, n1, n2, stride0, stride1, stride2
@@ -177,6 +191,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("lowest_address", &lowest_address, "Below it no tensor has memory.");
   m.def("kinds_of_calls", &kinds_of_calls, py::arg("tensor"), py::arg("parameter"),
         py::arg("fallback"));
+  m.def("unchanged", &unchanged, py::arg("tensor"), py::arg("dicts"), py::arg("tensors"));
 
   py::class_<Tape>(m, "Tape", "The kernels that were launched while it recorded.")
       .def(py::init<>())

@@ -10,9 +10,9 @@ change, since a replay reads it there.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
-from operator import is_, methodcaller
+from operator import is_
 from typing import Any
 
 import torch
@@ -24,6 +24,11 @@ from .. import ops
 from ..dispatch import launch_settings
 from ..nn.kv_cache import KVCache
 
+try:
+    from .. import _cpu
+except ImportError:
+    _cpu = None
+
 PACKAGE = __package__.partition(".")[0]
 # Where functions are defined that do nothing a replay would leave out.
 HOMES = (PACKAGE, "torch.nn", "torch.utils._contextlib", "contextlib")
@@ -32,7 +37,8 @@ HOMES = (PACKAGE, "torch.nn", "torch.utils._contextlib", "contextlib")
 OF_A_MODULE = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 OF_ALL_MODULES = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
-_values = methodcaller("values")
+# A dict, or a class in the place of its own.
+_Dict = dict[str, Any] | type
 
 
 class Snapshot:
@@ -51,43 +57,60 @@ class Snapshot:
         self._modules, self._types = modules[1:], [*map(type, modules)]
         classes = _classes(self._types)
         self._of_model = {name: _reference(x) for name, x in vars(model).items()}
-        self._dicts = [
+        dicts = [
             *_inner_dicts(model),
             *chain.from_iterable((vars(x), *_inner_dicts(x)) for x in self._modules),
             *_shared_dicts(classes),
         ]
-        self._seen = self._look()
         self._cache = [(name, x) for name, x in vars(cache).items() if [*_tensors(x)]]
-        self._tensors = [*_tensors(self._seen), *_tensors([x for _, x in self._cache])]
-        self._places = [*map(_place, self._tensors)]
+        values = [*vars(model).values(), *_values(dicts), *(x for _, x in self._cache)]
+        tensors = [*_tensors(values)]
+        self._unchanged = unchanged(dicts, tensors)
         self._settings = _settings(cache)
         self.plain = (
             not any(vars(torch_module)[name] for name in OF_ALL_MODULES)
             and not any(map(_has_hooks_or_overrides, modules))
-            and all(map(_is_dense, self._tensors))
+            and all(map(_is_dense, tensors))
             and all(_is_known(x) for owner in classes for x in vars(owner).values())
             and all(_is_known(getattr(ops, name)) for name in ops.__all__)
         )
 
     def holds(self, model: nn.Module, cache: KVCache) -> bool:
         """Whether they are what they were."""
-        seen = self._look()
         return (
-            len(seen) == len(self._seen)
-            and all(map(is_, seen, self._seen))
+            self._unchanged()
             and vars(model).keys() == self._of_model.keys()
             and all(self._of_model[name]() is x for name, x in vars(model).items())
             and [type(model), *map(type, self._modules)] == self._types
             and all(getattr(cache, name, None) is x for name, x in self._cache)
-            and [*map(_place, self._tensors)] == self._places
             and _settings(cache) == self._settings
         )
 
-    def _look(self) -> list[Any]:
-        return [*chain.from_iterable(map(_values, self._dicts))]
+
+def unchanged(dicts: list[_Dict], tensors: list[Tensor]) -> Callable[[], bool]:
+    """What says whether the dicts hold the very objects that they hold now, and the tensors lie
+    where and as they do; in C++ where torch and the build allow it."""
+    found = None if _cpu is None else _cpu.unchanged(Tensor, dicts, tensors)
+    return seen_by_python(dicts, tensors) if found is None else found
 
 
-def _inner_dicts(module: nn.Module) -> Iterator[Mapping[str, Any]]:
+def seen_by_python(dicts: list[_Dict], tensors: list[Tensor]) -> Callable[[], bool]:
+    seen, places = [*_values(dicts)], [*map(_place, tensors)]
+
+    def holds() -> bool:
+        values = [*_values(dicts)]
+        same = len(values) == len(seen) and all(map(is_, values, seen))
+        return same and [*map(_place, tensors)] == places
+
+    return holds
+
+
+def _values(dicts: Iterable[_Dict]) -> Iterator[Any]:
+    for each in dicts:
+        yield from (vars(each) if isinstance(each, type) else each).values()
+
+
+def _inner_dicts(module: nn.Module) -> Iterator[_Dict]:
     return (vars(module)[name] for name in OF_A_MODULE)
 
 
@@ -105,11 +128,11 @@ def _classes(types: list[type]) -> list[type]:
     return [x for x in dict.fromkeys(bases) if x is not object]
 
 
-def _shared_dicts(classes: list[type]) -> Iterator[Mapping[str, Any]]:
+def _shared_dicts(classes: list[type]) -> Iterator[_Dict]:
     """What the classes hold; what their functions find by name; and the hooks of all modules."""
-    yield from map(vars, classes)
+    yield from classes
     found = {ops.__name__: vars(ops)}
-    for function in chain.from_iterable(map(_values, map(vars, classes))):
+    for function in _values(classes):
         names = getattr(function, "__globals__", {})
         if _is_home(names, (PACKAGE,)):
             found[names["__name__"]] = names

@@ -80,7 +80,8 @@ def test_the_number_of_each_call_is_read(op, index, backend):
 
     for value in (first, not first if isinstance(first, bool) else first * 3):
         expected = run(value)
-        for number in dressed(value):
+        # Which number it is, is found out before a backend is chosen: one is enough for slow ones.
+        for number in dressed(value) if backend.startswith("cpu") else [torch.tensor(value)]:
             for x, y in zip(run(number), expected, strict=True):
                 assert torch.equal(x.nan_to_num(7), y.nan_to_num(7))
 
