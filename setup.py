@@ -37,7 +37,7 @@ ISA_FLAGS = {"scalar": "", **(X86_64_FLAGS if IS_X86_64 else {})}
 
 # No -march=native and no -ffast-math: the module must run on any CPU of its architecture, and
 # NaN and infinity must behave.
-CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall"
+CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall"
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 

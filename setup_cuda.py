@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.resolve()
 VARIABLE = "LLAMA_FAST_CUDA"
 OLDEST = 80  # cp.async and bfloat16 matrix products
 ALL = ("80", "86", "89", "90a", "100", "120")
-NVCC_FLAGS = "-O3 -std=c++17 -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden --Werror=all-warnings"
+NVCC_FLAGS = "-O3 -std=c++20 -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden --Werror=all-warnings"
 
 
 class NoCuda(Exception):
@@ -118,7 +118,7 @@ def ninja_file(target: Path, chosen: list[str]) -> str:
     includes = [sysconfig.get_path("include"), pybind11.get_include()]
     binding = " ".join(
         [
-            f"-O2 -std=c++17 -fPIC -fvisibility=hidden -Wall -I{ROOT}/csrc",
+            f"-O2 -std=c++20 -fPIC -fvisibility=hidden -Wall -I{ROOT}/csrc",
             *(f"-isystem {path}" for path in includes),
             f"'-DLLAMA_FAST_CUDA_ARCHITECTURES=\"{','.join(chosen)}\"'",
         ]

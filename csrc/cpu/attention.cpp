@@ -8,7 +8,6 @@
 #include "attention/few_queries.h"
 #include "attention/many_queries.h"
 #include "dispatch.h"
-#include "kernels.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -152,7 +151,10 @@ template <class T> static void attend(const AttentionArgs& a) {
   });
 }
 
+void attention_quantized(const AttentionArgs&);
+
 void attention(const AttentionArgs& a) {
+  if (a.k_scales.data) return attention_quantized(a);
   with_type(a.dtype, [&](auto t) { attend<decltype(t)>(a); });
 }
 

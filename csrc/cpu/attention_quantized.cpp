@@ -7,7 +7,6 @@
 
 #include "attention/few_queries_quantized.h"
 #include "dispatch.h"
-#include "kernels.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -22,20 +21,20 @@ constexpr int64_t CODED_WORK = 1 << 18;  // multiply-adds that make up for wakin
 
 // The tokens [0, keys) of one row as (keys, K, D) of T.
 template <class T>
-static void dequantize(const QuantizedHeads& x, int64_t b, int64_t keys, int64_t K, int64_t D,
-                       T* out) {
+static void dequantize(const Heads& x, const HeadScales& scales, int64_t b, int64_t keys, int64_t K,
+                       int64_t D, T* out) {
   constexpr int W = vf::W;
   const int16_t first_only[2] = {1, 0};
   const vi one = set_words(first_only);
   parallel_for(keys, 1 + 16384 / (K * D + 1), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * K; n < end * K; ++n) {
       const int64_t t = n / K, h = n % K;
-      const int8_t* codes = x.codes + b * x.stride.b + t * x.stride.t + h * x.stride.h;
-      const vf scale =
-          set(x.scales[b * x.scale_stride.b + t * x.scale_stride.t + h * x.scale_stride.h]);
+      const int8_t* qdata = x.at<const int8_t>(b, t) + h * x.stride.h;
+      const HeadStrides& stride = scales.stride;
+      const vf scale = set(scales.data[b * stride.b + t * stride.t + h * stride.h]);
       for_each_run<2 * W>(D, [&](int64_t e, auto width) {
         vi a, c;
-        load_columns(codes + e * 2 * W, codes + e * 2 * W, a, c, width);
+        load_columns(qdata + e * 2 * W, qdata + e * 2 * W, a, c, width);
         vf first, second;
         order_columns(to_float(dot_words(a, one, set(0))), to_float(dot_words(c, one, set(0))),
                       first, second);
@@ -50,25 +49,25 @@ static void dequantize(const QuantizedHeads& x, int64_t b, int64_t keys, int64_t
 
 // One row with many queries.
 template <class T>
-static void attend_many(const AttentionQuantizedArgs& args, const Row& row, int64_t b) {
-  AttentionArgs a = args.plain;
+static void attend_many(const AttentionArgs& args, const Row& row, int64_t b) {
+  AttentionArgs a = args;
   const int64_t size = row.keys * a.K * a.D;
   const std::unique_ptr<T[]> k(new T[size_t(size)]), v(new T[size_t(size)]);
-  dequantize<T>(args.k, b, row.keys, a.K, a.D, k.get());
-  dequantize<T>(args.v, b, row.keys, a.K, a.D, v.get());
-  a.q = static_cast<const T*>(a.q) + b * a.q_stride.b;
+  dequantize<T>(args.k, args.k_scales, b, row.keys, a.K, a.D, k.get());
+  dequantize<T>(args.v, args.v_scales, b, row.keys, a.K, a.D, v.get());
+  const HeadStrides stride{0, a.K * a.D, a.D};
+  a.q.data = a.q.at<T>(b, 0);
+  a.k = {k.get(), stride};
+  a.v = {v.get(), stride};
+  a.k_scales = a.v_scales = {};
   a.o = static_cast<T*>(a.o) + b * a.T * a.H * a.D;
-  a.k = k.get();
-  a.v = v.get();
-  a.k_stride = a.v_stride = {0, a.K * a.D, a.D};
   if (a.lengths) a.lengths += b;
   a.B = 1;
   a.S = row.keys;
   attention(a);
 }
 
-template <class T> static void attend_quantized(const AttentionQuantizedArgs& args) {
-  const AttentionArgs& a = args.plain;
+template <class T> static void attend_quantized(const AttentionArgs& a) {
   if (a.B == 0 || a.T == 0 || a.H == 0) return;
   const int64_t G = a.H / a.K, D = a.D;
   const auto few = [&](const Row& row) {
@@ -85,7 +84,7 @@ template <class T> static void attend_quantized(const AttentionQuantizedArgs& ar
   for (int64_t b = 0; b < a.B; ++b) {
     const Row row(a, b);
     if (!few(row)) {
-      attend_many<T>(args, row, b);
+      attend_many<T>(a, row, b);
       continue;
     }
     std::memset(static_cast<T*>(a.o) + b * a.T * a.H * D, 0,
@@ -117,7 +116,7 @@ template <class T> static void attend_quantized(const AttentionQuantizedArgs& ar
       // Parts lie as close as this row needs them.
       float* first = count == 1 ? memory : kept + (b * a.K + head) * most * part_floats;
       const Partial result(first + i * Partial::floats(row_heads, D), row_heads, D);
-      few_queries_quantized<T>(args, row, b, head, begin, end, memory + part_floats, result);
+      few_queries_quantized<T>(a, row, b, head, begin, end, memory + part_floats, result);
       if (count > 1) {
         // Whoever finishes last sees the others' parts.
         if (__atomic_add_fetch(&done[b * a.K + head], 1, __ATOMIC_ACQ_REL) < count) continue;
@@ -132,8 +131,8 @@ template <class T> static void attend_quantized(const AttentionQuantizedArgs& ar
   });
 }
 
-void attention_quantized(const AttentionQuantizedArgs& args) {
-  with_type(args.plain.dtype, [&](auto t) { attend_quantized<decltype(t)>(args); });
+void attention_quantized(const AttentionArgs& a) {
+  with_type(a.dtype, [&](auto t) { attend_quantized<decltype(t)>(a); });
 }
 
 }  // namespace ISA

@@ -10,7 +10,6 @@
 #include <cstring>
 
 #include "dispatch.h"
-#include "kernels.h"
 #include "linear/many_rows.h"
 #include "parallel.h"
 #include "scratch.h"

@@ -14,7 +14,6 @@
 #include <cmath>
 
 #include "dispatch.h"
-#include "kernels.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "simd/bytes.h"
@@ -247,7 +246,7 @@ static void round_row(const T* x, const LinearQuantizedArgs& a, const Shape& s, 
     int8_t* to = tile.bytes + begin * MT + 4 * m;
     for (int64_t i = 0; i < s.group_size; i += 4) std::memcpy(to + i * MT, q + i, 4);
     const int64_t at = g * MT + m;
-    const int centre = a.offsets ? 0 : a.bits == 8 ? 128 : 8;
+    const int centre = a.minima ? 0 : a.bits == 8 ? 128 : 8;
     tile.scales[at] = r.scale;
     tile.sums[at] = r.scale * r.sum;
     tile.starts[at] = std::isfinite(r.sum) ? int32_t(r.sum) * (bias - centre) : 0;
@@ -287,6 +286,24 @@ template <class F> static void for_each_blocks(const Shape& s, int64_t M, F&& f)
   });
 }
 
+// A chunk of the columns of some blocks of W, `groups` groups from g0 on; without a tile of x.
+static Part part_of(const LinearQuantizedArgs& a, const Shape& s, int64_t n0, int64_t g0,
+                    int64_t groups) {
+  const int64_t scale_stride = s.groups * BLOCK, at = n0 * scale_stride + g0 * BLOCK;
+  return {
+      .codes = a.qdata + n0 * s.code_bytes + g0 * s.group_size * BLOCK * a.bits / 8,
+      .scales = static_cast<const f16*>(a.scales) + at,
+      .offsets = a.minima ? static_cast<const f16*>(a.minima) + at : nullptr,
+      .code_stride = s.code_bytes,
+      .scale_stride = scale_stride,
+      .groups = std::min(groups, s.groups - g0),
+      .group_size = s.group_size,
+      .x = {},
+      .first = g0 == 0,
+      .total = nullptr,
+  };
+}
+
 template <class T>
 static void by_bytes(const LinearQuantizedArgs& a, const Shape& s, int64_t row0, int64_t M) {
   const int64_t tiles = tiles_of(M);
@@ -318,16 +335,8 @@ static void by_bytes(const LinearQuantizedArgs& a, const Shape& s, int64_t row0,
     float* total = scratch<LinearQuantizedArgs>(M * NT * BLOCK + (unpacked ? MAX_NT * CHUNK * 4 : 0));
     auto* bytes = reinterpret_cast<uint8_t*>(total + M * NT * BLOCK);
     for (int64_t g0 = 0; g0 < s.groups; g0 += chunk) {
-      Part part;
-      part.groups = std::min(chunk, s.groups - g0);
-      part.group_size = s.group_size;
-      part.scale_stride = s.groups * BLOCK;
-      part.scales = a.scales + n0 * part.scale_stride + g0 * BLOCK;
-      part.offsets = a.offsets ? a.offsets + n0 * part.scale_stride + g0 * BLOCK : nullptr;
-      part.first = g0 == 0;
+      Part part = part_of(a, s, n0, g0, chunk);
       const int64_t columns = part.groups * s.group_size;
-      part.codes = a.codes + n0 * s.code_bytes + g0 * s.group_size * BLOCK * a.bits / 8;
-      part.code_stride = s.code_bytes;
       if (unpacked) {
         for (int n = 0; n < NT; ++n)
           unpack(part.codes + n * s.code_bytes, columns / 8, bytes + n * CHUNK * BLOCK);
@@ -391,15 +400,7 @@ static void by_values(const LinearQuantizedArgs& a, const Shape& s, int64_t row0
     float* total = scratch<LinearQuantizedArgs>(M * NT * BLOCK + FLOAT_CHUNK * MAX_NT * BLOCK);
     float* values = total + M * NT * BLOCK;
     for (int64_t g0 = 0; g0 < s.groups; g0 += chunk) {
-      Part part;
-      part.groups = std::min(chunk, s.groups - g0);
-      part.group_size = s.group_size;
-      part.scale_stride = s.groups * BLOCK;
-      part.scales = a.scales + n0 * part.scale_stride + g0 * BLOCK;
-      part.offsets = a.offsets ? a.offsets + n0 * part.scale_stride + g0 * BLOCK : nullptr;
-      part.codes = a.codes + n0 * s.code_bytes + g0 * s.group_size * BLOCK * a.bits / 8;
-      part.code_stride = s.code_bytes;
-      part.first = g0 == 0;
+      Part part = part_of(a, s, n0, g0, chunk);
       dequantize(part, a.bits, NT, values);
       for_each_tile(M, [&](int64_t m0, int mt) {
         part.total = total + m0 * NT * BLOCK;

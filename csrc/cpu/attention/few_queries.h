@@ -104,10 +104,10 @@ template <class T> struct Span {
 
   Span() = default;
   Span(const AttentionArgs& a, int64_t b, int64_t head, int64_t begin_key, int64_t end_key)
-      : k(static_cast<const T*>(a.k) + b * a.k_stride.b + head * a.k_stride.h),
-        v(static_cast<const T*>(a.v) + b * a.v_stride.b + head * a.v_stride.h),
-        k_stride(a.k_stride.t),
-        v_stride(a.v_stride.t),
+      : k(static_cast<const T*>(a.k.data) + b * a.k.stride.b + head * a.k.stride.h),
+        v(static_cast<const T*>(a.v.data) + b * a.v.stride.b + head * a.v.stride.h),
+        k_stride(a.k.stride.t),
+        v_stride(a.v.stride.t),
         begin(begin_key),
         end(end_key),
         tiles((end - begin + FEW_TILE - 1) / FEW_TILE),
@@ -301,8 +301,8 @@ static void few_queries(const AttentionArgs& a, const Row& row, int64_t b, int64
   float* total = weights + rows * FEW_TILE;  // W lanes of each query
 
   for (int64_t r = 0; r < rows; ++r) {
-    const T* from = static_cast<const T*>(a.q) + b * a.q_stride.b +
-                    (row.first + r / G) * a.q_stride.t + (head * G + r % G) * a.q_stride.h;
+    const T* from = static_cast<const T*>(a.q.data) + b * a.q.stride.b +
+                    (row.first + r / G) * a.q.stride.t + (head * G + r % G) * a.q.stride.h;
     for_each_run<Key::size>(D, [&](int64_t e, auto width) {
       vf x[Key::V];
       Key::load(from + e * Key::size, x, width);

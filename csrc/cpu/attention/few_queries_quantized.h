@@ -92,9 +92,9 @@ struct TileScales {
   const float* of;
   float largest;
 
-  TileScales(const QuantizedHeads& x, int64_t b, int64_t head, int64_t tile, int64_t count) {
-    const int64_t stride = x.scale_stride.t;
-    of = x.scales + b * x.scale_stride.b + head * x.scale_stride.h + tile * stride;
+  TileScales(const HeadScales& x, int64_t b, int64_t head, int64_t tile, int64_t count) {
+    const int64_t stride = x.stride.t;
+    of = x.data + b * x.stride.b + head * x.stride.h + tile * stride;
     if (stride != 1 || count < CODED_TILE) {
       for (int64_t j = 0; j < CODED_TILE; ++j) kept[j] = j < count ? of[j * stride] : 0.f;
       of = kept;
@@ -229,11 +229,10 @@ static inline int64_t few_quantized_floats(int64_t rows, int64_t D) {
 // The queries of a row of the batch and a KV head, query by query and head by head, over the keys
 // [begin, end).
 template <class T>
-static void few_queries_quantized(const AttentionQuantizedArgs& args, const Row& row, int64_t b,
+static void few_queries_quantized(const AttentionArgs& a, const Row& row, int64_t b,
                                   int64_t head, int64_t begin, int64_t end, float* memory,
                                   const Partial& result) {
   constexpr int W = vf::W, NUMBER = WORDS<T>;
-  const AttentionArgs& a = args.plain;
   const int64_t G = a.H / a.K, D = a.D, rows = row.queries * G, q_stride = round_up(D, 2 * W);
   float* wide = memory;
   float* total = wide + q_stride;  // W lanes of each query
@@ -242,8 +241,8 @@ static void few_queries_quantized(const AttentionQuantizedArgs& args, const Row&
 
   for (int64_t d = 0; d < q_stride; d += W) store(wide + d, zero());
   for (int64_t r = 0; r < rows; ++r) {
-    const T* from = static_cast<const T*>(a.q) + b * a.q_stride.b +
-                    (row.first + r / G) * a.q_stride.t + (head * G + r % G) * a.q_stride.h;
+    const T* from = static_cast<const T*>(a.q.data) + b * a.q.stride.b +
+                    (row.first + r / G) * a.q.stride.t + (head * G + r % G) * a.q.stride.h;
     for_each_vector(D, [&](int64_t d, auto width) { store(wide + d, load(from + d, width)); });
     to_words<NUMBER>(wide, q_stride, q + r * NUMBER * q_stride, q_stride, q_steps + r * NUMBER);
     result.top[r] = -std::numeric_limits<float>::infinity();
@@ -252,11 +251,11 @@ static void few_queries_quantized(const AttentionQuantizedArgs& args, const Row&
   }
 
   const float factor = a.scale * 1.44269504f;  // weights are powers of two
-  const auto of_head = [&](const QuantizedHeads& x) {
-    return x.codes + b * x.stride.b + head * x.stride.h;
+  const auto of_head = [&](const Heads& x) {
+    return x.at<const int8_t>(b, 0) + head * x.stride.h;
   };
-  const int8_t *keys = of_head(args.k), *values = of_head(args.v);
-  const int64_t k_stride = args.k.stride.t, v_stride = args.v.stride.t;
+  const int8_t *keys = of_head(a.k), *values = of_head(a.v);
+  const int64_t k_stride = a.k.stride.t, v_stride = a.v.stride.t;
   for (int64_t tile = begin; tile < end; tile += CODED_TILE) {
     const int64_t count = std::min<int64_t>(CODED_TILE, end - tile);
     const int64_t after = std::min<int64_t>(CODED_TILE, end - tile - count);
@@ -264,7 +263,7 @@ static void few_queries_quantized(const AttentionQuantizedArgs& args, const Row&
     const Tile<int8_t> k{keys + tile * k_stride, k_stride, count};
     const Tile<int8_t> v{values + tile * v_stride, v_stride, count};
     const Tile<int8_t> next{k.row(count), k_stride, after};
-    const TileScales k_scales(args.k, b, head, tile, count), v_scales(args.v, b, head, tile, count);
+    const TileScales k_scales(a.k_scales, b, head, tile, count), v_scales(a.v_scales, b, head, tile, count);
 
     auto some = [&](int64_t r, auto number) {
       constexpr int R = decltype(number)::value;

@@ -153,8 +153,8 @@ static void many_queries(const AttentionArgs& a, const Row& row, int64_t b, int6
   const float factor = a.scale * 1.44269504f;  // weights are powers of two
 
   for (int64_t r = 0; r < padded; ++r) {
-    const T* from = static_cast<const T*>(a.q) + b * a.q_stride.b +
-                    (t_begin + r / G) * a.q_stride.t + (head * G + r % G) * a.q_stride.h;
+    const T* from = static_cast<const T*>(a.q.data) + b * a.q.stride.b +
+                    (t_begin + r / G) * a.q.stride.t + (head * G + r % G) * a.q.stride.h;
     for (int64_t u = 0; u < units; u += W) {
       const vf x = r >= rows ? zero()
                    : u + W <= units ? Unit<T>::load(from + u * SIZE)
@@ -168,14 +168,14 @@ static void many_queries(const AttentionArgs& a, const Row& row, int64_t b, int6
 
   // Queries of a later strip see no fewer keys.
   auto visible = [&](int64_t r) { return row.visible(a, t_begin + std::min(r, rows - 1) / G); };
-  const T* keys = static_cast<const T*>(a.k) + b * a.k_stride.b + head * a.k_stride.h;
-  const T* values = static_cast<const T*>(a.v) + b * a.v_stride.b + head * a.v_stride.h;
+  const T* keys = static_cast<const T*>(a.k.data) + b * a.k.stride.b + head * a.k.stride.h;
+  const T* values = static_cast<const T*>(a.v.data) + b * a.v.stride.b + head * a.v.stride.h;
   const int64_t end = visible(rows - 1);
   for (int64_t tile = 0; tile < end; tile += MANY_TILE) {
     const int64_t count = std::min<int64_t>(MANY_TILE, end - tile);
     const int64_t tile_steps = (count + SIZE - 1) / SIZE;
-    pack_keys(keys + tile * a.k_stride.t, a.k_stride.t, count, D, m.k);
-    pack_values(values + tile * a.v_stride.t, a.v_stride.t, count, D, m.v);
+    pack_keys(keys + tile * a.k.stride.t, a.k.stride.t, count, D, m.k);
+    pack_values(values + tile * a.v.stride.t, a.v.stride.t, count, D, m.v);
     for (int64_t strip = 0; strip < padded; strip += STRIP) {
       const int64_t strip_end = std::min<int64_t>(strip + STRIP, padded);
       if (visible(strip_end - 1) <= tile) continue;

@@ -5,7 +5,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "../kernels.h"
+#include "../../args.h"
 #include "../simd/simd.h"
 
 namespace llama_fast {

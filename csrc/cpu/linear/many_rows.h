@@ -14,7 +14,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../kernels.h"
+#include "../../args.h"
 #include "../parallel.h"
 #include "../scratch.h"
 #include "../simd/dot.h"
