@@ -8,6 +8,63 @@
 
 namespace llama_fast {
 
+inline RmsNormArgs rms_norm_args(const Tensor& x, const Tensor& weight, double eps,
+                                 const Tensor& y) {
+  return {.dtype = x.dtype(),
+          .x = x.data,
+          .weight = weight.data,
+          .y = y.data,
+          .rows = rows(x),
+          .C = x.size(-1),
+          .eps = float(eps)};
+}
+
+inline AddRmsNormArgs add_rms_norm_args(const Tensor& x, const Tensor& residual,
+                                        const Tensor& weight, double eps, const Tensor& y,
+                                        const Tensor& total) {
+  return {.dtype = x.dtype(),
+          .x = x.data,
+          .residual = residual.data,
+          .weight = weight.data,
+          .y = y.data,
+          .total = total.data,
+          .x_rows = rows(x),
+          .residual_rows = rows(residual),
+          .C = x.size(-1),
+          .eps = float(eps)};
+}
+
+// x is what was normalised; dw_partials (partials, C) is scratch.
+inline RmsNormBackwardArgs norm_backward_args(const Tensor& grad, const OptionalTensor& grad_total,
+                                              const Tensor& x, const Tensor& weight, double eps,
+                                              const Tensor& dw_partials, const Tensor& dx,
+                                              const Tensor& dw) {
+  return {.dtype = x.dtype(),
+          .grad = grad.data,
+          .grad_total = data_of(grad_total),
+          .x = x.data,
+          .weight = weight.data,
+          .dx = dx.data,
+          .dw = dw.data,
+          .dw_partials = dw_partials.data,
+          .partials = dw_partials.size(0),
+          .grad_rows = rows(grad),
+          .grad_total_rows = grad_total ? rows(*grad_total) : Rows{},
+          .x_rows = rows(x),
+          .C = x.size(-1),
+          .eps = float(eps)};
+}
+
+inline SwigluArgs swiglu_args(const Tensor& gate, const Tensor& up, const Tensor& h) {
+  return {.dtype = gate.dtype(),
+          .gate = gate.data,
+          .up = up.data,
+          .h = h.data,
+          .gate_rows = rows(gate),
+          .up_rows = rows(up),
+          .F = gate.size(-1)};
+}
+
 // cos, sin (T, D/2), or (B, T, D/2) where each row has its own.
 inline RopeArgs rope_args(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                           bool interleaved, const Tensor& q_out, const Tensor& k_out) {

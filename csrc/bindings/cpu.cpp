@@ -184,39 +184,18 @@ PYBIND11_MODULE(_cpu, m) {
   // The ops: their results, which Python has made, come last among the tensors and are returned.
 
   def(m, "rms_norm", [](const Tensor& x, const Tensor& weight, double eps, const Tensor& y) {
-    launch(&KernelTable::rms_norm, RmsNormArgs{.dtype = x.dtype(),
-                                               .x = x.data,
-                                               .weight = weight.data,
-                                               .y = y.data,
-                                               .rows = rows(x),
-                                               .C = x.size(-1),
-                                               .eps = float(eps)});
+    launch(&KernelTable::rms_norm, rms_norm_args(x, weight, eps, y));
     return y;
   });
 
   def(m, "add_rms_norm", [](const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
                            const Tensor& y, const Tensor& total) {
-    launch(&KernelTable::add_rms_norm, AddRmsNormArgs{.dtype = x.dtype(),
-                                                      .x = x.data,
-                                                      .residual = residual.data,
-                                                      .weight = weight.data,
-                                                      .y = y.data,
-                                                      .total = total.data,
-                                                      .x_rows = rows(x),
-                                                      .residual_rows = rows(residual),
-                                                      .C = x.size(-1),
-                                                      .eps = float(eps)});
+    launch(&KernelTable::add_rms_norm, add_rms_norm_args(x, residual, weight, eps, y, total));
     return std::pair(y, total);
   });
 
   def(m, "swiglu", [](const Tensor& gate, const Tensor& up, const Tensor& h) {
-    launch(&KernelTable::swiglu, SwigluArgs{.dtype = gate.dtype(),
-                                            .gate = gate.data,
-                                            .up = up.data,
-                                            .h = h.data,
-                                            .gate_rows = rows(gate),
-                                            .up_rows = rows(up),
-                                            .F = gate.size(-1)});
+    launch(&KernelTable::swiglu, swiglu_args(gate, up, h));
     return h;
   });
 

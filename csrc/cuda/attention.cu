@@ -9,9 +9,11 @@ namespace llama_fast::cuda {
 
 constexpr size_t MOST_SHARED_SM90 = 227 * 1024;
 
-template <class T, int D> static void launch_few(const Target& target, const AttentionArgs& a) {
-  launch(target, launch_of_few<FewQueriesShared<T, D>>("attention_few", a),
-         attention_few_kernel<T, D>, a);
+template <class T, int D>
+static void launch_few(const Target& target, const AttentionArgs& a,
+                       const AttentionScratch& scratch) {
+  launch(target, launch_of_few<FewQueriesShared<T, D>>("attention_few", a, scratch.splits),
+         attention_few_kernel<T, D>, a, scratch);
 }
 
 template <class T, int D, int WARPS>
@@ -31,7 +33,7 @@ static bool fits_warpgroups(const AttentionArgs& a) {
   const auto fits = [&](const HeadStrides& stride) {
     return (a.S == 1 || stride.t > 0) && (a.K == 1 || stride.h > 0) && (a.B == 1 || stride.b > 0);
   };
-  return a.S > 0 && a.scale > 0.0f && fits(a.k_stride) && fits(a.v_stride);
+  return a.S > 0 && a.scale > 0.0f && fits(a.k.stride) && fits(a.v.stride);
 }
 
 template <class T, int D>
@@ -53,29 +55,34 @@ static void launch_warpgroups(const Target& target, const AttentionArgs& a) {
                          {bytes(a.S, stride.t), bytes(a.K, stride.h), bytes(a.B, stride.b)},
                          WIDE_TILE);
   };
-  launch(target, how, attention_warpgroups_kernel<T, D>, a, map(a.k, a.k_stride),
-         map(a.v, a.v_stride));
+  launch(target, how, attention_warpgroups_kernel<T, D>, a, map(a.k.data, a.k.stride),
+         map(a.v.data, a.v.stride));
 }
 
-template <class T, int D> static void launch_attention(const Target& target, const AttentionArgs& a) {
+template <class T, int D>
+static void launch_attention(const Target& target, const AttentionArgs& a,
+                             const AttentionScratch& scratch) {
   const int64_t rows = a.T * (a.H / a.K);
-  if (rows <= FEW_ROWS) launch_few<T, D>(target, a);
-  else if (a.warpgroups && fits_warpgroups(a)) launch_warpgroups<T, D>(target, a);
+  if (rows <= FEW_ROWS) launch_few<T, D>(target, a, scratch);
+  else if (scratch.warpgroups && fits_warpgroups(a)) launch_warpgroups<T, D>(target, a);
   else if (rows <= 64) launch_many<T, D, 4>(target, a);
   else launch_many<T, D, 8>(target, a);
 }
 
-int64_t attention_part_bytes(int64_t D) {
+int64_t attention_partial_bytes(int64_t D) {
   return D == 64 ? sizeof(RowPart<64>) : sizeof(RowPart<128>);
 }
 
-void attention(const Target& target, const AttentionArgs& a) {
+void attention_quantized(const Target&, const AttentionArgs&, const AttentionScratch&);
+
+void attention(const Target& target, const AttentionArgs& a, const AttentionScratch& scratch) {
   if (a.B == 0 || a.T == 0 || a.H == 0) return;
+  if (a.k_scales.data) return attention_quantized(target, a, scratch);
   with_type(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (!std::is_same_v<T, float>) {
-      if (a.D == 64) launch_attention<T, 64>(target, a);
-      else launch_attention<T, 128>(target, a);
+      if (a.D == 64) launch_attention<T, 64>(target, a, scratch);
+      else launch_attention<T, 128>(target, a, scratch);
     }
   });
 }

@@ -11,16 +11,16 @@ constexpr int WIDEN_THREADS = 256;
 // D). A thread has 16 of them. blockIdx.y counts the heads of the keys, then those of the values.
 template <class T, int D>
 __global__ void __launch_bounds__(WIDEN_THREADS)
-widen_cache_kernel(const __grid_constant__ AttentionQuantizedArgs args) {
+widen_cache_kernel(const __grid_constant__ AttentionArgs a,
+                   const __grid_constant__ AttentionScratch scratch) {
   constexpr int CHUNKS = D / 16;  // of a head's vector
-  const AttentionArgs& a = args.plain;
   const int K = int(a.K), b = blockIdx.z, kv = blockIdx.y % K;
   const bool of_k = int(blockIdx.y) < K;
   const Problem<T, int8_t> problem(a, kv, b);
   const int64_t s = (int64_t(blockIdx.x) * WIDEN_THREADS + threadIdx.x) / CHUNKS;
   const int d = threadIdx.x % CHUNKS * 16;
   if (s >= problem.length) return;
-  const HeadScales& scales = of_k ? args.k_scales : args.v_scales;
+  const HeadScales& scales = of_k ? a.k_scales : a.v_scales;
   const float scale =
       scales.data[b * scales.stride.b + s * scales.stride.t + kv * scales.stride.h];
   const int8_t* codes =
@@ -29,52 +29,53 @@ widen_cache_kernel(const __grid_constant__ AttentionQuantizedArgs args) {
   Pack<T, 16> to;
 #pragma unroll
   for (int i = 0; i < 16; ++i) to.v[i] = from_float<T>(float(from.v[i]) * scale);
-  T* wide = static_cast<T*>(of_k ? args.wide_k : args.wide_v);
+  T* wide = static_cast<T*>(of_k ? scratch.k : scratch.v);
   store(wide + ((int64_t(b) * K + kv) * a.S + s) * D + d, to);
 }
 
 template <class T, int D>
-static void launch_few_quantized(const Target& target, const AttentionQuantizedArgs& args) {
-  launch(target, launch_of_few<FewQueriesQuantizedShared<D>>("attention_few_quantized", args.plain),
-         attention_few_quantized_kernel<T, D>, args);
+static void launch_few_quantized(const Target& target, const AttentionArgs& a,
+                                 const AttentionScratch& scratch) {
+  launch(target,
+         launch_of_few<FewQueriesQuantizedShared<D>>("attention_few_quantized", a, scratch.splits),
+         attention_few_quantized_kernel<T, D>, a, scratch);
 }
 
 template <class T, int D>
-static void attend_many_quantized(const Target& target, const AttentionQuantizedArgs& all) {
-  const AttentionArgs& a = all.plain;
-  for (int64_t b = 0; b < a.B; b += all.wide_rows) {
-    AttentionQuantizedArgs some = all;
-    AttentionArgs& plain = some.plain;
-    plain.B = a.B - b < all.wide_rows ? a.B - b : all.wide_rows;
-    plain.q = static_cast<const T*>(a.q) + b * a.q_stride.b;
-    plain.o = static_cast<T*>(a.o) + b * a.T * a.H * D;
-    plain.k = static_cast<const int8_t*>(a.k) + b * a.k_stride.b;
-    plain.v = static_cast<const int8_t*>(a.v) + b * a.v_stride.b;
-    some.k_scales.data += b * all.k_scales.stride.b;
-    some.v_scales.data += b * all.v_scales.stride.b;
-    if (a.lengths) plain.lengths += b;
+static void attend_many_quantized(const Target& target, const AttentionArgs& a,
+                                  const AttentionScratch& scratch) {
+  for (int64_t b = 0; b < a.B; b += scratch.rows) {
+    AttentionArgs some = a;
+    some.B = a.B - b < scratch.rows ? a.B - b : scratch.rows;
+    some.q.data = a.q.at<T>(b, 0);
+    some.o = static_cast<T*>(a.o) + b * a.T * a.H * D;
+    some.k.data = a.k.at<int8_t>(b, 0);
+    some.v.data = a.v.at<int8_t>(b, 0);
+    some.k_scales.data += b * a.k_scales.stride.b;
+    some.v_scales.data += b * a.v_scales.stride.b;
+    if (a.lengths) some.lengths += b;
     if (a.S > 0) {
       const Launch how{"widen_cache",
                        {unsigned(ceil_div(a.S * (D / 16), WIDEN_THREADS)), unsigned(2 * a.K),
-                        unsigned(plain.B)},
+                        unsigned(some.B)},
                        {WIDEN_THREADS}};
-      launch(target, how, widen_cache_kernel<T, D>, some);
+      launch(target, how, widen_cache_kernel<T, D>, some, scratch);
     }
-    plain.k = all.wide_k;
-    plain.v = all.wide_v;
-    plain.k_stride = plain.v_stride = {a.K * a.S * D, D, a.S * D};
-    attention(target, plain);
+    const HeadStrides stride{a.K * a.S * D, D, a.S * D};
+    some.k = {scratch.k, stride};
+    some.v = {scratch.v, stride};
+    some.k_scales = some.v_scales = {};
+    attention(target, some, scratch);
   }
 }
 
-void attention_quantized(const Target& target, const AttentionQuantizedArgs& args) {
-  const AttentionArgs& a = args.plain;
-  if (a.B == 0 || a.T == 0 || a.H == 0) return;
+void attention_quantized(const Target& target, const AttentionArgs& a,
+                         const AttentionScratch& scratch) {
   const auto run = [&](auto type, auto head_dim) {
     using T = typename decltype(type)::type;
     constexpr int D = decltype(head_dim)::value;
-    if (a.T * (a.H / a.K) <= FEW_ROWS) launch_few_quantized<T, D>(target, args);
-    else attend_many_quantized<T, D>(target, args);
+    if (a.T * (a.H / a.K) <= FEW_ROWS) launch_few_quantized<T, D>(target, a, scratch);
+    else attend_many_quantized<T, D>(target, a, scratch);
   };
   with_type(a.dtype, [&](auto type) {
     if constexpr (!std::is_same_v<typename decltype(type)::type, float>) {

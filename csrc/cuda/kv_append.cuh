@@ -20,16 +20,16 @@ struct Token {
 
 template <class T>
 __device__ __forceinline__ T* head(const Heads& heads, int64_t b, int64_t t, int64_t h) {
-  return static_cast<T*>(heads.data) + b * heads.stride_b + t * heads.stride_t +
-         h * heads.stride_h;
+  return static_cast<T*>(heads.data) + b * heads.stride.b + t * heads.stride.t +
+         h * heads.stride.h;
 }
 
 // The pairs p … p + COUNT - 1 of query head h: rotated, or 0 where the token is not stored.
 template <class T, int COUNT>
 __device__ __forceinline__ void put_query(const Token& token, const Heads& q, T* q_out, int64_t h,
-                                          const float* cos, const float* sin, int64_t p, int64_t D,
-                                          bool interleaved) {
-  T* y = q_out + (blockIdx.x * q.heads + h) * D;
+                                          const float* cos, const float* sin, int64_t p, int64_t H,
+                                          int64_t D, bool interleaved) {
+  T* y = q_out + (blockIdx.x * H + h) * D;
   if (token.stored) {
     rotate<T, COUNT>(head<T>(q, token.b, token.t, h), y, cos, sin, p, D, interleaved);
   } else {
@@ -39,6 +39,9 @@ __device__ __forceinline__ void put_query(const Token& token, const Heads& q, T*
     store(y + p + D / 2, zeros);
   }
 }
+
+// Of kv_append_quantized.cu, where the cache has 8 bits.
+void kv_append_quantized(const Target&, const KvAppendArgs&);
 
 // Whether all that is read and written lies in whole vectors, those of the caches too.
 template <class T> bool is_wide(const KvAppendArgs& a) {

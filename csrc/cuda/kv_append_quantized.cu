@@ -46,20 +46,19 @@ __device__ __forceinline__ Pack<int8_t, COUNT> codes_of(const Pack<T, COUNT>& x,
 
 template <class T, bool WIDE>
 __global__ void __launch_bounds__(THREADS)
-kv_append_quantized_fwd_kernel(const __grid_constant__ KvAppendQuantizedArgs args, int lanes) {
+kv_append_quantized_fwd_kernel(const __grid_constant__ KvAppendArgs a, int lanes) {
   constexpr int COUNT = PAIRS<T, WIDE>;
-  const KvAppendArgs& a = args.plain;
   wait_for_kernel_before();
   let_next_kernel_begin();
   const Token token(a.lengths, a.lengths_stride, int(a.T), min(a.S, a.P));
   const float* cos = a.cos + token.position * a.cos_stride;
   const float* sin = a.sin + token.position * a.sin_stride;
-  const int H = int(a.q.heads), K = int(a.k.heads), items = int(a.D) / 2 / COUNT;
+  const int H = int(a.H), K = int(a.K), items = int(a.D) / 2 / COUNT;
   const int h = (blockIdx.y * THREADS + threadIdx.x) / lanes, lane = threadIdx.x % lanes;
   if (h < H) {
     for (int i = lane; i < items; i += lanes)
-      put_query<T, COUNT>(token, a.q, static_cast<T*>(a.q_out), h, cos, sin, i * COUNT, a.D,
-                          a.interleaved);
+      put_query<T, COUNT>(token, a.q, static_cast<T*>(a.q_out), h, cos, sin, i * COUNT, H,
+                          a.D, a.interleaved);
   }
 
   const bool stored = token.stored && h >= H && h < H + 2 * K, of_k = h < H + K;
@@ -84,7 +83,7 @@ kv_append_quantized_fwd_kernel(const __grid_constant__ KvAppendQuantizedArgs arg
   float scale;
   memcpy(&scale, &largest, sizeof scale);
   scale /= LARGEST_CODE;
-  const HeadScales& scales = of_k ? args.k_scales : args.v_scales;
+  const HeadScales& scales = of_k ? a.k_scales : a.v_scales;
   const HeadStrides& stride = scales.stride;
   if (lane == 0)
     scales.data[token.b * stride.b + token.position * stride.t + of * stride.h] = scale;
@@ -96,9 +95,8 @@ kv_append_quantized_fwd_kernel(const __grid_constant__ KvAppendQuantizedArgs arg
   }
 }
 
-void kv_append_quantized(const Target& target, const KvAppendQuantizedArgs& args) {
-  const KvAppendArgs& a = args.plain;
-  const int64_t all = a.B * a.T, heads = a.q.heads + 2 * a.k.heads;
+void kv_append_quantized(const Target& target, const KvAppendArgs& a) {
+  const int64_t all = a.B * a.T, heads = a.H + 2 * a.K;
   if (all == 0 || heads * a.D == 0) return;
   with_type(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -114,7 +112,7 @@ void kv_append_quantized(const Target& target, const KvAppendQuantizedArgs& args
                      true};
     launch(target, how,
            wide ? kv_append_quantized_fwd_kernel<T, true> : kv_append_quantized_fwd_kernel<T, false>,
-           args, lanes);
+           a, lanes);
   });
 }
 

@@ -287,11 +287,11 @@ void launch_norm_backward(const Target& target, const char* name, const char* su
   with_type(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto run = [&](auto kernel, unsigned threads) {
-      const Launch how{name, {unsigned(a.parts)}, {threads}, sizeof(SumParts<Wide<T>, 2>)};
+      const Launch how{name, {unsigned(a.partials)}, {threads}, sizeof(SumParts<Wide<T>, 2>)};
       launch(target, how, kernel, static_cast<const T*>(a.grad),
              static_cast<const T*>(a.grad_total), static_cast<const T*>(a.x),
              static_cast<const T*>(a.weight), static_cast<T*>(a.dx),
-             static_cast<Wide<T>*>(a.dw_parts), a.grad_rows,
+             static_cast<Wide<T>*>(a.dw_partials), a.grad_rows,
              a.grad_total_rows, a.x_rows, N, C, a.eps);
     };
     constexpr int VEC = VECTOR<T>;
@@ -309,8 +309,8 @@ void launch_norm_backward(const Target& target, const char* name, const char* su
     }
     const Launch how{sum_name, {unsigned(ceil_div(C, WARP))}, {WARP, SLICES},
                      sizeof(Wide<T>[SLICES][WARP])};
-    launch(target, how, rms_norm_bwd_sum_kernel<T>, static_cast<const Wide<T>*>(a.dw_parts),
-           static_cast<T*>(a.dw), a.parts, C);
+    launch(target, how, rms_norm_bwd_sum_kernel<T>, static_cast<const Wide<T>*>(a.dw_partials),
+           static_cast<T*>(a.dw), a.partials, C);
   });
 }
 

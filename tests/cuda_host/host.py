@@ -25,7 +25,7 @@ from ..cpu_host.emulation import load_module
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CXX = sysconfig.get_config_var("CXX").split()[0]
-CXX_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wno-unknown-pragmas"
+CXX_FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wno-unknown-pragmas"
 
 HOST_ARCHITECTURE = "'-DLLAMA_FAST_CUDA_ARCHITECTURES=\"host\"'"
 

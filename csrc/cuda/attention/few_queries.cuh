@@ -26,7 +26,7 @@ template <class T, int D> struct FewQueriesShared {
 
 template <class T, int D>
 __global__ void __launch_bounds__(FEW_WARPS * WARP, 1)
-attention_few_kernel(AttentionArgs a) {
+attention_few_kernel(AttentionArgs a, AttentionScratch scratch) {
   auto& shared = shared_memory<FewQueriesShared<T, D>>();
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
   wait_for_kernel_before();
@@ -64,7 +64,7 @@ attention_few_kernel(AttentionArgs a) {
   }
   finish(softmax);
   wait_for_copies<0>();
-  merge_shares<T, D>(a, problem, shared.parts, shared.last, softmax, o,
+  merge_shares<T, D>(a, scratch, problem, shared.parts, shared.last, softmax, o,
                      [&](int n, int j) { return n * 8 + 2 * t + j; });
 }
 

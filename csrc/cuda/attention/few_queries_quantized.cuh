@@ -70,20 +70,20 @@ __device__ __forceinline__ void take_coded_scores(Softmax& softmax,
 
 template <class T, int D>
 __global__ void __launch_bounds__(FEW_WARPS * WARP, 1)
-attention_few_quantized_kernel(const __grid_constant__ AttentionQuantizedArgs args) {
+attention_few_quantized_kernel(const __grid_constant__ AttentionArgs a,
+                               const __grid_constant__ AttentionScratch scratch) {
   auto& shared = shared_memory<FewQueriesQuantizedShared<D>>();
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
   wait_for_kernel_before();
   let_next_kernel_begin();
   // Only gridDim.x goes beyond 65,535: a batch may.
   const int kv = blockIdx.y, b = blockIdx.x;
-  const AttentionArgs& a = args.plain;
   const Problem<T, int8_t> problem(a, kv, b);
   const int limit[2] = {problem.limit(g), problem.limit(g + 8)};
   const Share<CODED_KEYS> share(problem.limit(problem.rows() - 1), blockIdx.z, gridDim.z, warp);
-  const HeadStrides &ks_stride = args.k_scales.stride, &vs_stride = args.v_scales.stride;
-  const float* k_scales = args.k_scales.data + b * ks_stride.b + kv * ks_stride.h;
-  const float* v_scales = args.v_scales.data + b * vs_stride.b + kv * vs_stride.h;
+  const HeadStrides &ks_stride = a.k_scales.stride, &vs_stride = a.v_scales.stride;
+  const float* k_scales = a.k_scales.data + b * ks_stride.b + kv * ks_stride.h;
+  const float* v_scales = a.v_scales.data + b * vs_stride.b + kv * vs_stride.h;
 
   auto& pipeline = shared.pipelines[warp];
   const auto copy = [&](int round) {
@@ -123,7 +123,7 @@ attention_few_quantized_kernel(const __grid_constant__ AttentionQuantizedArgs ar
   }
   finish(softmax);
   wait_for_copies<0>();
-  merge_shares<T, D>(a, problem, shared.parts, shared.last, softmax, o,
+  merge_shares<T, D>(a, scratch, problem, shared.parts, shared.last, softmax, o,
                      [&](int n, int j) { return (2 * t + j) * (D / 8) + n; });
 }
 

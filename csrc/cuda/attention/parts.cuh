@@ -60,7 +60,7 @@ __device__ __forceinline__ float merged(const RowPart<D>* parts, int count, int6
 // The block's warps are merged in shared memory, where `parts` take the place of what the block has
 // multiplied, and blocks by the one that comes last, straight from the cache.
 template <class T, int D, class Cached, class Column>
-__device__ __forceinline__ void merge_shares(const AttentionArgs& a,
+__device__ __forceinline__ void merge_shares(const AttentionArgs& a, const AttentionScratch& scratch,
                                              const Problem<T, Cached>& problem,
                                              RowPart<D> (&parts)[FEW_WARPS][FEW_ROWS], bool& last,
                                              const Softmax& softmax, const float (&o)[D / 8][4],
@@ -84,11 +84,11 @@ __device__ __forceinline__ void merge_shares(const AttentionArgs& a,
 
   const int rows = problem.rows();
   const int64_t head = int64_t(b) * gridDim.y + kv;
-  auto* all_parts = static_cast<RowPart<D>*>(a.parts) + head * splits * rows;
+  auto* all_parts = static_cast<RowPart<D>*>(scratch.partials) + head * splits * rows;
   const auto write = [&](int r, int d, float value, float max, float sum) {
     static_cast<T*>(a.o)[problem.out_row(r, kv, b) * D + d] =
         from_float<T>(sum == 0.0f ? 0.0f : value / sum);
-    if (a.lse && d == 0) a.lse[problem.lse_at(r, kv, b)] = log_sum(max, sum);
+    if (a.lse && d == 0) static_cast<float*>(a.lse)[problem.lse_at(r, kv, b)] = log_sum(max, sum);
   };
   for (int i = threadIdx.x; i < rows * D; i += FEW_WARPS * WARP) {
     const int r = i / D, d = i % D;
@@ -110,8 +110,8 @@ __device__ __forceinline__ void merge_shares(const AttentionArgs& a,
   __threadfence();  // the part is seen before the count
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = atomicAdd(&a.arrived[head], 1) == splits - 1;
-    if (last) a.arrived[head] = 0;  // for the next call
+    last = atomicAdd(&scratch.arrived[head], 1) == splits - 1;
+    if (last) scratch.arrived[head] = 0;  // for the next call
   }
   __syncthreads();
   if (!last) return;
@@ -129,10 +129,11 @@ __device__ __forceinline__ void merge_shares(const AttentionArgs& a,
 // Every architecture that is served has this much for a block: sm_86, 89 and 120 have no more.
 constexpr size_t MOST_SHARED = 99 * 1024;
 
-template <class Shared> Launch launch_of_few(const char* kernel, const AttentionArgs& a) {
+template <class Shared>
+Launch launch_of_few(const char* kernel, const AttentionArgs& a, int64_t splits) {
   static_assert(sizeof(Shared) <= MOST_SHARED, "fits every GPU");
   return {kernel,
-          {unsigned(a.B), unsigned(a.K), unsigned(a.splits)},
+          {unsigned(a.B), unsigned(a.K), unsigned(splits)},
           {FEW_WARPS * WARP},
           sizeof(Shared),
           true};

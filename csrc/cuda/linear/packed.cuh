@@ -127,8 +127,8 @@ void launch_packed(const Target& target, const char* name, const LinearQuantized
   while ((1 << shift) < a.group_size) ++shift;
   const int64_t groups = ceil_div(a.C_in, a.group_size);
   const PackedWeight<T, BITS, OFFSETS> weight{
-      static_cast<const uint8_t*>(a.codes), static_cast<const __half*>(a.scales),
-      static_cast<const __half*>(a.offsets), groups * a.group_size, groups, shift};
+      a.qdata, static_cast<const __half*>(a.scales),
+      static_cast<const __half*>(a.minima), groups * a.group_size, groups, shift};
   launch_linear<T, GATED>(target, name, a.x, a.rows, weight, a.y, a.C_in, a.C_out);
 }
 
@@ -136,9 +136,9 @@ template <bool GATED>
 void launch_quantized(const Target& target, const char* name, const LinearQuantizedArgs& a) {
   const auto run = [&](auto type) {
     using T = typename decltype(type)::type;
-    if (a.bits == 8 && a.offsets) launch_packed<T, 8, true, GATED>(target, name, a);
+    if (a.bits == 8 && a.minima) launch_packed<T, 8, true, GATED>(target, name, a);
     else if (a.bits == 8) launch_packed<T, 8, false, GATED>(target, name, a);
-    else if (a.offsets) launch_packed<T, 4, true, GATED>(target, name, a);
+    else if (a.minima) launch_packed<T, 4, true, GATED>(target, name, a);
     else launch_packed<T, 4, false, GATED>(target, name, a);
   };
   if (a.dtype == DType::bf16) run(Type<bf16>{});
