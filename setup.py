@@ -25,7 +25,7 @@ import setup_cuda  # noqa: E402
 # GCC 12 warns of its own avx512fintrin.h (GCC bug 105593).
 AVX512 = (
     "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni "
-    "-Wno-maybe-uninitialized"
+    "-Wno-maybe-uninitialized -Wno-uninitialized"
 )
 X86_64_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
@@ -90,8 +90,9 @@ def ninja_file(target: Path, isa_flags: dict[str, str], flags: str) -> str:
     binding_flags = " ".join([*built_for, *(f"-isystem {path}" for path in includes)])
     lines.append(f"build binding.o: cxx {ROOT}/csrc/bindings/cpu.cpp\n  flags = {binding_flags}")
     for isa, its_flags in isa_flags.items():
-        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-            objects.append(f"{isa}/{source.stem}.o")
+        for source in sorted((ROOT / "csrc" / "cpu").rglob("*.cpp")):
+            path = source.relative_to(ROOT / "csrc" / "cpu").with_suffix(".o")
+            objects.append(f"{isa}/{path}")
             own = f"-DISA={isa} -DISA_{isa.upper()} {its_flags}"
             lines.append(f"build {objects[-1]}: cxx {source}\n  flags = {own}")
     lines.append(f"build {target}: link {' '.join(objects)}\ndefault {target}\n")

@@ -134,8 +134,8 @@ def ninja_file(target: Path, chosen: list[str]) -> str:
         f"build binding.o: cxx {ROOT}/csrc/bindings/cuda.cpp",
     ]
     objects = ["binding.o"]
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        objects.append(f"{source.stem}.o")
+    for source in sorted((ROOT / "csrc" / "cuda").rglob("*.cu")):
+        objects.append(f"{source.relative_to(ROOT / 'csrc' / 'cuda').with_suffix('.o')}")
         lines.append(f"build {objects[-1]}: nvcc {source}")
     lines.append(f"build {target}: link {' '.join(objects)}\ndefault {target}\n")
     return "\n".join(lines)

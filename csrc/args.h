@@ -170,7 +170,7 @@ struct MatrixSide {
 };
 
 // out[r][l] = Σ_k rows[r][k] · lanes[l][k], for half types
-struct MatmulArgs {
+struct GemmArgs {
   DType dtype;
   MatrixSide rows;   // R of them
   MatrixSide lanes;  // L of them

@@ -10,11 +10,12 @@
 #include <utility>
 #include <vector>
 
-#include "bindings/blocks.h"
+#include "bindings/allocator.h"
 #include "bindings/arguments.h"
-#include "bindings/kind_of_call.h"
+#include "bindings/signature.h"
 #include "bindings/function.h"
 #include "bindings/tensor.h"
+#include "cpu/kernel_choice.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -99,6 +100,18 @@ int64_t row_beyond(const AttentionArgs& a) {
   return -1;
 }
 
+// Whether GEMMs are made here rather than by torch, in the instruction set in use: for the half types,
+// where torch (MKL, oneDNN) converts them a slow way. With AVX512_BF16 oneDNN has bfloat16 instructions
+// to use, if torch was built with it; and no vector instructions of ours means that torch's are better.
+bool own_gemm(DType dtype, bool onednn) {
+  if (chosen.first == "scalar" || dtype == DType::f32) return false;
+  return dtype == DType::f16 || !(onednn && chosen.first == "avx512_bf16");
+}
+
+const char* name_of(Product product) {
+  return product == Product::gemv ? "gemv" : product == Product::gemm ? "gemm" : "torch";
+}
+
 // An uninitialised tensor as a capsule that torch.from_dlpack takes, which renames it.
 py::capsule large_tensor(bool bfloat16, int64_t itemsize, std::vector<int64_t> shape) {
   auto* managed = BlockTensor::make(bfloat16 ? kDLBfloat : kDLFloat, itemsize, std::move(shape));
@@ -162,14 +175,14 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def("read_memory", [](uintptr_t source, int64_t bytes, int64_t threads, uintptr_t sink) {
     launch(&KernelTable::read_memory,
-           CeilingArgs{.source = pointer<void>(source),
+           RooflineArgs{.source = pointer<void>(source),
                        .bytes = bytes,
                        .threads = threads,
                        .sink = pointer<float>(sink)});
   });
   m.def("copy_memory", [](uintptr_t source, uintptr_t target, int64_t bytes, int64_t threads) {
     launch(&KernelTable::copy_memory,
-           CeilingArgs{.source = pointer<void>(source),
+           RooflineArgs{.source = pointer<void>(source),
                        .target = pointer<void>(target),
                        .bytes = bytes,
                        .threads = threads});
@@ -177,7 +190,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("multiply_add", [](bool pairs, int64_t steps, int64_t threads, uintptr_t sink) {
     const KernelTable& table = *chosen.second;
     launch(pairs ? &KernelTable::multiply_add_bf16 : &KernelTable::multiply_add_f32,
-           CeilingArgs{.steps = steps, .threads = threads, .sink = pointer<float>(sink)});
+           RooflineArgs{.steps = steps, .threads = threads, .sink = pointer<float>(sink)});
     return steps * threads * 12 * table.lanes * (pairs && table.bf16_pairs ? 4 : 2);
   }, "Runs the loop and returns its floating-point operations.");
 
@@ -229,8 +242,19 @@ PYBIND11_MODULE(_cpu, m) {
   }, "Returns the first row whose length exceeds S, having done nothing then, or -1. `lse` may be "
      "empty.");
 
-  def(m, "linear", [](const Tensor& x, const Tensor& weight, const Tensor& y) {
-    launch(&KernelTable::linear, linear_args(x, weight, y));
+  m.attr("GEMV_ROWS") = GEMV_ROWS;
+  def(m, "gemv_rows", [](const Tensor& x, bool onednn) {
+    return gemv_rows(own_gemm(x.dtype(), onednn));
+  }, "The most rows of an x of this dtype that `gemv` is for, in the instruction set in use.");
+  def(m, "linear_product", [](const Tensor& x, bool onednn) {
+    return name_of(product_of(x.outer(), own_gemm(x.dtype(), onednn)));
+  }, "What serves a linear of x in the instruction set in use: gemv, gemm or torch.");
+  def(m, "gradient_product", [](const Tensor& grad, bool onednn) {
+    return name_of(product_of_gradient(grad.outer(), own_gemm(grad.dtype(), onednn)));
+  }, "The same of the gradients of a linear, from that of its result.");
+
+  def(m, "gemv", [](const Tensor& x, const Tensor& weight, const Tensor& y) {
+    launch(&KernelTable::gemv, linear_args(x, weight, y));
     return y;
   });
 
@@ -242,11 +266,11 @@ PYBIND11_MODULE(_cpu, m) {
     return y;
   });
 
-  def(m, "matmul", [](const Tensor& rows_tensor, bool rows_transposed, const Tensor& lanes_tensor,
+  def(m, "gemm", [](const Tensor& rows_tensor, bool rows_transposed, const Tensor& lanes_tensor,
                      bool lanes_transposed, int64_t K, const Tensor& out, bool out_transposed) {
-    const int64_t columns = out.size(-1), outer = out.numel() / columns;
-    launch(&KernelTable::matmul,
-           MatmulArgs{.dtype = out.dtype(),
+    const int64_t columns = out.size(-1), outer = out.outer();
+    launch(&KernelTable::gemm,
+           GemmArgs{.dtype = out.dtype(),
                       .rows = {rows_tensor.data, rows(rows_tensor), rows_transposed},
                       .lanes = {lanes_tensor.data, rows(lanes_tensor), lanes_transposed},
                       .out = out.data,

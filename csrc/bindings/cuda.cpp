@@ -6,6 +6,7 @@
 
 #include "bindings/arguments.h"
 #include "bindings/function.h"
+#include "cuda/kernel_choice.h"
 #include "cuda/kernels.h"
 
 namespace py = pybind11;
@@ -32,6 +33,12 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("device_type", &device_type, "The device of the tensors that these kernels take.");
   m.def("multiprocessors", &multiprocessors, py::arg("device"));
   m.def("attention_partial_bytes", &attention_partial_bytes, py::arg("D"));
+
+  m.attr("GEMV_ROWS") = GEMV_ROWS;
+  m.def("is_decode", &is_decode, py::arg("T"), py::arg("H"), py::arg("K"),
+        "Whether attention splits the keys of a KV head over blocks.");
+  m.def("kv_splits", &kv_splits, py::arg("B"), py::arg("K"), py::arg("S"),
+        py::arg("multiprocessors"), "Over how many.");
 
   // The ops: their results, which Python has made, come last among the tensors and are returned.
 

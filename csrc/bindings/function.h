@@ -71,6 +71,7 @@ inline PyObject* result(const std::pair<Tensor, Tensor>& x) {
   return PyTuple_Pack(2, x.first.object.ptr(), x.second.object.ptr());
 }
 inline PyObject* result(int64_t x) { return PyLong_FromLongLong(x); }
+inline PyObject* result(const char* x) { return PyUnicode_FromString(x); }
 
 template <class F> struct Function;
 template <class F, class R, class... Args> struct Function<R (F::*)(Args...) const> {

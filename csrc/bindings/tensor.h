@@ -39,6 +39,12 @@ struct Tensor {
     for (int32_t d = 0; d < ndim; ++d) n *= shape[d];
     return n;
   }
+  // Of all dims but the last one.
+  int64_t outer() const {
+    int64_t n = 1;
+    for (int32_t d = 0; d + 1 < ndim; ++d) n *= shape[d];
+    return n;
+  }
   bool contiguous() const {
     int64_t expected = 1;
     for (int32_t d = ndim - 1; d >= 0; expected *= shape[d--])
@@ -57,11 +63,7 @@ inline void* data_of(const OptionalTensor& x) { return x ? x->data : nullptr; }
 // All dims but the last one, of at most three dims where the tensor is not contiguous.
 inline Rows rows(const Tensor& x) {
   const int64_t C = x.size(-1);
-  if (x.contiguous()) {
-    int64_t N = 1;
-    for (int32_t d = 0; d + 1 < x.ndim; ++d) N *= x.shape[d];
-    return {1, 1, N, 0, 0, C};
-  }
+  if (x.contiguous()) return {1, 1, x.outer(), 0, 0, C};
   const auto size = [&](int i) { return x.ndim >= 4 - i ? x.size(i - 4) : 1; };
   const auto stride = [&](int i) { return x.ndim >= 4 - i ? x.stride(i - 4) : 1; };
   return {size(0), size(1), size(2), stride(0), stride(1), stride(2)};

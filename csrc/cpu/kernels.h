@@ -8,7 +8,7 @@
 namespace llama_fast {
 
 // For measuring the machine itself; each uses what it needs.
-struct CeilingArgs {
+struct RooflineArgs {
   const void* source;  // aligned to 64 bytes
   void* target;        // as large as source
   int64_t bytes;       // a multiple of 64
@@ -24,13 +24,13 @@ struct KernelTable {
   void (*swiglu)(const SwigluArgs&);
   void (*rope)(const RopeArgs&);
   void (*kv_append)(const KvAppendArgs&);
-  void (*linear)(const LinearArgs&);
+  void (*gemv)(const LinearArgs&);
   void (*linear_quantized)(const LinearQuantizedArgs&);
-  void (*matmul)(const MatmulArgs&);
-  void (*read_memory)(const CeilingArgs&);
-  void (*copy_memory)(const CeilingArgs&);
-  void (*multiply_add_f32)(const CeilingArgs&);
-  void (*multiply_add_bf16)(const CeilingArgs&);
+  void (*gemm)(const GemmArgs&);
+  void (*read_memory)(const RooflineArgs&);
+  void (*copy_memory)(const RooflineArgs&);
+  void (*multiply_add_f32)(const RooflineArgs&);
+  void (*multiply_add_bf16)(const RooflineArgs&);
   int lanes;        // floats of a vector
   bool bf16_pairs;  // multiply_add_bf16 is an instruction of its own
 };

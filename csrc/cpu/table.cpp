@@ -11,13 +11,13 @@ void add_rms_norm(const AddRmsNormArgs&);
 void swiglu(const SwigluArgs&);
 void rope(const RopeArgs&);
 void kv_append(const KvAppendArgs&);
-void linear(const LinearArgs&);
+void gemv(const LinearArgs&);
 void linear_quantized(const LinearQuantizedArgs&);
-void matmul(const MatmulArgs&);
-void read_memory(const CeilingArgs&);
-void copy_memory(const CeilingArgs&);
-void multiply_add_f32(const CeilingArgs&);
-void multiply_add_bf16(const CeilingArgs&);
+void gemm(const GemmArgs&);
+void read_memory(const RooflineArgs&);
+void copy_memory(const RooflineArgs&);
+void multiply_add_f32(const RooflineArgs&);
+void multiply_add_bf16(const RooflineArgs&);
 
 const KernelTable kernels = {
     .attention = attention,
@@ -26,9 +26,9 @@ const KernelTable kernels = {
     .swiglu = swiglu,
     .rope = rope,
     .kv_append = kv_append,
-    .linear = linear,
+    .gemv = gemv,
     .linear_quantized = linear_quantized,
-    .matmul = matmul,
+    .gemm = gemm,
     .read_memory = read_memory,
     .copy_memory = copy_memory,
     .multiply_add_f32 = multiply_add_f32,

@@ -11,7 +11,7 @@
 #pragma once
 
 #include <common/launch.cuh>
-#include <common/overlap.cuh>
+#include <common/pdl.cuh>
 
 #include "common/numeric.cuh"
 #include "common/reduce.cuh"
@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(PER_THREAD == 1 || PER_THREAD == 2 ? 256 : 102
 rms_norm_fwd_kernel(const T* x, const T* residual, const T* __restrict__ weight, T* y, T* total,
                     Rows x_rows, Rows residual_rows, int64_t N, int64_t C, float eps) {
   auto& parts = shared_memory<SumParts<Wide<T>, 1>>();
-  wait_for_kernel_before();
-  let_next_kernel_begin();
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= N) return;
   x += offset(x_rows, row);

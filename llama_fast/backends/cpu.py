@@ -192,28 +192,9 @@ def _attention_quantized_unsupported(
     return _attention_unsupported(q, k_codes, v_codes, causal, scale, lengths, False)
 
 
-# Rows of x up to which `linear` reads the weight once and is limited by that: torch's product is no
-# faster up to the first number, our own up to the second. Both were measured; see docs/log.md.
-FEW_ROWS, FEW_ROWS_BESIDE_OWN = 16, 28
-# Rows from which our own product is the faster one for the gradients.
-GRADIENT_ROWS = 8
-
-
-def few_rows(dtype: torch.dtype) -> int:
-    """The most rows of x that the kernel for few rows takes, in the instruction set in use."""
-    return FEW_ROWS_BESIDE_OWN if _own_product(dtype) else FEW_ROWS
-
-
-def _own_product(dtype: torch.dtype) -> bool:
-    """Whether products of many rows are made here rather than by torch, in the instruction set in
-    use: for the half types, where torch (MKL, oneDNN) converts them a slow way. With AVX512_BF16
-    oneDNN has bfloat16 instructions to use, if torch was built with it; and no vector instructions
-    of ours means that torch's are better."""
-    isa = _cpu.isa()
-    if isa == "scalar" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    onednn = isa == "avx512_bf16" and torch.backends.mkldnn.is_available()
-    return dtype is torch.float16 or not onednn
+def gemv_rows(dtype: torch.dtype) -> int:
+    """The most rows of x that GEMV takes, in the instruction set in use."""
+    return _cpu.gemv_rows(torch.empty(0, dtype=dtype), torch.backends.mkldnn.is_available())
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -243,61 +224,69 @@ def _product(
 ) -> torch.Tensor:
     """rows · lanesᵀ as a new tensor of `shape`, (R, L) or with `transposed` (L, R) when flattened.
 
-    MatmulArgs of csrc/args.h says what rows and lanes are.
+    GemmArgs of csrc/args.h says what rows and lanes are.
     """
     out = _maker(rows, shape)()
     if out.numel():
         K = rows.shape[:-1].numel() if rows_transposed else rows.shape[-1]
-        _cpu.matmul(rows, rows_transposed, lanes, lanes_transposed, K, out, transposed)
+        _cpu.gemm(rows, rows_transposed, lanes, lanes_transposed, K, out, transposed)
     return out
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> Launcher:
-    C_in = weight.shape[1]
-    if C_in == 0 or x.numel() > FEW_ROWS * C_in:
-        return _linear_of_many_rows
-    return _linear_of_few_rows(x, weight)
+    if weight.shape[1] == 0 or x.shape[:-1].numel() > _cpu.GEMV_ROWS:
+        return _linear_by_choice
+    return _gemv(x, weight)
 
 
-def _linear_of_many_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Which product that is depends on the instruction set in use: it is chosen in every call."""
-    if 0 < x.numel() <= few_rows(x.dtype) * weight.shape[1]:
-        return _linear_of_few_rows(x, weight)(x, weight)
-    own = _own_product(x.dtype) and weight.shape[1]
-    return (multiply if own else OPS["linear"].eager)(x, weight)
-
-
-def _linear_of_few_rows(x: torch.Tensor, weight: torch.Tensor) -> Launcher:
+def _gemv(x: torch.Tensor, weight: torch.Tensor) -> Launcher:
     new = _maker(x, (*x.shape[:-1], weight.shape[0]))
-    return lambda x, weight: _cpu.linear(x, weight, new())
+    return lambda x, weight: _cpu.gemv(x, weight, new())
 
 
-def _linear_how(x: torch.Tensor, weight: torch.Tensor) -> str:
-    if 0 < x.numel() <= few_rows(x.dtype) * weight.shape[1]:
-        return "by the kernel for few rows"
-    return _product_how(_own_product(x.dtype))
+def _linear_by_choice(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Which product that is depends on the instruction set in use: it is chosen in every call."""
+    product = _linear_product(x, weight)
+    if product == "gemv":
+        return _gemv(x, weight)(x, weight)
+    return (multiply if product == "gemm" else OPS["linear"].eager)(x, weight)
 
 
-def _own_gradient(grad: torch.Tensor) -> bool:
-    return grad.shape[:-1].numel() >= GRADIENT_ROWS and _own_product(grad.dtype)
+def _linear_product(x: torch.Tensor, weight: torch.Tensor) -> str:
+    if x.numel() == 0:
+        return "torch"
+    return _cpu.linear_product(x, torch.backends.mkldnn.is_available())
+
+
+def _gradient_product(grad: torch.Tensor, other: torch.Tensor) -> str:
+    if grad.numel() == 0:
+        return "torch"
+    return _cpu.gradient_product(grad, torch.backends.mkldnn.is_available())
 
 
 def _linear_backward_x(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    own = _own_gradient(grad) and weight.shape[0]
+    own = _gradient_product(grad, weight) == "gemm"
     return (multiply_backward_x if own else OPS["linear_backward_x"].eager)(grad, weight)
 
 
 def _linear_backward_weight(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    own = _own_gradient(grad)
+    own = _gradient_product(grad, x) == "gemm"
     return (multiply_backward_weight if own else OPS["linear_backward_weight"].eager)(grad, x)
 
 
+_PRODUCTS = {
+    "gemv": "by GEMV, the kernel for few rows",
+    "gemm": "by the matrix product of C++",
+    "torch": "by torch's own matrix product",
+}
+
+
+def _linear_how(x: torch.Tensor, weight: torch.Tensor) -> str:
+    return _PRODUCTS[_linear_product(x, weight)]
+
+
 def _gradient_how(grad: torch.Tensor, other: torch.Tensor) -> str:
-    return _product_how(_own_gradient(grad))
-
-
-def _product_how(own: bool) -> str:
-    return "by the matrix product of C++" if own else "by torch's own matrix product"
+    return _PRODUCTS[_gradient_product(grad, other)]
 
 
 def _linear_quantized(

@@ -233,42 +233,29 @@ def _has_warpgroups(device: torch.device) -> bool:
     return "90a" in built and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-# Queries of a KV head that one tile of the matrix instructions holds: their keys are split.
-FEW_QUERIES = 16
-# Keys that are worth a block of their own.
-KEYS_OF_A_SPLIT = 128
-
-
-def splits(B: int, K: int, S: int, multiprocessors: int) -> int:
-    """Blocks that share the keys of a KV head: as many as make one wave of two blocks to a
-    multiprocessor, for a second wave would cost as much as the first."""
-    most = -(-S // KEYS_OF_A_SPLIT)
-    return max(1, min(2 * multiprocessors // max(1, B * K), most))
-
-
 @functools.cache
 def _arrived(place: tuple[int, int, bool], count: int, device: torch.device) -> torch.Tensor:
     """Zeros that the blocks of a call count in and leave as zeros, for each stream its own."""
     return torch.zeros(count, dtype=torch.int32, device=device)
 
 
-def _shares(
+def _kv_splits(
     place: tuple[int, int, bool], q: torch.Tensor, S: int, K: int
 ) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
     """How many blocks share the keys of a KV head, and where there are several, memory for what
     each of them leaves and counts of those that have."""
     B, T, H, D = q.shape
     count = 1
-    if T * (H // K) <= FEW_QUERIES:
-        count = splits(B, K, S, _multiprocessors(place[0]))
+    if _cuda.is_decode(T, H, K):
+        count = _cuda.kv_splits(B, K, S, _multiprocessors(place[0]))
     if count == 1:
         return count, None, None
     size = B * H * T * count * _cuda.attention_partial_bytes(D)
-    parts = torch.empty(size, dtype=torch.uint8, device=q.device)
+    partials = torch.empty(size, dtype=torch.uint8, device=q.device)
     # What is made during a capture belongs to its graph, and must not be kept for others.
     capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
     make = _arrived.__wrapped__ if capturing else _arrived
-    return count, parts, make(place, B * K, q.device)
+    return count, partials, make(place, B * K, q.device)
 
 
 # Bytes of a cache in 8 bits that is turned into q's dtype for many queries: so many rows of the
@@ -284,13 +271,13 @@ def _attention(
     S, K = k.shape[1:3]
     place = _place(q)
     wide = None, None
-    if k_scales is not None and T * (H // K) > FEW_QUERIES:
+    if k_scales is not None and not _cuda.is_decode(T, H, K):
         row_bytes = 2 * S * K * D * q.element_size()
         wide_rows = max(1, min(B, WIDE_BYTES // max(1, row_bytes)))
         wide = tuple(q.new_empty(wide_rows, K, S, D) for _ in "kv")
     return _cuda.attention(
         *(place, q, k, v, causal, scale, lengths, k_scales, v_scales),
-        *_shares(place, q, S, K),
+        *_kv_splits(place, q, S, K),
         *wide,
         WARPGROUPS and _has_warpgroups(q.device),
         _new(q),
@@ -339,47 +326,43 @@ def _attention_quantized_unsupported(
     return _attention_unsupported(q, k_codes, v_codes, causal, scale, lengths, False)
 
 
-# Rows of x up to which the linears are limited by reading the weight, and our kernels serve them.
-FEW_ROWS = 16
-
-
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    if _of_few_rows(x, weight):
-        return _few_rows(_cuda.linear, x, weight, weight.shape[0])
+    if _takes_gemv(x, weight):
+        return _gemv(_cuda.linear, x, weight, weight.shape[0])
     return F.linear(x, weight).contiguous()
 
 
 def _linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    if _of_few_rows(x, weight):
-        return _few_rows(_cuda.linear_swiglu, x, weight, weight.shape[0] // 2)
+    if _takes_gemv(x, weight):
+        return _gemv(_cuda.linear_swiglu, x, weight, weight.shape[0] // 2)
     return _swiglu(*_linear(x, weight).chunk(2, dim=-1))
 
 
-def _of_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _takes_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernels take the product: few rows of a half type, and weights in whole vectors,
     as those of every model are. torch has it otherwise."""
     C_in = weight.shape[1]
     whole = C_in % 8 == 0 and weight.data_ptr() % 16 == 0
-    return x.dtype is not torch.float32 and 0 < C_in and x.numel() <= FEW_ROWS * C_in and whole
+    return x.dtype is not torch.float32 and 0 < C_in and x.numel() <= _cuda.GEMV_ROWS * C_in and whole
 
 
-def _few_rows(
+def _gemv(
     launch: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, C_out: int
 ) -> torch.Tensor:
-    """`linear` or `linear_swiglu` of few rows; y has C_out columns."""
+    """`linear` or `linear_swiglu` of few rows of x; y has C_out columns."""
     x = _whole_vectors(x)
     return launch(_place(x), x, weight, x.new_empty((*x.shape[:-1], C_out)))
 
 
 def _linear_quantized(x: torch.Tensor, *weight: Any) -> torch.Tensor:
-    return _few_rows_quantized(_cuda.linear_quantized, x, weight[3], *weight)
+    return _gemv_quantized(_cuda.linear_quantized, x, weight[3], *weight)
 
 
 def _linear_swiglu_quantized(x: torch.Tensor, *weight: Any) -> torch.Tensor:
-    return _few_rows_quantized(_cuda.linear_swiglu_quantized, x, weight[3] // 2, *weight)
+    return _gemv_quantized(_cuda.linear_swiglu_quantized, x, weight[3] // 2, *weight)
 
 
-def _few_rows_quantized(
+def _gemv_quantized(
     launch: Callable[..., torch.Tensor],
     x: torch.Tensor,
     outputs: int,
@@ -408,8 +391,8 @@ def _linear_quantized_unsupported(
     found = limits.rows_reasons(x=x)
     if x.dtype is torch.float32:
         found.append("x is torch.float32; it must be bfloat16 or float16")
-    if (M := x.shape[:-1].numel()) > FEW_ROWS:
-        found.append(f"x has {M} rows; at most {FEW_ROWS}")
+    if (M := x.shape[:-1].numel()) > _cuda.GEMV_ROWS:
+        found.append(f"x has {M} rows; at most {_cuda.GEMV_ROWS}")
     return found
 
 

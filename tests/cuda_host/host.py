@@ -111,7 +111,7 @@ def build_as(kind: str) -> Path:
     """Builds the module of one kind, whether this process can load it or not."""
     kernels = [
         path
-        for path in (ROOT / "csrc" / "cuda").glob("*.cu")
+        for path in (ROOT / "csrc" / "cuda").rglob("*.cu")
         if path.stem != "device"  # its twin is device.cpp beside this file
     ]
     sources = [ROOT / "csrc" / "bindings" / "cuda.cpp", *kernels, *HERE.glob("*.cpp")]
@@ -154,7 +154,7 @@ def ninja_file(
             flags = f"-O1 -I{ROOT}/csrc {HOST_ARCHITECTURE}"
         else:
             flags = other_flags
-        objects.append(f"{source.name}.o")
+        objects.append(f"{source.parent.name}/{source.name}.o")
         lines.append(f"build {objects[-1]}: cxx {source}\n  flags = {flags}")
     lines.append(f"build {name}: link {' '.join(objects)}\n")
     return "\n".join(lines)

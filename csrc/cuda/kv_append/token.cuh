@@ -1,7 +1,7 @@
 // What both kv_appends have in common: which token a block has, where its heads lie, and its queries.
 #pragma once
 
-#include "common/rotate.cuh"
+#include "../common/rotate.cuh"
 
 namespace llama_fast::cuda {
 

@@ -1,4 +1,4 @@
-// Attention of many queries (prefill, training), for sm_80 and later. Dao, "FlashAttention-2" (2023).
+// Prefill (and training), for sm_80 and later. Dao, "FlashAttention-2" (2023).
 //
 // A block has 16 rows for each warp, as many queries as a GPU's registers hold, and walks over the keys
 // in tiles of 64: while one is multiplied, cp.async brings the next. Scores never leave the registers.
@@ -14,13 +14,13 @@ namespace llama_fast::cuda {
 
 constexpr int TILE = 64;  // keys
 
-template <class T, int D> struct ManyQueriesShared { T k[2][TILE * D], v[2][TILE * D]; };
+template <class T, int D> struct PrefillShared { T k[2][TILE * D], v[2][TILE * D]; };
 
 template <class T, int D, int WARPS>
 __global__ void __launch_bounds__(WARPS * WARP, 1)
-attention_many_kernel(AttentionArgs a) {
+attention_prefill_kernel(AttentionArgs a) {
   constexpr int ROWS = WARPS * 16, THREADS = WARPS * WARP;
-  auto& shared = shared_memory<ManyQueriesShared<T, D>>();
+  auto& shared = shared_memory<PrefillShared<T, D>>();
   const int thread = threadIdx.x, lane = thread % WARP, g = lane / 4, t = lane % 4;
   const int kv = blockIdx.x, b = blockIdx.z;
   const Problem<T> problem(a, kv, b);
@@ -31,7 +31,7 @@ attention_many_kernel(AttentionArgs a) {
   const auto copy = [&](int stage, int first) {
     copy_tile<D, TILE, THREADS>(shared.k[stage], problem.k, problem.k_stride, first, end, thread);
     copy_tile<D, TILE, THREADS>(shared.v[stage], problem.v, problem.v_stride, first, end, thread);
-    close_copy_group();
+    cp_async_commit();
   };
 
   const Queries<D> q = load_queries<D, T>({problem.query(row[0]), problem.query(row[1])}, t);
@@ -42,9 +42,9 @@ attention_many_kernel(AttentionArgs a) {
   for (int first = 0, stage = 0; first < end; first += TILE, stage ^= 1) {
     if (first + TILE < end) {
       copy(stage ^ 1, first + TILE);
-      wait_for_copies<1>();
+      cp_async_wait<1>();
     } else {
-      wait_for_copies<0>();
+      cp_async_wait<0>();
     }
     __syncthreads();
     float scores[TILE / 8][4];

@@ -1,4 +1,5 @@
-// y = x Wᵀ for few rows of x: limited by reading W, so W is read once, in whole rows.
+// GEMV (and skinny GEMM): y = x Wᵀ for few rows of x, limited by reading W, so W is read once, in
+// whole rows.
 //
 // x is packed first, to the form that the products take. A thread then owns a contiguous block of
 // W's rows and walks it in chunks; a chunk meets all rows of x while it is in L1. A tile of MT rows
@@ -9,16 +10,15 @@
 #include <algorithm>
 #include <cstring>
 
-#include "dispatch.h"
-#include "linear/many_rows.h"
-#include "parallel.h"
-#include "scratch.h"
-#include "simd/dot.h"
+#include "../dispatch.h"
+#include "../parallel.h"
+#include "../scratch.h"
+#include "../simd/dot.h"
 
 namespace llama_fast {
 namespace ISA {
 
-static constexpr int MAX_M = 28;  // rows of x, at most
+static constexpr int MAX_M = GEMV_ROWS_BESIDE_GEMM;  // rows of x, at most
 static constexpr int MAX_MT = 6;
 static constexpr int BLOCK = 12;  // rows of W that a thread walks together, at most
 // 2 KB of a bf16 row. A scalar build sums one by one, so it needs the short chunks for exactness.
@@ -114,7 +114,7 @@ template <class T> static void add_chunk(const Chunk<T>& c) {
   });
 }
 
-template <class T> static void few_rows(const LinearArgs& a) {
+template <class T> static void multiply_rows(const LinearArgs& a) {
   using D = Dot<T>;
   using Packed = typename D::Packed;
   const T* weight = static_cast<const T*>(a.weight);
@@ -168,13 +168,8 @@ template <class T> static void few_rows(const LinearArgs& a) {
   });
 }
 
-void linear(const LinearArgs& a) {
-  with_type(a.dtype, [&](auto t) { few_rows<decltype(t)>(a); });
-}
-
-void matmul(const MatmulArgs& a) {
-  if (a.dtype == DType::bf16) many_rows<bf16>(a);
-  else many_rows<f16>(a);
+void gemv(const LinearArgs& a) {
+  with_type(a.dtype, [&](auto t) { multiply_rows<decltype(t)>(a); });
 }
 
 }  // namespace ISA

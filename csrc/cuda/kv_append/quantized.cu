@@ -5,10 +5,10 @@
 // twice: for the largest magnitude, which the lanes find together, and for the codes. The second time
 // the head comes from the first cache.
 #include <common/launch.cuh>
-#include <common/overlap.cuh>
+#include <common/pdl.cuh>
 
-#include "common/reduce.cuh"
-#include "kv_append.cuh"
+#include "../common/reduce.cuh"
+#include "token.cuh"
 
 namespace llama_fast::cuda {
 
@@ -48,8 +48,8 @@ template <class T, bool WIDE>
 __global__ void __launch_bounds__(THREADS)
 kv_append_quantized_fwd_kernel(const __grid_constant__ KvAppendArgs a, int lanes) {
   constexpr int COUNT = PAIRS<T, WIDE>;
-  wait_for_kernel_before();
-  let_next_kernel_begin();
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const Token token(a.lengths, a.lengths_stride, int(a.T), min(a.S, a.P));
   const float* cos = a.cos + token.position * a.cos_stride;
   const float* sin = a.sin + token.position * a.sin_stride;

@@ -1,31 +1,31 @@
 // o = softmax(scale · q·kᵀ) v with grouped heads. The launcher takes one of three kernels:
-// few_queries.cuh where 16 rows hold all the queries of a KV head, otherwise warpgroups.cuh where it is
-// asked for and serves the call, many_queries.cuh where not.
-#include "attention/few_queries.cuh"
-#include "attention/many_queries.cuh"
-#include "attention/warpgroups.cuh"
+// decode.cuh where 16 rows hold all the queries of a KV head, otherwise prefill_sm90.cuh where it is
+// asked for and serves the call, prefill.cuh where not.
+#include "decode.cuh"
+#include "prefill.cuh"
+#include "prefill_sm90.cuh"
 
 namespace llama_fast::cuda {
 
 constexpr size_t MOST_SHARED_SM90 = 227 * 1024;
 
 template <class T, int D>
-static void launch_few(const Target& target, const AttentionArgs& a,
+static void launch_decode(const Target& target, const AttentionArgs& a,
                        const AttentionScratch& scratch) {
-  launch(target, launch_of_few<FewQueriesShared<T, D>>("attention_few", a, scratch.splits),
-         attention_few_kernel<T, D>, a, scratch);
+  launch(target, decode_launch<DecodeShared<T, D>>("attention_decode", a, scratch.splits),
+         attention_decode_kernel<T, D>, a, scratch);
 }
 
 template <class T, int D, int WARPS>
-static void launch_many(const Target& target, const AttentionArgs& a) {
-  using Shared = ManyQueriesShared<T, D>;
+static void launch_prefill(const Target& target, const AttentionArgs& a) {
+  using Shared = PrefillShared<T, D>;
   static_assert(sizeof(Shared) <= MOST_SHARED, "fits every GPU");
   const int64_t rows = a.T * (a.H / a.K);
-  const Launch how{"attention_many",
+  const Launch how{"attention_prefill",
                    {unsigned(a.K), unsigned(ceil_div(rows, WARPS * 16)), unsigned(a.B)},
                    {WARPS * WARP},
                    sizeof(Shared)};
-  launch(target, how, attention_many_kernel<T, D, WARPS>, a);
+  launch(target, how, attention_prefill_kernel<T, D, WARPS>, a);
 }
 
 // A tensor map has no strides of 0, and a scale that is negative would make a maximum a minimum.
@@ -41,7 +41,7 @@ static void launch_warpgroups(const Target& target, const AttentionArgs& a) {
   using Shared = WarpgroupsShared<T, D>;
   static_assert(sizeof(Shared) <= MOST_SHARED_SM90, "fits sm_90");
   const int64_t rows = a.T * (a.H / a.K);
-  const Launch how{"attention_warpgroups",
+  const Launch how{"attention_prefill_wgmma",
                    {unsigned(a.K), unsigned(ceil_div(rows, CONSUMERS * CONSUMER_ROWS)),
                     unsigned(a.B)},
                    {WARPGROUP_THREADS},
@@ -55,7 +55,7 @@ static void launch_warpgroups(const Target& target, const AttentionArgs& a) {
                          {bytes(a.S, stride.t), bytes(a.K, stride.h), bytes(a.B, stride.b)},
                          WIDE_TILE);
   };
-  launch(target, how, attention_warpgroups_kernel<T, D>, a, map(a.k.data, a.k.stride),
+  launch(target, how, attention_prefill_wgmma_kernel<T, D>, a, map(a.k.data, a.k.stride),
          map(a.v.data, a.v.stride));
 }
 
@@ -63,14 +63,14 @@ template <class T, int D>
 static void launch_attention(const Target& target, const AttentionArgs& a,
                              const AttentionScratch& scratch) {
   const int64_t rows = a.T * (a.H / a.K);
-  if (rows <= FEW_ROWS) launch_few<T, D>(target, a, scratch);
+  if (is_decode(a.T, a.H, a.K)) launch_decode<T, D>(target, a, scratch);
   else if (scratch.warpgroups && fits_warpgroups(a)) launch_warpgroups<T, D>(target, a);
-  else if (rows <= 64) launch_many<T, D, 4>(target, a);
-  else launch_many<T, D, 8>(target, a);
+  else if (rows <= SMALL_PREFILL_ROWS) launch_prefill<T, D, 4>(target, a);
+  else launch_prefill<T, D, 8>(target, a);
 }
 
 int64_t attention_partial_bytes(int64_t D) {
-  return D == 64 ? sizeof(RowPart<64>) : sizeof(RowPart<128>);
+  return D == 64 ? sizeof(Partial<64>) : sizeof(Partial<128>);
 }
 
 void attention_quantized(const Target&, const AttentionArgs&, const AttentionScratch&);

@@ -11,7 +11,7 @@ namespace llama_fast {
 namespace ISA {
 
 // Calls f(part, begin, end) on equal parts of the lines of memory, one a thread.
-template <class F> static void for_each_part(const CeilingArgs& a, F&& f) {
+template <class F> static void for_each_part(const RooflineArgs& a, F&& f) {
   const int64_t lines = a.bytes / 64;
   parallel_for(a.threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
@@ -22,7 +22,7 @@ template <class F> static void for_each_part(const CeilingArgs& a, F&& f) {
 // A line of a cache; the compiler reads it with the widest loads of this instruction set.
 typedef uint64_t Line __attribute__((vector_size(64)));
 
-void read_memory(const CeilingArgs& a) {
+void read_memory(const RooflineArgs& a) {
   for_each_part(a, [&](int64_t part, int64_t begin, int64_t end) {
     constexpr int A = 4;  // lines in flight: two read a third slower on Zen 3
     const Line* p = static_cast<const Line*>(a.source);
@@ -35,7 +35,7 @@ void read_memory(const CeilingArgs& a) {
 }
 
 // The C library's memcpy, which knows the best stores of the machine.
-void copy_memory(const CeilingArgs& a) {
+void copy_memory(const RooflineArgs& a) {
   for_each_part(a, [&](int64_t, int64_t begin, int64_t end) {
     std::memcpy(static_cast<char*>(a.target) + 64 * begin,
                 static_cast<const char*>(a.source) + 64 * begin, size_t(end - begin) * 64);
@@ -43,7 +43,7 @@ void copy_memory(const CeilingArgs& a) {
 }
 
 // `steps` times 12 multiply-adds of whole vectors a thread; 12 hide the latency of two units.
-template <class F> static void multiply_add(const CeilingArgs& a, F&& multiply_add_vector) {
+template <class F> static void multiply_add(const RooflineArgs& a, F&& multiply_add_vector) {
   for_each_part(a, [&](int64_t part, int64_t, int64_t) {
     constexpr int A = 12;
     vf x[A];
@@ -57,13 +57,13 @@ template <class F> static void multiply_add(const CeilingArgs& a, F&& multiply_a
   });
 }
 
-void multiply_add_f32(const CeilingArgs& a) {
+void multiply_add_f32(const RooflineArgs& a) {
   const vf b = set(0.999f), c = set(0.1f);
   multiply_add(a, [&](vf x) { return fma(x, b, c); });
 }
 
 // The instruction that multiplies pairs of bf16, where there is one: twice the products a vector.
-void multiply_add_bf16(const CeilingArgs& a) {
+void multiply_add_bf16(const RooflineArgs& a) {
 #ifdef ISA_HAS_PAIRS
   bf16 values[2 * vf::W];
   for (bf16& value : values) from_float(0.01f, value);

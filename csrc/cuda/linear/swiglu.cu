@@ -1,6 +1,6 @@
 // h = swiglu(x W_gateᵀ, x W_upᵀ) for at most 16 rows of x and a weight of bfloat16 or float16: decoding
-// in one launch. See linear/few_rows.cuh.
-#include "linear/dense.cuh"
+// in one launch. See linear/gemv.cuh.
+#include "dense.cuh"
 
 namespace llama_fast::cuda {
 

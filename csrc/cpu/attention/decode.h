@@ -1,4 +1,4 @@
-// Decoding: so few query heads share a KV head that reading k and v from memory is what takes time.
+// Decode (split-KV): so few query heads share a KV head that reading k and v from memory is what takes time.
 //
 // Keys and values are used as they lie in memory, a tile at a time, for up to four query heads at
 // once. They are fetched ahead, evenly, since memory that waits for arithmetic is lost, and from
@@ -6,21 +6,23 @@
 // where the keys of a task end, those of the thread's next one are fetched. A tile's scores are
 // computed before the values of the tile before it are added, so that neither waits for a softmax.
 // Sums are scaled down only where a score outgrows the largest one so far by SLACK. A row's keys are
-// split into parts of a length that depends on that row alone, so that a long context keeps all
-// threads busy, and neither the number of threads nor the other rows change a result. The last part
-// to be done combines them.
+// split by a length that depends on that row alone, so that a long context keeps all
+// threads busy, and neither the number of threads nor the other rows change a result. The last split
+// to be done merges them.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
+#include "../kernel_choice.h"
+#include "../parallel.h"
 #include "softmax.h"
 
 namespace llama_fast {
 namespace ISA {
 
-constexpr int FEW_TILE = 16;            // keys: a vector of scores for each query, where W is 16
+constexpr int DECODE_TILE = 16;            // keys: a vector of scores for each query, where W is 16
 constexpr int SECTIONS = 2;             // of a part's keys, whose tiles take turns
 constexpr int STREAMS = 2 * SECTIONS;   // that are fetched: k and v of each section
 constexpr int64_t FETCH_BYTES = 2048;   // of a stream, how long before it is needed
@@ -110,11 +112,11 @@ template <class T> struct Span {
         v_stride(a.v.stride.t),
         begin(begin_key),
         end(end_key),
-        tiles((end - begin + FEW_TILE - 1) / FEW_TILE),
-        section((tiles + SECTIONS - 1) / SECTIONS * FEW_TILE) {}
+        tiles((end - begin + DECODE_TILE - 1) / DECODE_TILE),
+        section((tiles + SECTIONS - 1) / SECTIONS * DECODE_TILE) {}
 
   int64_t tile(int64_t i) const {
-    return begin + i % SECTIONS * section + i / SECTIONS * FEW_TILE;
+    return begin + i % SECTIONS * section + i / SECTIONS * DECODE_TILE;
   }
   Tile<T> keys(int64_t j, int64_t count) const { return {k + j * k_stride, k_stride, count}; }
   Tile<T> values(int64_t j, int64_t count) const { return {v + j * v_stride, v_stride, count}; }
@@ -122,7 +124,7 @@ template <class T> struct Span {
   Tile<T> stream(int n, int64_t j) const {
     const int64_t at = begin + n / 2 * section + j;
     const int64_t count =
-        std::clamp<int64_t>(std::min(section - j, end - at), 0, FEW_TILE);
+        std::clamp<int64_t>(std::min(section - j, end - at), 0, DECODE_TILE);
     return n % 2 ? values(at, count) : keys(at, count);
   }
 };
@@ -174,36 +176,36 @@ static void score_tile(const float* q, int64_t q_stride, Tile<T> k, int64_t D, f
     else
       store(sums_of, sums(total));
     for (int r = 0; r < R; ++r)
-      std::memcpy(s + r * FEW_TILE + j, sums_of + r * BLOCK, BLOCK * sizeof(float));
+      std::memcpy(s + r * DECODE_TILE + j, sums_of + r * BLOCK, BLOCK * sizeof(float));
   }
 }
 
-// Turns a query's scores s of a tile into weights 2^(factor · s - top), in units of T, zeros behind
-// the first `count`, and adds them to the lanes of `total`. `top` stays the largest exponent, but
-// for SLACK: where it is raised, what was summed under the old one is scaled (total, and the
+// Turns a query's scores s of a tile into weights 2^(factor · s - m), in units of T, zeros behind
+// the first `count`, and adds them to the lanes of `l`. `m` stays the largest exponent, but for
+// SLACK: where it grows, what was summed under the old one is rescaled (l, and the
 // `stride` elements of sums_of).
 template <class T>
-static void weigh_tile(float* s, int64_t count, float factor, float& top, float* total,
+static void weigh_tile(float* s, int64_t count, float factor, float& m, float* l,
                        float* sums_of, int64_t stride, float* weights_of) {
   using Weight = typename std::conditional<Unit<T>::size == 2, T, float>::type;
   Weight* weights = reinterpret_cast<Weight*>(weights_of);
   constexpr int W = vf::W;
-  for (int64_t i = std::max<int64_t>(count, 0); i < FEW_TILE; ++i)
+  for (int64_t i = std::max<int64_t>(count, 0); i < DECODE_TILE; ++i)
     s[i] = count > 0 ? s[count - 1] : 0.f;
   if (count > 0) {
     vf largest = load(s) * set(factor);
-    for (int i = W; i < FEW_TILE; i += W) largest = max(largest, load(s + i) * set(factor));
-    if (any_above(largest, set(top + SLACK))) {
-      const float before = top;
-      top = max_of(largest);
-      const vf correction = set(exp2_of(before - top));
-      store(total, load(total) * correction);
+    for (int i = W; i < DECODE_TILE; i += W) largest = max(largest, load(s + i) * set(factor));
+    if (any_above(largest, set(m + SLACK))) {
+      const float before = m;
+      m = max_of(largest);
+      const vf correction = set(exp2_of(before - m));
+      store(l, load(l) * correction);
       for (int64_t d = 0; d < stride; d += W) store(sums_of + d, load(sums_of + d) * correction);
     }
   }
   vf sum_of = zero();
-  for (int i = 0; i < FEW_TILE; i += W) {
-    vf x = exp2(fma(load(s + i), set(factor), set(-top)));
+  for (int i = 0; i < DECODE_TILE; i += W) {
+    vf x = exp2(fma(load(s + i), set(factor), set(-m)));
     if (i + W > count) {
       float lanes[W];
       store(lanes, x);
@@ -212,7 +214,7 @@ static void weigh_tile(float* s, int64_t count, float factor, float& top, float*
     sum_of = sum_of + x;
     store(weights + i, x);
   }
-  store(total, load(total) + sum_of);
+  store(l, load(l) + sum_of);
 }
 
 // o[r] += weights[r] · v, for R queries and C runs of v from element d on; and of each step of `ahead`
@@ -232,7 +234,7 @@ static void add_runs(const float* weights, Tile<T> v, int64_t d, Width width, fl
     for (int c = 0; c < C; ++c) Value::load(v.row(j) + d + c * Value::size, next, x[c], width);
     for (int i = 0; i < STEP; ++i) ahead.fetch(j + i, d, d + C * Value::size);
     for (int r = 0; r < R; ++r) {
-      const vf w = set(weights[r * FEW_TILE + j / STEP]);
+      const vf w = set(weights[r * DECODE_TILE + j / STEP]);
       for (int i = 0; i < C * V; ++i) total[r][i] = Unit<T>::madd(w, x[i / V][i % V], total[r][i]);
     }
   }
@@ -260,34 +262,46 @@ static void add_tile(const float* weights, Tile<T> v, int64_t D, float* o, int64
     add_runs<T, R, 1>(weights, v, d, int(D - d), o + d, o_stride, ahead);
 }
 
-// What is known of some queries after a part of the keys: sums (rows, stride), and of each query
-// the largest exponent and the sum of the weights.
+// Whether a row of the batch is decoded, its G query heads to a KV head: otherwise it is a prefill.
+static inline bool is_decode(const Row& row, int64_t G) {
+  return row.queries <= 1 || row.queries * G <= DECODE_ROWS;
+}
+// Keys of a split of the row, in whole tiles.
+static inline int64_t split_keys(const Row& row, int64_t tile) {
+  return std::max(SPLIT_KEYS, round_up((row.keys + MAX_SPLITS - 1) / MAX_SPLITS, tile));
+}
+static inline int64_t attention_threads(int64_t multiply_adds) {
+  return std::min(max_threads(), 1 + multiply_adds / THREAD_WORK);
+}
+
+// What is known of some queries after a KV split: sums (rows, stride), and of each query the largest
+// exponent m and the sum l of the weights.
 struct Partial {
-  float *sums_of, *top, *total;
+  float *sums_of, *m, *l;
   int64_t stride;
 
   static int64_t stride_for(int64_t D) { return round_up(D, 2 * vf::W); }
   static int64_t floats(int64_t rows, int64_t D) {
-    return round_up(rows * (stride_for(D) + 2), 16);  // whole lines: see few_floats
+    return round_up(rows * (stride_for(D) + 2), 16);  // whole lines: see decode_floats
   }
   Partial(float* memory, int64_t rows, int64_t D)
       : sums_of(memory),
-        top(memory + rows * stride_for(D)),
-        total(top + rows),
+        m(memory + rows * stride_for(D)),
+        l(m + rows),
         stride(stride_for(D)) {}
 };
 
-// The working memory of few_queries, besides its result. Both begin at a line of the caches: vectors
+// The working memory of decode, besides its result. Both begin at a line of the caches: vectors
 // that lie in two of them cost the values a tenth more.
-static inline int64_t few_floats(int64_t rows, int64_t D) {
-  return rows * (round_up(D, 2 * vf::W) + 2 * FEW_TILE + vf::W);
+static inline int64_t decode_floats(int64_t rows, int64_t D) {
+  return rows * (round_up(D, 2 * vf::W) + 2 * DECODE_TILE + vf::W);
 }
 
 // The queries of a row of the batch and a KV head, query by query and head by head, over a span of
 // its keys, whose beginning is `fetched`, or not. follow() is called once, towards the end, and
 // returns the span whose beginning is fetched then.
 template <class T, class F>
-static void few_queries(const AttentionArgs& a, const Row& row, int64_t b, int64_t head,
+static void decode(const AttentionArgs& a, const Row& row, int64_t b, int64_t head,
                         const Span<T>& span, bool fetched, F&& follow, float* memory,
                         const Partial& result) {
   using Key = KeyRun<T>;
@@ -297,8 +311,8 @@ static void few_queries(const AttentionArgs& a, const Row& row, int64_t b, int64
   const int64_t q_stride = round_up(D, 2 * W);
   float* q = memory;
   float* s = q + rows * q_stride;
-  float* weights = s + rows * FEW_TILE;
-  float* total = weights + rows * FEW_TILE;  // W lanes of each query
+  float* weights = s + rows * DECODE_TILE;
+  float* total = weights + rows * DECODE_TILE;  // W lanes of each query
 
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = static_cast<const T*>(a.q.data) + b * a.q.stride.b +
@@ -308,7 +322,7 @@ static void few_queries(const AttentionArgs& a, const Row& row, int64_t b, int64
       Key::load(from + e * Key::size, x, width);
       for (int v = 0; v < Key::V; ++v) store(q + r * q_stride + (e * Key::V + v) * W, x[v]);
     });
-    result.top[r] = -std::numeric_limits<float>::infinity();
+    result.m[r] = -std::numeric_limits<float>::infinity();
     store(total + r * W, zero());
     for (int64_t d = 0; d < result.stride; d += W) store(result.sums_of + r * result.stride + d, zero());
   }
@@ -323,14 +337,14 @@ static void few_queries(const AttentionArgs& a, const Row& row, int64_t b, int64
     if (rows - r == 1) f(r, std::integral_constant<int, 1>{});
   };
   auto seen = [&](int64_t r, int64_t tile) {
-    return std::min({span.end, tile + FEW_TILE, row.visible(a, row.first + r / G)}) - tile;
+    return std::min({span.end, tile + DECODE_TILE, row.visible(a, row.first + r / G)}) - tile;
   };
 
   // A tile of each stream is fetched during SECTIONS tiles of arithmetic. All of a tile must be there
   // when its turn comes: later for each section, and for values, than for the first keys.
-  constexpr int TURN = FEW_TILE / SECTIONS;  // rows of a stream that are fetched meanwhile
+  constexpr int TURN = DECODE_TILE / SECTIONS;  // rows of a stream that are fetched meanwhile
   const int64_t early = std::max<int64_t>(TURN / 2, FETCH_BYTES / (D * int64_t(sizeof(T))));
-  auto distance = [&](int n) { return FEW_TILE + early - n / 2 * TURN - n % 2 * TURN * 3 / 2; };
+  auto distance = [&](int n) { return DECODE_TILE + early - n / 2 * TURN - n % 2 * TURN * 3 / 2; };
   Span<T> next;
   bool followed = false;
   auto stream = [&](int n, int64_t j) {
@@ -355,14 +369,14 @@ static void few_queries(const AttentionArgs& a, const Row& row, int64_t b, int64
       constexpr int R = decltype(number)::value;
       const Tile<T> k = span.keys(tile, seen(r + R - 1, tile));
       if (k.count > 0)
-        score_tile<T, R>(q + r * q_stride, q_stride, k, D, s + r * FEW_TILE, ahead_of(r, i, 0));
+        score_tile<T, R>(q + r * q_stride, q_stride, k, D, s + r * DECODE_TILE, ahead_of(r, i, 0));
     });
   };
   auto weigh = [&](int64_t i) {
     const int64_t tile = span.tile(i);
     for (int64_t r = 0; r < rows; ++r)
-      weigh_tile<T>(s + r * FEW_TILE, seen(r, tile), factor, result.top[r], total + r * W,
-                    result.sums_of + r * result.stride, result.stride, weights + r * FEW_TILE);
+      weigh_tile<T>(s + r * DECODE_TILE, seen(r, tile), factor, result.m[r], total + r * W,
+                    result.sums_of + r * result.stride, result.stride, weights + r * DECODE_TILE);
   };
   auto add = [&](int64_t i) {
     const int64_t tile = span.tile(i);
@@ -371,7 +385,7 @@ static void few_queries(const AttentionArgs& a, const Row& row, int64_t b, int64
       constexpr int SUMS = std::min(8, (W == 16 ? 16 : 8) / R);  // of a query, in registers
       const Tile<T> v = span.values(tile, seen(r + R - 1, tile));
       if (v.count > 0)
-        add_tile<T, R, std::max(1, SUMS / Value::V)>(weights + r * FEW_TILE, v, D,
+        add_tile<T, R, std::max(1, SUMS / Value::V)>(weights + r * DECODE_TILE, v, D,
                                                      result.sums_of + r * result.stride,
                                                      result.stride, ahead_of(r, i + 1, 1));
     });
@@ -379,13 +393,13 @@ static void few_queries(const AttentionArgs& a, const Row& row, int64_t b, int64
 
   if (!fetched) {
     for (int n = 0; n < STREAMS; ++n)
-      for (int64_t j = 0; j < distance(n); j += FEW_TILE) {
+      for (int64_t j = 0; j < distance(n); j += DECODE_TILE) {
         const Tile<T> rows = span.stream(n, j);
         for (int64_t i = 0; i < std::min(rows.count, distance(n) - j); ++i)
           Ahead<T>{rows}.fetch(i * STREAMS, 0, D);
       }
   }
-  for (int j = 0; j < FEW_TILE; ++j) ahead_of(0, 0, 1).fetch(j, 0, D);
+  for (int j = 0; j < DECODE_TILE; ++j) ahead_of(0, 0, 1).fetch(j, 0, D);
   score(0);
   weigh(0);
   for (int64_t i = 0; i < span.tiles; ++i) {
@@ -404,30 +418,48 @@ static void few_queries(const AttentionArgs& a, const Row& row, int64_t b, int64
       Value::restore(x);
       for (int v = 0; v < Value::V; ++v) store(at + v * W, x[v]);
     });
-    result.total[r] = sum(load(total + r * W));
+    result.l[r] = sum(load(total + r * W));
   }
 }
 
-// Adds the parts up, into the first of them.
-static inline void combine(float* parts, int64_t count, int64_t rows, int64_t D) {
-  const Partial first(parts, rows, D);
+// Merges the partials of a row's splits into the first of them.
+static inline void merge_states(float* partials, int64_t count, int64_t rows, int64_t D) {
+  const Partial first(partials, rows, D);
   for (int64_t r = 0; r < rows; ++r) {
-    float top = first.top[r];
+    float m = first.m[r];
     for (int64_t i = 1; i < count; ++i)
-      top = std::max(top, Partial(parts + i * Partial::floats(rows, D), rows, D).top[r]);
-    float total = 0.f;
+      m = std::max(m, Partial(partials + i * Partial::floats(rows, D), rows, D).m[r]);
+    float l = 0.f;
     for (int64_t i = 0; i < count; ++i) {
-      const Partial part(parts + i * Partial::floats(rows, D), rows, D);
-      if (part.total[r] == 0.f) continue;  // all its keys lie behind this query
-      const vf factor = set(exp2_of(part.top[r] - top));
-      total += part.total[r] * exp2_of(part.top[r] - top);
+      const Partial split(partials + i * Partial::floats(rows, D), rows, D);
+      if (split.l[r] == 0.f) continue;  // all its keys lie behind this query
+      const vf factor = set(exp2_of(split.m[r] - m));
+      l += split.l[r] * exp2_of(split.m[r] - m);
       float* to = first.sums_of + r * first.stride;
-      const float* from = part.sums_of + r * part.stride;
+      const float* from = split.sums_of + r * split.stride;
       for (int64_t d = 0; d < D; d += vf::W)
         store(to + d, i == 0 ? load(from + d) * factor : fma(load(from + d), factor, load(to + d)));
     }
-    first.top[r] = top;
-    first.total[r] = total;
+    first.m[r] = m;
+    first.l[r] = l;
+  }
+}
+
+// Ends one of `count` splits of a row and a KV head, whose partials begin at `first`: the last of them
+// merges all and writes the result. `done` counts them, for each row and KV head.
+template <class T>
+static void end_split(const AttentionArgs& a, const Row& row, int64_t b, int64_t head, float* first,
+                      int64_t count, int32_t* done) {
+  const int64_t G = a.H / a.K, rows = row.queries * G;
+  if (count > 1) {
+    // Whoever finishes last sees the others' partials.
+    if (__atomic_add_fetch(&done[b * a.K + head], 1, __ATOMIC_ACQ_REL) < count) return;
+    merge_states(first, count, rows, a.D);
+  }
+  const Partial result(first, rows, a.D);
+  for (int64_t r = 0; r < rows; ++r) {
+    write_result<T>(a, b, row.first + r / G, head * G + r % G, result.sums_of + r * result.stride,
+                    result.m[r], result.l[r]);
   }
 }
 

@@ -1,4 +1,4 @@
-// A product of many rows with many lanes: out[r][l] = Σ_k row_r[k] · lane_l[k], limited by the
+// GEMM: a product of many rows with many lanes: out[r][l] = Σ_k row_r[k] · lane_l[k], limited by the
 // multiply-adds. For `linear` the rows are W's and the lanes x's, since W then needs no transpose.
 //
 // Both sides become units of 4 bytes (floats, or pairs of bf16 where the CPU multiplies those). The
@@ -9,8 +9,6 @@
 //
 // Order of a sum, the same for any number of rows, lanes and threads: unit by unit along a chunk,
 // then chunk after chunk.
-#pragma once
-
 #include <algorithm>
 #include <cstring>
 
@@ -213,14 +211,14 @@ template <class T> struct Product {
   static constexpr int64_t STEP_UNITS = Side<T>::STEP_UNITS;
   static constexpr int64_t CHUNK = CHUNK_UNITS / STEP_UNITS * Dot<T>::STEP;  // elements
   static constexpr int64_t DEPTH = DEPTH_UNITS / STEP_UNITS * Dot<T>::STEP;
-  const MatmulArgs& a;
+  const GemmArgs& a;
   int64_t l0, r0, R, threads;
   Panels panels;
   float* packed;       // the lanes of a depth, by chunk, then panel, then unit
   float* kept;         // the sums from depth to depth, or null: there is one depth
   int64_t blocks, parts;  // of rows, of panels: the tasks
 
-  Product(const MatmulArgs& args, int64_t l, int64_t r, int64_t rows)
+  Product(const GemmArgs& args, int64_t l, int64_t r, int64_t rows)
       : a(args), l0(l), r0(r), R(std::min(rows, a.R - r)), threads(max_threads()),
         panels{std::min(LANES, a.L - l)} {
     struct Packed;
@@ -300,7 +298,7 @@ template <class T> struct Product {
   }
 };
 
-template <class T> static void many_rows(const MatmulArgs& a) {
+template <class T> static void multiply_matrices(const GemmArgs& a) {
   const int64_t rows = a.K > Product<T>::DEPTH ? DEEP_ROWS : a.R;
   for (int64_t l = 0; l < a.L; l += LANES) {
     for (int64_t r = 0; r < a.R; r += rows) {
@@ -312,6 +310,11 @@ template <class T> static void many_rows(const MatmulArgs& a) {
       }
     }
   }
+}
+
+void gemm(const GemmArgs& a) {
+  if (a.dtype == DType::bf16) multiply_matrices<bf16>(a);
+  else multiply_matrices<f16>(a);
 }
 
 }  // namespace ISA

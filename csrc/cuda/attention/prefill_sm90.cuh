@@ -1,12 +1,12 @@
-// Attention of many queries for sm_90a: warpgroups with roles of their own. Shah et al.,
+// Prefill for sm_90a, by TMA and wgmma: warpgroups with roles of their own. Shah et al.,
 // "FlashAttention-3" (2024).
 //
 // A block has 64 rows for each of two consumers, and walks over the keys in tiles of 128. A third
-// warpgroup, the producer, gives most of its registers to them and starts bulk copies of keys and
+// warpgroup, the producer, gives most of its registers to them and starts TMA loads of keys and
 // values into two stages each; barriers say which stages are full and which are empty.
 //
 // A consumer keeps the matrix units busy while it makes weights of its scores: the scores of a tile are
-// under way together with the sum of the values of the tile before. And the two take turns, so that one
+// under way together with the sum of the values of the tile before. And the two play ping-pong: one
 // multiplies while the other works on its softmax.
 #pragma once
 
@@ -69,7 +69,7 @@ __device__ __forceinline__ void produce(WarpgroupsShared<T, D>& shared, const Te
     arrive_expecting(full, sizeof stage);
 #pragma unroll
     for (int panel = 0; panel < PANELS; ++panel)
-      copy_box(stage[panel], map, full, panel * PANEL, first, kv, b);
+      tma_load(stage[panel], map, full, panel * PANEL, first, kv, b);
   };
   // The values behind the row's length may be NaN, and NaN times a weight of 0 is NaN. Behind S
   // there are none, and the copy brings zeros.
@@ -81,7 +81,7 @@ __device__ __forceinline__ void produce(WarpgroupsShared<T, D>& shared, const Te
     for (int panel = 0; panel < PANELS; ++panel)
       for (int i = (problem.length - first) * CHUNKS + lane; i < WIDE_TILE * CHUNKS; i += WARP)
         reinterpret_cast<uint4*>(stage[panel])[i] = {0, 0, 0, 0};
-    show_to_async_proxy();
+    fence_proxy_async();
     __syncwarp();
     if (lane == 0) arrive(full);
   };
@@ -129,7 +129,7 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[WIDE_TILE / 8][4],
     multiply_shared<T>(scores, matrix_descriptor(&q[panel][column], 16),
                        matrix_descriptor(&k[panel][column], 16), i > 0);
   }
-  close_product_group();
+  warpgroup_commit();
 }
 
 // o (64, D) += weights · v; starts the products.
@@ -141,7 +141,7 @@ __device__ __forceinline__ void multiply_values(float (&o)[D / 8][4],
   for (int i = 0; i < WIDE_TILE / 16; ++i)
     multiply_registers<T>(o, weights[i],
                           matrix_descriptor(&v[0][i * 16 * PANEL], int(sizeof v[0])));
-  close_product_group();
+  warpgroup_commit();
 }
 
 // The weights as the A of the products with v: 4 registers for each 16 keys.
@@ -165,8 +165,8 @@ __device__ __forceinline__ void consume(WarpgroupsShared<T, D>& shared, const At
   const int limit[2] = {problem.limit(row[0]), problem.limit(row[1])};
   const int all_see = problem.limit(first_row);  // the keys below this; 0 where there is no row
   store_queries<T, D>(shared.q[consumer], problem, first_row, thread);
-  show_to_async_proxy();
-  meet_at(QUERIES + consumer, WARPGROUP);
+  fence_proxy_async();
+  named_barrier_sync(QUERIES + consumer, WARPGROUP);
 
   const auto& q = shared.q[consumer];
   // Every warp says that it is done: what waits for its products is the warp.
@@ -188,31 +188,31 @@ __device__ __forceinline__ void consume(WarpgroupsShared<T, D>& shared, const At
   if (tiles > 0) {
     float scores[WIDE_TILE / 8][4];
     wait_for_phase(shared.k_full[0], 0);
-    begin_products();
+    warpgroup_arrive();
     multiply_keys(scores, q, shared.k[0]);
-    wait_for_products<0>(scores);
+    warpgroup_wait<0>(scores);
     release(shared.k_empty[0]);
     hide(scores, 0);
     take_unscaled(softmax, scores, scale, correction);  // o is 0 yet
     pack_weights<T>(weights, scores);
   }
-  if (consumer == 1 && tiles > 1) arrive_at(TURN, CONSUMERS * WARPGROUP);  // 0 begins
+  if (consumer == 1 && tiles > 1) named_barrier_arrive(TURN, CONSUMERS * WARPGROUP);  // 0 begins
   for (int i = 1; i < tiles; ++i) {
     const int stage = i % WIDE_STAGES, before = (i - 1) % WIDE_STAGES;
     float scores[WIDE_TILE / 8][4];
     wait_for_phase(shared.k_full[stage], parity_of(i));
-    meet_at(TURN + consumer, CONSUMERS * WARPGROUP);
-    begin_products();
+    named_barrier_sync(TURN + consumer, CONSUMERS * WARPGROUP);
+    warpgroup_arrive();
     multiply_keys(scores, q, shared.k[stage]);
     wait_for_phase(shared.v_full[before], parity_of(i - 1));
     multiply_values<T, D>(o, weights, shared.v[before]);
     // Consumer 0 has no turn after its last.
-    if (consumer == 0 || i + 1 < tiles) arrive_at(TURN + 1 - consumer, CONSUMERS * WARPGROUP);
-    wait_for_products<1>(scores);
+    if (consumer == 0 || i + 1 < tiles) named_barrier_arrive(TURN + 1 - consumer, CONSUMERS * WARPGROUP);
+    warpgroup_wait<1>(scores);
     release(shared.k_empty[stage]);
     hide(scores, i * WIDE_TILE);
     take_unscaled(softmax, scores, scale, correction);
-    wait_for_products<0>(o);
+    warpgroup_wait<0>(o);
     release(shared.v_empty[before]);
 #pragma unroll
     for (int n = 0; n < D / 8; ++n)
@@ -222,19 +222,19 @@ __device__ __forceinline__ void consume(WarpgroupsShared<T, D>& shared, const At
   }
   if (tiles > 0) {
     wait_for_phase(shared.v_full[(tiles - 1) % WIDE_STAGES], parity_of(tiles - 1));
-    begin_products();
+    warpgroup_arrive();
     multiply_values<T, D>(o, weights, shared.v[(tiles - 1) % WIDE_STAGES]);
-    wait_for_products<0>(o);
+    warpgroup_wait<0>(o);
   }
   finish(softmax);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) softmax.max[i] *= scale;
+  for (int i = 0; i < 2; ++i) softmax.m[i] *= scale;
   write_rows<T, D>(a, problem, kv, b, row, softmax, o, t);
 }
 
 template <class T, int D>
 __global__ void __launch_bounds__(WARPGROUP_THREADS, 1)
-attention_warpgroups_kernel(AttentionArgs a, const __grid_constant__ TensorMap k_map,
+attention_prefill_wgmma_kernel(AttentionArgs a, const __grid_constant__ TensorMap k_map,
                             const __grid_constant__ TensorMap v_map) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   auto& shared = shared_memory<WarpgroupsShared<T, D>>();

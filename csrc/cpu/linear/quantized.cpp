@@ -1,4 +1,4 @@
-// y = x Wᵀ with W in codes of 8 or 4 bits, a scale (and an offset) for each group of a row.
+// y = x Wᵀ with W in integers of 8 or 4 bits, a scale (and a minimum) for each group of a row.
 //
 // Sixteen rows of W make a block, and lane r of a vector belongs to row r, so no sum runs across
 // lanes and every load takes a whole line of memory, one after the other (docs/ops/linear_quantized.md
@@ -13,10 +13,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "dispatch.h"
-#include "parallel.h"
-#include "scratch.h"
-#include "simd/bytes.h"
+#include "../dispatch.h"
+#include "../parallel.h"
+#include "../scratch.h"
+#include "../simd/bytes.h"
 
 namespace llama_fast {
 namespace ISA {
@@ -29,16 +29,16 @@ static constexpr int MAX_NT = vf::W == 16 ? 2 : 1;
 static constexpr int CHUNK = 512;             // columns; a multiple of every group size
 static constexpr int FLOAT_CHUNK = 128, FLOAT_RUN = 16;
 static constexpr int64_t SLAB = 512;          // rows of x that are packed at a time
-static constexpr int64_t PIECE_BYTES = 1 << 16;  // of codes, about: see parallel_for_then_pieces
+static constexpr int64_t PIECE_BYTES = 1 << 16;  // of qdata, about: see parallel_for_then_pieces
 static constexpr int UNPACK_FROM = 3;         // tiles of rows
 // Bytes from what is used to what is fetched: far enough to have begun before a block ends.
-static constexpr int CODES_AHEAD = 2048, SCALES_AHEAD = 512;
+static constexpr int QDATA_AHEAD = 2048, SCALES_AHEAD = 512;
 
-// How the codes of a line are stored, and which codes they are.
+// How the numbers of a line are stored, and which numbers they are.
 struct TwoNibbles {
   using Code = Nibble;
   static constexpr int STEPS = 2;
-  static vi codes(vi line, int step) {
+  static vi numbers(vi line, int step) {
     if (step == 0) return low_nibbles(line);
     return high_nibbles(line);
   }
@@ -46,7 +46,7 @@ struct TwoNibbles {
 template <class C> struct Bytes {
   using Code = C;
   static constexpr int STEPS = 1;
-  static vi codes(vi line, int) { return line; }
+  static vi numbers(vi line, int) { return line; }
 };
 
 // Rows of x as the products take them, tile after tile: a tile of MT rows is (columns / 4, MT, 4)
@@ -54,22 +54,22 @@ template <class C> struct Bytes {
 struct Activations {
   int8_t* bytes;
   float* scales;
-  float* sums;      // scale · Σ bytes of the group, for offsets
-  int32_t* starts;  // where the sum of a group starts: what takes the codes' centre off again
+  float* sums;      // scale · Σ bytes of the group, for the minima
+  int32_t* starts;  // where the sum of a group starts: what takes qdata's centre off again
 };
 
 // Some columns of one or two blocks of W, and of a tile of x.
 struct Part {
-  const uint8_t* codes;
-  const f16 *scales, *offsets;  // of the first block; offsets may be null
-  int64_t code_stride, scale_stride;  // from a block to the next
+  const uint8_t* qdata;
+  const f16 *scales, *minima;  // of the first block; minima may be null
+  int64_t qdata_stride, scale_stride;  // from a block to the next
   int64_t groups, group_size;
   Activations x;
   bool first;    // of its columns: the totals start here
   float* total;  // (MT, NT, BLOCK)
 };
 
-// Asks for what the next groups of NT blocks of scales or offsets will need.
+// Asks for what the next groups of NT blocks of scales or minima will need.
 template <int NT> static inline void prefetch_group(const f16* p, const Part& part, int64_t g) {
   for (int n = 0; n < NT; ++n)
     __builtin_prefetch(reinterpret_cast<const char*>(p + n * part.scale_stride + g * BLOCK) +
@@ -94,32 +94,32 @@ template <int MT, int NT> static inline void store_totals(const Part& part, Sums
         store(part.total + (m * NT + n) * BLOCK + v * vf::W, total.of[m][n][v]);
 }
 
-template <class Storage, int MT, int NT> static void add_codes(const Part& part) {
+template <class Storage, int MT, int NT> static void add_quantized(const Part& part) {
   using Code = typename Storage::Code;
   Sums<MT, NT> total = load_totals<MT, NT>(part);
-  const uint8_t* codes = part.codes;
+  const uint8_t* qdata = part.qdata;
   const int8_t* x = part.x.bytes;
   const int64_t lines = part.group_size / (4 * Storage::STEPS);
   for (int64_t g = 0; g < part.groups; ++g) {
     if (MT <= 2) prefetch_group<NT>(part.scales, part, g);
-    if (MT <= 2 && part.offsets) prefetch_group<NT>(part.offsets, part, g);
+    if (MT <= 2 && part.minima) prefetch_group<NT>(part.minima, part, g);
     vi acc[MT][NT][V];
     for (int m = 0; m < MT; ++m)
       for (int n = 0; n < NT; ++n)
         for (int v = 0; v < V; ++v) acc[m][n][v] = set(part.x.starts[g * MT + m]);
-    for (int64_t line = 0; line < lines; ++line, codes += LINE) {
+    for (int64_t line = 0; line < lines; ++line, qdata += LINE) {
       vi stored[NT][V];
       for (int n = 0; n < NT; ++n) {
         for (int v = 0; v < V; ++v)
-          stored[n][v] = load_lanes(codes + n * part.code_stride + v * 4 * vf::W);
+          stored[n][v] = load_lanes(qdata + n * part.qdata_stride + v * 4 * vf::W);
         // A page ends where the hardware stops to look ahead.
-        if (MT <= 2) __builtin_prefetch(codes + n * part.code_stride + CODES_AHEAD);
+        if (MT <= 2) __builtin_prefetch(qdata + n * part.qdata_stride + QDATA_AHEAD);
       }
       for (int step = 0; step < Storage::STEPS; ++step, x += 4 * MT) {
         vi w[NT][V];
         for (int n = 0; n < NT; ++n)
           for (int v = 0; v < V; ++v)
-            w[n][v] = Storage::codes(stored[n][v], step);
+            w[n][v] = Storage::numbers(stored[n][v], step);
         for (int m = 0; m < MT; ++m) {
           const vi xm = set_bytes(x + 4 * m);
           for (int n = 0; n < NT; ++n)
@@ -138,15 +138,15 @@ template <class Storage, int MT, int NT> static void add_codes(const Part& part)
         t = fma(to_float(acc[m][n][v]), scale * set(part.x.scales[g * MT + m]), t);
       }
     }
-    if (!part.offsets) continue;
+    if (!part.minima) continue;
 #pragma GCC unroll 8
     for (int i = 0; i < NT * V; ++i) {
       const int n = i / V, v = i % V;
-      const vf offset = load(part.offsets + n * part.scale_stride + g * BLOCK + v * vf::W);
+      const vf minimum = load(part.minima + n * part.scale_stride + g * BLOCK + v * vf::W);
 #pragma GCC unroll 8
       for (int m = 0; m < MT; ++m) {
         vf& t = total.of[m][n][v];
-        t = fma(offset, set(part.x.sums[g * MT + m]), t);
+        t = fma(minimum, set(part.x.sums[g * MT + m]), t);
       }
     }
   }
@@ -202,11 +202,11 @@ template <class F> static inline void for_each_tile(int64_t M, F&& f) {
 // The shape of a call, its columns filled up to whole groups.
 struct Shape {
   int64_t columns, groups, group_size, blocks;
-  int64_t code_bytes;  // of a block
+  int64_t qdata_bytes;  // of a block
   explicit Shape(const LinearQuantizedArgs& a)
       : columns((a.C_in + a.group_size - 1) / a.group_size * a.group_size),
         groups(columns / a.group_size), group_size(a.group_size),
-        blocks((a.C_out + BLOCK - 1) / BLOCK), code_bytes(columns * BLOCK * a.bits / 8) {}
+        blocks((a.C_out + BLOCK - 1) / BLOCK), qdata_bytes(columns * BLOCK * a.bits / 8) {}
 };
 
 // One group of one row of x, to signed bytes: q = round(x / scale), scale = max |x| / 127.
@@ -254,10 +254,10 @@ static void round_row(const T* x, const LinearQuantizedArgs& a, const Shape& s, 
 }
 
 // Nibbles of `lines` lines → one byte each.
-static void unpack(const uint8_t* codes, int64_t lines, uint8_t* to) {
-  for (int64_t i = 0; i < lines; ++i, codes += LINE, to += 2 * LINE) {
+static void unpack(const uint8_t* qdata, int64_t lines, uint8_t* to) {
+  for (int64_t i = 0; i < lines; ++i, qdata += LINE, to += 2 * LINE) {
     for (int v = 0; v < V; ++v) {
-      const vi line = load_lanes(codes + v * 4 * vf::W);
+      const vi line = load_lanes(qdata + v * 4 * vf::W);
       store_lanes(to + v * 4 * vf::W, low_nibbles(line));
       store_lanes(to + LINE + v * 4 * vf::W, high_nibbles(line));
     }
@@ -279,7 +279,7 @@ static void write(const float* total, const LinearQuantizedArgs& a, int64_t row0
 // Calls f(n0, NT, scratch) for the blocks of each thread.
 template <class F> static void for_each_blocks(const Shape& s, int64_t M, F&& f) {
   const int64_t n = (s.blocks + MAX_NT - 1) / MAX_NT, each = s.columns * BLOCK * MAX_NT * M;
-  const int64_t piece = std::max<int64_t>(1, PIECE_BYTES / (s.code_bytes * MAX_NT));
+  const int64_t piece = std::max<int64_t>(1, PIECE_BYTES / (s.qdata_bytes * MAX_NT));
   parallel_for_then_pieces(n, product_grain(n, each), piece, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       f(i * MAX_NT, int(std::min<int64_t>(MAX_NT, s.blocks - i * MAX_NT)));
@@ -291,10 +291,10 @@ static Part part_of(const LinearQuantizedArgs& a, const Shape& s, int64_t n0, in
                     int64_t groups) {
   const int64_t scale_stride = s.groups * BLOCK, at = n0 * scale_stride + g0 * BLOCK;
   return {
-      .codes = a.qdata + n0 * s.code_bytes + g0 * s.group_size * BLOCK * a.bits / 8,
+      .qdata = a.qdata + n0 * s.qdata_bytes + g0 * s.group_size * BLOCK * a.bits / 8,
       .scales = static_cast<const f16*>(a.scales) + at,
-      .offsets = a.minima ? static_cast<const f16*>(a.minima) + at : nullptr,
-      .code_stride = s.code_bytes,
+      .minima = a.minima ? static_cast<const f16*>(a.minima) + at : nullptr,
+      .qdata_stride = s.qdata_bytes,
       .scale_stride = scale_stride,
       .groups = std::min(groups, s.groups - g0),
       .group_size = s.group_size,
@@ -339,18 +339,18 @@ static void by_bytes(const LinearQuantizedArgs& a, const Shape& s, int64_t row0,
       const int64_t columns = part.groups * s.group_size;
       if (unpacked) {
         for (int n = 0; n < NT; ++n)
-          unpack(part.codes + n * s.code_bytes, columns / 8, bytes + n * CHUNK * BLOCK);
-        part.codes = bytes;
-        part.code_stride = CHUNK * BLOCK;
+          unpack(part.qdata + n * s.qdata_bytes, columns / 8, bytes + n * CHUNK * BLOCK);
+        part.qdata = bytes;
+        part.qdata_stride = CHUNK * BLOCK;
       }
       for_each_tile(M, [&](int64_t m0, int mt) {
         part.x = tile_of(m0, mt, g0);
         part.total = total + m0 * NT * BLOCK;
         with_tile(mt, NT, [&](auto MT, auto NT) {
           constexpr int rows = decltype(MT)::value, wide = decltype(NT)::value;
-          if (unpacked) add_codes<Bytes<Nibble>, rows, wide>(part);
-          else if (nibbles) add_codes<TwoNibbles, rows, wide>(part);
-          else add_codes<Bytes<Byte>, rows, wide>(part);
+          if (unpacked) add_quantized<Bytes<Nibble>, rows, wide>(part);
+          else if (nibbles) add_quantized<TwoNibbles, rows, wide>(part);
+          else add_quantized<Bytes<Byte>, rows, wide>(part);
         });
       });
     }
@@ -364,20 +364,20 @@ static void dequantize(const Part& part, int bits, int NT, float* to) {
   const float centre = bits == 8 ? 128.f : 8.f;
   for (int n = 0; n < NT; ++n) {
     for (int v = 0; v < V; ++v) {
-      const uint8_t* codes = part.codes + n * part.code_stride + v * 4 * vf::W;
+      const uint8_t* qdata = part.qdata + n * part.qdata_stride + v * 4 * vf::W;
       float* w = to + n * BLOCK + v * vf::W;
       for (int64_t g = 0; g < part.groups; ++g) {
         const int64_t at = n * part.scale_stride + g * BLOCK + v * vf::W;
         const vf scale = load(part.scales + at);
-        const vf offset = part.offsets ? load(part.offsets + at) : scale * set(-centre);
-        for (int64_t line = 0; line < lines; ++line, codes += LINE) {
-          const vi stored = load_lanes(codes);
+        const vf minimum = part.minima ? load(part.minima + at) : scale * set(-centre);
+        for (int64_t line = 0; line < lines; ++line, qdata += LINE) {
+          const vi stored = load_lanes(qdata);
           for (int step = 0; step < steps; ++step, w += 4 * NT * BLOCK) {
             const vi four = bits == 8 ? stored : step ? high_nibbles(stored) : low_nibbles(stored);
-            store(w, fma(to_float(byte_of<0>(four)), scale, offset));
-            store(w + NT * BLOCK, fma(to_float(byte_of<1>(four)), scale, offset));
-            store(w + 2 * NT * BLOCK, fma(to_float(byte_of<2>(four)), scale, offset));
-            store(w + 3 * NT * BLOCK, fma(to_float(byte_of<3>(four)), scale, offset));
+            store(w, fma(to_float(byte_of<0>(four)), scale, minimum));
+            store(w + NT * BLOCK, fma(to_float(byte_of<1>(four)), scale, minimum));
+            store(w + 2 * NT * BLOCK, fma(to_float(byte_of<2>(four)), scale, minimum));
+            store(w + 3 * NT * BLOCK, fma(to_float(byte_of<3>(four)), scale, minimum));
           }
         }
       }

@@ -9,7 +9,7 @@ namespace llama_fast::cuda {
 
 // What the kernels before have written is there, and what they read may be overwritten. Every kernel
 // that overlaps calls this before it touches anything but weights.
-__device__ __forceinline__ void wait_for_kernel_before() {
+__device__ __forceinline__ void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
@@ -17,7 +17,7 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 
 // The next kernel may begin when all blocks have said so or ended: it finds room beside this one, and
 // has its first loads of weights under way.
-__device__ __forceinline__ void let_next_kernel_begin() {
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif

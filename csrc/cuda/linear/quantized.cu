@@ -1,5 +1,5 @@
-// y = x Wᵀ for at most 16 rows of x and a weight of 8-bit or 4-bit integers. See linear/packed.cuh.
-#include "linear/packed.cuh"
+// y = x Wᵀ for at most 16 rows of x and a weight of 8-bit or 4-bit integers. See linear/quantized.cuh.
+#include "quantized.cuh"
 
 namespace llama_fast::cuda {
 

@@ -15,7 +15,7 @@ namespace ISA {
 constexpr int MR = vf::W == 1 ? 4 : 6;                        // queries of the inner loop,
 constexpr int NV = vf::W == 16 ? 4 : vf::W == 8 ? 2 : 4;      // vectors of keys or of o's columns
 constexpr int PANEL = NV * vf::W;
-constexpr int MANY_TILE = vf::W == 16 ? 128 : 64;             // keys
+constexpr int PREFILL_TILE = vf::W == 16 ? 128 : 64;             // keys
 constexpr int STRIP = 4 * MR;  // queries whose scores stay in L1
 
 // c[r] = a[r] · b for MR rows of a and a panel of N vectors of b, over `steps` units; with a
@@ -99,17 +99,17 @@ static void pack_values(const T* v, int64_t stride, int64_t count, int64_t D, fl
 }
 
 // How many query heads a block holds at most: its working memory stays in L2.
-static inline int64_t many_rows(int64_t D) {
+static inline int64_t prefill_rows(int64_t D) {
   const int64_t rows = (vf::W == 16 ? 16 : 8) * STRIP;  // AVX-512 comes with 1 MB and more
   return D <= 128 ? rows : rows / 2;
 }
 
-struct ManyMemory {
-  float *q, *o, *k, *v, *s, *top, *total, *correction;
+struct PrefillMemory {
+  float *q, *o, *k, *v, *s, *m, *l, *correction;
   int64_t q_stride, o_stride, floats;
 
   // Laid out from `memory`, which may be null to learn the size.
-  ManyMemory(float* memory, int64_t rows, int64_t D) : floats(0) {
+  PrefillMemory(float* memory, int64_t rows, int64_t D) : floats(0) {
     const int64_t padded = round_up(rows, MR);
     auto take = [&](int64_t count) {
       float* at = memory ? memory + floats : nullptr;
@@ -120,36 +120,36 @@ struct ManyMemory {
     o_stride = round_up(D, vf::W);
     q = take(padded * q_stride);
     o = take(padded * o_stride);
-    k = take(MANY_TILE * q_stride);
-    v = take(MANY_TILE * o_stride);
-    s = take(STRIP * MANY_TILE);
-    top = take(padded);
-    total = take(padded);
+    k = take(PREFILL_TILE * q_stride);
+    v = take(PREFILL_TILE * o_stride);
+    s = take(STRIP * PREFILL_TILE);
+    m = take(padded);
+    l = take(padded);
     correction = take(STRIP);
   }
 };
 
 // o's columns += weights · values, panel by panel.
 template <class T, int N>
-static void add_panels(const ManyMemory& m, const float* weights, int64_t row, int64_t steps,
+static void add_panels(const PrefillMemory& m, const float* weights, int64_t row, int64_t steps,
                        int64_t tile_steps, const float* correction, int64_t begin) {
   const int64_t left = m.o_stride - begin;
   if constexpr (N > 1) {
     if (left < N * vf::W)
       return add_panels<T, N - 1>(m, weights, row, steps, tile_steps, correction, begin);
   }
-  multiply<T, N>(weights, MANY_TILE, m.v + begin * tile_steps, steps,
+  multiply<T, N>(weights, PREFILL_TILE, m.v + begin * tile_steps, steps,
                  m.o + row * m.o_stride + begin, m.o_stride, correction);
 }
 
 // The queries [t_begin, t_end) of a row of the batch and a KV head.
 template <class T>
-static void many_queries(const AttentionArgs& a, const Row& row, int64_t b, int64_t head,
+static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t head,
                          int64_t t_begin, int64_t t_end, float* memory) {
   constexpr int W = vf::W, SIZE = Unit<T>::size;
   const int64_t G = a.H / a.K, D = a.D, rows = (t_end - t_begin) * G, units = D / SIZE;
   const int64_t padded = round_up(rows, MR);
-  const ManyMemory m(memory, rows, D);
+  const PrefillMemory m(memory, rows, D);
   const float factor = a.scale * 1.44269504f;  // weights are powers of two
 
   for (int64_t r = 0; r < padded; ++r) {
@@ -162,8 +162,8 @@ static void many_queries(const AttentionArgs& a, const Row& row, int64_t b, int6
       store(m.q + r * m.q_stride + u, x);
     }
     for (int64_t d = 0; d < m.o_stride; d += W) store(m.o + r * m.o_stride + d, zero());
-    m.top[r] = -std::numeric_limits<float>::infinity();
-    m.total[r] = 0.f;
+    m.m[r] = -std::numeric_limits<float>::infinity();
+    m.l[r] = 0.f;
   }
 
   // Queries of a later strip see no fewer keys.
@@ -171,8 +171,8 @@ static void many_queries(const AttentionArgs& a, const Row& row, int64_t b, int6
   const T* keys = static_cast<const T*>(a.k.data) + b * a.k.stride.b + head * a.k.stride.h;
   const T* values = static_cast<const T*>(a.v.data) + b * a.v.stride.b + head * a.v.stride.h;
   const int64_t end = visible(rows - 1);
-  for (int64_t tile = 0; tile < end; tile += MANY_TILE) {
-    const int64_t count = std::min<int64_t>(MANY_TILE, end - tile);
+  for (int64_t tile = 0; tile < end; tile += PREFILL_TILE) {
+    const int64_t count = std::min<int64_t>(PREFILL_TILE, end - tile);
     const int64_t tile_steps = (count + SIZE - 1) / SIZE;
     pack_keys(keys + tile * a.k.stride.t, a.k.stride.t, count, D, m.k);
     pack_values(values + tile * a.v.stride.t, a.v.stride.t, count, D, m.v);
@@ -184,19 +184,19 @@ static void many_queries(const AttentionArgs& a, const Row& row, int64_t b, int6
         for (int64_t r = strip; r < strip_end; r += MR) {
           if (seen(r) > j)
             multiply<T, NV>(m.q + r * m.q_stride, m.q_stride, m.k + j * units, units,
-                            m.s + (r - strip) * MANY_TILE + j, MANY_TILE, nullptr);
+                            m.s + (r - strip) * PREFILL_TILE + j, PREFILL_TILE, nullptr);
         }
       }
       for (int64_t r = strip; r < strip_end; ++r) {
         const int64_t own = r < rows ? std::min(count, visible(r) - tile) : 0;
         const int64_t needed = round_up(std::max<int64_t>(0, seen(r / MR * MR)), SIZE);
-        m.correction[r - strip] = softmax_part<T>(m.s + (r - strip) * MANY_TILE, own, needed,
-                                                  factor, m.top[r], m.total[r]);
+        m.correction[r - strip] = softmax_part<T>(m.s + (r - strip) * PREFILL_TILE, own, needed,
+                                                  factor, m.m[r], m.l[r]);
       }
       for (int64_t d = 0; d < m.o_stride; d += PANEL) {
         for (int64_t r = strip; r < strip_end; r += MR) {
           if (seen(r) > 0)
-            add_panels<T, NV>(m, m.s + (r - strip) * MANY_TILE, r, (seen(r) + SIZE - 1) / SIZE,
+            add_panels<T, NV>(m, m.s + (r - strip) * PREFILL_TILE, r, (seen(r) + SIZE - 1) / SIZE,
                               tile_steps, m.correction + (r - strip), d);
         }
       }
@@ -204,8 +204,8 @@ static void many_queries(const AttentionArgs& a, const Row& row, int64_t b, int6
   }
 
   for (int64_t r = 0; r < rows; ++r) {
-    write_result<T>(a, b, t_begin + r / G, head * G + r % G, m.o + r * m.o_stride, m.top[r],
-                    m.total[r]);
+    write_result<T>(a, b, t_begin + r / G, head * G + r % G, m.o + r * m.o_stride, m.m[r],
+                    m.l[r]);
   }
 }
 

@@ -14,16 +14,16 @@
 #pragma once
 
 #include <common/launch.cuh>
-#include <common/overlap.cuh>
+#include <common/pdl.cuh>
 #include <common/ptx.cuh>
 
 #include "../common/numeric.cuh"
 #include "../common/reduce.cuh"
+#include "../kernel_choice.h"
 #include "../swiglu.cuh"
 
 namespace llama_fast::cuda {
 
-constexpr int MOST_ROWS = 16;   // of x
 constexpr int WEIGHT_ROWS = 16;  // of a block
 constexpr int WARPS = 8;
 constexpr int STEP = 32;   // columns of two matrix instructions
@@ -49,7 +49,7 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const Pairs& low, cons
 
 // Where the rows of x begin, in elements: worked out on the host, for it takes divisions. Behind the
 // last one stands the first, which the tile reads in its place.
-struct RowStarts { int64_t at[MOST_ROWS]; };
+struct RowStarts { int64_t at[GEMV_ROWS]; };
 
 inline RowStarts row_starts(const Rows& rows) {
   RowStarts starts = {};
@@ -102,7 +102,7 @@ linear_fwd_kernel(const T* x, const __grid_constant__ RowStarts x_starts, Source
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) raw[s] = source.load(c + s * STEP);
     if (!waited) {  // the first weights are on their way; x is the kernel before's
-      wait_for_kernel_before();
+      griddepcontrol_wait();
       waited = true;
     }
 #pragma unroll
@@ -116,8 +116,8 @@ linear_fwd_kernel(const T* x, const __grid_constant__ RowStarts x_starts, Source
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) source.multiply(sum, raw[s], of_x[s], c + s * STEP);
   }
-  if (!waited) wait_for_kernel_before();
-  let_next_kernel_begin();
+  if (!waited) griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   auto& shared = shared_memory<LinearShared<TILES>>();
 #pragma unroll
   for (int i = 0; i < TILES; ++i)

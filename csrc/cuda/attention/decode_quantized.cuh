@@ -1,4 +1,4 @@
-// Few queries against keys and values in 8 bits: few_queries.cuh with codes in the tiles, 32 keys each.
+// Decode against keys and values in 8 bits: decode.cuh with integers in the tiles, 32 keys each.
 //
 // The codes themselves are multiplied. The scales of the keys multiply the scores, those of the values
 // the weights, so neither stands inside of a sum. Weights times scales must fit float16, so the softmax
@@ -7,19 +7,19 @@
 // Any base is right, as long as sums and output have the same.
 #pragma once
 
-#include <common/overlap.cuh>
+#include <common/pdl.cuh>
 
-#include "parts.cuh"
+#include "kv_splits.cuh"
 #include "tiles_quantized.cuh"
 
 namespace llama_fast::cuda {
 
 constexpr int CODED_STAGES = 2;
 
-template <int D> struct FewQueriesQuantizedShared {
+template <int D> struct DecodeQuantizedShared {
   union {
-    CodedTile<D> pipelines[FEW_WARPS][CODED_STAGES];
-    RowPart<D> parts[FEW_WARPS][FEW_ROWS];  // when the pipelines are done
+    CodedTile<D> pipelines[DECODE_WARPS][CODED_STAGES];
+    Partial<D> partials[DECODE_WARPS][DECODE_ROWS];  // when the pipelines are done
   };
   bool last;
 };
@@ -49,14 +49,14 @@ __device__ __forceinline__ void take_coded_scores(Softmax& softmax,
   float correction[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    correction[i] = raise(softmax, i, max[i] - 15.0f);
-    const float base = base_of(softmax.max[i]);
+    correction[i] = rescale(softmax, i, max[i] - 15.0f);
+    const float base = base_of(softmax.m[i]);
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const float weight = exp2_fast(scores[n][2 * i + j] - base);
-        softmax.sum[i] += weight;
+        softmax.l[i] += weight;
         scores[n][2 * i + j] = weight * (j ? scale[n].y : scale[n].x);
       }
   }
@@ -69,33 +69,33 @@ __device__ __forceinline__ void take_coded_scores(Softmax& softmax,
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(FEW_WARPS * WARP, 1)
-attention_few_quantized_kernel(const __grid_constant__ AttentionArgs a,
+__global__ void __launch_bounds__(DECODE_WARPS * WARP, 1)
+attention_decode_quantized_kernel(const __grid_constant__ AttentionArgs a,
                                const __grid_constant__ AttentionScratch scratch) {
-  auto& shared = shared_memory<FewQueriesQuantizedShared<D>>();
+  auto& shared = shared_memory<DecodeQuantizedShared<D>>();
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-  wait_for_kernel_before();
-  let_next_kernel_begin();
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   // Only gridDim.x goes beyond 65,535: a batch may.
   const int kv = blockIdx.y, b = blockIdx.x;
   const Problem<T, int8_t> problem(a, kv, b);
   const int limit[2] = {problem.limit(g), problem.limit(g + 8)};
-  const Share<CODED_KEYS> share(problem.limit(problem.rows() - 1), blockIdx.z, gridDim.z, warp);
+  const Split<CODED_KEYS> split(problem.limit(problem.rows() - 1), blockIdx.z, gridDim.z, warp);
   const HeadStrides &ks_stride = a.k_scales.stride, &vs_stride = a.v_scales.stride;
   const float* k_scales = a.k_scales.data + b * ks_stride.b + kv * ks_stride.h;
   const float* v_scales = a.v_scales.data + b * vs_stride.b + kv * vs_stride.h;
 
   auto& pipeline = shared.pipelines[warp];
   const auto copy = [&](int round) {
-    if (share.has(round)) {
+    if (split.has(round)) {
       CodedTile<D>& tile = pipeline[round % CODED_STAGES];
-      const int first = share.first_key(round), end = share.end;
+      const int first = split.first_key(round), end = split.end;
       copy_coded_keys<D>(tile.k, problem.k, problem.k_stride, first, end, lane);
       copy_scales(tile.k_scales, k_scales, ks_stride.t, first, end, lane);
       copy_coded_values<D>(tile.v, problem.v, problem.v_stride, first, end, lane);
       copy_scales(tile.v_scales, v_scales, vs_stride.t, first, end, lane);
     }
-    close_copy_group();  // an empty one too: groups are counted
+    cp_async_commit();  // an empty one too: groups are counted
   };
   for (int round = 0; round < CODED_STAGES - 1; ++round) copy(round);
 
@@ -104,8 +104,8 @@ attention_few_quantized_kernel(const __grid_constant__ AttentionArgs a,
   const float factor[2] = {q.step[0] * a.scale * LOG2_E, q.step[1] * a.scale * LOG2_E};
   Softmax softmax;
   float o[D / 8][4] = {};
-  for (int round = 0; share.has(round); ++round) {
-    wait_for_copies<CODED_STAGES - 2>();
+  for (int round = 0; split.has(round); ++round) {
+    cp_async_wait<CODED_STAGES - 2>();
     __syncwarp();  // other lanes' copies are here, and nobody reads the stage that is filled next
     copy(round + CODED_STAGES - 1);
     const CodedTile<D>& tile = pipeline[round % CODED_STAGES];
@@ -117,13 +117,13 @@ attention_few_quantized_kernel(const __grid_constant__ AttentionArgs a,
 #pragma unroll
       for (int j = 0; j < 4; ++j) scores[n][j] *= factor[j / 2] * (j % 2 ? scale.y : scale.x);
     }
-    mask(scores, share.first_key(round), limit, t);
+    mask(scores, split.first_key(round), limit, t);
     take_coded_scores<D>(softmax, scores, tile.v_scales, o, t);
     multiply_coded_values<D>(o, scores, tile.v, lane);
   }
   finish(softmax);
-  wait_for_copies<0>();
-  merge_shares<T, D>(a, scratch, problem, shared.parts, shared.last, softmax, o,
+  cp_async_wait<0>();
+  merge_splits<T, D>(a, scratch, problem, shared.partials, shared.last, softmax, o,
                      [&](int n, int j) { return (2 * t + j) * (D / 8) + n; });
 }
 

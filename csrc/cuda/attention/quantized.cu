@@ -1,7 +1,7 @@
 // Attention against keys and values in 8 bits. Few queries multiply the codes themselves
-// (few_queries_quantized.cuh). For many, keys and values are turned into q's dtype, some rows of the batch
+// (decode_quantized.cuh). For many, keys and values are turned into q's dtype, some rows of the batch
 // at a time in scratch memory, and attention does the rest.
-#include "attention/few_queries_quantized.cuh"
+#include "decode_quantized.cuh"
 
 namespace llama_fast::cuda {
 
@@ -11,7 +11,7 @@ constexpr int WIDEN_THREADS = 256;
 // D). A thread has 16 of them. blockIdx.y counts the heads of the keys, then those of the values.
 template <class T, int D>
 __global__ void __launch_bounds__(WIDEN_THREADS)
-widen_cache_kernel(const __grid_constant__ AttentionArgs a,
+dequantize_cache_kernel(const __grid_constant__ AttentionArgs a,
                    const __grid_constant__ AttentionScratch scratch) {
   constexpr int CHUNKS = D / 16;  // of a head's vector
   const int K = int(a.K), b = blockIdx.z, kv = blockIdx.y % K;
@@ -34,15 +34,15 @@ widen_cache_kernel(const __grid_constant__ AttentionArgs a,
 }
 
 template <class T, int D>
-static void launch_few_quantized(const Target& target, const AttentionArgs& a,
+static void launch_decode_quantized(const Target& target, const AttentionArgs& a,
                                  const AttentionScratch& scratch) {
   launch(target,
-         launch_of_few<FewQueriesQuantizedShared<D>>("attention_few_quantized", a, scratch.splits),
-         attention_few_quantized_kernel<T, D>, a, scratch);
+         decode_launch<DecodeQuantizedShared<D>>("attention_decode_quantized", a, scratch.splits),
+         attention_decode_quantized_kernel<T, D>, a, scratch);
 }
 
 template <class T, int D>
-static void attend_many_quantized(const Target& target, const AttentionArgs& a,
+static void prefill_quantized(const Target& target, const AttentionArgs& a,
                                   const AttentionScratch& scratch) {
   for (int64_t b = 0; b < a.B; b += scratch.rows) {
     AttentionArgs some = a;
@@ -55,11 +55,11 @@ static void attend_many_quantized(const Target& target, const AttentionArgs& a,
     some.v_scales.data += b * a.v_scales.stride.b;
     if (a.lengths) some.lengths += b;
     if (a.S > 0) {
-      const Launch how{"widen_cache",
+      const Launch how{"dequantize_cache",
                        {unsigned(ceil_div(a.S * (D / 16), WIDEN_THREADS)), unsigned(2 * a.K),
                         unsigned(some.B)},
                        {WIDEN_THREADS}};
-      launch(target, how, widen_cache_kernel<T, D>, some, scratch);
+      launch(target, how, dequantize_cache_kernel<T, D>, some, scratch);
     }
     const HeadStrides stride{a.K * a.S * D, D, a.S * D};
     some.k = {scratch.k, stride};
@@ -74,8 +74,8 @@ void attention_quantized(const Target& target, const AttentionArgs& a,
   const auto run = [&](auto type, auto head_dim) {
     using T = typename decltype(type)::type;
     constexpr int D = decltype(head_dim)::value;
-    if (a.T * (a.H / a.K) <= FEW_ROWS) launch_few_quantized<T, D>(target, a, scratch);
-    else attend_many_quantized<T, D>(target, a, scratch);
+    if (is_decode(a.T, a.H, a.K)) launch_decode_quantized<T, D>(target, a, scratch);
+    else prefill_quantized<T, D>(target, a, scratch);
   };
   with_type(a.dtype, [&](auto type) {
     if constexpr (!std::is_same_v<typename decltype(type)::type, float>) {

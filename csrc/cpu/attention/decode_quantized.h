@@ -1,8 +1,8 @@
-// Decoding against keys and values in 8 bits: few_queries.h in integers.
+// Decode against keys and values in 8 bits: decode.h in integers.
 //
 // Queries, and the weights of a tile of keys, become 16-bit words with a step of their own, whose
-// products with the codes are summed exactly: an element of k or v then takes a quarter of the
-// instructions that its conversion to float would. The codes' scales stay outside of the sums: the
+// products with the quantised values are summed exactly: an element of k or v then takes a quarter of the
+// instructions that its conversion to float would. Their scales stay outside of the sums: the
 // keys' multiply the scores, the values' multiply the weights before these become words. A word is
 // within 2^-16 of the largest, less than what the half types round by; a float takes two words.
 #pragma once
@@ -11,12 +11,12 @@
 #include <cstring>
 
 #include "../simd/words.h"
-#include "few_queries.h"
+#include "decode.h"
 
 namespace llama_fast {
 namespace ISA {
 
-constexpr int CODED_TILE = 64;  // keys; k and v of a tile fit L1 up to D = 256
+constexpr int QUANTIZED_TILE = 64;  // keys; k and v of a tile fit L1 up to D = 256
 
 template <class T> constexpr int WORDS = std::is_same_v<T, float> ? 2 : 1;  // of a number
 
@@ -80,7 +80,7 @@ static void score_words(const int16_t* q, int64_t q_stride, Tile<int8_t> k, int6
       float lanes[W];
       store(lanes, sums(total[g]));
       for (int n = g * W; n < std::min((g + 1) * W, R * KEYS); ++n)
-        s[n / KEYS * CODED_TILE + j + n % KEYS] = lanes[n - g * W];
+        s[n / KEYS * QUANTIZED_TILE + j + n % KEYS] = lanes[n - g * W];
     }
   }
 }
@@ -88,19 +88,19 @@ static void score_words(const int16_t* q, int64_t q_stride, Tile<int8_t> k, int6
 // The scales of a tile's keys or values, zeros behind the last of them, and the largest; NaN where
 // one is not finite.
 struct TileScales {
-  float kept[CODED_TILE];
+  float kept[QUANTIZED_TILE];
   const float* of;
   float largest;
 
   TileScales(const HeadScales& x, int64_t b, int64_t head, int64_t tile, int64_t count) {
     const int64_t stride = x.stride.t;
     of = x.data + b * x.stride.b + head * x.stride.h + tile * stride;
-    if (stride != 1 || count < CODED_TILE) {
-      for (int64_t j = 0; j < CODED_TILE; ++j) kept[j] = j < count ? of[j * stride] : 0.f;
+    if (stride != 1 || count < QUANTIZED_TILE) {
+      for (int64_t j = 0; j < QUANTIZED_TILE; ++j) kept[j] = j < count ? of[j * stride] : 0.f;
       of = kept;
     }
     vf top = zero(), bad = zero();
-    for (int64_t j = 0; j < CODED_TILE; j += vf::W) {
+    for (int64_t j = 0; j < QUANTIZED_TILE; j += vf::W) {
       const vf scale = load(of + j);
       top = max(top, scale);
       bad = bad + (scale - scale);
@@ -110,59 +110,59 @@ struct TileScales {
 };
 
 // Softmax over a part of the keys of a tile, count[i] of them, for R queries: sums of products s
-// become weights, times the values' scales, as words. `top` is the largest exponent of a query so
-// far, and its W lanes of `total` add up to the sum of the weights without those scales. What was
-// summed under an older top has to be multiplied by the correction. Each step is taken for all
+// become weights, times the values' scales, as words. `m` is the largest exponent of a query so
+// far, and its W lanes of `l` add up to the sum of the weights without those scales. What was
+// summed under an older m has to be multiplied by the correction. Each step is taken for all
 // queries before the next, so that none waits for the one before.
 template <int R, int NUMBER>
 static void weigh(float* s, const float* q_steps, const TileScales& k, const TileScales& v,
-                  const int64_t (&count)[R], float factor, float* top, float* total,
+                  const int64_t (&count)[R], float factor, float* m, float* l,
                   int16_t* words, float* steps, float* correction) {
   constexpr int W = vf::W, LANES = (R + W - 1) / W * W;
-  float tile_top[R], smaller[LANES] = {};
+  float tile_m[R], smaller[LANES] = {};
   for (int i = 0; i < R; ++i) {
-    float* scores = s + i * NUMBER * CODED_TILE;
+    float* scores = s + i * NUMBER * QUANTIZED_TILE;
     for (int64_t j = 0; j < count[i]; j += W) {
       vf x = load(scores + j) * set(q_steps[i * NUMBER] * factor);
       if constexpr (NUMBER == 2)
-        x = fma(load(scores + CODED_TILE + j), set(q_steps[i * NUMBER + 1] * factor), x);
+        x = fma(load(scores + QUANTIZED_TILE + j), set(q_steps[i * NUMBER + 1] * factor), x);
       store(scores + j, x * load(k.of + j));
     }
-    for (int64_t j = std::max<int64_t>(count[i], 0); j < CODED_TILE; ++j)
+    for (int64_t j = std::max<int64_t>(count[i], 0); j < QUANTIZED_TILE; ++j)
       scores[j] = -std::numeric_limits<float>::infinity();
     vf largest = load(scores);
-    for (int64_t j = W; j < CODED_TILE; j += W) largest = max(largest, load(scores + j));
-    tile_top[i] = count[i] > 0 ? max_of(largest) : top[i];
-    smaller[i] = std::min(top[i], tile_top[i]) - std::max(top[i], tile_top[i]);
+    for (int64_t j = W; j < QUANTIZED_TILE; j += W) largest = max(largest, load(scores + j));
+    tile_m[i] = count[i] > 0 ? max_of(largest) : m[i];
+    smaller[i] = std::min(m[i], tile_m[i]) - std::max(m[i], tile_m[i]);
   }
   for (int i = 0; i < LANES; i += W) store(smaller + i, exp2(load(smaller + i)));
   for (int i = 0; i < R; ++i) {
-    const float* scores = s + i * NUMBER * CODED_TILE;
-    int16_t* to = words + i * NUMBER * CODED_TILE;
+    const float* scores = s + i * NUMBER * QUANTIZED_TILE;
+    int16_t* to = words + i * NUMBER * QUANTIZED_TILE;
     if (count[i] <= 0) {
-      std::memset(to, 0, NUMBER * CODED_TILE * sizeof(int16_t));
+      std::memset(to, 0, NUMBER * QUANTIZED_TILE * sizeof(int16_t));
       for (int n = 0; n < NUMBER; ++n) steps[i * NUMBER + n] = 0.f;
       correction[i] = 1.f;
       continue;
     }
     // One of both is 1: what was summed before, or the largest weight of this tile.
-    const bool raised = tile_top[i] > top[i];
+    const bool raised = tile_m[i] > m[i];
     correction[i] = raised ? smaller[i] : 1.f;
     const float bound = (raised ? 1.f : smaller[i]) * v.largest;
-    top[i] = std::max(top[i], tile_top[i]);
+    m[i] = std::max(m[i], tile_m[i]);
     const vf to_word = set(bound > 1e-30f ? WORD_MAX / bound : 0.f);  // none that is infinite
     steps[i * NUMBER] = bound / WORD_MAX;
     if constexpr (NUMBER == 2) steps[i * NUMBER + 1] = steps[i * NUMBER] / (2 * WORD_MAX);
-    vf sum_of = load(total + i * W) * set(correction[i]);
-    for (int64_t j = 0; j < CODED_TILE; j += W) {
-      const vf p = exp2(load(scores + j) - set(top[i]));
+    vf sum_of = load(l + i * W) * set(correction[i]);
+    for (int64_t j = 0; j < QUANTIZED_TILE; j += W) {
+      const vf p = exp2(load(scores + j) - set(m[i]));
       sum_of = sum_of + p;
       const vf x = p * load(v.of + j) * to_word, high = whole_word(x);
       store_words(to + j, high);
       if constexpr (NUMBER == 2)
-        store_words(to + CODED_TILE + j, whole_word((x - high) * set(2 * WORD_MAX)));
+        store_words(to + QUANTIZED_TILE + j, whole_word((x - high) * set(2 * WORD_MAX)));
     }
-    store(total + i * W, sum_of);
+    store(l + i * W, sum_of);
   }
 }
 
@@ -188,7 +188,7 @@ static void add_word_runs(const int16_t* weights, const float* steps, Tile<int8_
       }
     }
     for (int r = 0; r < R; ++r) {
-      const vi w = set_words(weights + r * CODED_TILE + j);
+      const vi w = set_words(weights + r * QUANTIZED_TILE + j);
       for (int i = 0; i < 2 * C; ++i) total[r][i] = dot_words(x[i / 2][i % 2], w, total[r][i]);
     }
   }
@@ -220,8 +220,8 @@ static void add_words(const int16_t* weights, const float* steps, Tile<int8_t> v
   }
 }
 
-// The working memory of few_queries_quantized, besides its result.
-static inline int64_t few_quantized_floats(int64_t rows, int64_t D) {
+// The working memory of decode_quantized, besides its result.
+static inline int64_t decode_quantized_floats(int64_t rows, int64_t D) {
   const int64_t words = 2 * rows * round_up(D, 2 * vf::W);
   return words / 2 + 16 + round_up(D, 2 * vf::W) + (2 + vf::W) * rows;
 }
@@ -229,7 +229,7 @@ static inline int64_t few_quantized_floats(int64_t rows, int64_t D) {
 // The queries of a row of the batch and a KV head, query by query and head by head, over the keys
 // [begin, end).
 template <class T>
-static void few_queries_quantized(const AttentionArgs& a, const Row& row, int64_t b,
+static void decode_quantized(const AttentionArgs& a, const Row& row, int64_t b,
                                   int64_t head, int64_t begin, int64_t end, float* memory,
                                   const Partial& result) {
   constexpr int W = vf::W, NUMBER = WORDS<T>;
@@ -245,7 +245,7 @@ static void few_queries_quantized(const AttentionArgs& a, const Row& row, int64_
                     (row.first + r / G) * a.q.stride.t + (head * G + r % G) * a.q.stride.h;
     for_each_vector(D, [&](int64_t d, auto width) { store(wide + d, load(from + d, width)); });
     to_words<NUMBER>(wide, q_stride, q + r * NUMBER * q_stride, q_stride, q_steps + r * NUMBER);
-    result.top[r] = -std::numeric_limits<float>::infinity();
+    result.m[r] = -std::numeric_limits<float>::infinity();
     store(total + r * W, zero());
     for (int64_t d = 0; d < result.stride; d += W) store(result.sums_of + r * result.stride + d, zero());
   }
@@ -256,9 +256,9 @@ static void few_queries_quantized(const AttentionArgs& a, const Row& row, int64_
   };
   const int8_t *keys = of_head(a.k), *values = of_head(a.v);
   const int64_t k_stride = a.k.stride.t, v_stride = a.v.stride.t;
-  for (int64_t tile = begin; tile < end; tile += CODED_TILE) {
-    const int64_t count = std::min<int64_t>(CODED_TILE, end - tile);
-    const int64_t after = std::min<int64_t>(CODED_TILE, end - tile - count);
+  for (int64_t tile = begin; tile < end; tile += QUANTIZED_TILE) {
+    const int64_t count = std::min<int64_t>(QUANTIZED_TILE, end - tile);
+    const int64_t after = std::min<int64_t>(QUANTIZED_TILE, end - tile - count);
     const Tile<int8_t> none{nullptr, 0, 0};
     const Tile<int8_t> k{keys + tile * k_stride, k_stride, count};
     const Tile<int8_t> v{values + tile * v_stride, v_stride, count};
@@ -270,15 +270,15 @@ static void few_queries_quantized(const AttentionArgs& a, const Row& row, int64_
       // The last of these queries sees the most.
       const int64_t seen = std::min(count, row.visible(a, row.first + (r + R - 1) / G) - tile);
       if (seen <= 0) return;
-      float s[R * NUMBER * CODED_TILE];
-      int16_t weights[R * NUMBER * CODED_TILE];
+      float s[R * NUMBER * QUANTIZED_TILE];
+      int16_t weights[R * NUMBER * QUANTIZED_TILE];
       float steps[R * NUMBER], correction[R];
       score_words<R * NUMBER>(q + r * NUMBER * q_stride, q_stride, {k.data, k.stride, seen}, D, s,
                               r == 0 ? v : none);
       int64_t own[R];
       for (int i = 0; i < R; ++i)
         own[i] = std::min(count, row.visible(a, row.first + (r + i) / G) - tile);
-      weigh<R, NUMBER>(s, q_steps + r * NUMBER, k_scales, v_scales, own, factor, result.top + r,
+      weigh<R, NUMBER>(s, q_steps + r * NUMBER, k_scales, v_scales, own, factor, result.m + r,
                        total + r * W, weights, steps, correction);
       constexpr int VECTORS = vf::W == 16 ? 16 : 8;  // sums that leave registers for the rest
       constexpr int C = std::min(4, std::max(1, VECTORS / (R * NUMBER * 2)));
@@ -297,7 +297,7 @@ static void few_queries_quantized(const AttentionArgs& a, const Row& row, int64_
   }
 
   for (int64_t r = 0; r < rows; ++r) {
-    result.total[r] = sum(load(total + r * W));
+    result.l[r] = sum(load(total + r * W));
     for (int64_t d = 0; d < D; d += 2 * W) {
       float* at = result.sums_of + r * result.stride + d;
       vf first, second;

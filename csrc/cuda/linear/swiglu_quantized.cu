@@ -1,6 +1,6 @@
 // h = swiglu(x W_gateᵀ, x W_upᵀ) for at most 16 rows of x and a weight of 8-bit or 4-bit integers: decoding
-// in one launch. See linear/packed.cuh.
-#include "linear/packed.cuh"
+// in one launch. See linear/quantized.cuh.
+#include "quantized.cuh"
 
 namespace llama_fast::cuda {
 

@@ -1,5 +1,5 @@
-// y = x Wᵀ for at most 16 rows of x and a weight of bfloat16 or float16. See linear/few_rows.cuh.
-#include "linear/dense.cuh"
+// y = x Wᵀ for at most 16 rows of x and a weight of bfloat16 or float16. See linear/gemv.cuh.
+#include "dense.cuh"
 
 namespace llama_fast::cuda {
 

@@ -1,9 +1,9 @@
 // Rotates the new tokens' queries and keys and writes keys and values into the cache, in one launch.
 // A block's threads share the pairs of all heads: q, then k, then v.
 #include <common/launch.cuh>
-#include <common/overlap.cuh>
+#include <common/pdl.cuh>
 
-#include "kv_append.cuh"
+#include "token.cuh"
 
 namespace llama_fast::cuda {
 
@@ -16,8 +16,8 @@ kv_append_fwd_kernel(Heads q, Heads k, Heads v, T* q_out, const float* cos, cons
                      const int64_t* lengths, int64_t lengths_stride, int tokens, int64_t most,
                      int64_t H, int64_t K, int64_t D, bool interleaved) {
   constexpr int COUNT = PAIRS<T, WIDE>;
-  wait_for_kernel_before();
-  let_next_kernel_begin();
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const Token token(lengths, lengths_stride, tokens, most);
   const int items = D / 2 / COUNT;  // of a head; divisions of 64 bits would take longer than the rest
   cos += token.position * cos_stride;
