@@ -1,21 +1,34 @@
-# make demo · test · bench · bench-check · gpu · lint — everything runs in .venv, made on first use.
+# make demo · test · test-all · bench · bench-check · gpu · lint — everything runs in .venv, made on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# Each worker takes long runs of tests in their order, since neighbours share what they are judged by.
+WORKERS ?= -n 2 --dist worksteal
 # The C++ sources too: a change of theirs rebuilds the extension.
 SOURCES := pyproject.toml setup.py setup_cuda.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench bench-cpu bench-check lint format clean gpu
+.PHONY: demo test test-all bench bench-cpu bench-check lint format clean gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/llama-fast generate "Once upon a time" --max-new-tokens 120 --seed 1
+	@echo
+	$(BIN)/llama-fast generate "从前" --max-new-tokens 120 --seed 1 --quiet
+	@echo
+	$(BIN)/llama-fast generate --max-new-tokens 5 --temperature 0 --quiet \
+		"the answer to the ultimate question of life, the universe, and everything is "
 
+# Half types on a third of the backends only. OP=attention: what belongs to that stem
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS) $(if $(OP),-k $(OP)) $(ARGS)
+
+# Every case in every dtype on every backend
+test-all: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --all $(WORKERS) $(if $(OP),-k $(OP)) $(ARGS)
 
 # ARGS="-k rms_norm --benchmark-json=out.json" and all else that pytest-benchmark takes
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/python -m pytest benchmarks -vv $(ARGS)
 
 # ARGS="--rows 'decode bf16'" and the like: see python -m benchmarks.cpu --help
 bench-cpu: $(VENV)/.installed-peers
@@ -26,7 +39,7 @@ bench-check: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.check $(ARGS)
 
 # On a machine with a GPU, without a network: the Python that is there, and nothing is installed.
-# ARGS="--parts attention,decode" and the like: see python3 -m benchmarks.gpu --help
+# Build and tests; then ARGS=kernels and ARGS=models measure: see python3 -m benchmarks.gpu --help
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
@@ -42,17 +55,20 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(SOURCES) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@echo "Setting up $(VENV): PyTorch is downloaded, and the C++ kernels are compiled: some minutes, once."
+	$(PIP) -e .
 	touch $@
 
 $(VENV)/.installed-test: $(SOURCES) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@echo "Setting up $(VENV) with the test tools: some minutes, once."
+	$(PIP) -e '.[test]'
 	touch $@ $(VENV)/.installed
 
 # The peers are compiled here; without them the benchmark runs, and says who is missing.
 $(VENV)/.installed-peers: $(SOURCES) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]' \
+	@echo "Setting up $(VENV) with the peers, which are compiled here: ten minutes or more, once."
+	$(PIP) -e '.[bench]'
+	$(PIP) -e '.[peers]' \
 		|| echo "Not all of the peers could be installed; the benchmark runs without them."
 	touch $@ $(VENV)/.installed
 

@@ -7,6 +7,7 @@ here knows of torch, so one build serves every torch version. `llama_fast._cuda`
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT))  # front ends that isolate builds leave this folder out
@@ -41,6 +43,13 @@ CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapp
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 
+class BuildSources(build_py):
+    def run(self) -> None:
+        # What sources of another day have left there would be a part of the wheel.
+        shutil.rmtree(Path(self.build_lib, "llama_fast"), ignore_errors=True)
+        super().run()
+
+
 class BuildWithNinja(build_ext):
     def build_extension(self, extension: Extension) -> None:
         target = (ROOT / self.get_ext_fullpath(extension.name)).resolve()
@@ -51,10 +60,13 @@ class BuildWithNinja(build_ext):
         else:
             setup_cuda.build_cuda_module(target, folder, architectures)
         # Python started in the checkout imports these sources, not what was installed: they find
-        # the same module beside them.
+        # the same module beside them. A running program may have the old one loaded, so it is
+        # replaced, not written to.
         beside = ROOT / "llama_fast" / target.name
         if beside != target:
-            shutil.copy2(target, beside)
+            partial = beside.with_name(f"{target.name}.new")
+            shutil.copy2(target, partial)
+            partial.replace(beside)
 
 
 def build_cpu_module(
@@ -65,19 +77,20 @@ def build_cpu_module(
     isa_flags  the instruction sets of the module, each with its compiler flags
     flags      added to every compilation and to the link
     """
-    import ninja
-
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text(ninja_file(target, isa_flags, flags))
-    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder, "--quiet"], check=True)
+    (folder / "build.ninja").write_text(ninja_file(target, folder, isa_flags, flags))
+    subprocess.run([setup_cuda.find_ninja(), "-C", folder, "--quiet"], check=True)
 
 
-def ninja_file(target: Path, isa_flags: dict[str, str], flags: str) -> str:
+def ninja_file(target: Path, folder: Path, isa_flags: dict[str, str], flags: str) -> str:
+    """The sources are named relative to `folder`, so what was compiled holds where a checkout is
+    copied or moved with it."""
     import pybind11
 
+    csrc = os.path.relpath(ROOT / "csrc", folder)
     cxx = sysconfig.get_config_var("CXX").split()[0]
-    common = " ".join([CXX_FLAGS, *OPENMP, f"-I{ROOT}/csrc", flags])
+    common = " ".join([CXX_FLAGS, *OPENMP, f"-I{csrc}", flags])
     link = " ".join([*OPENMP, link_flags(), flags])
     lines = [
         f"rule cxx\n  command = {cxx} -MMD -MF $out.d {common} $flags -c $in -o $out",
@@ -86,15 +99,16 @@ def ninja_file(target: Path, isa_flags: dict[str, str], flags: str) -> str:
     ]
     objects = ["binding.o"]
     built_for = [f"-DLLAMA_FAST_HAS_{isa.upper()}" for isa in isa_flags]
-    includes = [sysconfig.get_path("include"), pybind11.get_include()]
+    # By its real path: an environment that has it by a link compiles nothing anew.
+    includes = [sysconfig.get_path("include"), Path(pybind11.get_include()).resolve()]
     binding_flags = " ".join([*built_for, *(f"-isystem {path}" for path in includes)])
-    lines.append(f"build binding.o: cxx {ROOT}/csrc/bindings/cpu.cpp\n  flags = {binding_flags}")
+    lines.append(f"build binding.o: cxx {csrc}/bindings/cpu.cpp\n  flags = {binding_flags}")
     for isa, its_flags in isa_flags.items():
         for source in sorted((ROOT / "csrc" / "cpu").rglob("*.cpp")):
-            path = source.relative_to(ROOT / "csrc" / "cpu").with_suffix(".o")
-            objects.append(f"{isa}/{path}")
+            path = source.relative_to(ROOT / "csrc" / "cpu")
+            objects.append(f"{isa}/{path.with_suffix('.o')}")
             own = f"-DISA={isa} -DISA_{isa.upper()} {its_flags}"
-            lines.append(f"build {objects[-1]}: cxx {source}\n  flags = {own}")
+            lines.append(f"build {objects[-1]}: cxx {csrc}/cpu/{path}\n  flags = {own}")
     lines.append(f"build {target}: link {' '.join(objects)}\ndefault {target}\n")
     return "\n".join(lines)
 
@@ -109,5 +123,5 @@ if __name__ == "__main__":
     names = ["llama_fast._cpu", *(["llama_fast._cuda"] if architectures else [])]
     setup(
         ext_modules=[Extension(name, sources=[]) for name in names],
-        cmdclass={"build_ext": BuildWithNinja},
+        cmdclass={"build_ext": BuildWithNinja, "build_py": BuildSources},
     )

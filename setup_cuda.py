@@ -96,18 +96,29 @@ def known_architectures(nvcc: Path) -> set[int]:
     return {int(name) for name in re.findall(r"compute_(\d+)", text)}
 
 
+def find_ninja() -> Path:
+    """The program of pip's package, where it is complete, or of PATH."""
+    try:
+        import ninja
+
+        found = ninja.BIN_DIR and shutil.which("ninja", path=ninja.BIN_DIR)
+    except ImportError:
+        found = None
+    if (found := found or shutil.which("ninja")) is None:
+        raise FileNotFoundError("no ninja was found: pip install ninja, or put one on PATH")
+    return Path(found)
+
+
 def build_cuda_module(target: Path, folder: Path, chosen: list[str]) -> None:
     """Compiles with ninja in `folder`, in parallel and incrementally, and links one module.
 
     MAX_JOBS limits how many compilers run at a time: each may take 2 GB.
     """
-    import ninja
-
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(ninja_file(target, chosen))
     jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder, "--quiet", *jobs], check=True)
+    subprocess.run([find_ninja(), "-C", folder, "--quiet", *jobs], check=True)
 
 
 def ninja_file(target: Path, chosen: list[str]) -> str:

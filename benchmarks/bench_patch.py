@@ -18,6 +18,7 @@ import importlib.util
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,7 +61,8 @@ WARM_UPS = 2
 @dataclass(frozen=True)
 class Options:
     """tokens  of a prompt or of each sequence of a training step; batch: sequences of that
-    steps   tokens of a sample of decode"""
+    steps   tokens of a sample of decode
+    backend  of our ops; None: each device's own order"""
 
     shape: str = "1b"
     layers: int | None = None
@@ -71,6 +73,7 @@ class Options:
     threads: int = os.cpu_count() or 1
     device: str = "cpu"
     contenders: tuple[str, ...] = CONTENDERS
+    backend: str | None = None
 
     def layers_of(self, row: str) -> int:
         return self.layers or ROWS[row]
@@ -93,6 +96,9 @@ class Contender:
         if kind == OURS:
             import llama_fast
 
+            if options.backend is not None:
+                self.asked = ExitStack()  # for all that this process does
+                self.asked.enter_context(llama_fast.use_backend(options.backend))
             llama_fast.patch(self.model, strict=True)
         elif kind == LIGER:
             from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -186,7 +192,7 @@ def measure(row: str, options: Options) -> Row:
     finally:
         for worker in workers.values():
             worker.close()
-    found.goals = _goals(row, found, options.device)
+    found.goals = _goals(row, found, options.device, options.contenders)
     return found
 
 
@@ -241,10 +247,11 @@ def compare(row: str, workers: dict[str, Worker], found: Row) -> None:
             found.notes.append(f"{kind}: {error:.2g} away from transformers")
 
 
-def _goals(row: str, found: Row, device: str) -> list[Goal]:
+def _goals(row: str, found: Row, device: str, contenders: tuple[str, ...]) -> list[Goal]:
     goals = [
         Goal(f"× {rival}", needed, found.times(rival, OURS))
         for rival, needed in GOALS[device].get(row, {}).items()
+        if rival in contenders
     ]
     needed = MEMORY.get(device, {}).get(row)
     if needed is not None:

@@ -132,7 +132,7 @@ def memory_bound(name: str, needed: float, sizes: Sizes, threads: int, rounds: i
     row = Row(name, what, "GB/s", found.bytes / 1e9, found.samples, found.others)
     row.goals = [
         Goal("× torch.compile", needed, ratio(found.samples, "torch.compile", OURS)),
-        Goal("× a copy of as many bytes", COPIED, ratio(found.samples, COPY, OURS)),
+        Goal("of copy bandwidth", COPIED, ratio(found.samples, COPY, OURS)),
     ]
     return row
 
@@ -141,8 +141,8 @@ def cost_of_calls(threads: int, rounds: int) -> Row:
     samples, others = run_apart(kernels.call_costs, rounds, CALLED, threads=threads)
     row = Row("call", "processor time of a call on tiny tensors, without gradient", "µs")
     row.samples, row.others = samples, others
-    dearest = max(row.medians().values())
-    row.goals = [Goal("µs, the dearest op", MICROSECONDS, dearest, at_most=True)]
+    slowest = max(row.medians().values())
+    row.goals = [Goal("µs, the slowest op", MICROSECONDS, slowest, at_most=True)]
     return row
 
 

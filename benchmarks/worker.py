@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 # Workers fork from a process that has imported torch and nothing else, and started no thread.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch"])
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["torch"])
 
 # Read by the OpenMP of each library when it is loaded; torch's own is told in another way.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -41,8 +41,8 @@ class Worker:
     """
 
     def __init__(self, make: Callable[..., Any], *args: Any, threads: int) -> None:
-        self._pipe, theirs = _context.Pipe()
-        self._process = _context.Process(
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
             target=_serve, args=(theirs, threads, make, args), daemon=True
         )
         self._process.start()

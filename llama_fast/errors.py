@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 
 class LlamaFastError(ValueError):
     """Base of every refusal of this package; a ValueError too, so callers need not import it."""
@@ -53,3 +55,12 @@ class FallbackWarning(UserWarning):
 
 class PatchError(LlamaFastError):
     """A model that cannot be patched, or a patch that cannot be taken back; the text says why."""
+
+
+def json_fault(error: ValueError) -> str:
+    """Returns where and why a file's bytes are no JSON, for the error of `json.loads`."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 text (byte {error.start})"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it breaks at line {error.lineno}, column {error.colno}"
+    return "a number in it has too many digits"

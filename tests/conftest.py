@@ -1,17 +1,36 @@
-"""Before anything imports Triton: without a GPU, its kernels run in its interpreter."""
+"""Before anything imports torch or Triton: a worker of pytest-xdist takes one thread, and without a
+GPU Triton's kernels run in its interpreter. And `--all`: see selection.py."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the other worker has the other core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
 import torch
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from llama_fast.utils.environment import triton_interpreter
+from tests.selection import short_run
 from tests.triton_interpreter import behave_as_a_gpu
 
 if triton_interpreter():
     behave_as_a_gpu()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="every dtype in full on every backend")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all") or any("::" in argument for argument in config.args):
+        return
+    kept = short_run(items)
+    left = set(items).difference(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item in left])
+    items[:] = kept

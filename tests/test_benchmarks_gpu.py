@@ -1,25 +1,23 @@
-"""`make gpu` without a GPU: its rehearsal writes rows that the report shows, and neither a kernel
-that fails nor one that kills its process or hangs takes the other rows along."""
+"""`make gpu` without a GPU: neither a kernel that fails nor one that kills its process or hangs
+takes the other rows along, and what was tested is kept. Its rehearsal is in test_bare.py."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
+import re
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu import goals, ops, part, run
+from benchmarks.gpu import __main__, goals, ops, part, run, tests_apart
+from benchmarks.gpu.__main__ import main as command
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.run import Ended
 from benchmarks.gpu.setting import LARGE, TINY, Setting
-from llama_fast.bench import results
 from llama_fast.bench.results import Row
 from llama_fast.bench.roofline import Ceilings
-from llama_fast.cli import main
-from llama_fast.dispatch import backends
 
 pytest.importorskip("triton", reason="Triton is not installed: its kernels take part")
 CEILINGS = Ceilings("cpu", 1, None, 1e9, 1e9, 1e9, 1e9)
@@ -28,48 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def setting(tmp_path):
-    return Setting("cpu", tmp_path / "lines.jsonl", CEILINGS)
-
-
-def rehearse(path: Path, *parts: str) -> str:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--json", str(path)]
-    done = subprocess.run(
-        [*command, "--parts", ",".join(parts)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_the_rehearsal_from_end_to_end(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "gpu.json"
-    parts = [name for name in PARTS if name not in ("tests", "cuda_tests")]  # this suite has them
-    said = rehearse(path, *parts)
-    found = results.load(path).rows
-    for name in parts:
-        assert f"== part {name}: done" in said and found[f"part {name}"].notes
-    for kind, calls in ops.CALLS.items():
-        for call in calls(TINY):
-            row = found[ops.name_of(call, TINY)]
-            has_it = call.op in backends()["triton"].implementations
-            assert ("triton" in row.samples) == has_it, kind
-            assert len(row.goals) == len(call.targets)
-    rows = [row for row in found.values() if row.samples]
-    assert {"cuda", "triton", "eager"} <= set(rows[0].samples)
-    assert all(row.measured_with["versions"]["torch"] for row in rows)
-    attention = found["attention, tiny, training, 32 tokens, bfloat16, forward"]
-    assert "llama_fast cuda warpgroups" in attention.samples or "cuda" in attention.missing
-    host = found["rms_norm, tiny, prefill, 4 tokens, bfloat16, forward"].goals[0]
-    assert host.value > 0 and host.at_most
-    assert found["decode int4, tiny with 1 layer, behind 8 tokens"].goals[0].needed == 0.75
-    (trained,) = (row for name, row in found.items() if name.startswith("patched training"))
-    assert {"llama_fast", "transformers"} == set(trained.samples) and trained.memory
-
-    monkeypatch.chdir(tmp_path)
-    assert main(["report", "gpu.json"]) == 0
-    page = Path("report/report.md").read_text()
-    assert "of bandwidth (goal ≥ 0.95" in page and "- part graph: done" in page
-    for kind in ("roofline", "speed-ups", "attention"):
-        assert f"-{kind}.png)" in page and list(Path("report").glob(f"*-{kind}.png"))
+    return Setting("cpu", tmp_path / "lines.jsonl", tmp_path, CEILINGS)
 
 
 # --- what a part survives ---------------------------------------------------------------------
@@ -127,28 +84,22 @@ def test_what_was_left_out_is_missing_from_the_row(setting, who):
         assert "cuda" in row.samples
 
 
-def test_a_process_that_ends_in_a_row_says_which(setting, monkeypatch):
+def hang_in_a_row(file: str, log: str) -> None:
+    """In place of `part.enter`."""
+    os.setsid()
+    with open(log, "a") as said:
+        os.dup2(said.fileno(), 2)
+    found, _ = Setting.load(Path(file))
+    rows = {"right": lambda failed: a_row("right"), "hangs": lambda failed: time.sleep(60)}
+    part.measured(found, rows, 0.5)
+
+
+def test_a_process_that_ends_in_a_row_says_which(setting):
     """A real one: a row that hangs is ended with a traceback, and what was measured is kept."""
-    code = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from benchmarks.gpu import part, setting\n"
-        "from llama_fast.bench.results import Row\n"
-        "found, _ = setting.Setting.load(Path(sys.argv[1]))\n"
-        "row = Row('right', 'right', 'GB/s')\n"
-        "rows = {'right': lambda failed: row, 'hangs': lambda failed: time.sleep(60)}\n"
-        "part.measured(found, rows, 0.5)\n"
-    )
-    real = subprocess.Popen
-
-    def popen(command, **more):
-        return real([sys.executable, "-c", code, command[-1]], **more)
-
-    monkeypatch.setattr(run.subprocess, "Popen", popen)
-    row, ended = run.start_process("attention", setting, 60.0)
+    row, ended = run.start_process("attention", setting, 60.0, hang_in_a_row)
     assert row.name == "right" and ended.died and ended.culprit is None
-    assert "its process ended at hangs" in ended.why and "Timeout" in ended.why
-    (ended,) = run.start_process("attention", setting, 0.0)
+    assert "its process ended at hangs" in ended.why and "Timeout (0:00:00.5" in ended.why
+    (ended,) = run.start_process("attention", setting, 0.0, hang_in_a_row)
     assert "stopped after 0 s" in ended.why and not ended.died
 
 
@@ -225,12 +176,94 @@ def test_every_target_of_the_table_has_a_row():
     assert large.work.tokens * LARGE.config.dim * 2 >= 64e6
 
 
+# --- the command ------------------------------------------------------------------------------
+
+
 def test_without_a_gpu_it_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    from benchmarks.gpu.__main__ import main as command
-
     assert command(["--parts", "graph"]) == 2
     assert "torch finds no GPU here; --device cpu rehearses" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [["--parts", "nothing"], ["nothing"], ["checks", "--parts", "a"]])
+def test_what_it_has_not_is_refused(wrong):
     with pytest.raises(SystemExit):
-        command(["--parts", "nothing"])
+        command(wrong)
+
+
+def test_each_call_takes_less_than_ten_minutes_and_begins_with_what_must_hold(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(__main__, "run_all", lambda *args: asked.append(args) or [])
+    for stages in ([], ["kernels"], ["models"]):
+        assert command(stages) == 0
+        parts, _, seconds, _ = asked[-1]
+        assert parts[0] == "build" and seconds <= 560
+    assert "next: make gpu ARGS=kernels" in capsys.readouterr().out
+    assert {part for parts, *_ in asked for part in parts} == set(PARTS)
+    assert asked[0][0][1] == "tests" and "graph" in asked[0][0]
+    assert command(["all"]) == 0 and set(asked[-1][0]) == set(PARTS)
+
+
+# --- the tests that it runs -------------------------------------------------------------------
+
+TESTS_OF_EACH_KIND = """
+import time
+
+import pytest
+
+
+def test_right(): pass
+
+
+def test_attention(): pass
+
+
+def test_wrong():
+    assert 1 == 2
+
+
+@pytest.mark.skip("a reason")
+def test_skipped(): pass
+"""
+
+
+def test_a_test_has_a_line_and_attention_is_first(setting, tmp_path, monkeypatch):
+    (tmp_path / "test_kinds.py").write_text(TESTS_OF_EACH_KIND)
+    select = tests_apart.Selection(str(tmp_path / "test_kinds.py"), "test", processes=2)
+    failures = tests_apart.run_tests(setting, [select], "triton")
+    assert len(failures) == 1 and "test_wrong: assert 1 == 2" in failures[0]
+    lines = (tmp_path / tests_apart.TESTS).read_text().splitlines()
+    assert sorted(line.split()[0] for line in lines) == ["failed", "passed", "passed", "skipped"]
+    assert any("test_skipped" in line and line.endswith("a reason") for line in lines)
+    *_, last = run.Lines(setting.lines).new()
+    assert "1 failed, 2 passed, 1 skipped in " in last["row"]["notes"][0]
+    (tmp_path / tests_apart.TESTS).unlink()
+    tests_apart.run_tests(setting, [select._replace(processes=1)], "triton")
+    assert "test_attention" in (tmp_path / tests_apart.TESTS).read_text().splitlines()[0]
+
+
+def test_a_selection_that_is_killed_keeps_what_it_had(setting, tmp_path):
+    tally = tests_apart.Tally(setting, "tests of x")
+    tally.add("passed", 1.0, "a")
+    tally.add("failed", 1.0, "b: wrong")
+    *_, last = run.Lines(setting.lines).new()
+    notes = last["row"]["notes"]
+    assert notes[0].startswith("1 failed, 1 passed in ") and notes[0].endswith(" so far")
+    assert notes[1:] == ["b: wrong"] and len((tmp_path / tests_apart.TESTS).read_text()) > 20
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("def test_a(): os._exit(7)", "ended with code 7 in test_it.py::test_a"),
+        ("def test_a(): os.kill(os.getpid(), 11)", "ended with code -11 in test_it.py::test_a"),
+        ("import nothing_of_that_name", "No module named 'nothing_of_that_name'"),
+        ("", "ended with code 5"),
+    ],
+)
+def test_a_test_process_that_ends_otherwise_is_a_failure(setting, tmp_path, body, says):
+    (tmp_path / "test_it.py").write_text(f"import os\n{body}\n")
+    select = tests_apart.Selection(str(tmp_path / "test_it.py"), "test")
+    (failure,) = tests_apart.run_tests(setting, [select], "triton")
+    assert re.search(says, failure), failure

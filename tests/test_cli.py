@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fast import checkpoint, config
-from llama_fast import dispatch as registry
-from llama_fast.bench import results
+from llama_fast import checkpoint, config, dispatch
+from llama_fast.bench import machine, results
 from llama_fast.checkpoint import open_checkpoint, write_random
 from llama_fast.cli import app, main, measure, options
 from llama_fast.config.quantization import NAMED
@@ -111,7 +110,7 @@ def test_no_arguments_show_the_help_and_version_the_version(run):
 
 
 def test_choices_are_the_library_s():
-    assert [backend.value for backend in options.Backend] == list(registry.BACKENDS)
+    assert [backend.value for backend in options.Backend] == list(dispatch.BACKENDS)
     assert [named.value for named in options.Named] == list(NAMED)
     assert [dtype.torch for dtype in options.DType] == [
         torch.float32,
@@ -138,7 +137,17 @@ def test_generate_writes_what_the_library_generates(run, tiny):
         *("generate", "a prompt", "--model", tiny, "--max-new-tokens", 12, "--seed", 5),
         *("--temperature", 0.9, "--top-k", 40, "--top-p", 0.8, "--device", "cpu"),
     )
-    assert code == 0 and out == expected.text + "\n"
+    assert code == 0 and out == expected.text + "\n", "no prompt where nobody watches"
+
+
+def test_generate_shows_the_prompt_on_a_terminal(run, tiny, monkeypatch):
+    command = ("generate", "a prompt", "-m", tiny, "-n", 4, "--temperature", 0)
+    text = run(*command)[1]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr("llama_fast.cli.terminal.LONGEST_PROMPT", 6)
+    shown = run(*command)[1]
+    assert "a prompt" not in shown and "… prompt" in shown and shown.endswith(text)
+    assert run(*command, "--quiet")[1] == shown
 
 
 def test_generate_ends_with_the_figures(run, tiny, monkeypatch):
@@ -257,13 +266,16 @@ BAD = {
     "model is a file": (["generate", "a", "-m", "{tiny}/params.json"], 1, "is a file"),
     "no checkpoint": (["generate", "a", "-m", "{tmp}"], 1, "holds no checkpoint"),
     "no demo": (["generate", "a"], 1, "give the folder of a model with --model DIR"),
-    "negative count": (["generate", "a", "-m", "{tiny}", "-n", "-1"], 2, "--max-new-tokens"),
+    "negative count": (["generate", "a", "-n", "-1"], 2, "-1 is too small; write 1 or more"),
     "negative temperature": (["generate", "a", "--temperature", "-1"], 2, "--temperature"),
     "negative seed": (["generate", "a", "--seed", "-1"], 2, "--seed"),
     "top-p zero": (["generate", "a", "-m", "{tiny}", "--top-p", "0"], 1, "top_p is 0"),
     "kv cache": (["generate", "a", "-m", "{tiny}", "--kv-cache", "int4"], 2, "--kv-cache"),
     "empty stop": (["generate", "a", "-m", "{tiny}", "--stop", ""], 1, "not empty"),
-    "no number": (["generate", "a", "-n", "many"], 2, "--max-new-tokens"),
+    "no number": (["generate", "a", "-n", "many"], 2, "'many' is no whole number"),
+    "top-p two": (["generate", "a", "--top-p", "2"], 2, "2 is too large; write 1 or less"),
+    "temperature": (["generate", "a", "--temperature", "hot"], 2, "'hot' is no number"),
+    "seed": (["generate", "a", "--seed", f"{2**32}"], 2, "write 4294967295 or less"),
     "unknown backend": (["generate", "a", "--backend", "tpu"], 2, "'cpu', 'cuda', 'triton'"),
     "backend elsewhere": (
         ["generate", "a", "-m", "{tiny}", "--device", "cpu", "--backend", "triton"],
@@ -275,7 +287,10 @@ BAD = {
     "context too long": (["generate", "a", "-m", "{tiny}", "--max-seq-len", "97"], 1, "is 96"),
     "no threads": (["generate", "a", "--threads", "0"], 2, "--threads"),
     "unknown option": (["generate", "a", "--frob"], 2, "--frob"),
-    "unknown command": (["frob"], 2, "frob"),
+    "unknown command": (["frob"], 2, "there are generate, info"),
+    "no size": (["init", "{tmp}/new"], 2, "example: llama-fast init --preset 1b"),
+    "no results": (["report"], 2, "example: llama-fast report results.json"),
+    "results not there": (["report", "{tmp}/r.json"], 1, "llama-fast bench --json"),
     "info of nothing": (["info", "9b"], 1, "the presets are 1b"),
     "tokenize without a file": (["tokenize", "a", "-m", "{tmp}"], 1, "tokenizer.json"),
     "tokenize no text": (["tokenize", "a\udc80", "-m", "{tiny}"], 1, "lone surrogate"),
@@ -300,30 +315,45 @@ BAD = {
     ),
     "init unknown": (["init", "{tmp}/new", "--preset", "9b"], 1, "there is no preset '9b'"),
     "init onto": (["init", "{tiny}", "--preset", "1b"], 1, "not empty"),
-    "bench unknown": (["bench", "conv"], 1, "no op conv; there are rms_norm"),
-    "bench work": (["bench", "--work", "chat"], 2, "decode or prefill"),
+    "bench unknown": (
+        ["bench", "conv"],
+        1,
+        "there is no op conv; write one or several of rms_norm",
+    ),
+    "bench work": (["bench", "--work", "chat"], 2, "one or several of decode,prefill,training"),
+    "bench backends": (
+        ["bench", "rms_norm", "--backends", "cuda", "--device", "cpu"],
+        1,
+        "tensors on cpu are served by cpu, eager; give --backends cpu,eager",
+    ),
+    "explain unknown": (["explain", "conv"], 1, "there is no op 'conv'; write one of rms_norm"),
+    "explain shape": (["explain", "rope", "--shape", "9b"], 1, "135m is a small one"),
     "bench shape": (["bench", "--shapes", "9b"], 1, "there is no preset '9b'"),
-    "doctor arch": (["doctor", "--arch", "sm_90"], 2, "--arch is of --resources"),
+    "doctor arch": (["doctor", "--arch", "sm_90"], 2, "llama-fast doctor --resources --arch sm_90"),
     "bench device": (["bench", "--device", "tpu"], 1, "--device is 'tpu'"),
-    "profile unknown": (["profile", "conv"], 1, "there are decode, prefill, train, and the ops"),
+    "profile unknown": (
+        ["profile", "conv"],
+        1,
+        "write decode, prefill, train, or one of the ops rms_norm",
+    ),
     "profile shape": (["profile", "decode", "--shape", "9b"], 1, "there is no preset '9b'"),
-    "profile tokens": (["profile", "decode", "--tokens", "2"], 2, "one token a step"),
-    "profile context": (["profile", "train", "--context", "2"], 2, "of decode and of ops"),
-    "profile layers": (["profile", "rope", "--layers", "2"], 2, "give --layers with decode"),
-    "profile quantize": (["profile", "train", "--quantize", "int4"], 2, "it is of decode"),
+    "profile tokens": (["profile", "decode", "--tokens", "2"], 2, "profile prefill --tokens 2"),
+    "profile context": (["profile", "train", "--context", "2"], 2, "profile decode --context 2"),
+    "profile layers": (["profile", "rope", "--layers", "2"], 2, "profile decode --layers 2"),
+    "profile quantize": (["profile", "train", "--quantize", "int4"], 2, "or profile one of decode"),
     "profile backend": (
         ["profile", "rope", "--device", "cpu", "--backend", "triton"],
         1,
         "does not run on device cpu, which has cpu, eager",
     ),
-    "profile arch": (["profile", "rope", "--arch", "sm_75"], 1, "there are sm_80, sm_86"),
-    "profile arch model": (["profile", "decode", "--arch", "90", "-m", "x"], 2, "give --shape"),
+    "profile arch": (["profile", "rope", "--arch", "sm_75"], 1, "write one of sm_80, sm_86"),
+    "profile arch model": (["profile", "decode", "--arch", "90", "-m", "x"], 2, "--shape 8b"),
     "profile arch backend": (
         ["profile", "rope", "--arch", "90", "--backend", "cpu"],
         2,
-        "cpu has no code for sm_90; triton and cuda have",
+        "cpu has no code for sm_90; triton and cuda have. Write: --backend triton",
     ),
-    "profile dump": (["profile", "rope", "--dump", "x"], 2, "needs --arch or --sass"),
+    "profile dump": (["profile", "rope", "--dump", "x"], 2, "profile rope --arch sm_90 --dump DIR"),
     "profile ncu": (["profile", "rope", "--arch", "gfx942", "--ncu"], 1, "gfx942 is AMD's"),
     "profile gradient": (
         ["profile", "kv_append", "--backward"],
@@ -456,6 +486,19 @@ def test_info_of_a_folder(run, tiny):
     assert "4 query (H), 2 key and value (K), 8 wide (D)" in words and "96 tokens" in words
 
 
+def test_info_lists_the_model_s_files_alone(run):
+    code, out, _ = run("info")
+    files = out.partition("Files")[2].partition("Memory")[0].split()
+    assert code == 0 and {"params.json", "consolidated.00.pth", "tokenizer.model"} <= set(files)
+    assert not [name for name in files if name.endswith((".py", ".md", ".png"))]
+    assert "metrics.json" not in files and "stories.json" not in files
+
+
+def test_sizes_for_a_laptop(run):
+    words = " ".join(run("info", "135m")[1].split())
+    assert "parameters 134,515,008" in words and "head: the embedding itself" in words
+
+
 def test_info_of_a_published_size(run):
     words = " ".join(run("info", "Llama-3.1-8B")[1].split())
     assert "parameters 8,030,261,248" in words and "131,072 tokens" in words
@@ -532,21 +575,25 @@ def test_doctor_names_every_op_and_is_content(run):
     code, out, _ = run("doctor")
     assert code == 0, out
     assert torch.__version__ in out and "is usable on this machine" in out
+    assert machine.describe(None)["cpu"] in out and "ImportError" not in out
+    assert out.count("eager could serve") == 1 and "next in line" not in out
+    if not torch.cuda.is_available():
+        assert not re.search(r"^ triton +available", out, re.M)
     rows = {line.split()[0]: line.split()[1] for line in out.splitlines() if len(line.split()) > 1}
-    for name, op in registry.OPS.items():
+    for name, op in dispatch.OPS.items():
         if op.cases is not None:
-            assert rows[name] in registry.BACKENDS
+            assert rows[name] in dispatch.BACKENDS
 
 
 def test_doctor_says_what_is_wrong(run, monkeypatch):
-    broken = registry.Backend("cpu", ["the module is made of cheese"], {})
-    monkeypatch.setitem(registry.backends(), "cpu", broken)
-    for op in registry.OPS.values():
+    broken = dispatch.Backend("cpu", ["the module is made of cheese"], {})
+    monkeypatch.setitem(dispatch.backends(), "cpu", broken)
+    for op in dispatch.OPS.values():
         op.forget_order()
     try:
         code, out, _ = run("doctor")
     finally:
-        for op in registry.OPS.values():
+        for op in dispatch.OPS.values():
             op.forget_order()
     assert code == 1
     assert "made of cheese" in out and "PROBLEM: the C++ kernels" in out
@@ -580,9 +627,15 @@ def test_bench_times_the_ops(run, monkeypatch, tmp_path):
         *("--keys", 9, "--rounds", 2, "--backends", "eager,cpu,cuda", "--json", file),
     )
     assert code == 0
-    assert re.search(r"swiglu +1b +decode, 1 token, 9 keys +forward +eager +[\d.,]+ µs", out)
-    assert re.search(r"linear_quantized head int4 +1b +prefill, 5 tokens +forward +cpu ", out)
-    assert "swiglu: cuda cannot serve it: " in err
+    decode, prefill = out.split("prefill, 5 tokens of 1b, bfloat16, on cpu (1 thread, avx9)\n")
+    assert decode.startswith("decode, 1 token, 9 keys of 1b, bfloat16, on cpu (1 thread, avx9)\n")
+    for part in (decode, prefill):
+        assert re.search(r"^ swiglu +eager +[\d.,]+ µs +\d+%", part, re.M)
+        assert re.search(r"^ linear_quantized head int4 +cpu +[\d.,]+ µs +\d+%", part, re.M)
+    assert all(line == line.rstrip() for line in out.splitlines())
+    assert err.count("cuda cannot serve it: ") == 1, "once for all calls"
+    assert "swiglu, linear_quantized qkv int8, linear_quantized output int8 and 8 others: " in err
+    assert f"Next: llama-fast report {file}" in err
     found = results.load(file)
     assert found.machine["isa"] == "avx9" and len(found.rows) == 2 * (1 + 10)
     for row in found.rows.values():
@@ -621,7 +674,63 @@ def test_bench_times_gradients_peers_and_several_lengths(run, monkeypatch, tmp_p
         if row.call["op"] == "attention":
             assert {"eager", "torch", "torch math"} <= set(row.samples)
     code, _, err = run("bench", "--tokens", "many")
-    assert code == 2 and "--tokens is many" in err
+    assert code == 2 and "Write for example: --tokens 512,2048" in err
+
+
+@pytest.mark.parametrize("noise", ["samples", "others", "none"])
+def test_bench_says_which_figures_are_noisy_and_why(run, monkeypatch, noise):
+    from llama_fast.bench import measure as speed
+
+    row = results.Row(
+        "swiglu", "swiglu", "GB/s", 1.0, call={"workload": "swiglu", "work": "decode"}
+    )
+    row.call |= {"pass": "forward", "batch": 1, "tokens": 1, "keys": 9}
+    row.samples = {"cpu": [1.0, 1.0, 1.0], "eager": [2.0, 2.0, 2.0]}
+    row.bytes, row.flops, row.others = 1000, 1000, 0.01
+    if noise == "samples":
+        row.samples["eager"] = [1.0, 2.0, 3.0]
+    if noise == "others":
+        row.others = 0.31
+    monkeypatch.setattr(config.LlamaConfig, "preset", lambda name: TINY)
+    monkeypatch.setattr(speed, "measure", lambda *_, **__: row)
+    code, out, err = run("bench", "swiglu", "--keys", 9)
+    assert code == 0
+    marked = {line.split()[1]: "~" in line for line in out.splitlines() if "swiglu" in line}
+    assert marked == {"cpu": False, "eager": noise == "samples"}
+    assert ("~ samples that spread over more than 10%" in err) == (noise == "samples")
+    assert ("Other programs took up to 31%" in err) == (noise == "others")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_bench_fits_the_terminal(run, monkeypatch, width):
+    from llama_fast.bench import measure as speed
+    from llama_fast.cli import terminal
+
+    monkeypatch.setattr(config.LlamaConfig, "preset", lambda name: TINY)
+    monkeypatch.setattr(speed, "SAMPLE", 1e-4)
+    monkeypatch.setattr(terminal, "WIDTH", width)
+    code, out, _ = run("bench", "linear_quantized", "--keys", 9, "--rounds", 1)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= width
+    assert ("GFLOP/s" in out) == (width == 120)
+    assert re.search(r"^ linear_quantized gate_up\b", out, re.M) and "…" not in out
+
+
+def test_bench_without_anybody_who_has_the_pass_is_an_error(run, monkeypatch):
+    monkeypatch.setattr(config.LlamaConfig, "preset", lambda name: TINY)
+    code, _, err = run("bench", "kv_append", "--work", "training", "--tokens", 4)
+    assert code == 1 and err.endswith("give other --work\n"), err
+
+
+def test_explain_says_it_of_every_backend(run):
+    code, out, err = run("explain", "linear", "--device", "cpu", "--keys", 16)
+    assert (code, err) == (0, "")
+    assert out.startswith("decode, 1 token, 16 keys of 135m, bfloat16\n")
+    for backend in dispatch.BACKENDS:
+        assert re.search(rf"^  {backend}: \S", out, re.M)
+    assert "cuda: it serves tensors on cuda; these are on cpu" in out
+    code, out, _ = run("explain", "rms_norm", "--backend", "eager", "--work", "prefill")
+    assert code == 0 and "rms_norm on cpu: eager" in out
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -639,7 +748,8 @@ def test_profile_shows_where_a_step_s_time_goes(run, monkeypatch, tmp_path, widt
         *("--trace", trace, "--json", file, "--batch", 2),
     )
     assert code == 0, err
-    assert "Random weights of 1 of the 2 layers" in err and f"Trace: {trace}" in out
+    assert err.startswith("Random weights of 1 of the 2 layers of 1b")
+    assert "Measuring this machine's peak rates" in err and f"Trace: {trace}" in out
     lines = out.partition("The median")[0].splitlines()[1:]
     assert max(map(len, lines)) <= width
     table = [line for line in lines if "%" in line]
@@ -674,3 +784,19 @@ def test_profile_of_an_op_and_its_gradient(run, monkeypatch, tmp_path):
     assert re.search(r"rms_norm 1×4×32 +eager +\d+ ", out)
     assert re.search(r"rms_norm_backward 1×4×32, 1×4×32 +eager +\d+ ", out)
     assert (tmp_path / "llama-fast-rms_norm-1b.trace.json").exists()
+
+
+def test_a_terminal_gets_lines_that_break_between_words(monkeypatch, capsys):
+    from llama_fast.cli import terminal
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
+    monkeypatch.setattr(terminal.os, "get_terminal_size", lambda _: os.terminal_size((20, 9)))
+    terminal.note("one two three four five six")
+    terminal.note_pairs([("a", "seven eight nine ten"), ("long", "eleven")])
+    assert capsys.readouterr().err == (
+        "one two three four\nfive six\na     seven eight\n      nine ten\nlong  eleven\n"
+    )
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    terminal.note("one two three four five six")
+    assert capsys.readouterr().err == "one two three four five six\n"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -84,6 +85,25 @@ def test_nvcc_is_found_in_cuda_home_first(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(setup_cuda.sys, "path", [str(tmp_path / "site")])
     assert setup_cuda.find_nvcc() == pip
+
+
+def test_ninja_is_that_of_pip_or_of_the_path(monkeypatch, tmp_path):
+    inside, on_path = (tmp_path / name / "ninja" for name in ("inside", "path"))
+    for program in (inside, on_path):
+        program.parent.mkdir()
+        program.touch(mode=0o755)
+    package = ModuleType("ninja")
+    monkeypatch.setitem(sys.modules, "ninja", package)
+    monkeypatch.setenv("PATH", str(on_path.parent))
+    package.BIN_DIR = str(inside.parent)
+    assert setup_cuda.find_ninja() == inside
+    package.BIN_DIR = ""  # as the package has it where its program is missing
+    assert setup_cuda.find_ninja() == on_path
+    monkeypatch.setitem(sys.modules, "ninja", None)  # not installed
+    assert setup_cuda.find_ninja() == on_path
+    on_path.unlink()
+    with pytest.raises(FileNotFoundError, match="pip install ninja, or put one on PATH"):
+        setup_cuda.find_ninja()
 
 
 @pytest.mark.parametrize(
@@ -219,7 +239,7 @@ def test_a_gpu_of_another_architecture_is_told_what_to_do(monkeypatch):
 
 
 @on_host
-def test_under_address_and_undefined_behaviour_sanitizers():
+def test_under_address_and_undefined_behaviour_sanitizers(request):
     """The kernels' cases once more, in a process of its own into which the sanitizer is loaded."""
     library = subprocess.run(
         [host.CXX, "-print-file-name=libasan.so"], capture_output=True, text=True
@@ -233,6 +253,7 @@ def test_under_address_and_undefined_behaviour_sanitizers():
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     command = [sys.executable, "-m", "tests.cuda_host.sanitized"]
+    command += ["--all"] * request.config.getoption("--all")
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
     )

@@ -15,7 +15,7 @@ import torch
 from llama_fast.backends import cuda
 from llama_fast.dispatch import OPS, use_backend
 
-from .ops.oracle import assert_accurate, references, run_poisoned
+from .ops.oracle import assert_accurate, of_op, run_poisoned
 from .test_cuda import OF_DECODING
 
 ROOT = Path(__file__).parent.parent
@@ -44,13 +44,13 @@ def test_what_must_be_asked_for(setting, dtype, monkeypatch):
                 continue
             with use_backend("cuda", strict=True):
                 actual = run_poisoned(op, args)
-            assert_accurate(actual, *references(op, args), f"{name} {case}")
+            assert_accurate(actual, of_op(op, args), f"{name} {case}")
 
 
 @pytest.mark.skipif(SANITIZER is None, reason="this needs compute-sanitizer, of CUDA's toolkit")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_the_sanitizer_finds_nothing(tool):
-    tests = [sys.executable, "-m", "pytest", "-q", "tests/ops/test_ops.py"]
+    tests = [sys.executable, "-m", "pytest", "-q", "--all", "tests/ops/test_ops.py"]
     chosen = ["-k", f"test_forward and bfloat16-cuda and not cuda-host and ({CASES})"]
     command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", *tests, *chosen]
     # torch's own allocator would hide an access beyond a tensor within its pool.

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from llama_fast import _cpu
 from llama_fast.backends.cpu_step import CpuRecorder
@@ -72,7 +71,7 @@ class RecordedGraphs:
 
     def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self.captures += 1
-        memory = [self.cache.lengths, *tensors(self.cache._k), *tensors(self.cache._v)]
+        memory = [self.cache.lengths, *self.cache.tensors()]
         kept = [x.clone() for x in memory]
         recorder = Recorder()
         with recorder:
@@ -94,8 +93,9 @@ def model() -> Llama:
 
 def prefilled(model: Llama, kv_cache: str | None = None):
     cache = model.new_cache(B, SLOTS, kv_cache)
-    for x in (cache._k, cache._v):  # what no row holds is never read
-        (x if kv_cache is None else x.scales).fill_(float("nan"))
+    for x in cache.tensors():  # what no row holds is never read
+        if x.is_floating_point():
+            x.fill_(float("nan"))
     cache.reset([0, 3, 1])
     tokens = torch.randint(50, (B, 7), generator=torch.Generator().manual_seed(1))
     model(tokens, cache=cache, last_only=True)
@@ -107,9 +107,7 @@ def run(
 ):
     cache = prefilled(model, kv_cache)
     graphs = RecordedGraphs(cache)
-    step = DecodeStep(model, cache, graphs)
-    if not captured:
-        step.capturer = None
+    step = DecodeStep(model, cache, lambda cache: graphs if captured else None)
     tokens, found = torch.tensor([1, 2, 3]), []
     for i in range(steps):
         logits = step(tokens)
@@ -134,7 +132,7 @@ def test_replayed_steps_are_the_steps(model, restart, kv_cache):
 
 def test_the_end_of_the_cache_is_refused_before_a_replay(model):
     _, cache, graphs = run(model, SLOTS - 7, captured=True)
-    step = DecodeStep(model, cache, graphs)
+    step = DecodeStep(model, cache, lambda cache: graphs)
     with pytest.raises(PromptError, match="the cache holds 40 tokens"):
         step(torch.tensor([1, 2, 3]))
     assert cache.lengths.tolist() == cache._lengths
@@ -148,7 +146,7 @@ def test_a_step_that_cannot_be_captured_is_run(model):
 
     expected, plain, _ = run(model, 5, captured=False)
     cache = prefilled(model)
-    step = DecodeStep(model, cache, Failing(cache))
+    step = DecodeStep(model, cache, Failing)
     tokens, found = torch.tensor([1, 2, 3]), []
     for i in range(5):
         if i == 1:
@@ -191,9 +189,7 @@ def test_cuda_graphs_give_the_same_tokens(model, kv_cache):
 
     def tokens_of(captured: bool) -> Tensor:
         cache = on_gpu.new_cache(B, SLOTS, kv_cache)
-        step = DecodeStep(on_gpu, cache)
-        if not captured:
-            step.capturer = None
+        step = DecodeStep(on_gpu, cache, None if captured else run_as_it_is)
         tokens, found = torch.tensor([1, 2, 3], device="cuda"), []
         for _ in range(30):
             tokens = step(tokens).argmax(-1)
@@ -216,12 +212,13 @@ def half(model: Llama, quantize: str | None) -> Llama:
     return made
 
 
+def run_as_it_is(cache) -> None:
+    """No capturer."""
+
+
 def run_on_cpu(model: Llama, steps: int, captured: bool, kv_cache: str | None = None):
     cache = prefilled(model, kv_cache)
-    step = DecodeStep(model, cache)
-    assert step.capturer is not None
-    if not captured:
-        step.capturer = None
+    step = DecodeStep(model, cache, None if captured else run_as_it_is)
     tokens, found = torch.tensor([1, 2, 3]), []
     for i in range(steps):
         logits = step(tokens)
@@ -258,28 +255,6 @@ def test_a_replay_on_the_cpu_takes_what_eager_computes(model):
     assert any(isinstance(part, partial) for part in step.capturer._steps)
 
 
-def test_nothing_is_captured_where_a_replay_would_leave_something_out(model):
-    cache = prefilled(model)
-    with use_backend("eager"):
-        assert DecodeStep(model, cache).capturer is None
-    with use_backend("cpu", strict=True):
-        assert DecodeStep(model, cache).capturer is not None
-    with FlopCounterMode(display=False):
-        assert DecodeStep(model, cache).capturer is None
-    called = []
-    hook = model.layers[1].mlp.register_forward_hook(lambda *args: called.append(1))
-    step = DecodeStep(model, cache)
-    for _ in range(4):
-        step(torch.tensor([1, 2, 3]))
-    hook.remove()
-    assert len(called) == 4
-
-    class Counting(Llama):
-        pass
-
-    assert DecodeStep(Counting(model.config, device="cpu"), cache).capturer is None
-
-
 def test_a_step_on_the_cpu_that_asks_for_a_value_is_refused():
     recorder = CpuRecorder(_cpu.Tape)
     x = torch.tensor([3.0, -1.0])
@@ -290,6 +265,59 @@ def test_a_step_on_the_cpu_that_asks_for_a_value_is_refused():
     recorder.warm_up(lambda: x[x > 0])
     with pytest.raises(RuntimeError, match="index"):
         recorder.capture(lambda: x)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    "read", ["item", "tolist", "numpy", "data_ptr", "untyped_storage", "__array__"]
+)
+def test_a_step_that_takes_a_tensor_out_of_torchs_hands_is_refused(read, inference):
+    recorder = CpuRecorder(_cpu.Tape)
+    x = torch.tensor([3.0])
+
+    def step():
+        getattr(x, read)()
+        return x * 2
+
+    with torch.inference_mode(inference):
+        recorder.warm_up(step)
+        with pytest.raises(RuntimeError, match="depends on a tensor's values"):
+            recorder.capture(step)
+
+
+def test_what_only_sometimes_is_a_view_is_told_apart_by_its_memory():
+    """In inference mode `to`, `contiguous` and their like reach a recorder whole."""
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            x = torch.randn(4, 6)
+            weight = torch.ones(6)
+            step = partial(made_of_views, x, weight)
+            recorder = CpuRecorder(_cpu.Tape)
+            recorder.warm_up(step)
+            replay, result = recorder.capture(step)
+            x.copy_(torch.randn(4, 6))
+            replay()
+            assert torch.equal(result, step())
+
+
+def made_of_views(x: Tensor, weight: Tensor) -> Tensor:
+    same = x.to(torch.float32).contiguous().reshape(4, 6)
+    other = same.to(torch.bfloat16).float().t().contiguous().flatten().unflatten(0, (4, 6))
+    y = rms_norm(other, weight)
+    return (y.chunk(2, -1)[1] + same[:, :3].clone().reshape(-1)[:3]).float()
+
+
+def test_a_replay_keeps_the_memory_that_it_reads():
+    x, weight = torch.randn(3, 64), torch.nn.Parameter(torch.randn(64))
+    recorder = CpuRecorder(_cpu.Tape)
+    with torch.no_grad():
+        expected = recorder.warm_up(lambda: rms_norm(x, weight)).clone()
+    replay, result = recorder.capture(lambda: x)
+    held = weight.untyped_storage()._cdata
+    weight.data = torch.zeros(64)
+    assert any(x._cdata == held for _, memory in recorder._kept for x in memory)
+    replay()
+    assert torch.equal(result, expected)
 
 
 def test_a_tape_belongs_to_its_thread():

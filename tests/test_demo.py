@@ -11,17 +11,24 @@ import pytest
 import torch
 
 from llama_fast.demo import FOLDER
-from llama_fast.demo.card import data_card
-from llama_fast.demo.facts import FOODS, PEOPLE, PLACES
-from llama_fast.demo.grammar import expand
-from llama_fast.demo.make import CHECKPOINT_FILES, held_out_loss, make
-from llama_fast.demo.recipe import BLOCK, CONFIG, HELD_OUT_TOKENS, TRAINING, make_tokenizer
-from llama_fast.demo.texts import documents
-from llama_fast.demo.world import ANSWER, ANSWER_PROMPT, SPLITS, Teller, held_out
 from llama_fast.errors import LlamaFastError
 from llama_fast.generation.generate import generate
 from llama_fast.model import Llama
 from llama_fast.tokenizer import Tokenizer
+from tools.demo_model.card import data_card
+from tools.demo_model.facts import FOODS, PEOPLE, PLACES
+from tools.demo_model.grammar import expand
+from tools.demo_model.make import CHECKPOINT_FILES, STORIES, held_out_loss, make
+from tools.demo_model.recipe import (
+    BLOCK,
+    CONFIG,
+    HELD_OUT_TOKENS,
+    TRAINING,
+    make_tokenizer,
+    stories,
+)
+from tools.demo_model.texts import documents
+from tools.demo_model.world import ANSWER, ANSWER_PROMPT, SPLITS, Teller, held_out
 
 LIMIT = 8_000_000  # bytes, of the folder as of each file
 
@@ -136,11 +143,21 @@ def metrics() -> dict:
 
 
 def test_everything_ships_and_is_small():
-    names = {*CHECKPOINT_FILES, "metrics.json", "DATA_CARD.md", "loss.png"}
+    names = {*CHECKPOINT_FILES, STORIES, "metrics.json", "DATA_CARD.md", "loss.png"}
     sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir() if path.is_file()}
     assert names <= sizes.keys()
     assert sum(sizes.values()) <= LIMIT
     assert (FOLDER / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_the_model_ships_and_not_what_made_it():
+    assert {path.name for path in FOLDER.glob("*.py")} == {"__init__.py"}
+
+
+def test_the_stories_that_ship_are_held_out_and_enough(tokenizer):
+    shipped = json.loads((FOLDER / STORIES).read_text(encoding="utf-8"))
+    assert shipped == stories()
+    assert sum(len(tokenizer.encode(text)) for text in shipped) > 4096
 
 
 def test_the_checkpoint_is_what_the_recipe_says(model):
@@ -216,8 +233,9 @@ def test_everything_can_be_made_again(tmp_path):
         folder, training=training, state_folder=state, held_out_tokens=2000, progress=False
     )
     assert {path.name for path in folder.iterdir()} == {
-        *CHECKPOINT_FILES, "metrics.json", "DATA_CARD.md", "loss.png",
+        *CHECKPOINT_FILES, STORIES, "metrics.json", "DATA_CARD.md", "loss.png",
     }  # fmt: skip
+    assert (folder / STORIES).read_bytes() == (FOLDER / STORIES).read_bytes()
     assert not list(state.iterdir())
     assert metrics["tokens_seen"] == 4 * BLOCK
     assert metrics["held_out"]["seed"]["per_token"] < 7.6  # ln 2304 = 7.74 before training

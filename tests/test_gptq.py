@@ -14,8 +14,6 @@ from llama_fast.cli import main
 from llama_fast.cli.quantize import REPORT
 from llama_fast.config.quantization import NAMED, Quantization, WeightFormat
 from llama_fast.demo import FOLDER
-from llama_fast.demo.recipe import BLOCK, held_out_data
-from llama_fast.demo.texts import documents
 from llama_fast.errors import ConfigError
 from llama_fast.model import Llama
 from llama_fast.ops.quantized_weight import round_weight
@@ -25,6 +23,8 @@ from llama_fast.quantization.report import compare
 from llama_fast.tokenizer import Tokenizer
 from llama_fast.training.data import PackedDataset
 from tests.checkpoints import SMALL, random_state
+from tools.demo_model.recipe import BLOCK, held_out_data
+from tools.demo_model.texts import documents
 
 FORMS = [WeightFormat(4, 32), WeightFormat(4, 64, False), WeightFormat(8, 128)]
 
@@ -185,17 +185,17 @@ def test_the_report_is_what_the_models_say(held_out):
     exact = read(model, False)
     assert report.tokens == targets.numel()
     assert report.perplexity == pytest.approx(math.exp(-exact.gather(-1, targets).mean()), 1e-3)
-    for guesses, found in (
+    for predictions, found in (
         (report.quantized, read(quantized, False)),
         (report.kv_cache, read(model, True)),
         (report.both, read(quantized, True)),
     ):
         kl = (exact.exp() * (exact - found)).sum(-1)
         perplexity = math.exp(-found.gather(-1, targets).mean())
-        assert guesses.perplexity == pytest.approx(perplexity, 1e-3)
-        assert guesses.divergence == pytest.approx(float(kl.mean()), rel=0.02)
-        assert guesses.divergence_largest == pytest.approx(float(kl.max()), rel=0.1)
-        assert 0.9 < guesses.same_guess < 1
+        assert predictions.perplexity == pytest.approx(perplexity, 1e-3)
+        assert predictions.divergence == pytest.approx(float(kl.mean()), rel=0.02)
+        assert predictions.divergence_largest == pytest.approx(float(kl.max()), rel=0.1)
+        assert 0.9 < predictions.top1_agreement < 1
     assert 0 < report.kv_cache.divergence < 0.1 * report.quantized.divergence
 
     weights = {error.name: error for error in report.weights}
@@ -213,7 +213,7 @@ def test_of_a_model_beside_itself_nothing_is_reported(held_out):
         open_checkpoint(FOLDER), Llama.from_pretrained(FOLDER, device="cpu"), held_out[:1]
     )
     assert report.weights == [] and report.layers == [0.0] * 4
-    assert report.quantized.divergence == 0 and report.quantized.same_guess == 1
+    assert report.quantized.divergence == 0 and report.quantized.top1_agreement == 1
     assert report.kv_cache == report.both and 0 < report.both.divergence < 2e-4
 
 
@@ -248,7 +248,7 @@ def test_texts_that_cannot_be_used(tmp_path, capsys):
     (tmp_path / "short").write_text("a")
     out = tmp_path / "out"
     for options, code, says in (
-        (("--text", tmp_path / "short"), 2, "it needs --report"),
+        (("--text", tmp_path / "short"), 2, "Write: --report --text "),
         (("--calibrate", tmp_path / "latin"), 1, "latin is not UTF-8 (byte 3)"),
         (("--report", "--text", tmp_path / "short"), 1, "the text has 1 tokens"),
         (("--calibrate", tmp_path / "none"), 2, "does not exist"),

@@ -14,6 +14,8 @@ import llama_fast
 from llama_fast.errors import LlamaFastError, PatchError
 from llama_fast.hf import Patch, forwards
 from llama_fast.hf.handle import OPS
+from llama_fast.hf.logits import DeferredLogits
+from llama_fast.hf.patched import function_of, is_patched, patch_class, unpatch_class
 from tests.hf_models import FAMILIES, config, left_padded, model, tokens
 
 
@@ -178,7 +180,7 @@ class TestOtherModels:
             assert torch.equal(other(ids).logits, own)
             assert settings._attn_implementation != "llama_fast"
             fresh = transformers.LlamaForCausalLM(settings)
-            assert not any("forward" in vars(module) for module in fresh.modules())
+            assert not any(map(is_patched, fresh.modules()))
             patch.remove()
             assert torch.equal(other(ids).logits, own) and state(other) == before
 
@@ -186,7 +188,7 @@ class TestOtherModels:
         one, other, ids = model(), model("Qwen3"), tokens()
         patch, other_patch = llama_fast.patch(one), llama_fast.patch(other)
         patch.remove()
-        assert other_patch.active and forwards.function_of(other.model.norm) is forwards.rms_norm
+        assert other_patch.active and function_of(other.model.norm) is forwards.rms_norm
         other(ids)
         other_patch.remove()
 
@@ -285,14 +287,14 @@ class TestCopies:
         before = state(net)
         patch = llama_fast.patch(net)
         twin = copy.deepcopy(net)
-        assert twin.model.norm.forward.module is twin.model.norm
+        assert twin.model.norm.forward.__self__ is twin.model.norm
         patch.remove()
         assert state(net) == before
         assert torch.equal(twin(ids).logits, copy.deepcopy(twin)(ids).logits)
         own = net(ids).logits
         torch.testing.assert_close(twin(ids).logits, own, rtol=1e-5, atol=1e-5)
         twin._llama_fast_patch.remove()
-        assert not any("forward" in vars(module) for module in twin.modules())
+        assert not any(map(is_patched, twin.modules()))
         assert torch.equal(twin(ids).logits, own)
 
     def test_pickle_keeps_the_patch(self):
@@ -370,7 +372,9 @@ class TestLoss:
         with llama_fast.patch(net):
             assert net(ids, labels=ids).logits is not None
             net.train()
-            assert net(ids, labels=ids).logits is None
+            deferred = net(ids, labels=ids).logits
+            assert isinstance(deferred, DeferredLogits)
+            assert deferred.shape == (2, 21, 257) and deferred[0].requires_grad
             assert net(ids, labels=ids, return_dict=False)[1].shape == (2, 21, 257)
 
     def test_items_in_batch_and_ignored_labels(self):
@@ -401,6 +405,10 @@ class TestReport:
                 assert {row.op for row in patch.report} == set(OPS) - {"linear_cross_entropy"}
 
 
+def twice_swiglu(self, x):
+    return 2 * forwards.swiglu(self, x)
+
+
 class TestVerify:
     def test_says_that_nothing_departs(self):
         net = model().train()
@@ -416,6 +424,8 @@ class TestVerify:
     def test_names_the_first_module_that_departs(self):
         net = model()
         with llama_fast.patch(net) as patch:
-            net.model.layers[1].mlp.forward.function = lambda self, x: 2 * forwards.swiglu(self, x)
+            mlp = net.model.layers[1].mlp
+            unpatch_class(mlp)
+            patch_class(mlp, twice_swiglu)
             found = patch.verify({"input_ids": tokens()})
         assert found.departed == "model.layers.1.mlp" and not found.ok and found.kl > 0

@@ -19,6 +19,7 @@ from llama_fast.bench.roofline import Ceilings
 from llama_fast.bench.shapes import Work
 from llama_fast.config import LlamaConfig
 from llama_fast.dispatch import OPS, wrapped_launches
+from llama_fast.ops import QuantizedWeight
 
 TINY = LlamaConfig(
     dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, vocab_size=160
@@ -302,3 +303,21 @@ def test_a_counter_that_is_missing_says_why(monkeypatch, tmp_path, number, says)
         pass
     assert not found.counts and found.instructions_per_cycle is None
     assert says in found.missing["cycles"]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_random_quantised_weights_are_drawn_and_not_rounded(monkeypatch, name):
+    def refuse(*_, **__):
+        raise AssertionError("rounding an 8B model takes minutes")
+
+    monkeypatch.setattr(QuantizedWeight, "from_rows", refuse)
+    monkeypatch.setattr(QuantizedWeight, "from_float", refuse)
+    model = steps.random_model(TINY, layers=1, dtype=torch.bfloat16, device="cpu", quantize=name)
+    for part, std in (("embed", 0.02), ("layers.0.mlp.gate_up", 0.02)):
+        weight = model.get_submodule(part).weight
+        assert isinstance(weight, QuantizedWeight)
+        found = weight.dequantize()
+        assert found.std().item() == pytest.approx(std, rel=0.1)
+        assert found.mean().abs().item() < 0.15 * std  # half a step below zero
+    tokens = torch.zeros(1, 3, dtype=torch.int64)
+    assert model(tokens).isfinite().all()

@@ -7,12 +7,12 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_fast.backends import cpu
 from llama_fast.config import LlamaConfig
 from llama_fast.config.quantization import NAMED, Quantization, WeightFormat
 from llama_fast.demo import FOLDER
-from llama_fast.demo.recipe import held_out_data
 from llama_fast.errors import ConfigError, ShapeError
 from llama_fast.generation.generate import generate
 from llama_fast.model import Llama
@@ -21,6 +21,7 @@ from llama_fast.ops import QuantizedWeight
 from llama_fast.ops.quantized_weight import round_rows, round_weight
 from llama_fast.ops.rounding import enclosing, encode, search_scales
 from llama_fast.tokenizer import Tokenizer
+from tools.demo_model.recipe import held_out_data
 
 FOUR = WeightFormat(4, 32)
 UNTIED = LlamaConfig(
@@ -93,6 +94,28 @@ def test_searched_scales_of_zeros_and_of_what_codes_can_hold():
     scales = search_scales(groups)
     assert scales[0] == 0
     assert rounding_error(groups[1:], scales[1:]) == 0
+
+
+def test_a_gpu_rounds_large_pieces_of_bounded_memory():
+    """Each piece is some hundred launches: meta tensors stand for a GPU's, and count them."""
+
+    class Launches(TorchDispatchMode):
+        count = largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            self.count += 1
+            if isinstance(found, torch.Tensor) and found is not whole:
+                self.largest = max(self.largest, found.nbytes)
+            return found
+
+    C_out, C_in = 2**17, 2**11  # 2²⁸ weights
+    whole = torch.empty(C_out, C_in, dtype=torch.bfloat16, device="meta")
+    made = QuantizedWeight(C_out, C_in, 4, 32, device="meta")
+    with Launches() as launches:
+        for _, groups in made.row_blocks(whole):
+            search_scales(groups)
+    assert launches.count < 2000 and launches.largest <= 2**28
 
 
 def test_codes_do_not_depend_on_threads():

@@ -10,11 +10,11 @@ import torch
 import llama_fast
 from llama_fast import Llama, Tokenizer
 from llama_fast.config import LlamaConfig
-from llama_fast.demo.recipe import held_out_data
 from llama_fast.dispatch import use_backend
 from llama_fast.errors import ConfigError
 from llama_fast.generation import generate
 from llama_fast.nn.kv_cache import KVCache
+from tools.demo_model.recipe import held_out_data
 
 DEMO = Path(llama_fast.__file__).parent / "demo"
 PROMPTS = ["Once upon a time", "从前", "The cat and the dog walked to the river. They saw a boat"]

@@ -288,8 +288,8 @@ def test_options_of_the_command_are_settings(run, source, tmp_path):
     assert run("quantize", source, tmp_path / "b", "--bits", 8)[0] == 0
     assert open_checkpoint(tmp_path / "b").quantization == NAMED["int8"]
     for wrong, says in (
-        (("--bits", 5), "must be 4 or 8"),
-        (("--head-bits", 2), "must be 4, 8 or 16"),
+        (("--bits", 5), "5 is not 4 or 8. Write: --bits 4"),
+        (("--head-bits", 2), "2 is not 4, 8 or 16. Write: --head-bits 8"),
     ):
         code, _, err = run("quantize", source, tmp_path / "c", *wrong)
         assert code == 2 and says in err

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+import llama_fast
 from llama_fast import attention, explain, rms_norm, use_backend
-from llama_fast import dispatch as registry
+from llama_fast.dispatch import op as registry
 from llama_fast.errors import FallbackWarning, ShapeError
 from llama_fast.ops.attention import OP as ATTENTION
 from llama_fast.ops.rms_norm import OP as RMS_NORM
@@ -84,3 +85,21 @@ def test_a_fallback_is_not_remembered(monkeypatch):
         with pytest.warns(FallbackWarning, match="D is 12"):
             attention(q, q, q)
     assert not ATTENTION._known
+
+
+def test_explain_has_every_backend_and_why_the_others_do_not_serve():
+    decision = explain("rms_norm", torch.ones(3, 64), torch.ones(64), 1e-5)
+    assert set(decision.reasons) == set(registry.BACKENDS)
+    assert decision.reasons[decision.chosen] == decision.reasons["eager"] == []
+    for name in ("cuda", "triton"):
+        assert decision.reasons[name] == ["it serves tensors on cuda; these are on cpu"]
+        assert f"  {name}: it serves tensors on cuda; these are on cpu" in str(decision)
+
+
+def test_dir_shows_the_public_names_and_no_others():
+    shown = dir(llama_fast)
+    assert {"Llama", "Tokenizer", "generate", "explain", "patch", "Patch", "rms_norm"} <= set(shown)
+    assert not {"Any", "sys", "import_module", "ModuleType", "annotations"} & set(shown)
+    assert [name for name in shown if name.startswith("_")] == ["__version__"]
+    assert set(llama_fast.__all__) <= set(shown)
+    assert all(hasattr(llama_fast, name) for name in shown if name not in ("patch", "Patch"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import re
 from pathlib import Path
 
 import pytest
 
 from llama_fast.bench import results
-from llama_fast.bench.report import choose, figures, page, replace_between_marks, write
+from llama_fast.bench.report import choose, figures, fill, write
 from llama_fast.bench.results import Goal, Results, Row
 from llama_fast.cli import main
 from llama_fast.errors import LlamaFastError, ResultsError
@@ -123,21 +124,58 @@ def test_a_sweep_needs_three_lengths_and_the_others_show_the_longest():
     assert [r.call["keys"] for r in choose.calls(rows) if r.call["op"] == "attention"] == [4096]
 
 
+PAGE = """before
+<!-- figures of some-cpu-avx2-2-threads -->
+<!-- rms_norm, 1b, prefill: × eager -->old<!-- end --> × eager
+<!-- decode bf16: ours --><!-- end -->
+<!-- figures of another -->
+<!-- decode bf16: ours -->stays<!-- end -->
+after
+"""
+
+
 def test_the_command_writes_pages_in_two_places(found, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     results.save(Path("r.json"), WHERE, list(found.rows.values()))
+    name = next(name for name, row in found.rows.items() if row.call.get("op") == "rms_norm")
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    readme.write_text(PAGE.replace("rms_norm, 1b, prefill", name))
     assert main(["report", "r.json", "--out", "docs/figures", "--write", "README.md"]) == 0
     assert "docs/figures/report.md: 5 figures" in capsys.readouterr().out
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "(docs/figures/some-cpu-avx2-2-threads-roofline.png)" in text and "40 tok/s" in text
-    readme.write_text("no marks")
-    assert main(["report", "r.json", "--no-figures", "--write", "README.md"]) == 1
-    assert "must have one line" in capsys.readouterr().err
-    with pytest.raises(ResultsError):
-        replace_between_marks(readme, "text")
+    assert text == PAGE.replace("rms_norm, 1b, prefill", name).replace("old", "5.0").replace(
+        "<!-- decode bf16: ours --><!-- end -->", "<!-- decode bf16: ours -->40 tok/s<!-- end -->"
+    )
+    assert main(["report", "r.json", "--no-figures", "--write", "README.md"]) == 0
+    assert readme.read_text() == text, "again and again the same"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no marks", "has no place for a figure; write one as <!-- decode bf16: × "),
+        ("<!-- nothing: ours --><!-- end -->", "have no row 'nothing'; they have attention"),
+        ("<!-- decode bf16: × vllm --><!-- end -->", "'decode bf16' has no 'vllm'; it has ours, "),
+    ],
+)
+def test_a_page_that_cannot_be_filled_stays_as_it_is(found, tmp_path, text, message):
+    page = tmp_path / "page.md"
+    text = f"<!-- figures of some-cpu-avx2-2-threads -->{text}"
+    page.write_text(text)
+    with pytest.raises(ResultsError, match=re.escape(message)):
+        fill(page, [found])
+    assert page.read_text() == text
+
+
+def test_bars_beside_our_own_definition_say_so():
+    rows = all_rows()
+    axes = figures.speed_ups(rows, "title").axes
+    assert "dequantises" not in axes[-1].get_xlabel()
+    row = a_call("linear_quantized", "decode", {"cpu": 1e-4, "eager": 5e-3})
+    axes = figures.speed_ups([*rows, row], "title").axes
+    names = [tick.get_text() for panel in axes for tick in panel.get_yticklabels()]
+    assert [name for name in names if "†" in name] == ["linear_quantized †"]
+    assert "† PyTorch has no such op: beside our own definition" in axes[-1].get_xlabel()
 
 
 def test_without_matplotlib_the_tables_are_still_to_be_had(found, tmp_path, monkeypatch):

@@ -193,7 +193,8 @@ def test_what_torch_has_agrees(op):
 LIGER = """
 import torch
 import llama_fast.ops
-from llama_fast import contenders, reference
+from llama_fast.bench import baselines as contenders
+from llama_fast.bench import oracle as reference
 from llama_fast.dispatch import OPS
 from llama_fast.bench.shapes import NAMES, Work, workloads
 from tests.test_speed import TINY

@@ -237,3 +237,56 @@ def test_environment_is_read_in_one_place():
         and re.search(r"\b(environ|getenv)\b", path.read_text(encoding="utf-8"))
     ]
     assert not wrong, wrong
+
+
+# What makes tensors of sizes alone, on torch's default device unless another is said.
+FACTORIES = set(
+    "arange as_tensor asarray empty empty_permuted empty_strided eye full linspace logspace ones"
+    " rand randint randn randperm range scalar_tensor tensor tril_indices triu_indices"
+    " zeros".split()
+)
+
+
+def factories_without_device(source: str) -> list[str]:
+    """Calls of torch's factories, also through partial or an alias, that leave the device open."""
+    wrong = []
+    tree = ast.parse(source)
+    said = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            # **arguments may say it: where they are made, the reader sees to it.
+            if any(keyword.arg in ("device", None) for keyword in node.keywords):
+                said.update(id(n) for part in (node.func, *node.args) for n in own_names(part))
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in FACTORIES
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "torch"
+            and id(node) not in said
+        ):
+            wrong.append(f"{node.lineno}: torch.{node.attr}")
+    return wrong
+
+
+def own_names(part: ast.AST):
+    """Nodes of what is called or handed on, but not those of calls inside it."""
+    yield part
+    if not isinstance(part, ast.Call):
+        for child in ast.iter_child_nodes(part):
+            yield from own_names(child)
+
+
+def test_every_factory_says_its_device():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{found}"
+        for path in [*PACKAGE.rglob("*.py"), *(ROOT / "triton_kernels").glob("*.py")]
+        for found in factories_without_device(path.read_text(encoding="utf-8"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_factory_without_a_device_is_found():
+    assert factories_without_device("torch.zeros(2, device=d)\npartial(torch.ones, device=d)") == []
+    assert factories_without_device("f(torch.ones(2), device=d)") == ["1: torch.ones"]
+    assert factories_without_device("make = torch.tensor\nmake(2)") == ["1: torch.tensor"]

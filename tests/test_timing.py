@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from llama_fast.bench import timing
 from llama_fast.bench.timing import interleaved, interleaved_on_gpu
 
 
@@ -94,6 +97,32 @@ def test_the_host_s_time_is_apart_however_long_it_is(device):
     times = interleaved_on_gpu(calls, 3, cuda=device, flush=flush_of(device))
     assert times.seconds["slow to launch"] == pytest.approx([1e-3] * 3, rel=0.05)
     assert min(times.host["slow to launch"]) >= 8e-3
+
+
+class Traffic(TorchDispatchMode):
+    """What calls have written and read, by the address of the memory: (what, address, bytes)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[tuple[str, int, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for argument, x in zip(function._schema.arguments, args, strict=False):
+            if isinstance(x, torch.Tensor):
+                writes = argument.alias_info is not None and argument.alias_info.is_write
+                self.log.append(("write" if writes else "read", x.data_ptr(), x.nbytes))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_flush_leaves_no_lines_to_be_written_back(monkeypatch):
+    """What it ends with is a read of as much as the cache holds, from memory it has not written."""
+    monkeypatch.setattr(timing, "FLUSHED", 2**16)
+    flush = timing._flush("cpu")
+    with Traffic() as traffic:
+        flush()
+    (first, written, size), (last, read, amount) = traffic.log
+    assert (first, last) == ("write", "read") and written != read
+    assert size == amount == 2**16
 
 
 def test_preparing_is_not_timed():

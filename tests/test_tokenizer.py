@@ -16,9 +16,9 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llama_fast import tokenizer as tokenizer_module
 from llama_fast.errors import TokenizerError
 from llama_fast.tokenizer import PIECES, StreamDecoder, Tokenizer
+from llama_fast.tokenizer import tokenizer as tokenizer_module
 from llama_fast.tokenizer.files import BYTE_ORDER, BYTE_TO_CHAR, PATTERN
 from llama_fast.tokenizer.special_tokens import special_ids
 from llama_fast.training.bpe import train_bpe

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 import llama_fast.ops  # noqa: F401  declares the ops
+from llama_fast.bench import shapes
 from llama_fast.bench.shapes import NAMES, Work, workloads
 from llama_fast.config import LlamaConfig
 from llama_fast.dispatch import OPS
@@ -36,6 +39,41 @@ def test_the_op_takes_them(name, dtype, work):
         assert min(op.cost(*args)) > 0
         floats = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
         assert all(x.count_nonzero() > 0.5 * x.numel() for x in floats)
+
+
+class Generator(torch.Generator):
+    """Stands for one of a GPU."""
+
+    def __new__(cls, device: str) -> Generator:
+        return super().__new__(cls)
+
+    device = torch.device("cuda")
+
+
+class WithoutGPU(TorchFunctionMode):
+    """Lets meta tensors stand for those of a GPU, and refuses what torch refuses there: numbers of
+    one device drawn with the generator of another."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        args, kwargs = tree_map(self._stand_in, (args, kwargs))
+        if kwargs.pop("generator", None) is not None:
+            of = args[0].device if isinstance(args[0], torch.Tensor) else kwargs.get("device")
+            assert str(of) == "meta", f"{function} draws numbers of {of or 'cpu'}"
+        return function(*args, **kwargs)
+
+    def _stand_in(self, x):
+        return "meta" if isinstance(x, str | torch.device) and "cuda" in str(x) else x
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_on_a_gpu_all_is_drawn_there(name, monkeypatch):
+    monkeypatch.setattr(shapes.torch, "Generator", Generator)
+    with WithoutGPU():
+        for work in (Work.decode(24), Work.training(5)):
+            for make in workloads(name, TINY, work, device="cuda", gradient=True).values():
+                tensors = [x for x in make(0) if isinstance(x, torch.Tensor)]
+                assert tensors and all(x.is_meta for x in tensors)
 
 
 def test_seeds_give_other_numbers_in_the_same_layout():

@@ -25,8 +25,9 @@ def find_slot(lengths_ptr, b, t, T, slots, stride_l):
 
     A token without a slot has no keys and values, and queries of zero: none of its heads is known.
     (A count: Triton's interpreter makes no mask of a block of conditions and a single one.)
+    A row of no tokens or less stores none; a length near the least integer must not wrap around.
     """
-    position = tl.load(lengths_ptr + b * stride_l) - T + t
+    position = tl.maximum(tl.load(lengths_ptr + b * stride_l), 0) - T + t
     known = tl.where((position < 0) | (position >= slots), 0, 1)
     return known, known * position
 

@@ -7,7 +7,6 @@ that is refused, fails, or gives another result is passed over.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -105,19 +104,3 @@ def _why_not(
     except Exception as error:  # a candidate that cannot be compiled or launched
         return f"{type(error).__name__}: {error}"
     return ""
-
-
-def device_seconds(call: Callable[[], Any], repetitions: int = 30) -> float:
-    """The median time of a call on the GPU, with the L2 cache flushed before each."""
-    call()
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    pairs = []
-    for _ in range(repetitions):
-        pair = [torch.cuda.Event(enable_timing=True) for _ in "ab"]
-        flush.zero_()  # the host runs ahead while it works, so its time is not counted
-        pair[0].record()
-        call()
-        pair[1].record()
-        pairs.append(pair)
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in pairs) / 1e3

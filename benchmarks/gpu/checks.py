@@ -8,113 +8,67 @@ import os
 import subprocess
 import sys
 from collections.abc import Container
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 import llama_fast
-from llama_fast.dispatch import OPS, backends, use_backend
+from llama_fast.dispatch import backends, use_backend
 from llama_fast.ops.quantized_kv import quantize
 
 from .setting import KERNELS, Setting
+from .tests_apart import Selection, run_tests
 
 ROOT = Path(__file__).parents[2]
-# What each process tests: on a GPU nearly all of the time goes into compiling variants of kernels.
-DTYPES = ("float32", "bfloat16", "float16 and not bfloat16")
 OP_TESTS = "tests/ops/test_ops.py"
-TRITON = [
-    "rms_norm and not add",
-    "add_rms_norm",
-    "swiglu",
-    "rope or kv_append",
-    "linear_cross_entropy",
-    *(f"linear_quantized and {dtype}" for dtype in DTYPES),
-    *(
-        f"attention and {which} and {dtype}"
-        for which in ("forward", "gradient")
-        for dtype in DTYPES
-    ),
-]
-# Of the CUDA kernels, which are compiled already: files, and what of them.
+# On a GPU nearly all of the time of Triton's tests goes into compiling variants of kernels, which
+# takes one core each; the CUDA kernels are compiled already.
+CORES = max(1, (os.cpu_count() or 1) - 1)
+ALL = "--all"  # dtypes in full, which `make test` leaves to `make test-all`
+TRITON = [Selection(OP_TESTS, "triton", CORES, ALL)]
 CUDA = [
-    (f"{OP_TESTS} tests/ops/test_linear_swiglu.py", "cuda and not cuda-host"),
-    ("tests/test_decode.py tests/test_buckets.py", "cuda_graphs"),
-    ("tests/test_cuda_gpu.py", "not sanitizer"),
+    Selection(f"{OP_TESTS} tests/ops/test_linear_swiglu.py", "cuda and not cuda-host", 4, ALL),
+    Selection("tests/test_decode.py tests/test_buckets.py", "cuda_graphs"),
+    Selection("tests/test_cuda_gpu.py", "not sanitizer"),
 ]
-SANITIZERS = [("tests/test_cuda_gpu.py", tool) for tool in ("memcheck", "racecheck")]
+SANITIZERS = [Selection("tests/test_cuda_gpu.py", tool) for tool in ("memcheck", "racecheck")]
+PTXAS = "ptxas.txt"
 
 
 def build(setting: Setting) -> list[str]:
-    """Compiles the kernels for this GPU and this CPU, as an installation would."""
+    """Compiles the kernels for this GPU and this CPU, as an installation would, and keeps what
+    ptxas says of each: registers, spills, and what it has serialised."""
     if not setting.gpu:
         return []
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return [f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"] if done.returncode else []
+    flags = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} -Xptxas=-v"
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=ROOT, env={**os.environ, "NVCC_APPEND_FLAGS": flags},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
+    said = [line for line in done.stdout.splitlines() if "ptxas" in line or " bytes stack" in line]
+    if said:  # nothing where it was compiled before
+        (setting.folder / PTXAS).write_text("\n".join(said) + "\n", encoding="utf-8")
+    return [done.stdout[-4000:]] if done.returncode else []
 
 
 def triton_tests(setting: Setting) -> list[str]:
-    chosen = TRITON if setting.gpu else ["rms_norm and odd and not add"]
-    tests = [(OP_TESTS, f"triton and ({which})") for which in chosen]
-    return run_tests(setting, tests, "triton")
+    rehearsed = [Selection(OP_TESTS, "triton and rms_norm and odd and forward", options=ALL)]
+    return run_tests(setting, TRITON if setting.gpu else rehearsed, "triton")
 
 
 def cuda_tests(setting: Setting) -> list[str]:
     """The CUDA kernels on this GPU: the ops' cases, captured steps, and what must be asked for."""
-    if not setting.gpu:
-        tests = [("tests/ops/test_attention_cuda.py", "warpgroups and ragged")]
-        return run_tests(setting, tests, "cuda")
-    return run_tests(setting, CUDA, "cuda")
+    rehearsed = [Selection("tests/ops/test_attention_cuda.py", "warpgroups and ragged")]
+    return run_tests(setting, CUDA if setting.gpu else rehearsed, "cuda")
 
 
 def sanitizers(setting: Setting) -> list[str]:
-    return run_tests(setting, SANITIZERS, "") if setting.gpu else []
-
-
-def run_tests(setting: Setting, tests: list[tuple[str, str]], backend: str) -> list[str]:
-    """Each (files, expression) in a process of its own; where there is no pytest, the cases of the
-    backend's ops without it."""
+    if not setting.gpu:
+        return []
     if not importlib.util.find_spec("pytest"):
-        return check_cases(setting, backend) if backend else ["pytest is not installed"]
-
-    def run(selection: tuple[str, str]) -> str:
-        files, which = selection
-        command = [sys.executable, "-m", "pytest", *files.split(), "--maxfail=10", "-k", which]
-        done = subprocess.run(
-            [*command, "-p", "no:cacheprovider", "--tb=line"],
-            cwd=ROOT, capture_output=True, text=True,
-        )  # fmt: skip
-        said = done.stdout.strip().splitlines() or [done.stderr[-400:]]
-        setting.say(f"tests of {files}: {which}", said[-1])
-        return "\n".join(said[-6:]) if done.returncode else ""
-
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        return [failure for failure in pool.map(run, tests) if failure]
-
-
-def check_cases(setting: Setting, backend: str) -> list[str]:
-    """Every case of every op that the backend has, against float64, without pytest."""
-    from tests.ops.oracle import assert_accurate, references, run_poisoned
-
-    rows = backends()[backend].implementations
-    passed, failures = 0, []
-    for name, op in OPS.items():
-        for case in op.cases() if op.cases and name in rows else ():
-            for dtype in case.dtypes:
-                args = case.make(torch.Generator().manual_seed(0), dtype, setting.device)
-                if rows[name].unsupported(*args):
-                    continue
-                try:
-                    with use_backend(backend, strict=True):
-                        actual = run_poisoned(op, args)
-                    assert_accurate(actual, *references(op, args), f"{name} {case} {dtype}")
-                    passed += 1
-                except Exception as error:
-                    failures.append(f"{name} {case} {dtype}: {error}"[:300])
-    text = f"{passed} cases right, {len(failures)} wrong (without pytest: forward passes alone)"
-    setting.say(f"op tests of {backend}", text)
-    return failures
+        return ["pytest is not installed"]
+    return run_tests(setting, SANITIZERS, "")
 
 
 def graph(setting: Setting) -> list[str]:

@@ -5,6 +5,7 @@ Random weights. A step of decoding is replayed as a CUDA graph, so the host's ti
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,8 @@ from benchmarks import bench_patch
 from benchmarks.models import with_layers
 from llama_fast.backends import cuda
 from llama_fast.bench.profile.steps import random_model
-from llama_fast.bench.results import OURS, Row
+from llama_fast.bench.results import OURS, READ, Row
+from llama_fast.bench.roofline_gpu import plain_read
 from llama_fast.bench.timing import OtherPrograms, interleaved, interleaved_on_gpu
 from llama_fast.cli.measure import bytes_per_token
 from llama_fast.dispatch import backends, use_backend
@@ -81,15 +83,17 @@ def _decode(form: str, what: str, setting: Setting, failed: dict[str, Exception]
             row.notes.append(f"{who}: the step could not be captured, and is run in Python")
         kept.append(step)
         steps[who] = step.replay or _in_python(step, token, backend, name)
+    row.bytes = int(bytes_per_token(model, sizes.context))
+    row.ceiling = "read"
     if setting.gpu:
+        steps[READ] = plain_read(row.bytes, setting.device)
         row.samples, _ = interleaved_on_gpu(steps, ROUNDS)
+        row.at_best = row.seconds(READ)
     else:
         with OtherPrograms([os.getpid()]) as others:
             row.samples = interleaved(steps, 3)
         row.others = others.share
-    row.bytes = int(bytes_per_token(model, sizes.context))
-    row.ceiling = "read"
-    row.at_best = row.bytes / setting.ceilings.read if setting.ceilings.read else None
+        row.at_best = row.bytes / setting.ceilings.read if setting.ceilings.read else None
     row.goals = [bandwidth(DECODE[form]).measured(row)]
     return row
 
@@ -106,7 +110,7 @@ def _step(model: Any, context: int) -> DecodeStep:
     """The first steps after so many tokens, the same random ones every time."""
     cache = model.new_cache(1, context + STEPS)
     generator = torch.Generator(model.device).manual_seed(0)
-    for x in (cache._k, cache._v):
+    for x in cache.tensors():
         x.normal_(generator=generator)
     cache.advance(context)
     return DecodeStep(model, cache)
@@ -136,12 +140,20 @@ def _in_python(step: DecodeStep, token: Tensor, backend: str, name: str) -> Call
 
 
 def training(setting: Setting) -> list[str]:
-    """A training step of a transformers model as it is, compiled, with Liger, and patched."""
+    """A training step of a transformers model as it is, with Liger, and patched; and then beside
+    torch.compile, so that what takes long to compile takes no other row along."""
+    P = bench_patch
     if setting.gpu:
-        options = bench_patch.Options(layers=16, batch=4, tokens=2048, device="cuda", rounds=10)
+        options = P.Options(layers=16, batch=4, tokens=2048, device="cuda", rounds=10)
     else:
-        kinds = (bench_patch.TRANSFORMERS, OURS)
-        options = bench_patch.Options("demo", 1, tokens=8, threads=1, rounds=2, contenders=kinds)
-    name = bench_patch.name_of("training", options)
-    rows = {name: lambda failed: bench_patch.measure("training", options)}
+        options = P.Options("demo", 1, tokens=8, threads=1, rounds=2, backend="triton")
+    name, groups = P.name_of("training", options), [("", (OURS, P.TRANSFORMERS, P.LIGER))]
+    if setting.gpu:
+        groups.append((f", beside {P.COMPILED}", (OURS, P.TRANSFORMERS, P.COMPILED)))
+    rows = {
+        name + more: lambda failed, kinds=kinds: P.measure(
+            "training", dataclasses.replace(options, contenders=kinds)
+        )
+        for more, kinds in groups
+    }
     return measured(setting, rows, PARTS["training"].row)

@@ -57,12 +57,13 @@ class Call:
 
 
 def memory_bound(s: Sizes) -> list[Call]:
-    large, small = Work.prefill(s.rows), Work.prefill(s.few_rows)
+    large, small, most = map(Work.prefill, (s.rows, s.few_rows, s.most_rows))
     forward = (bandwidth(0.95), faster(COMPILED))
     return [
         *(Call(name, large, FORWARD, forward) for name in MEMORY_BOUND),
         *(Call(name, Work.training(s.rows), BACKWARD, (bandwidth(0.88),)) for name in MEMORY_BOUND),
         *(Call(name, small, FORWARD, (host_time(),)) for name in MEMORY_BOUND),
+        *(Call(name, most, FORWARD, (bandwidth(0.95),), (EAGER,)) for name in MEMORY_BOUND),
     ]
 
 

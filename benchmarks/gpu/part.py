@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,18 @@ from .parts import PARTS
 from .setting import Setting, kernels
 
 LOST = 3  # the exit code of a process whose GPU answers nothing any more
+
+
+def enter(file: str, log: str) -> None:
+    """What a part's process runs: `run_part` in a group of processes of its own, of which all that
+    is said goes to the end of `log`."""
+    os.setsid()
+    with open(log, "a", encoding="utf-8") as said:
+        for stream in (1, 2):
+            os.dup2(said.fileno(), stream)
+    faulthandler.enable()
+    sys.stdout.reconfigure(line_buffering=True)  # what is killed has said what it did
+    sys.exit(run_part(Path(file)))
 
 
 def run_part(file: Path) -> int:

@@ -1,4 +1,8 @@
-"""The parts, what each of them runs, and its share of the time."""
+"""The parts, what each of them runs, its share of the time, and the calls that they are split into.
+
+A call of the command is a stage: each stays under ten minutes, what is right comes before what is
+fast, and each begins with the build, which takes seconds where it was done.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from typing import NamedTuple
 
 
 class Part(NamedTuple):
-    """seconds  its share of the nine minutes; what it leaves is there for the parts after it
+    """seconds  its share of a stage's nine minutes; what it leaves is there for those after it
     runs     "module:function" of this folder, imported in the part's own process: it takes a
              `setting.Setting`, or (setting, part) where it serves several parts
     row      seconds for one of its rows: what takes longer hangs, and its process ends
@@ -14,20 +18,25 @@ class Part(NamedTuple):
 
     seconds: float
     runs: str
-    row: float = 30
+    row: float = 45
 
 
 PARTS = {
-    "build": Part(105, "checks:build"),
-    "tests": Part(60, "checks:triton_tests"),
-    "memory_bound": Part(55, "ops:measure"),
-    "attention": Part(55, "ops:measure"),
-    "attention_decode": Part(30, "ops:measure"),
-    "linear": Part(25, "ops:measure"),
-    "loss": Part(30, "ops:measure"),
-    "graph": Part(10, "checks:graph"),
-    "decode": Part(55, "models:decode", row=45),
-    "training": Part(80, "models:training", row=140),
-    "cuda_tests": Part(40, "checks:cuda_tests"),
-    "sanitizers": Part(20, "checks:sanitizers"),
+    "build": Part(140, "checks:build"),
+    "tests": Part(180, "checks:triton_tests"),
+    "cuda_tests": Part(90, "checks:cuda_tests"),
+    "graph": Part(30, "checks:graph"),
+    "sanitizers": Part(90, "checks:sanitizers"),
+    "attention": Part(110, "ops:measure"),
+    "attention_decode": Part(70, "ops:measure"),
+    "memory_bound": Part(120, "ops:measure"),
+    "linear": Part(60, "ops:measure"),
+    "loss": Part(40, "ops:measure"),
+    "decode": Part(170, "models:decode", row=90),
+    "training": Part(230, "models:training", row=150),
+}
+STAGES = {
+    "checks": ("build", "tests", "cuda_tests", "graph", "sanitizers"),
+    "kernels": ("build", "attention", "attention_decode", "memory_bound", "linear", "loss"),
+    "models": ("build", "decode", "training"),
 }

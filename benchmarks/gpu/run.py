@@ -6,8 +6,7 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,17 +15,18 @@ from typing import Any
 
 import torch
 
-from llama_fast.bench import machine, results
-from llama_fast.bench import roofline as ceilings
+from benchmarks.worker import context
+from llama_fast.bench import machine, results, roofline
 from llama_fast.bench.report.page import targets
 from llama_fast.bench.results import Row
 from llama_fast.errors import BackendError, ResultsError
 
+from .part import enter
 from .parts import PARTS
 from .setting import KERNELS, Setting
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
+FOLDER = Path("build", "gpu")
+LOG = "log.txt"
 LEAST = 5.0  # seconds: with less left, nothing more is begun
 VERSIONS = ("triton", "transformers", "liger-kernel", "flash-attn", "flashinfer-python")
 
@@ -45,34 +45,52 @@ class Ended:
 Start = Callable[[str, Setting, float], Iterator["Row | Ended"]]
 
 
-def run_all(parts: list[str], device: str, seconds: float, target: Path | None) -> list[str]:
+def run_all(parts: list[str], device: str, seconds: float, folder: Path) -> list[str]:
     """Runs the parts; returns those that failed.
 
-    target  results file; else benchmarks/results/<device>.json, of a rehearsal none
-    Raises BackendError where torch finds no GPU, ResultsError where the file is another machine's.
+    folder  where all is kept: rows in <device>.json, what is said in log.txt, and what the parts
+            write there; it is made, and what it has stays
+    Raises BackendError where torch finds no GPU.
     """
     begin = time.monotonic()
     if device == "cuda" and not torch.cuda.is_available():
         raise BackendError("torch finds no GPU here; --device cpu rehearses without one")
-    print("measuring the ceilings", flush=True)
-    found = ceilings.measure(device)
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a part's process imports Triton
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    say = Log(folder / LOG).say
+    say(f"{', '.join(parts)}: {seconds:.0f} s at most, all that is to be kept is in {folder}")
+    found = roofline.measure(device)
     torch.cuda.empty_cache()
-    keep = Keeper(device, found, target)
-    setting = Setting(device, ROOT / "build" / "gpu.jsonl", found)
-    setting.lines.parent.mkdir(exist_ok=True)
+    keep = Keeper(device, found, folder, say)
     whole, spent, failed = sum(PARTS[part].seconds for part in parts), 0.0, []
-    for part in parts:
-        spent += PARTS[part].seconds
-        start = time.monotonic()
-        why = run_part(part, setting, begin + seconds * spent / whole, keep.add)
-        took = time.monotonic() - start
-        text = f"FAILED after {took:.0f} s: {why}" if why else f"done, {took:.0f} s"
-        keep.add(Row(f"part {part}", f"part {part}", "", notes=[text]))
-        if why:
-            failed.append(part)
-    print(f"\n{targets(list(keep.rows.values()))}\n", flush=True)
-    print(f"results: {keep.path or 'not kept'}" + (f"; FAILED: {', '.join(failed)}" * bool(failed)))
+    with tempfile.TemporaryDirectory() as temporary:
+        setting = Setting(device, Path(temporary, "lines.jsonl"), folder, found)
+        for part in parts:
+            spent += PARTS[part].seconds
+            start = time.monotonic()
+            why = run_part(part, setting, begin + seconds * spent / whole, keep.add)
+            took = time.monotonic() - start
+            text = f"FAILED after {took:.0f} s: {why}" if why else f"done, {took:.0f} s"
+            keep.add(Row(f"part {part}", f"part {part}", "", notes=[text]))
+            if why:
+                failed.append(part)
+    say(f"\n{targets(list(keep.rows.values()))}\n")
+    say(f"results: {keep.path}" + (f"; FAILED: {', '.join(failed)}" * bool(failed)))
     return failed
+
+
+@dataclass
+class Log:
+    """Prints lines, and adds them to a file that parts write to as well."""
+
+    path: Path
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
 
 
 def run_part(
@@ -109,35 +127,36 @@ def run_part(
         setting.without[culprit] = f"it is left out, since a process ended with it: {ended.why}"
 
 
-def start_process(part: str, setting: Setting, seconds: float) -> Iterator[Row | Ended]:
+def start_process(
+    part: str, setting: Setting, seconds: float, enter: Callable[[str, str], None] = enter
+) -> Iterator[Row | Ended]:
+    """Runs a part in a process forked from one that has imported torch already."""
     setting.lines.unlink(missing_ok=True)
-    file, log = (setting.lines.with_name(f"gpu-{part}.{end}") for end in ("json", "log"))
+    file, log = setting.lines.with_name(f"{part}.json"), setting.folder / LOG
     setting.save(file, part)
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    if not setting.gpu:
-        environment["TRITON_INTERPRET"] = "1"
-    with log.open("w", encoding="utf-8") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu", "--part", str(file)],
-            cwd=ROOT, env=environment, start_new_session=True, stdout=said, stderr=said,
-        )  # fmt: skip
-        end, read, last = time.monotonic() + seconds, Lines(setting.lines), {}
-        stopped = False
-        try:
-            while process.poll() is None and not stopped:
-                stopped = time.monotonic() > end
-                for last in read.new():
-                    if "row" in last:
-                        yield Row.from_record(last["row"])
-                time.sleep(0.2)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # a group of its own: its compilers end too
-                process.wait()
+    said_before = log.stat().st_size if log.exists() else 0
+    process = context.Process(target=enter, args=(str(file), str(log)))
+    process.start()
+    end, read, last = time.monotonic() + seconds, Lines(setting.lines), {}
+    stopped = False
+    try:
+        while process.is_alive() and not stopped:
+            stopped = time.monotonic() > end
+            for last in read.new():
+                if "row" in last:
+                    yield Row.from_record(last["row"])
+            time.sleep(0.2)
+    finally:
+        if process.is_alive():
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # its compilers and tests end too
+            except ProcessLookupError:  # it has not yet got so far as to have a group
+                process.kill()
+        process.join()
     for last in read.new():
         if "row" in last:
             yield Row.from_record(last["row"])
-    text = last_lines(log.read_text(encoding="utf-8", errors="replace"))
+    text = last_lines(log.read_bytes()[said_before:].decode(errors="replace"))
     if stopped:
         where = f" in {last['begun']}" if "begun" in last else ""
         yield Ended(f"stopped after {seconds:.0f} s{where}; {text}")
@@ -145,7 +164,7 @@ def start_process(part: str, setting: Setting, seconds: float) -> Iterator[Row |
         where = last.get("begun") or last["why"]
         yield Ended(f"its process ended at {where}; {text}", True, last.get("lost"))
     else:
-        yield Ended("" if process.returncode == 0 else text)
+        yield Ended("" if process.exitcode == 0 else text)
 
 
 @dataclass
@@ -168,45 +187,49 @@ class Lines:
 
 
 def last_lines(said: str) -> str:
-    return " | ".join(line.strip()[:300] for line in said.strip().splitlines()[-6:])
+    """Where the process has ended, if faulthandler says so, and else what it said last."""
+    lines = said.strip().splitlines()
+    ends = ("Timeout (", "Fatal Python error")
+    dumps = [number for number, line in enumerate(lines) if line.startswith(ends)]
+    lines = lines[dumps[-1] : dumps[-1] + 6] if dumps else lines[-6:]
+    return " | ".join(line.strip()[:300] for line in lines)
 
 
 class Keeper:
-    """Prints rows and writes them to the results file, each as it comes."""
+    """Says rows and writes them to the results file, each as it comes."""
 
-    def __init__(self, device: str, found: ceilings.Ceilings, target: Path | None) -> None:
+    def __init__(
+        self, device: str, found: roofline.Ceilings, folder: Path, say: Callable[[str], None]
+    ) -> None:
         self.machine = machine.describe(found.isa)
         self.rows: dict[str, Row] = {}
+        self.say = say
         self.run = {
             "date": results.today(),
             "threads": found.threads,
             "ceilings": dataclasses.asdict(found),
             "versions": machine.versions(*VERSIONS),
         }
-        self.path = target
-        if target is None and device == "cuda":
-            self.path = RESULTS / f"{machine.file_name(self.machine, 0, device)}.json"
-        if self.path is not None and self.path.exists():
-            self._look_at_the_old(target)
+        name = machine.file_name(self.machine, 0, device) if device == "cuda" else "rehearsal"
+        self.path = folder / f"{name}.json"
+        if self.path.exists():
+            self._look_at_the_old()
 
-    def _look_at_the_old(self, target: Path | None) -> None:
+    def _look_at_the_old(self) -> None:
         try:
             same = results.load(self.path).machine == self.machine
         except ResultsError:
             same = False
-        if not same and target is not None:
-            raise ResultsError(f"{target} is not of this machine; name another file with --json")
         if not same:  # a GPU of the same name in another machine: its samples are not these
-            print(f"{self.path} is of another machine, and is begun anew")
-            self.path.unlink()
+            before = self.path.with_suffix(".before.json")
+            self.say(f"{self.path} is of another machine: it is now {before.name}")
+            self.path.replace(before)
 
     def add(self, row: Row) -> None:
         row.measured_with = self.run
         self.rows[row.name] = row
-        print(line(row), flush=True)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            results.save(self.path, self.machine, [row])
+        self.say(line(row))
+        results.save(self.path, self.machine, [row])
 
 
 def line(row: Row) -> str:

@@ -26,6 +26,7 @@ class Sizes:
 
     rows      N of the memory-bound ops and of the loss
     few_rows  N at which the host's time is compared with the kernels'
+    most_rows N at which starting and ending are no part of a memory-bound op's time
     prompts   lengths of causal attention, of `at_once` tokens in all
     caches    (B,S) of attention that decodes a token
     batches   rows of the products of decoding; matrices: of the model's, by `bench.shapes`
@@ -37,6 +38,7 @@ class Sizes:
     config: LlamaConfig
     rows: int
     few_rows: int
+    most_rows: int
     prompts: tuple[int, ...]
     at_once: int
     caches: tuple[tuple[int, int], ...]
@@ -52,6 +54,7 @@ LARGE = Sizes(
     config=LlamaConfig.preset("8b"),
     rows=8192,
     few_rows=2048,
+    most_rows=32768,
     prompts=(2048, 4096, 8192, 16384),
     at_once=16384,
     caches=((1, 8192), (1, 32768), (1, 131072), (16, 8192)),
@@ -68,6 +71,7 @@ TINY = Sizes(
     ),
     rows=8,
     few_rows=4,
+    most_rows=16,
     prompts=(8, 16, 32),
     at_once=32,
     caches=((1, 300),),
@@ -86,12 +90,14 @@ class Setting:
     device   "cuda", or "cpu" for the rehearsal
     lines    where it writes what it finds, a line of JSON each, so that what was measured before it
              fails or is stopped is kept
+    folder   where all that is to be kept goes
     without  contenders that are left out, and why: they ended a process of this part before
     done     rows that such a process has measured
     """
 
     device: str
     lines: Path
+    folder: Path
     ceilings: Ceilings
     without: dict[str, str] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
@@ -111,22 +117,23 @@ class Setting:
     def write_row(self, row: Row) -> None:
         self.write(row=row.record())
 
-    def say(self, what: str, text: str) -> None:
-        """A result in words."""
-        self.write_row(Row(what, what, "", notes=[text]))
+    def say(self, what: str, *texts: str) -> None:
+        """A result in words, in place of an earlier one of that name."""
+        self.write_row(Row(what, what, "", notes=list(texts)))
 
     def save(self, path: Path, part: str) -> None:
         """For `load`, in the part's process."""
-        found = {**dataclasses.asdict(self), "lines": str(self.lines), "part": part}
-        path.write_text(json.dumps(found), encoding="utf-8")
+        found = {**dataclasses.asdict(self), "part": part}
+        path.write_text(json.dumps(found, default=str), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> tuple[Setting, str]:
         """The setting, and the part that it is for."""
         found = json.loads(path.read_text(encoding="utf-8"))
         part = found.pop("part")
-        given = {"lines": Path(found.pop("lines")), "ceilings": Ceilings(**found.pop("ceilings"))}
-        return cls(**found, **given), part
+        paths = {name: Path(found.pop(name)) for name in ("lines", "folder")}
+        found["ceilings"] = Ceilings(**found["ceilings"])
+        return cls(**found, **paths), part
 
 
 @contextmanager

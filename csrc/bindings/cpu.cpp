@@ -159,6 +159,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("free_idle_blocks", [] { blocks().free_idle(); },
         "Frees what is kept for the next `large_tensor`.");
 
+  m.def("lowest_address", &lowest_address, "Below it no tensor has memory.");
   m.def("kinds_of_calls", &kinds_of_calls, py::arg("tensor"), py::arg("parameter"),
         py::arg("fallback"));
 

@@ -9,10 +9,19 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <fstream>
 
 #include "dlpack.h"
 
 namespace llama_fast {
+
+// Where the memory of this process begins. A tensor whose storage was freed begins at its offset into
+// nothing, which is below.
+inline uintptr_t lowest_address() {
+  uintptr_t lowest = 0;
+  std::ifstream("/proc/self/maps") >> std::hex >> lowest;
+  return lowest ? lowest : 1;
+}
 
 class KindOfCall {
  public:
@@ -21,21 +30,26 @@ class KindOfCall {
   KindOfCall(pybind11::type tensor, pybind11::type parameter,
              const DLPackExchangeAPI* api, pybind11::function fallback)
       : tensor_(std::move(tensor)), parameter_(std::move(parameter)), api_(api),
-        fallback_(std::move(fallback)), requires_grad_("requires_grad") {}
+        fallback_(std::move(fallback)), requires_grad_("requires_grad"),
+        is_neg_(tensor_.attr("is_neg")) {}
 
-  // A key, or None where `grad` and a tensor requires a gradient.
+  // A key, or None where `grad` and a tensor requires a gradient, or where one is not what its memory
+  // holds.
   pybind11::object operator()(const pybind11::tuple& args, bool grad) const {
     Key key;
     for (const pybind11::handle arg : args) {
       if (arg.is_none()) {
         key.add(NONE);
       } else if (is_tensor(arg)) {
-        if (grad && arg.attr(requires_grad_).ptr() == Py_True) return pybind11::none();
+        if ((grad && arg.attr(requires_grad_).ptr() == Py_True) || is_negated(arg))
+          return pybind11::none();
         DLTensor t;
         if (api_->dltensor_from_py_object(arg.ptr(), &t) != 0) {
           PyErr_Clear();
           return fallback_(args, grad);
         }
+        if (reinterpret_cast<uintptr_t>(t.data) < lowest_ && has_elements(t))
+          return pybind11::none();
         key.add(TENSOR | int64_t(t.ndim) << 8 | int64_t(t.dtype.code) << 16 |
                 int64_t(t.dtype.bits) << 24 | int64_t(t.device.device_type) << 32 |
                 int64_t(t.device.device_id) << 48);
@@ -89,10 +103,27 @@ class KindOfCall {
     return type == tensor_.ptr() || type == parameter_.ptr();
   }
 
+  // Whether the numbers are those in memory with the other sign, as those of x.conj().imag.
+  bool is_negated(pybind11::handle arg) const {
+    PyObject* const args[] = {arg.ptr()};
+    const auto result = pybind11::reinterpret_steal<pybind11::object>(
+        PyObject_Vectorcall(is_neg_.ptr(), args, 1, nullptr));
+    if (!result) throw pybind11::error_already_set();
+    return result.ptr() == Py_True;
+  }
+
+  static bool has_elements(const DLTensor& t) {
+    for (int32_t d = 0; d < t.ndim; ++d)
+      if (t.shape[d] == 0) return false;
+    return true;
+  }
+
   pybind11::type tensor_, parameter_;
   const DLPackExchangeAPI* api_;
   pybind11::function fallback_;
   pybind11::str requires_grad_;
+  pybind11::object is_neg_;
+  const uintptr_t lowest_ = lowest_address();
 };
 
 }  // namespace llama_fast

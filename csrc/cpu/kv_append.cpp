@@ -5,6 +5,7 @@
 // In a cache of 8 bits each head of k (rotated, rounded to its dtype) and of v becomes bytes and a
 // scale. The scale is the largest magnitude over 127; it is NaN, and the bytes are 0, where the head
 // holds an infinity or NaN.
+#include <algorithm>
 #include <cstring>
 
 #include "dispatch.h"
@@ -24,7 +25,9 @@ static void append_tokens(const KvAppendArgs& a, Store&& store) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t b = n / a.T, t = n % a.T;
       const int64_t next = n + 1 < end ? n + 1 : n, next_b = next / a.T, next_t = next % a.T;
-      const int64_t position = a.lengths[b * a.lengths_stride] - a.T + t;
+      // A row of no tokens or less stores none, and a length near the least integer must not wrap.
+      const int64_t length = std::max<int64_t>(a.lengths[b * a.lengths_stride], 0);
+      const int64_t position = length - a.T + t;
       T* q_out = static_cast<T*>(a.q_out) + n * a.H * a.D;
       if (position < 0) {
         std::memset(q_out, 0, size_t(a.H * a.D) * sizeof(T));

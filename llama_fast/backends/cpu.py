@@ -26,8 +26,8 @@ try:
 except ImportError as error:
     _cpu = None
     _unavailable = [
-        f"the extension module llama_fast._cpu cannot be imported ({error}); "
-        "install the package with a C++ compiler at hand: pip install ."
+        f"{limits.not_loaded('C++', '_cpu', error)}; install the package with a C++ compiler at "
+        "hand: pip install ."
     ]
 else:
     _unavailable = []
@@ -79,8 +79,10 @@ def _maker(like: torch.Tensor, shape: tuple[int, ...] | None = None) -> Callable
         return lambda: from_dlpack(_cpu.large_tensor(*kind))
     # torch.empty takes twice as long as torch.empty_like.
     if numel <= SMALL:
-        return partial(torch.empty_like, torch.empty(shape, dtype=dtype))
-    pattern = torch.empty((), dtype=dtype).expand(shape)  # one element stands for them all
+        return partial(torch.empty_like, torch.empty(shape, dtype=dtype, device="cpu"))
+    pattern = torch.empty((), dtype=dtype, device="cpu").expand(
+        shape
+    )  # one element stands for them all
     make = partial(torch.empty_like, pattern, memory_format=torch.contiguous_format)
     return (lambda: _reserve(make())) if numel >= LARGE else make
 
@@ -147,8 +149,8 @@ def _kv_append_quantized(
 
 def _attention(q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None) -> Launcher:
     new, S = _maker(q), k.shape[1]
-    no_lse = torch.empty(0, dtype=lse_dtype(q.dtype))
-    new_lse = _maker(no_lse, (q.shape[0], q.shape[2], q.shape[1])) if need_lse else lambda: no_lse
+    no_lse = torch.empty(0, dtype=lse_dtype(q.dtype), device="cpu")
+    new_lse = _maker(no_lse, (q.shape[0], q.shape[2], q.shape[1]) if need_lse else (0,))
 
     def launch(
         q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None
@@ -194,7 +196,8 @@ def _attention_quantized_unsupported(
 
 def gemv_rows(dtype: torch.dtype) -> int:
     """The most rows of x that GEMV takes, in the instruction set in use."""
-    return _cpu.gemv_rows(torch.empty(0, dtype=dtype), torch.backends.mkldnn.is_available())
+    like = torch.empty(0, dtype=dtype, device="cpu")
+    return _cpu.gemv_rows(like, torch.backends.mkldnn.is_available())
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -324,6 +327,7 @@ register_backend(
         name="cpu",
         unavailable=_unavailable,
         recorder=lambda: CpuRecorder(_cpu.Tape),
+        settings=None if _cpu is None else lambda: (isa(),),
         reserve=_reserve,
         implementations={
             "attention": _prepared(_attention, _attention_unsupported),

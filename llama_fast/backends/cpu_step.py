@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ..dispatch import OPS, DispatchMode
 
@@ -24,21 +26,22 @@ class CpuRecorder(DispatchMode):
     tape_of  makes an empty `_cpu.Tape`
 
     A replay works on the memory of the recorded step: on its arguments, with what they then hold,
-    and into its results. All of it is kept alive. What Python does besides (a branch on a value, a
-    hook) is not repeated, so a step that asks for a value, or whose shapes depend on one, is
-    refused.
+    and into its results. All of it is kept alive, whatever becomes of the tensors. What Python does
+    besides (a branch on a value, a hook) is not repeated, so a step that asks for a value, or whose
+    shapes depend on one, is refused.
     """
 
     def __init__(self, tape_of: Callable[[], Any]) -> None:
         super().__init__()
         self._tape_of = tape_of
+
+    def warm_up(self, step: Callable[[], Tensor]) -> Tensor:
         self._steps: list[Callable[[], Any]] = []
         self._tape: Any = None
         self._kept: list[Any] = []
         self._refusal = ""
-
-    def warm_up(self, step: Callable[[], Tensor]) -> Tensor:
-        with self:
+        self._inference = torch.is_inference_mode_enabled()
+        with self, _Readings(self):
             self._result = step()
         return self._result
 
@@ -47,10 +50,14 @@ class CpuRecorder(DispatchMode):
             raise RuntimeError(self._refusal)
         return self._replay, self._result
 
-    @torch.no_grad()
+    def refuse(self, function: Any) -> None:
+        """The step has called what a replay cannot repeat."""
+        self._refusal = f"{function} depends on a tensor's values"
+
     def _replay(self) -> None:
-        for step in self._steps:
-            step()
+        with torch.inference_mode(self._inference), torch.no_grad():
+            for step in self._steps:
+                step()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -59,11 +66,14 @@ class CpuRecorder(DispatchMode):
         if function.namespace == "llama_fast":
             op = OPS[function._opname]
             return self._run_op(op.run, op._complete(args))
+        if _is_composite(function):
+            with self:
+                return function.decompose(*args, **kwargs)
         if _depends_on_values(function, args):
-            self._refusal = f"{function} depends on a tensor's values"
+            self.refuse(function)
         result = function(*args, **kwargs)
-        self._kept.append((args, kwargs, result))
-        if not _is_view(function):
+        self._keep(args, kwargs, result)
+        if not _is_view(function, (args, kwargs), result):
             self._add(partial(_again, function, args, kwargs, result))
         return result
 
@@ -79,7 +89,7 @@ class CpuRecorder(DispatchMode):
                 result = run(*args)
         finally:
             tape.stop()
-        self._kept.append((args, watch.made, result))
+        self._keep(args, watch.made, result)
         if watch.computed:
             tape.forget(before)
             self._add(partial(_again, run, args, {}, result))
@@ -90,6 +100,36 @@ class CpuRecorder(DispatchMode):
     def _add(self, step: Callable[[], None]) -> None:
         self._steps.append(step)
         self._tape = None
+
+    def _keep(self, *used: Any) -> None:
+        """Tensors, and their memory for itself: `x.data = y` takes it from a tensor."""
+        self._kept.append((used, [x.untyped_storage() for x in _tensors(used)]))
+
+
+OUT_OF_HANDS = {
+    Tensor.numpy,
+    Tensor.tolist,
+    Tensor.data_ptr,
+    Tensor.untyped_storage,
+    Tensor.storage,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+}
+
+
+class _Readings(TorchFunctionMode):
+    """Refuses a step that gives a tensor's memory out of torch's hands, where no op is seen."""
+
+    def __init__(self, recorder: CpuRecorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function in OUT_OF_HANDS:
+            self._recorder.refuse(function)
+        return function(*args, **(kwargs or {}))
 
 
 class _Watch(DispatchMode):
@@ -103,9 +143,13 @@ class _Watch(DispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if _is_composite(function):
+            with self:
+                return function.decompose(*args, **kwargs)
+        result = function(*args, **kwargs)
         self.made.append(result)
-        if not _is_view(function) and function not in _ALLOCATIONS:
+        if not _is_view(function, (args, kwargs), result) and function not in _ALLOCATIONS:
             self.computed = True
         return result
 
@@ -119,10 +163,19 @@ _ALLOCATIONS = {
 }
 
 
-def _is_view(function: Any) -> bool:
+def _is_composite(function: Any) -> bool:
+    """Whether it only calls other functions. In inference mode such come here whole."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        function.name(), "CompositeImplicitAutograd"
+    )
+
+
+def _is_view(function: Any, given: Any, result: Any) -> bool:
     """Whether the result is the memory of an argument, unchanged."""
-    returns = function._schema.returns
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    if function._schema.is_mutable:
+        return False
+    memory = {x.untyped_storage()._cdata for x in _tensors(given)}
+    return all(x.untyped_storage()._cdata in memory for x in _tensors(result))
 
 
 def _depends_on_values(function: Any, args: tuple) -> bool:
@@ -140,6 +193,5 @@ def _again(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], re
             old.copy_(new)
 
 
-def _tensors(result: Any) -> list[Tensor]:
-    results = result if isinstance(result, tuple | list) else (result,)
-    return [x for x in results if isinstance(x, Tensor)]
+def _tensors(value: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]

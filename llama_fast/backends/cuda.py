@@ -25,9 +25,9 @@ try:
 except ImportError as error:
     _cuda = None
     _unavailable = [
-        f"the extension module llama_fast._cuda cannot be imported ({error}). It is built where "
-        "the installation finds nvcc and a GPU, or when asked for: "
-        "LLAMA_FAST_CUDA=all pip install . (or LLAMA_FAST_CUDA=90a for one architecture)"
+        f"{limits.not_loaded('CUDA C++', '_cuda', error)}; they are built where the installation "
+        "finds nvcc and a GPU, or when asked for: LLAMA_FAST_CUDA=all pip install . (or "
+        "LLAMA_FAST_CUDA=90a for one architecture)"
     ]
 else:
     _unavailable = []
@@ -343,7 +343,9 @@ def _takes_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
     as those of every model are. torch has it otherwise."""
     C_in = weight.shape[1]
     whole = C_in % 8 == 0 and weight.data_ptr() % 16 == 0
-    return x.dtype is not torch.float32 and 0 < C_in and x.numel() <= _cuda.GEMV_ROWS * C_in and whole
+    return (
+        x.dtype is not torch.float32 and 0 < C_in and x.numel() <= _cuda.GEMV_ROWS * C_in and whole
+    )
 
 
 def _gemv(

@@ -10,6 +10,13 @@ import torch
 from .layout import DTYPES, stride_reasons
 
 
+def not_loaded(language: str, module: str, error: ImportError) -> str:
+    """Says why the extension module llama_fast.<module> is not here: not built, or not loadable."""
+    if error.name == f"llama_fast.{module}":
+        return f"its {language} kernels cannot be loaded: {error}"
+    return f"its {language} kernels are not built"
+
+
 def reasons(dtype: torch.dtype, **tensors: torch.Tensor) -> list[str]:
     """A dtype that the kernels have not, or elements apart in the last dim."""
     found = [] if dtype in DTYPES else [f"{dtype} is not one of float32, bfloat16, float16"]

@@ -35,8 +35,9 @@ from .oracle import (
     reference,
     with_leaves,
 )
-from .results import Row
+from .results import COPY, READ, Row
 from .roofline import BYTES, Ceilings
+from .roofline_gpu import plain_copy, plain_read
 from .shapes import Work, workloads
 from .timing import OtherPrograms, interleaved, interleaved_on_gpu
 
@@ -45,6 +46,8 @@ ROUNDS_ON_GPU = 6  # of one call each, for every sample asked for
 PATIENCE = 10.0  # seconds of all rounds together: of what takes longer there are fewer,
 FEWEST_ROUNDS = 3  # but not fewer than these
 SETS = 64  # of arguments, at most
+# On a GPU, what stands for a ceiling of memory: a contender's name, and what makes its call.
+YARDSTICKS_ON_GPU = {"read": (READ, plain_read), "copy": (COPY, plain_copy)}
 # Of an output's own root mean square, by the dtype: rounding, not another result.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 # What a call costs besides its kernel is timed on a model as small as this.
@@ -116,10 +119,10 @@ def measure(
             failed[name] = error
     del expected
     row.ceiling, row.at_best = at_best(op, least, results, dtype, ceilings)
+    if not once:
+        return row
     if device.type == "cuda":
-        times = interleaved_on_gpu(once, _rounds_on_gpu(once, rounds), warm=warm)
-        row.samples = times.seconds
-        row.host = {name: statistics.median(values) for name, values in times.host.items()}
+        _time_on_gpu(row, once, rounds, warm, device)
     else:
         sets = 1 if warm else max(1, min(SETS, BYTES // max(1, least.bytes)))
         inputs = [first, *(make(seed) for seed in range(1, sets))]
@@ -168,6 +171,23 @@ def _row(
         bytes=least.bytes,
         flops=least.flops,
     )
+
+
+def _time_on_gpu(
+    row: Row, once: dict[str, _Call], rounds: int, warm: bool, device: torch.device
+) -> None:
+    """What moves as many bytes takes turns with them, and says what the memory allows: starting and
+    ending are a part of a short call, and none of a ceiling's."""
+    rounds = _rounds_on_gpu(once, rounds)
+    calls: dict[str, Callable[[], object]] = dict(once)
+    name, yardstick = YARDSTICKS_ON_GPU.get(row.ceiling, ("", None))
+    if yardstick is not None and row.at_best is not None and not warm:
+        calls[name] = yardstick(row.bytes, device)
+    times = interleaved_on_gpu(calls, rounds, warm=warm)
+    row.samples = times.seconds
+    row.host = {who: statistics.median(times.host[who]) for who in once}
+    if name in calls:
+        row.at_best = row.seconds(name)
 
 
 def _rounds_on_gpu(calls: dict[str, _Call], rounds: int) -> int:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ResultsError
+from ..errors import ResultsError, json_fault
 from ..utils.files import atomic_file
 from .timing import TOO_BUSY, TOO_NOISY, ratio, spread
 
@@ -229,8 +229,14 @@ def load(path: Path) -> Results:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultsError(f"{path} cannot be read as results: {error}") from None
+    except OSError as error:
+        raise ResultsError(
+            f"{path} cannot be read ({error.strerror}); llama-fast bench --json {path} writes it"
+        ) from None
+    except ValueError as error:
+        raise ResultsError(
+            f"{path} cannot be read as results: {json_fault(error)}; measure again, into a new file"
+        ) from None
     if isinstance(content, dict) and {"machine", "runs", "rows"} <= content.keys():
         runs, rows = content["runs"], {}
         for name, record in content["rows"].items():

@@ -3,7 +3,7 @@
 Each is measured once a process, in about 0.2 s, as the best of repetitions after a warm-up, with
 torch's number of threads: other programs can only make a ceiling look lower than it is. What must
 be compared with a ceiling closely takes turns with it: `plain_read` and `multiply_adds` are that
-work as calls.
+work as calls. Those of a GPU are in `llama_fast.bench.roofline_gpu`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from . import roofline_gpu
+
 try:
     from .. import _cpu
 except ImportError:
@@ -22,10 +24,8 @@ except ImportError:
 
 BYTES = 256 * 2**20  # several times the last cache of most machines
 LINE = 64  # bytes that are read at a time
-BYTES_ON_GPU = 2**30  # some hundred microseconds, of which starting and ending are no part
 REPEATS = 5
 SECONDS = 0.2
-PRODUCT = 8192  # rows and columns, large enough for any GPU to reach its best
 
 
 @dataclass(frozen=True)
@@ -46,31 +46,35 @@ class Ceilings:
 def measure(device: str = "cpu") -> Ceilings:
     """All of them; about a second."""
     on_cpu = torch.device(device).type == "cpu"
+
+    def rate(dtype: torch.dtype) -> float | None:
+        if on_cpu:
+            return multiply_add_rate(pairs=dtype is torch.bfloat16)
+        return _of_gpu(roofline_gpu.product_rate, torch.device(device), dtype)
+
     return Ceilings(
         device=device,
         threads=torch.get_num_threads() if on_cpu else 0,
         isa=_cpu.isa() if on_cpu and _cpu is not None else None,
         read=read_bandwidth(device),
         copy=copy_bandwidth(device),
-        float32=multiply_add_rate(pairs=False) if on_cpu else _cuda_product(device, torch.float32),
-        bfloat16=multiply_add_rate(pairs=True) if on_cpu else _cuda_product(device, torch.bfloat16),
+        float32=rate(torch.float32),
+        bfloat16=rate(torch.bfloat16),
     )
 
 
 def read_bandwidth(device: str | torch.device = "cpu") -> float | None:
-    """Bytes a second that all threads together read from memory; on a GPU, that a copy moves.
-
-    None where the C++ kernels are not built.
-    """
+    """Bytes a second that all threads together, or a GPU, read from memory. None on a CPU where the
+    C++ kernels are not built."""
     if torch.device(device).type == "cuda":
-        return _cuda_copy(torch.device(device))
+        return _of_gpu(roofline_gpu.read_bandwidth, torch.device(device))
     return None if _cpu is None else _cpu_read(torch.get_num_threads(), _cpu.isa())
 
 
 def copy_bandwidth(device: str | torch.device = "cpu") -> float | None:
     """Bytes a second that a copy reads and writes, both counted. None as `read_bandwidth`."""
     if torch.device(device).type == "cuda":
-        return _cuda_copy(torch.device(device))
+        return _of_gpu(roofline_gpu.copy_bandwidth, torch.device(device))
     return None if _cpu is None else _cpu_copy(torch.get_num_threads(), _cpu.isa())
 
 
@@ -141,46 +145,25 @@ def _cpu_multiply_add(pairs: bool, threads: int, isa: str) -> float:
 
 
 @functools.cache
-def _cuda_copy(device: torch.device) -> float:
-    source = torch.ones(BYTES_ON_GPU, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * BYTES_ON_GPU / _shortest(lambda: _cuda_seconds(device, target.copy_, source))
-
-
-@functools.cache
-def _cuda_product(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a product of square matrices, in float32 as torch has been told to round it."""
-    n = PRODUCT
-    x, y = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / _shortest(lambda: _cuda_seconds(device, torch.mm, x, y))
-
-
-def _cuda_seconds(device: str | torch.device, call: Callable[..., object], *args: object) -> float:
-    """Of a call on the device, by its own clock."""
-    with torch.cuda.device(device):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        call(*args)
-        after.record()
-        torch.cuda.synchronize()
-    return before.elapsed_time(after) / 1e3
+def _of_gpu(what: Callable[..., float], *args: object) -> float:
+    return what(*args)
 
 
 def forget() -> None:
     """Lets the next calls measure anew: on a machine that others use too, ceilings change."""
-    for measured in (_cpu_read, _cpu_copy, _cpu_multiply_add, _cuda_copy, _cuda_product):
+    for measured in (_cpu_read, _cpu_copy, _cpu_multiply_add, _of_gpu):
         measured.cache_clear()
 
 
 def _sink(threads: int) -> torch.Tensor:
-    """Where the loops leave their results, whatever torch's default dtype is."""
-    return torch.zeros(threads, dtype=torch.float32)
+    """Where the loops leave their results, whatever torch's default dtype and device are."""
+    return torch.zeros(threads, dtype=torch.float32, device="cpu")
 
 
 def _memory(nbytes: int) -> torch.Tensor:
     """Memory that was written, because pages never written all read one page of zeros; in huge
     pages, as weights are. torch aligns what it allocates to 64 bytes."""
-    fresh = torch.empty(nbytes, dtype=torch.uint8)
+    fresh = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     _cpu.prefer_huge_pages(fresh.data_ptr(), nbytes)
     return fresh.fill_(1)
 

@@ -91,10 +91,10 @@ class _Maker:
             codes = torch.empty((*shape, c.head_dim), dtype=torch.int8, device="meta")
             scales = torch.empty(shape, dtype=torch.float32, device="meta")
         else:
-            codes = torch.empty((*shape, c.head_dim), dtype=torch.int8)
-            codes.random_(-127, 128, generator=self.generator)
-            scales = (0.5 + torch.rand(shape, generator=self.generator, dtype=torch.float32)) / 76
-        return QuantizedKV(*(x.to(self.device).transpose(1, 2) for x in (codes, scales)))
+            drawn = {"generator": self.generator, "device": self.device}
+            codes = torch.randint(-127, 128, (*shape, c.head_dim), dtype=torch.int8, **drawn)
+            scales = (0.5 + torch.rand(shape, dtype=torch.float32, **drawn)) / 76
+        return QuantizedKV(*(x.transpose(1, 2) for x in (codes, scales)))
 
     def lengths(self) -> Tensor:
         return torch.full((self.work.batch,), self.work.keys, device=self.device)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 TOO_NOISY = 0.10
 # Part of the processors' time that other programs may take.
 TOO_BUSY = 0.05
-# Twice the largest L2 cache of a GPU: writing as much leaves nothing else in it.
+# Twice the largest L2 cache of a GPU: to write or read as much leaves nothing else in it.
 FLUSHED = 256 * 2**20
 MOST_FLUSHES = 50  # what takes the host longer than these is no launch
 
@@ -69,7 +69,7 @@ def interleaved_on_gpu(
 ) -> DeviceTimes:
     """As `interleaved`, by the GPU's own clock.
 
-    Before each call FLUSHED bytes are written, so its tensors come from memory, and as often as it
+    Before each call the L2 cache is emptied, so its tensors come from memory, and as often as it
     takes for the host to queue the call meanwhile: its time is then no part of the device's.
 
     warm   the contender is called once more, untimed, after the flush: its tensors may be in L2
@@ -112,10 +112,25 @@ def interleaved_on_gpu(
     return DeviceTimes(seconds, host)
 
 
-def _flush() -> Callable[[], object]:
+def device_seconds(call: Callable[[], object], rounds: int = 30) -> float:
+    """The median time of a call on the GPU, whose tensors come from memory."""
+    return statistics.median(interleaved_on_gpu({"": call}, rounds).seconds[""])
+
+
+def _flush(device: str = "cuda") -> Callable[[], object]:
+    """Zeroes one buffer, which nothing else is left of in L2, and reads another: lines that were
+    written and are still there would be written back at the expense of the call that is timed."""
     import torch
 
-    return torch.empty(FLUSHED, dtype=torch.uint8, device="cuda").zero_
+    written = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
+    read = torch.zeros(FLUSHED // 4, dtype=torch.float32, device=device)
+    total = torch.empty((), dtype=torch.float32, device=device)
+
+    def flush() -> None:
+        written.zero_()
+        torch.sum(read, 0, out=total)
+
+    return flush
 
 
 def _flushes_for(call: Callable[[], object], cuda: Any, flush: Callable[[], object]) -> int:

@@ -80,7 +80,7 @@ def _tensors(
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for name, shape in shapes.items():
             std = initial_std(config, name)
-            tensor = torch.ones(shape, dtype=dtype)
+            tensor = torch.ones(shape, dtype=dtype, device="cpu")
             if std is not None:
                 # A generator for each block: the numbers do not depend on the number of threads.
                 blocks = tensor.view(-1).split(BLOCK)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..config import LlamaConfig
 from ..errors import CheckpointError
+from ..utils.normal_tensors import normal_tensors
 from .hf import is_hf, open_hf
 from .meta import is_meta, open_meta
 from .names import EMBED, HEAD, Weight, state_shapes, weights
@@ -147,7 +148,8 @@ class Checkpoint:
         dtypes, shapes = self.dtypes, state_shapes(self.config)
         copy = _Copy(self._layout, check_finite, progress)
         for ours, parts in self._by_name():
-            tensor = torch.empty(shapes[ours], dtype=dtype or dtypes[ours])
+            with normal_tensors():
+                tensor = torch.empty(shapes[ours], dtype=dtype or dtypes[ours], device="cpu")
             copy.fill(tensor, ours, parts)
             yield ours, tensor
             del tensor
@@ -245,11 +247,12 @@ class _Copy:
             if len(pieces) == 1 or all(piece.dim == 0 for piece in pieces):
                 for piece in pieces:
                     for start, stop in self._blocks(piece):
-                        rows = torch.empty((stop - start, *weight.shape[1:]), dtype=dtype)
+                        shape = (stop - start, *weight.shape[1:])
+                        rows = torch.empty(shape, dtype=dtype, device="cpu")
                         self._fill_rows(rows, piece, start, stop, ours)
                         yield rows
             else:  # a row lies in several files
-                whole = torch.empty(weight.shape, dtype=dtype)
+                whole = torch.empty(weight.shape, dtype=dtype, device="cpu")
                 for piece in pieces:
                     self._fill_piece(
                         whole.narrow(piece.dim, piece.start, piece.length), piece, ours

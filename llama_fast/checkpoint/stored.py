@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, json_fault
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -50,9 +50,11 @@ class SafetensorsFile(StoredFile):
         try:
             self._map()
             slices = {key: self._file.get_slice(key) for key in self._file.keys()}
-        except (SafetensorError, OSError, ValueError) as error:
+        except PermissionError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        except (SafetensorError, OSError, ValueError):
             raise CheckpointError(
-                f"{path} cannot be read as safetensors ({error}): it is truncated or damaged at "
+                f"{path} cannot be read as safetensors: it is truncated or damaged at "
                 f"{path.stat().st_size:,} bytes; copy or download it again"
             ) from None
         self.shapes = {key: tuple(entry.get_shape()) for key, entry in slices.items()}
@@ -66,7 +68,8 @@ class SafetensorsFile(StoredFile):
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
         self._map()
-        return self._file.get_slice(key)[start:stop]
+        with torch.device("cpu"):  # safetensors would use torch's default device
+            return self._file.get_slice(key)[start:stop]
 
     def release(self) -> None:
         self._file = None
@@ -160,12 +163,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError says where the text goes wrong."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise CheckpointError(
-            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+            f"{path} is not valid JSON: {json_fault(error)}; correct it, or download it again"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content

@@ -52,6 +52,7 @@ def _run(arguments: list[str]) -> int:
     import typer
 
     from .app import command
+    from .usage import usage_line
 
     usage_error = typer.BadParameter.__mro__[2]  # ClickException, of click or of typer's own copy
     try:
@@ -62,10 +63,7 @@ def _run(arguments: list[str]) -> int:
     except typer.Abort:
         raise KeyboardInterrupt from None
     except usage_error as error:
-        context = getattr(error, "ctx", None)
-        hint = f" (see: {context.command_path} --help)" if context else ""
-        text = " ".join(error.format_message().split())
-        _say(text.replace("Value error, ", "") + hint)  # pydantic's words, in newer typers
+        _say(usage_line(error))
         return WRONG_USAGE
 
 
@@ -88,5 +86,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _say(text: str) -> None:
+    from .terminal import note
+
     with contextlib.suppress(BrokenPipeError):
-        print(f"llama-fast: {text}", file=sys.stderr, flush=True)
+        note(f"llama-fast: {text}")

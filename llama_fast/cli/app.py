@@ -12,6 +12,7 @@ from .. import __version__
 from .bench import bench
 from .convert import convert
 from .doctor import doctor
+from .explain import explain
 from .generate import generate
 from .info import info
 from .init import init
@@ -22,7 +23,7 @@ from .report import report
 from .tokenize import tokenize
 
 COMMANDS = (
-    generate, info, tokenize, convert, quantize, init, doctor, bench, profile, report
+    generate, info, tokenize, convert, quantize, init, doctor, explain, bench, profile, report
 )  # fmt: skip
 
 app = typer.Typer(
@@ -51,7 +52,7 @@ def llama_fast(
 
 
 def _help(command: Callable) -> str:
-    """The docstring with its lines joined, which the terminal's width is to break anew."""
+    """Returns the docstring with its lines joined: the terminal's width breaks them anew."""
     paragraphs = inspect.getdoc(command).split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
@@ -61,5 +62,5 @@ for _command in COMMANDS:
 
 
 def command() -> Any:
-    """The click command of all this."""
+    """Returns the whole command line as a click command."""
     return typer.main.get_command(app)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import BackendError
 from .options import Debug, Device, DType, Threads, device_named, example, set_threads
-from .terminal import growing, note, show, table
+from .sizes import LAPTOP, sized
+from .terminal import columns, growing, note, show, table
 from .tune import tune_here
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ..bench.results import Row
     from ..bench.roofline import Ceilings
 
-COLUMNS = ("op", "shape", "work", "pass", "contender", "time", "spread", "GB/s", "GFLOP/s",
-           "of ceiling", "× eager")  # fmt: skip
+NARROW = 100  # columns of a terminal, below which GB/s and GFLOP/s are left out
 WORK = ("decode", "prefill", "training")
 
 
@@ -34,7 +38,10 @@ def bench(
         ),
     ] = False,
     shapes: Annotated[
-        str, typer.Option(metavar="SIZES", help="Models whose sizes the ops get: 1b,8b …")
+        str,
+        typer.Option(
+            metavar="SIZES", help=f"Models whose sizes the ops get: 1b,8b …; {LAPTOP} for a laptop."
+        ),
     ] = "1b",
     work: Annotated[
         str,
@@ -89,13 +96,13 @@ def bench(
 ) -> None:
     """Time the ops at the shapes of real models, every backend beside the eager reference.
 
-    The time of a call is the median of the samples, with their spread (between the quartiles). Of
-    the ceilings, memory bandwidth or arithmetic, the one that bounds the call is named, and how
-    near the call comes to it.
+    The time of a call is the median of the samples, with their spread (between the quartiles). "of
+    ceiling" is the part that the call reaches of this machine's own peak bandwidth (read, copy) or
+    peak FLOP/s (float32, bfloat16), whichever bounds it.
     """
     from ..bench import machine, results
     from ..bench import roofline as measured
-    from ..dispatch import ORDER
+    from ..dispatch import BACKENDS, ORDER
 
     set_threads(threads)
     if ceilings:
@@ -107,6 +114,12 @@ def bench(
         return
     where = device_named(device)
     names = ORDER[where.type] if backends is None else backends.split(",")
+    if all(name in BACKENDS for name in names) and not set(names) & set(ORDER[where.type]):
+        raise BackendError(
+            f"--backends {backends}: tensors on {where.type} are served by "
+            f"{', '.join(ORDER[where.type])}; give --backends {','.join(ORDER[where.type])}"
+            + (", or --device cuda on a machine with a GPU" if where.type == "cpu" else "")
+        )
     found = measured.measure(str(where))
     measured_with = {
         "date": results.today(),
@@ -114,47 +127,90 @@ def bench(
         "ceilings": vars(found),
         "versions": machine.versions("triton"),
     }
-    done: list[Row] = []
     thorough = json_file is not None
-    with growing(table(*COLUMNS, numbers=True)) as lines:
-        for row in _rows(wanted, found, names, peers, dtype, str(where), rounds, warm, thorough):
-            row.measured_with = measured_with
-            done.append(row)
-            for contender in row.samples:
-                lines.add_row(*_cells(row, contender))
-    if any(row.too_noisy for row in done):
-        note("~ too noisy: samples that spread over a tenth, or other programs that were busy")
+    done: list[Row] = []
+    missing: dict[tuple[str, str], list[str]] = {}
+    for (shape, calls), group in groupby(wanted, key=lambda one: (one[1], one[3])):
+        show(_heading(shape, calls, dtype.value, str(where), found))
+        with growing(_table()) as lines:
+            for row in _rows(
+                list(group), found, names, peers, dtype, str(where), rounds, warm, thorough, missing
+            ):
+                row.measured_with = measured_with
+                done.append(row)
+                for contender in row.samples:
+                    lines.add_row(*_cells(row, contender))
+    _say_missing(missing)
+    if not done:
+        raise BackendError(_nothing_measured(backends, where.type))
+    _say_noisy(done)
     if json_file is not None:
         results.save(json_file, machine.describe(found.isa), done)
+        note(f"Written: {json_file}. Next: llama-fast report {json_file}")
+
+
+def _nothing_measured(backends: str | None, device: str) -> str:
+    from ..dispatch import ORDER
+
+    if backends is None:
+        return "none of these ops has the pass that was asked for; give other --work"
+    there = ",".join(ORDER[device])
+    return f"--backends {backends}: none of them serves these calls on {device}; give {there}"
+
+
+def _say_missing(missing: dict[tuple[str, str], list[str]]) -> None:
+    """Says of each contender why it took no part, once for all of its calls."""
+    for (name, why), calls in missing.items():
+        of = ", ".join(calls[:3]) + (f" and {len(calls) - 3} others" if len(calls) > 3 else "")
+        note(f"{of}: {name} cannot serve it: {why}")
+
+
+def _say_noisy(done: list[Row]) -> None:
+    from ..bench.timing import TOO_BUSY, TOO_NOISY
+
+    if any(value > TOO_NOISY for row in done for value in row.spreads().values()):
+        note(f"~ samples that spread over more than {TOO_NOISY:.0%}: give more --rounds")
+    busy = max((row.others or 0 for row in done), default=0)
+    if busy > TOO_BUSY:
+        note(
+            f"Other programs took up to {busy:.0%} of the processors' time: these times are too "
+            "noisy to count, whatever their spread; end those programs and measure again"
+        )
 
 
 def _numbers(option: str, text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise typer.BadParameter(f"{option} is {text}; it must be whole numbers from 1: 512,2048")
+        raise typer.BadParameter(
+            f"{text} is no list of whole numbers from 1. Write for example: {option} 512,2048",
+            param_hint=option,
+        )
     return [int(part) for part in parts]
 
 
 def _wanted(
     ops: list[str] | None, shapes: str, work: str, tokens: list[int], keys: list[int]
 ) -> list[tuple[str, str, Any, Any]]:
-    """(op, name of the shape, config, work) of everything to time, checked before any of it."""
+    """Returns (op, name of the shape, config, work) of everything to time, all of it checked."""
     from ..bench.shapes import NAMES, Work
-    from ..config import LlamaConfig
-    from ..errors import BackendError
 
     if unknown := [name for name in ops or () if name not in NAMES]:
-        raise BackendError(f"no op {', '.join(unknown)}; there are {', '.join(NAMES)}")
+        raise BackendError(
+            f"there is no op {', '.join(unknown)}; write one or several of {', '.join(NAMES)}"
+        )
     kinds = work.split(",")
     if unknown := [kind for kind in kinds if kind not in WORK]:
-        raise typer.BadParameter(f"--work is {', '.join(unknown)}; it must be {' or '.join(WORK)}")
+        raise typer.BadParameter(
+            f"there is no work {', '.join(unknown)}. Write one or several of {','.join(WORK)}",
+            param_hint="--work",
+        )
     works = {
         "decode": [Work.decode(n) for n in keys],
         "prefill": [Work.prefill(n) for n in tokens],
         "training": [Work.training(n) for n in tokens],
     }
     return [
-        (op, name, LlamaConfig.preset(name), one)
+        (op, name, sized(name), one)
         for name in shapes.split(",")
         for kind in kinds
         for one in works[kind]
@@ -172,8 +228,10 @@ def _rows(
     rounds: int,
     warm: bool,
     thorough: bool,
+    missing: dict[tuple[str, str], list[str]],
 ) -> Iterator[Row]:
-    """Each measurement when it is there; contenders that cannot take part are named."""
+    """Yields each measurement when it is there. `missing` takes (contender, why it cannot take
+    part) → calls."""
     from ..bench import baselines as contenders
     from ..bench.measure import FORWARD, measure, passes
     from ..bench.shapes import workloads
@@ -192,9 +250,12 @@ def _rows(
             for name in [*names, *(contenders.peers(OPS[op]) if peers else ())]:
                 why = contenders.why_not(name, OPS[op], args, gradient=training)
                 if why:
-                    note(f"{workload}: {name} cannot serve it: {'; '.join(why)}")
+                    calls = missing.setdefault((name, "; ".join(why)), [])
+                    calls += [workload] * (workload not in calls)
                 else:
                     able.append(name)
+            if not able:
+                continue
             row = measure(
                 workload,
                 make,
@@ -207,25 +268,49 @@ def _rows(
                 warm=warm,
                 thorough=thorough,
             )
-            for why in row.missing.values():
-                note(f"{workload}, {which}: {why}")
-            yield row
+            for name, why in row.missing.items():
+                missing.setdefault((name, why), []).append(f"{workload}, {which}")
+            if row.samples:
+                yield row
+
+
+def _heading(shape: str, work: Any, dtype: str, device: str, ceilings: Ceilings) -> str:
+    """Returns what all calls of a table have in common."""
+    where = device
+    if device == "cpu":
+        where += f" ({_threads_and_isa(ceilings)})"
+    gradients = " (gradients)" if work.name == "training" else ""
+    return f"{work}{gradients} of {shape}, {dtype}, on {where}"
+
+
+def _threads_and_isa(ceilings: Ceilings) -> str:
+    threads = f"{ceilings.threads} thread{'s' * (ceilings.threads != 1)}"
+    return f"{threads}, {ceilings.isa or 'C++ kernels not built'}"
+
+
+def _narrow() -> bool:
+    return columns() < NARROW
+
+
+def _table() -> Table:
+    rates = () if _narrow() else ("GB/s", "GFLOP/s")
+    header = ("op", "by", "time", "spread", *rates, "of ceiling", "× eager")
+    return table(*header, numbers=True, texts=2)
 
 
 def _cells(row: Row, contender: str) -> list[str]:
-    from ..bench.shapes import Work
+    from ..bench.measure import BOTH
+    from ..bench.timing import TOO_NOISY
 
-    time, spread, *others = row.figures(contender)
-    call = row.call
+    time, spread, bandwidth, flops, share, eager = row.figures(contender)
     return [
-        call["workload"],
-        call["shape"],
-        str(Work(call["work"], call["batch"], call["tokens"], call["keys"])),
-        call["pass"],
+        row.call["workload"] + " and forward" * (row.call["pass"] == BOTH),
         contender,
         time,
-        spread + (" ~" if row.too_noisy else ""),
-        *others,
+        spread + (" ~" if row.spreads()[contender] > TOO_NOISY else ""),
+        *([] if _narrow() else [bandwidth, flops]),
+        share,
+        eager,
     ]
 
 
@@ -239,7 +324,7 @@ def _show_ceilings() -> None:
         found = measure(device)
         where = "CPU" if device == "cpu" else f"{device}, {torch.cuda.get_device_name(device)}"
         if device == "cpu":
-            where += f", {found.threads} threads, {found.isa or 'C++ kernels not built'}"
+            where += f", {_threads_and_isa(found)}"
         rows = table("", "", numbers=True)
         for name, value, unit in (
             ("memory read", found.read, "GB/s"),

@@ -34,7 +34,10 @@ def convert(
     tokenizer's files are copied. The new folder appears whole, or not at all.
     """
     if files > 1 and to is not Format.meta:
-        raise typer.BadParameter("it needs --to meta", param_hint="--files")
+        raise typer.BadParameter(
+            f"only Meta's format is cut into shards. Write: --to meta --files {files}",
+            param_hint="--files",
+        )
     from ..checkpoint import convert as convert_checkpoint
 
     start = time.perf_counter()

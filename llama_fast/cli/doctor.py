@@ -40,7 +40,11 @@ def doctor(
     Exits with 0 when the package is usable here, and with 1 when it is not.
     """
     if arch and not resources:
-        raise typer.BadParameter("--arch is of --resources; give that too")
+        raise typer.BadParameter(
+            "it says for which chips --resources compiles. "
+            f"Write: llama-fast doctor --resources --arch {arch}",
+            param_hint="--arch",
+        )
     problems = _versions()
     if not problems:
         problems = [*_machine(), *_backends(), *_ops("cpu"), *_gpu_ops()]
@@ -79,8 +83,11 @@ def _versions() -> list[str]:
 def _machine() -> list[str]:
     import torch
 
+    from ..bench.machine import describe
+
     rows = table("", "")
-    rows.add_row("CPU", f"{os.cpu_count()} logical cores, torch uses {torch.get_num_threads()}")
+    rows.add_row("CPU", describe(None)["cpu"])
+    rows.add_row("cores", f"{os.cpu_count()} logical ones; torch uses {torch.get_num_threads()}")
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         rows.add_row(
@@ -97,7 +104,9 @@ def _machine() -> list[str]:
 
 
 def _backends() -> list[str]:
-    from ..dispatch import BACKENDS, backends
+    import torch
+
+    from ..dispatch import BACKENDS, ORDER, backends
 
     rows = table("", "")
     problems = []
@@ -109,6 +118,8 @@ def _backends() -> list[str]:
             rows.add_row(name, "not part of this version" + _devices(name))
         elif backend.unavailable:
             rows.add_row(name, f"not available{_devices(name)}: {'; '.join(backend.unavailable)}")
+        elif name not in ORDER["cpu"] and not torch.cuda.is_available():
+            rows.add_row(name, "installed, and idle: it serves GPUs, and there is none here")
         else:
             rows.add_row(name, "available" + BUILT.get(name, _devices)(name))
         if name == "cpu" and (backend is None or backend.unavailable):
@@ -152,22 +163,26 @@ def _ops(device: str) -> list[str]:
     """Runs every op once, on the first of its own cases, and says who served it."""
     from ..dispatch import OPS
 
-    rows = table("op", "served by", "the others")
-    problems = []
+    problems: list[str] = []
+    found: dict[str, tuple[str, str]] = {}
     for name, op in sorted(OPS.items()):
         if op.cases is None:  # the backward of another
             continue
         try:
-            chosen, others = _try(op, device)
+            found[name] = _try(op, device)
         except Exception as error:
-            chosen, others = "none", f"{type(error).__name__}: {error}"
+            found[name] = "none", f"{type(error).__name__}: {error}"
             problems.append(f"{name} fails on {device}: {error}")
-        rows.add_row(name, chosen, others)
-    show(f"Ops on {device} tensors (bfloat16)", rows)
+    whys = any(why for _, why in found.values())
+    rows = table("op", "served by", *["instead of"] * whys)
+    for name, (chosen, why) in found.items():
+        rows.add_row(name, chosen, *[why] * whys)
+    show(f"Ops on {device} tensors (bfloat16); eager could serve each of them too", rows)
     return problems
 
 
 def _try(op: Op, device: str) -> tuple[str, str]:
+    """Returns who served the op, and why those did not that were asked before."""
     import torch
 
     from ..dispatch import ORDER, backends
@@ -178,8 +193,7 @@ def _try(op: Op, device: str) -> tuple[str, str]:
     decision = op.explain(*args)
     with torch.no_grad():
         op(*args)
-    why = {}
-    for name in ORDER[device]:  # why the others are in no line at all stands under "Backends"
-        if name != decision.chosen and (name == "eager" or name in backends()):
-            why[name] = "; ".join(decision.reasons[name]) or "next in line"
-    return decision.chosen, " · ".join(f"{name}: {reason}" for name, reason in why.items())
+    asked = ORDER[device][: ORDER[device].index(decision.chosen)]
+    # Why a backend cannot be used at all stands under "Backends".
+    known = [name for name in asked if name in backends() and not backends()[name].unavailable]
+    return decision.chosen, " · ".join(f"{n}: {'; '.join(decision.reasons[n])}" for n in known)

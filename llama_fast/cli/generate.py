@@ -24,7 +24,7 @@ from .options import (
     model_folder,
     set_threads,
 )
-from .terminal import note, size, text_or_stdin, weights_bar
+from .terminal import note, note_pairs, show_prompt, size, text_or_stdin, weights_bar
 
 if TYPE_CHECKING:
     from ..model import Llama
@@ -108,14 +108,19 @@ def generate(
     ] = None,
     threads: Threads = None,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Only the text, without the figures at the end.")
+        bool,
+        typer.Option(
+            "--quiet",
+            "-q",
+            help="Only the text, without the figures at the end.",
+        ),
     ] = False,
     debug: Debug = False,
 ) -> int:
     """Continue a text.
 
-    The text goes to standard output as it is made; then time to the first token, speed, memory and
-    the backends that served go to standard error.
+    The text goes to standard output as it is made, on a terminal after the prompt, dimmed; then
+    time to the first token, speed, memory and the backends that served go to standard error.
     """
     text = text_or_stdin(prompt, "llama-fast generate")
     if not text:
@@ -175,6 +180,7 @@ def generate(
             kv_cache=form,
         )
         try:
+            show_prompt(text)
             for chunk in chunks:
                 times.append(time.perf_counter())
                 sys.stdout.write(chunk.text)
@@ -230,5 +236,4 @@ def _summary(
         ("backends", served),
     ]
     note("")
-    for name, value in lines:
-        note(f"{name:<12} {value}")
+    note_pairs(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from ..errors import CheckpointError, ConfigError
 from .options import Debug, example, model_folder
+from .sizes import sized
 from .terminal import show, size, table
 
 if TYPE_CHECKING:
@@ -18,6 +20,12 @@ if TYPE_CHECKING:
     from ..config import LlamaConfig
     from ..config.quantization import Quantization
 
+# What a model's folder consists of, whatever else lies in it.
+MODEL_FILES = (
+    "params.json", "consolidated.*.pth",
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
+    "tokenizer*", "special_tokens_map.json", "chat_template*", "quantization_report.json",
+)  # fmt: skip
 CONTEXTS = (2048, 8192, 32768, 131072)
 
 
@@ -34,12 +42,10 @@ def info(
     debug: Debug = False,
 ) -> None:
     """Show a model's configuration, parameters, files, and the memory it needs."""
-    from ..config import LlamaConfig
-
     quantization = None
     if model is not None and not Path(model).exists():
         try:
-            config = LlamaConfig.preset(model)
+            config = sized(model)
         except ConfigError as error:
             raise CheckpointError(f"{model} is no folder, and {error}") from None
         show(f"Llama 3, size {model}", _config(config))
@@ -60,6 +66,7 @@ def info(
         _memory(config, quantization),
     )
     show("Memory of the KV cache alone", _caches(config))
+    show("A process holds about 0.3 GB more for PyTorch and the program itself.")
 
 
 def _config(
@@ -98,10 +105,13 @@ def _config(
 
 def _files(folder: Path) -> Table:
     rows = table("", "", numbers=True)
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    for path in files:
+    for path in sorted(path for path in folder.iterdir() if _of_model(path)):
         rows.add_row(path.name, size(path.stat().st_size))
     return rows
+
+
+def _of_model(path: Path) -> bool:
+    return path.is_file() and any(fnmatch(path.name, pattern) for pattern in MODEL_FILES)
 
 
 def _contexts(config: LlamaConfig) -> list[int]:

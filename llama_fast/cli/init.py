@@ -10,6 +10,7 @@ import typer
 
 from .convert import report_written
 from .options import Debug, DType, Format, example
+from .sizes import LAPTOP, sized
 from .terminal import note, weights_bar
 
 
@@ -17,7 +18,11 @@ from .terminal import note, weights_bar
 def init(
     target: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; a new one.")],
     preset: Annotated[
-        str, typer.Option(metavar="SIZE", help="The model: 1b, 3b, 8b, 8b-3.1, 70b, 70b-3.1, 405b.")
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help=f"The model: {LAPTOP}, 1b, 3b, 8b, 8b-3.1, 70b, 70b-3.1, 405b.",
+        ),
     ],
     format: Annotated[Format, typer.Option(help="Format to write.")] = Format.hf,
     dtype: Annotated[DType, typer.Option(help="Of the weights.")] = DType.bfloat16,
@@ -41,9 +46,8 @@ def init(
     One tensor at a time is in memory. The new folder appears whole, or not at all.
     """
     from ..checkpoint import write_random
-    from ..config import LlamaConfig
 
-    config = LlamaConfig.preset(preset)
+    config = sized(preset)
     start = time.perf_counter()
     with weights_bar(f"Writing {target.name}") as progress:
         write_random(

@@ -15,7 +15,8 @@ from .terminal import size
 
 
 def peak_memory(device: torch.device) -> str:
-    """The most memory that this process has held, and on a GPU what torch has held there."""
+    """Returns the most memory that this process has held, and on a GPU what torch has held
+    there."""
     text = size(resident_peak())
     if device.type == "cuda":
         text += f", {size(torch.cuda.max_memory_allocated(device))} on the GPU"
@@ -28,8 +29,8 @@ def weight_bytes(llama: Llama) -> int:
 
 
 def bytes_per_token(llama: Llama, context: float, kv_cache: str | None = None) -> float:
-    """Bytes that decoding one token must read: every weight, of an untied embedding one row alone,
-    and the keys and values of `context` tokens, stored as `kv_cache` says."""
+    """Returns the bytes that decoding a token reads: every weight, of an untied embedding one row
+    alone, and the keys and values of `context` tokens, stored as `kv_cache` says."""
     read = weight_bytes(llama)
     if not llama.config.tied:
         weight = llama.embed.weight
@@ -39,7 +40,7 @@ def bytes_per_token(llama: Llama, context: float, kv_cache: str | None = None) -
 
 
 def who_served(llama: Llama, prompt: list[int], kv_cache: str | None = None) -> str:
-    """ "cpu: attention, linear …": which backend serves which op, in the prefill and in a step.
+    """Returns which backend serves which op, in the prefill and in a step: "cpu: attention, …".
 
     The first layer and the head are run again on at most 32 tokens of the prompt and on one token,
     and their decisions recorded: while the text was made nothing had to be.

@@ -47,16 +47,24 @@ class DType(str, Enum):
 
 
 class Named(str, Enum):
-    """`llama_fast.quantization.rounding.NAMED`."""
+    """The names of `llama_fast.quantization.rounding.NAMED`."""
 
     int8 = "int8"
     int4 = "int4"
 
 
 class KvCache(str, Enum):
-    """`llama_fast.nn.kv_cache.KV_CACHES`."""
+    """The names of `llama_fast.nn.kv_cache.KV_CACHES`."""
 
     int8 = "int8"
+
+
+class Work(str, Enum):
+    """The kinds of `llama_fast.bench.shapes.Work`."""
+
+    decode = "decode"
+    prefill = "prefill"
+    training = "training"
 
 
 class Backend(str, Enum):
@@ -93,7 +101,7 @@ Debug = Annotated[
 
 
 def model_folder(model: Path | None) -> Path:
-    """The folder to open: the one given, or the demo model's. Raises CheckpointError."""
+    """Returns the folder to open: the one given, or the demo model's. Raises CheckpointError."""
     if model is not None:
         return model
     if not (DEMO / "params.json").is_file():
@@ -111,7 +119,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def device_named(name: str) -> torch.device:
-    """Of --device; raises LlamaFastError for one that is not here."""
+    """Returns the device of --device. Raises LlamaFastError for one that is not here."""
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -122,14 +130,15 @@ def device_named(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise LlamaFastError(f"--device is {name!r}; it must be auto, cpu, cuda, or cuda:1 …")
+        raise LlamaFastError(f"--device is {name!r}; write auto, cpu, cuda, or cuda:1 …")
     if device.type == "cuda" and not has_gpu:
         raise LlamaFastError(
-            f"--device {name}: torch {torch.__version__} sees no GPU here; give --device cpu"
+            f"--device {name}: torch {torch.__version__} sees no GPU here; write --device cpu"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise LlamaFastError(
-            f"--device {name}: there are {torch.cuda.device_count()} GPUs, numbered from 0"
+            f"--device {name}: there are {torch.cuda.device_count()} GPUs, numbered from 0; write "
+            "--device cuda:0"
         )
     return device
 
@@ -141,7 +150,7 @@ def check_backend(name: str, device: str) -> None:
     if name not in ORDER[device]:
         raise BackendError(
             f"--backend {name} does not run on device {device}, which has "
-            f"{', '.join(ORDER[device])}; give one of these, or another --device"
+            f"{', '.join(ORDER[device])}; write one of these, or another --device"
         )
     if name != "eager" and (name not in backends() or backends()[name].unavailable):
         why = backends()[name].unavailable if name in backends() else ["it is not installed"]

@@ -21,6 +21,7 @@ from .options import (
 )
 from .profile_code import chip_for, show_code, show_ncu
 from .profile_run import Wanted, run
+from .sizes import LAPTOP
 
 LAYERS = 2
 
@@ -37,7 +38,11 @@ def profile(
         ),
     ],
     shape: Annotated[
-        str, typer.Option(metavar="SIZE", help="Model whose sizes are taken: 1b, 3b, 8b …")
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help=f"Model whose sizes are taken: 1b, 3b, 8b …; {LAPTOP} for a laptop.",
+        ),
     ] = "1b",
     layers: Annotated[
         int | None,
@@ -181,12 +186,17 @@ def profile(
     )
     wanted.check()
     if dump is not None and arch is None and not sass:
-        raise typer.BadParameter("it needs --arch or --sass", param_hint="--dump")
+        raise typer.BadParameter(
+            "it writes compiled kernels, so say of which chip: "
+            f"profile {what} --arch sm_90 --dump DIR",
+            param_hint="--dump",
+        )
     named = backend and backend.value
     if arch is not None or sass or ncu or run_ncu:
         if model is not None:
             raise typer.BadParameter(
-                "give --shape: code is compiled for sizes, not for weights", param_hint="--model"
+                "code is compiled for sizes, not for weights. Write the size instead: --shape 8b",
+                param_hint="--model",
             )
         needs = "--sass" if sass else "--ncu"
         chip = chip_for(arch, needs)

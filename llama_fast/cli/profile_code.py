@@ -29,7 +29,8 @@ FORMS = 4  # of a class that are named
 
 
 def chip_for(arch: str | None, needs: str) -> Chip:
-    """Of --arch, or of the GPU that is here. Raises BackendError for one that is not known."""
+    """Returns the chip of --arch, or the GPU that is here. Raises BackendError for one that is not
+    known."""
     import torch
 
     from ..bench.profile.code import CHIPS, chip_named
@@ -37,8 +38,9 @@ def chip_for(arch: str | None, needs: str) -> Chip:
     if arch is None:
         if not torch.cuda.is_available():
             raise typer.BadParameter(
-                f"no GPU is here to take code for; say which: {', '.join(CHIPS)}",
-                param_hint=f"--arch, which {needs} needs",
+                f"{needs} compiles for a chip, and no GPU is here to take it from. Write: --arch "
+                f"and one of {', '.join(CHIPS)}",
+                param_hint="--arch",
             )
         if torch.version.hip:
             arch = torch.cuda.get_device_properties(0).gcnArchName.split(":")[0]
@@ -46,12 +48,12 @@ def chip_for(arch: str | None, needs: str) -> Chip:
             arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
     chip = chip_named(arch)
     if chip is None:
-        raise BackendError(f"no chip {arch!r}; there are {', '.join(CHIPS)}")
+        raise BackendError(f"there is no chip {arch!r}; write one of {', '.join(CHIPS)}")
     return chip
 
 
 def calls_of(wanted: Wanted) -> tuple[list[MetaCall], str]:
-    """Of the step on the meta device: recorded, not run."""
+    """Returns the calls of the step on the meta device, recorded and not run, and its title."""
     import torch
 
     from ..bench.profile.code import record_calls
@@ -74,8 +76,11 @@ def show_code(
     from ..bench.profile.limits import LIMITS
 
     if backend in ("cpu", "eager"):
-        raise typer.BadParameter(f"{backend} has no code for {chip.name}; triton and cuda have",
-                                 param_hint="--backend")  # fmt: skip
+        raise typer.BadParameter(
+            f"{backend} has no code for {chip.name}; triton and cuda have. "
+            "Write: --backend triton, or cuda",
+            param_hint="--backend",
+        )
     calls, title = calls_of(wanted)
     limits = LIMITS[chip.name]
     show(f"{title}, for {chip.name}: {wanted.amount}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 
 from ..errors import BackendError
+from .sizes import sized
 from .terminal import columns, note, show, size, table
 from .units import count, duration, rate, write_json
 
@@ -57,33 +58,54 @@ class Wanted:
     backward: bool
 
     def check(self) -> None:
-        """Raises for what cannot be, and fills in the defaults."""
+        """Fills in the defaults. Raises typer.BadParameter or BackendError for what cannot be."""
         from ..bench.profile.steps import MODEL_STEPS
         from ..bench.shapes import NAMES
 
         if self.what not in (*MODEL_STEPS, *NAMES):
             raise BackendError(
-                f"cannot profile {self.what!r}; there are {', '.join(MODEL_STEPS)}, and the ops "
+                f"cannot profile {self.what!r}; write {', '.join(MODEL_STEPS)}, or one of the ops "
                 f"{', '.join(NAMES)}"
             )
         if self.is_op and (self.model or self.layers):
             option = "--model" if self.model else "--layers"
-            raise typer.BadParameter(f"an op has none; give {option} with decode, prefill or train",
-                                     param_hint=option)  # fmt: skip
+            raise typer.BadParameter(
+                f"{self.what} is a single op, which has no layers and no checkpoint. Write: "
+                f"profile {self.what} --shape 8b; or for a whole step: profile decode {option} "
+                f"{self.model or self.layers}",
+                param_hint=option,
+            )
         if self.model and self.layers:
-            raise typer.BadParameter("a checkpoint has its own", param_hint="--layers")
+            raise typer.BadParameter(
+                f"the checkpoint of --model runs with all of its layers. For fewer, of random "
+                f"weights, write: profile {self.what} --shape 8b --layers {self.layers}",
+                param_hint="--layers",
+            )
         if self.backward and not self.is_op:
-            raise typer.BadParameter("it is of ops; train has gradients by itself",
-                                     param_hint="--backward")  # fmt: skip
+            raise typer.BadParameter(
+                f"{self.what} is a whole step, and --backward is for a single op. For the "
+                "gradients of a model write: profile train",
+                param_hint="--backward",
+            )
         forms = ("decode", "prefill", "linear_quantized", "linear_swiglu_quantized")
         if self.quantize and self.what not in forms:
-            raise typer.BadParameter(f"it is of {', '.join(forms)}",
-                                     param_hint="--quantize")  # fmt: skip
+            raise typer.BadParameter(
+                f"{self.what} has no quantised weights here. Leave it out, or profile one of "
+                f"{', '.join(forms)}",
+                param_hint="--quantize",
+            )
         if self.what == "decode" and (self.tokens or 1) != 1:
-            raise typer.BadParameter("decoding takes one token a step; give prefill for more",
-                                     param_hint="--tokens")  # fmt: skip
+            raise typer.BadParameter(
+                "decode reads one token a step. For more tokens at once write: profile prefill "
+                f"--tokens {self.tokens}; for more sequences: profile decode --batch {self.tokens}",
+                param_hint="--tokens",
+            )
         if self.context and self.what in ("prefill", "train"):
-            raise typer.BadParameter("it is of decode and of ops", param_hint="--context")
+            raise typer.BadParameter(
+                f"{self.what} starts with no tokens before its own. Write --tokens {self.context} "
+                f"for a longer one, or: profile decode --context {self.context}",
+                param_hint="--context",
+            )
         self.tokens = self.tokens or TOKENS.get(self.what, 1)
         if self.context is None:
             self.context = CONTEXT if self.tokens == 1 else 0
@@ -96,9 +118,7 @@ class Wanted:
 
     @property
     def config(self) -> LlamaConfig:
-        from ..config import LlamaConfig
-
-        return LlamaConfig.preset(self.shape)
+        return sized(self.shape)
 
     @property
     def work(self) -> Work:
@@ -109,19 +129,20 @@ class Wanted:
 
     @property
     def stem(self) -> str:
-        """For names of files."""
+        """Returns the stem of the names of its files."""
         return f"llama-fast-{self.what}-{self.model.name if self.model else self.shape}"
 
     @property
     def amount(self) -> str:
-        """1 token of each of 4 sequences, after 1,024 others"""
+        """Returns in words how much is run: "1 token of each of 4 sequences, after 1,024
+        others"."""
         text = f"{self.tokens:,} token{'s' * (self.tokens > 1)}"
         text += f" of each of {self.batch} sequences" * (self.batch > 1)
         return text + f", after {self.context:,} others" * (self.context > 0)
 
     @property
     def arguments(self) -> list[str]:
-        """The command line that says the same."""
+        """Returns the command line that says the same."""
         given = {
             "--shape": None if self.model else self.shape,
             "--model": self.model,
@@ -170,15 +191,17 @@ class Wanted:
             few = config.n_layers if device.type == "meta" else LAYERS
             layers = min(self.layers or few, config.n_layers)
             dtype = self.dtype or torch.bfloat16
+            if device.type != "meta":
+                few = layers < config.n_layers
+                note(
+                    f"Random weights of {layers} of the {config.n_layers} layers of {self.shape}"
+                    + ", so the head weighs more than in the whole model; --layers "
+                    f"{config.n_layers} for all, --model DIR for your own" * few
+                )
             model = steps.random_model(
                 config, layers=layers, dtype=dtype, device=device, quantize=self.quantize
             )
             of = f"{self.shape}, {_name(dtype)}"
-            if layers < config.n_layers and device.type != "meta":
-                note(
-                    f"Random weights of {layers} of the {config.n_layers} layers, so the head "
-                    "weighs more than in the whole model; --layers or --model DIR for more."
-                )
         if self.quantize:
             of += f", {self.quantize} weights"
         replayed = None
@@ -219,6 +242,7 @@ def run(
         from ..bench.roofline import measure
         from ..bench.timing import OtherPrograms
 
+        note(f"Measuring this machine's peak rates, then {repeats} steps, then a trace …")
         ceilings = measure(str(device))
         counters = Counters() if device.type == "cpu" else None
         with OtherPrograms([os.getpid()]) as others:
@@ -249,7 +273,7 @@ def _show_rows(found: Profile, by_shape: bool) -> None:
     wide = columns() >= 110
     header = ["op", "backend", "calls", "time", "share"]
     header += ["bytes", "FLOPs"] * wide
-    rows = table(*header, "GB/s", "GFLOP/s", "of ceiling", numbers=True)
+    rows = table(*header, "GB/s", "GFLOP/s", "of ceiling", numbers=True, texts=2)
     for row in found.rows(by_shape):
         share = "" if row.share_of_ceiling is None else f"{row.share_of_ceiling:.0%} {row.ceiling}"
         rows.add_row(
@@ -299,9 +323,14 @@ def _show_step(found: Profile, wanted: Wanted, ceilings: Ceilings, others: float
         )
         if value
     ]
-    show(f"Ceilings, measured now: {', '.join(limits)}")
-    if found.spread > TOO_NOISY or (others or 0) > TOO_BUSY:
-        note("~ too noisy: steps that spread over a tenth, or other programs that were busy")
+    show(f"This machine's peak rates, measured now: {', '.join(limits)}")
+    if found.spread > TOO_NOISY:
+        note(f"The steps spread over more than {TOO_NOISY:.0%}: give more --repeats")
+    if (others or 0) > TOO_BUSY:
+        note(
+            f"Other programs took {others:.0%} of the processors' time: these times are too noisy "
+            "to count; end those programs and measure again"
+        )
 
 
 def _show_between(between: list[TorchOp]) -> None:

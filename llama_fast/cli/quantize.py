@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ import typer
 
 from ..errors import PromptError
 from .convert import report_written
-from .options import Debug, DType, Threads, example, set_threads
+from .options import DEMO, Debug, DType, Threads, example, set_threads
 from .terminal import show, table, weights_bar
 from .units import write_json
 
@@ -90,15 +91,20 @@ def quantize(
     """
     set_threads(threads)
     if text is not None and not report:
-        raise typer.BadParameter("it needs --report", param_hint="--text")
+        raise typer.BadParameter(
+            f"it is the text that --report reads. Write: --report --text {text}",
+            param_hint="--text",
+        )
     from ..config.quantization import NAMED, Quantization, WeightFormat
     from ..quantization.folder import open_float_checkpoint, quantize_folder
 
     default = {4: NAMED["int4"].mlp, 8: NAMED["int8"].mlp}
     if bits not in default:
-        raise typer.BadParameter(f"{bits}; it must be 4 or 8", param_hint="--bits")
+        raise typer.BadParameter(f"{bits} is not 4 or 8. Write: --bits 4", param_hint="--bits")
     if head_bits not in (*default, 16):
-        raise typer.BadParameter(f"{head_bits}; it must be 4, 8 or 16", param_hint="--head-bits")
+        raise typer.BadParameter(
+            f"{head_bits} is not 4, 8 or 16. Write: --head-bits 8", param_hint="--head-bits"
+        )
     size = default[bits].group_size if group_size is None else group_size
     form = WeightFormat(bits, size, not offsets)
     of_head = None
@@ -138,16 +144,13 @@ def _read(path: Path) -> str:
         ) from None
 
 
-def _stories() -> Iterator[str]:
-    """Texts of the small model's world, of a kind that it was not trained on."""
-    from ..demo.recipe import SEED
-    from ..demo.texts import documents
-
-    return documents(SEED, "combinations")
+def _stories() -> list[str]:
+    """Returns texts of the demo model's world, of a kind that it was not trained on."""
+    return json.loads((DEMO / "stories.json").read_text(encoding="utf-8"))
 
 
 def _tokens(checkpoint: Checkpoint, documents: Iterable[str], most: int) -> Tensor:
-    """Documents one after another, in rows of one length: (B,T) int64, at most `most` tokens."""
+    """Returns the documents one after another in rows: (B,T) int64, at most `most` tokens."""
     import torch
 
     from ..tokenizer import Tokenizer
@@ -161,7 +164,7 @@ def _tokens(checkpoint: Checkpoint, documents: Iterable[str], most: int) -> Tens
     if len(ids) < 4:
         raise PromptError(f"the text has {len(ids) - 2} tokens; give one of some hundreds or more")
     T = min(len(ids), ROW, checkpoint.config.max_seq_len)
-    return torch.tensor(ids[: min(len(ids), most) // T * T]).view(-1, T)
+    return torch.tensor(ids[: min(len(ids), most) // T * T], device="cpu").view(-1, T)
 
 
 def _report(checkpoint: Checkpoint, target: Path, tokens: Tensor) -> None:
@@ -174,21 +177,25 @@ def _report(checkpoint: Checkpoint, target: Path, tokens: Tensor) -> None:
         found = compare(checkpoint, quantized, tokens, progress=progress)
     write_json(target / REPORT, found.to_dict())
 
-    rows = table("", "perplexity", "divergence", "largest", "same guess", numbers=True)
+    rows = table("", "perplexity", "divergence", "largest", "top-1", numbers=True)
     rows.add_row("float model", f"{found.perplexity:.4f}", "", "", "")
-    for name, guesses in (
+    for name, predictions in (
         ("quantised weights", found.quantized),
         ("int8 KV cache", found.kv_cache),
         ("both", found.both),
     ):
         rows.add_row(
             name,
-            f"{guesses.perplexity:.4f}",
-            f"{guesses.divergence:.2e}",
-            f"{guesses.divergence_largest:.2e}",
-            f"{guesses.same_guess:.2%}",
+            f"{predictions.perplexity:.4f}",
+            f"{predictions.divergence:.2e}",
+            f"{predictions.divergence_largest:.2e}",
+            f"{predictions.top1_agreement:.2%}",
         )
-    show(f"{found.tokens:,} tokens; divergence from the float model in nats a token", rows)
+    show(
+        f"{found.tokens:,} tokens; divergence from the float model in nats a token; top-1: the "
+        "share with the same likeliest token",
+        rows,
+    )
 
     rows = table("weight", "form", "weights", "outputs", "after the layer", numbers=True)
     for at, error in enumerate(found.weights):

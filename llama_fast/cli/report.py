@@ -25,29 +25,34 @@ def report(
         Path, typer.Option(metavar="DIR", help="Where report.md and the figures go.")
     ] = Path("report"),
     figures: Annotated[
-        bool, typer.Option("--figures/--no-figures", help="Figures need matplotlib.")
+        bool,
+        typer.Option(
+            "--figures/--no-figures", help="Figures need matplotlib: pip install matplotlib."
+        ),
     ] = True,
     write: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="README",
-            help="Also put the table of targets and the figures between the marks of this page; "
-            "may be given several times.",
+            metavar="PAGE",
+            help="Also put figures into this page, where comments ask for them: "
+            "<!-- decode bf16: × transformers --><!-- end -->. May be given several times.",
         ),
     ] = None,
     debug: Debug = False,
 ) -> None:
     """Make a page and pictures of what was measured: roofline, speed-ups, lengths, memory.
 
+    What was measured is in a file that for example `llama-fast bench rms_norm --json results.json`
+    writes.
+
     A row that is too noisy to count is marked with ~ and drawn hollow or pale.
     """
-    from ..bench.report import replace_between_marks
+    from ..bench.report import fill
     from ..bench.report import write as write_report
     from ..bench.results import load
 
     found = [load(path) for path in results]
     made = write_report(found, out, figures=figures)
     for page in write or ():
-        made = write_report(found, out, figures=figures, relative_to=page.absolute().parent)
-        replace_between_marks(page, made.summary)
+        fill(page, found)
     show(f"{made.page}: {len(made.figures)} figures", *(f"  {path}" for path in made.figures))

@@ -84,7 +84,7 @@ def _count(chip: str) -> int:
 
 
 def _compile(chip: str, index: int) -> tuple[Resources, float]:
-    """What a kernel takes, and the seconds that it took to compile."""
+    """Returns what a kernel takes, and the seconds that it took to compile."""
     import triton
 
     from ..triton_kernels.aot import compile_for, resources

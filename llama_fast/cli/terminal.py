@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -19,15 +21,45 @@ Progress = Callable[[int, int, str], None]
 
 
 WIDTH = 160  # of what is no terminal
+LONGEST_PROMPT = 1000  # characters that are shown of one
 
 
 def note(text: str) -> None:
-    """A line about the work, apart from its result."""
-    print(text, file=sys.stderr, flush=True)
+    """Writes a line about the work, apart from its result."""
+    print(broken_for_stderr(text), file=sys.stderr, flush=True)
+
+
+def broken_for_stderr(text: str, indent: str = "") -> str:
+    """Returns the text with its lines broken between words where stderr is a terminal."""
+    try:
+        width = os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
+    except (OSError, ValueError):
+        width = 0
+    if not width:
+        return text
+    return "\n".join(
+        textwrap.fill(
+            line,
+            max(width, 2 * len(indent)),
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for line in text.split("\n")
+    )
+
+
+def note_pairs(pairs: list[tuple[str, str]]) -> None:
+    """Writes a note for each (name, value), the values below each other; on a terminal a long value
+    goes on below itself."""
+    indent = max(len(name) for name, _ in pairs) + 2
+    for name, value in pairs:
+        text = broken_for_stderr(f"{name:<{indent}}{value}", " " * indent)
+        print(text, file=sys.stderr, flush=True)
 
 
 def size(nbytes: float) -> str:
-    """1.24 GB: decimal units, three digits."""
+    """Returns for example 1.24 GB: decimal units, three digits."""
     for unit in ("B", "kB", "MB"):
         if nbytes < 999.5:
             return f"{nbytes:.3g} {unit}"
@@ -35,35 +67,52 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.3g} GB" if nbytes < 999.5 else f"{nbytes:,.0f} GB"
 
 
-def table(*header: str, numbers: bool = False) -> Table:
-    """An empty table; with `numbers` all columns but the first are aligned right."""
+def table(*header: str, numbers: bool = False, texts: int = 1) -> Table:
+    """Returns an empty table. With `numbers` all columns but the first `texts` are aligned right.
+    Where the terminal is narrow, only the first is broken."""
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(header))
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_header=any(header))
     for index, name in enumerate(header):
-        made.add_column(name, justify="right" if numbers and index else "left")
+        justify = "right" if numbers and index >= texts else "left"
+        made.add_column(name, justify=justify, no_wrap=numbers and index > 0, overflow="fold")
     return made
 
 
 def _stdout() -> Console:
-    """Wide and without colour where stdout is no terminal."""
+    """Returns a console for stdout: wide and without colour where that is no terminal."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else WIDTH
     return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
+def show_prompt(text: str) -> None:
+    """Shows what is continued, dimmed, where stdout is a terminal: of a long one the end."""
+    if not sys.stdout.isatty():
+        return
+    from rich.text import Text
+
+    if len(text) > LONGEST_PROMPT:
+        text = f"… {text[-LONGEST_PROMPT:]}"
+    _stdout().print(Text(text, style="dim"), end="", soft_wrap=True)
+
+
 def columns() -> int:
-    """Of what `show` writes to."""
+    """Returns the width of what `show` writes to."""
     return _stdout().width
 
 
 def show(*things: object) -> None:
     """Prints texts and tables to stdout."""
     console = _stdout()
-    for thing in things:
-        console.print(thing, soft_wrap=isinstance(thing, str))
+    whole_lines = not sys.stdout.isatty()
+    with console.capture() if whole_lines else contextlib.nullcontext() as captured:
+        for thing in things:
+            console.print(thing, soft_wrap=whole_lines and isinstance(thing, str))
+    if captured is not None:  # without the blanks that fill up the lines of a table
+        print("\n".join(line.rstrip() for line in captured.get().split("\n")), end="")
 
 
 @contextlib.contextmanager
@@ -72,13 +121,18 @@ def growing(rows: Table) -> Iterator[Table]:
     from rich.live import Live
 
     unwind_when_stopped()
+    if not sys.stdout.isatty():
+        yield rows
+        if rows.row_count:
+            show(rows)
+        return
     with Live(rows, console=_stdout(), vertical_overflow="visible"):
         yield rows
 
 
 @contextlib.contextmanager
 def weights_bar(doing: str) -> Iterator[Progress | None]:
-    """A bar of bytes on stderr, gone when done; None where stderr is no terminal."""
+    """Shows a bar of bytes on stderr, gone when done; None where stderr is no terminal."""
     unwind_when_stopped()
     if not sys.stderr.isatty():
         yield None
@@ -101,7 +155,7 @@ def weights_bar(doing: str) -> Iterator[Progress | None]:
 
 
 def text_or_stdin(text: str | None, usage: str) -> str:
-    """The text given, or else all of standard input, without the line end that closes it.
+    """Returns the text given, or else all of standard input, without the line end that closes it.
 
     Raises PromptError where there is neither: on a terminal nothing is waited for.
     """

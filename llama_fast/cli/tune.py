@@ -33,8 +33,8 @@ def tune_here(wanted: list[tuple[str, str, Any, Any]], dtype: torch.dtype) -> No
             "bench --tune measures launch configurations on a GPU, and torch finds none here; run "
             "it on the machine that is to use them"
         )
+    from ..bench.timing import device_seconds
     from ..triton_kernels.chips import chip_of_device, slug
-    from ..triton_kernels.tune import device_seconds
 
     chip = chip_of_device(torch.cuda.current_device())
     found = tune_ops(wanted, dtype, "cuda", device_seconds, lambda launches: spills(chip, launches))
@@ -49,8 +49,8 @@ def tune_ops(
     seconds: Seconds,
     refuse: Callable[[list[Launch]], str],
 ) -> list[Tuned]:
-    """What was found for each kernel and shape. Where several calls choose by the same shape, the
-    one that takes longest decides."""
+    """Returns what was found for each kernel and shape. Where several calls choose by the same
+    shape, the one that takes longest decides."""
     from ..triton_kernels.tune import tune
 
     found: dict[Any, Tuned] = {}
@@ -76,8 +76,8 @@ def tune_ops(
 def calls(
     wanted: list[tuple[str, str, Any, Any]], dtype: torch.dtype, device: str
 ) -> Iterator[tuple[str, Callable[[], tuple[torch.Tensor, ...]]]]:
-    """(name, call) of each op at each shape, strictly on the Triton backend: the op itself, and for
-    a prompt, which training has too, its gradient."""
+    """Yields (name, call) of each op at each shape, strictly on the Triton backend: the op itself,
+    and for a prompt, which training has too, its gradient."""
     import torch
 
     from ..bench.oracle import outputs
@@ -121,7 +121,7 @@ def calls(
 
 
 def spills(chip: Any, launches: list[Launch]) -> str:
-    """Why one of them must not ship, or nothing."""
+    """Returns why one of them must not ship, or nothing."""
     from ..triton_kernels.aot import resources
 
     for launch in launches:

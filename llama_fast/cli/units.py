@@ -8,7 +8,7 @@ from typing import Any
 
 
 def duration(seconds: float) -> str:
-    """Three digits or more, in s, ms, µs or ns."""
+    """Returns three digits or more, in s, ms, µs or ns."""
     for factor, unit in ((1, "s"), (1e3, "ms")):
         if abs(seconds) * factor >= 1:
             return f"{seconds * factor:,.2f} {unit}"
@@ -18,7 +18,7 @@ def duration(seconds: float) -> str:
 
 
 def count(value: float) -> str:
-    """1.24 G: decimal prefixes, three digits."""
+    """Returns for example 1.24 G: decimal prefixes, three digits."""
     for unit in ("", " k", " M", " G"):
         if value < 999.5:
             return f"{value:.3g}{unit}"
@@ -27,12 +27,12 @@ def count(value: float) -> str:
 
 
 def rate(per_second: float) -> str:
-    """Of a thousand millions a second."""
+    """Returns a rate in thousand millions a second."""
     return f"{per_second / 1e9:,.1f}"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """The file appears whole, or not at all."""
+    """Writes the content as JSON; the file appears whole, or not at all."""
     from ..utils.files import atomic_file
 
     with atomic_file(path) as partial:

@@ -1,6 +1,6 @@
 """The model that ships with the package: a small Llama 3 that knows one small town.
 
-``FOLDER`` holds it in Meta's format; ``python -m llama_fast.demo.make`` makes it anew.
+``FOLDER`` holds it in Meta's format; ``python -m tools.demo_model.make`` in a clone makes it anew.
 """
 
 from __future__ import annotations

@@ -16,14 +16,16 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import import_module
 from operator import itemgetter
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import BackendError, FallbackWarning, GradientError
-from .signature import kind_of_call
+from ..errors import BackendError, FallbackWarning, GradientError, ShapeError
+from .signature import has_memory, kind_of_call
 
 ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
 # Kinds of calls that an op remembers at most.
@@ -115,6 +117,8 @@ class Decision(NamedTuple):
 
 
 _ANY = Request()
+# What a call may have where its schema has numbers, as its kind holds them by value.
+_PLAIN_NUMBERS = (float, int, bool, NoneType)
 # What torch.autocast casts, and how torch's dispatcher reaches it.
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(
@@ -126,6 +130,8 @@ _backends: dict[str, Backend] = {}
 _wrapper: Callable[[Op, str, Callable[..., Any]], Callable[..., Any]] | None = None
 _request: ContextVar[Request] = ContextVar("llama_fast_backend", default=_ANY)
 _warned: set[tuple] = set()
+# How often the implementations that there are have changed.
+_changes = 0
 
 
 def backends() -> dict[str, Backend]:
@@ -192,6 +198,7 @@ class Op:
         self._torch_op = getattr(torch.ops.llama_fast, self.name).default
         arguments = self._torch_op._schema.arguments
         self._defaults = tuple(argument.default_value for argument in arguments)
+        self._numbers = [i for i, a in enumerate(arguments) if "Tensor" not in str(a.type)]
         self._constants = [i for i, a in enumerate(arguments) if a.name in self.constants]
         self._written = [
             i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write
@@ -215,10 +222,11 @@ class Op:
         if interposed():
             if not torch.compiler.is_compiling() and transformed():
                 return self._transformed(*args)
-            return self._torch_op(*args)
+            return self._torch_op(*self._with_plain_numbers(args))
         kind = kind_of_call(args, torch.is_grad_enabled())
         if kind is None:
-            return self._torch_op(*args)
+            self._refuse_negated(args)
+            return self._torch_op(*self._with_plain_numbers(args))
         if self._written:
             self._count_writes(args)
         key = (_request.get(), kind)
@@ -237,6 +245,7 @@ class Op:
 
     def run(self, *args: Any) -> Any:
         """Checks the arguments, chooses an implementation and launches it; no autograd."""
+        self._check_memory(args)
         self.check(*args)
         return self._choose(args).launch(*args)
 
@@ -259,7 +268,11 @@ class Op:
         """The launcher for a kind of call that `check` lets pass. It is kept: checks and limits
         depend on shapes, strides, dtypes, devices and the request alone (not on addresses or
         values), and a model repeats few kinds of calls. A fallback is not kept, so that it warns as
-        it should."""
+        it should; nor is a call with a number that is not Python's own, whose value is no part of
+        its kind."""
+        plain = self._with_plain_numbers(args)
+        if plain is not args:
+            return lambda *args: self(*plain)
         self._check_tensors(args)
         self.check(*args)
         implementation = self._choose(args)
@@ -273,6 +286,7 @@ class Op:
         return launch
 
     def explain(self, *args: Any) -> Decision:
+        args = self._with_plain_numbers(args)
         self._check_tensors(args)
         self.check(*args)
         device = _device_type(args)
@@ -296,6 +310,59 @@ class Op:
                     f"{self.name}: {argument.name} is a {type(arg).__name__}; it must be a "
                     "torch.Tensor: make one with torch.as_tensor"
                 )
+
+    def _refuse_negated(self, args: tuple) -> None:
+        """torch's dispatcher resolves negated arguments, but for those that an op writes."""
+        for i in self._written:
+            if isinstance(args[i], Tensor) and args[i].is_neg():
+                raise ShapeError(
+                    f"{self.name}: {self._torch_op._schema.arguments[i].name} is a view of its "
+                    "memory with the other sign, and the op writes it: give a tensor without, as "
+                    ".resolve_neg() makes one"
+                )
+
+    def _check_memory(self, args: tuple) -> None:
+        for arg, argument in zip(args, self._torch_op._schema.arguments, strict=False):
+            if isinstance(arg, Tensor) and not has_memory(arg):
+                raise ShapeError(
+                    f"{self.name}: {argument.name} has no memory: its storage was freed, as FSDP "
+                    "does between forwards. Call the op inside the module's forward, or gather the "
+                    "parameters first"
+                )
+
+    def _with_plain_numbers(self, args: tuple) -> tuple:
+        """The arguments, with a number of Python where the schema has one and something else was
+        given: a tensor of one element, say, or a number of numpy. It is read in every call."""
+        numbers = {
+            i: self._plain_number(i, args[i])
+            for i in self._numbers
+            if type(args[i]) not in _PLAIN_NUMBERS
+        }
+        return tuple(numbers.get(i, arg) for i, arg in enumerate(args)) if numbers else args
+
+    def _plain_number(self, index: int, value: Any) -> Any:
+        argument = self._torch_op._schema.arguments[index]
+        kind = str(argument.type).removeprefix("Optional[").removesuffix("]")
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return value  # a trace's
+        if isinstance(value, Tensor):
+            if torch.is_grad_enabled() and value.requires_grad:
+                raise GradientError(
+                    f"{self.name}: {argument.name} requires a gradient, and is a constant here: "
+                    f"pass {argument.name}.detach()"
+                )
+            if value.numel() == 1:
+                value = value.item()
+        elif type(value).__module__ == "numpy" and not hasattr(value, "__len__"):
+            value = value.item()
+        if kind == "bool" and isinstance(value, int):
+            return bool(value)
+        if isinstance(value, int) or (isinstance(value, float) and kind == "float"):
+            return {"int": int, "float": float}[kind](value)
+        raise TypeError(
+            f"{self.name}: {argument.name} is a {type(value).__name__}; it must be "
+            f"{'an' if kind == 'int' else 'a'} {kind}, or a tensor of one element that holds one"
+        )
 
     def forget_order(self) -> None:
         self._orders.clear()
@@ -453,10 +520,24 @@ def recorder(device: torch.device) -> Any:
 
 
 def launch_settings() -> tuple:
-    """What launches depend on besides their arguments: what `use_backend` asks for here, and what
-    the backends are set to."""
+    """What launches depend on besides their arguments: what `use_backend` asks for here, which
+    implementations there are, and what the backends are set to."""
     settings = (backend.settings for backend in backends().values())
-    return _request.get(), *(now() for now in settings if now is not None)
+    return _request.get(), _changes, *(now() for now in settings if now is not None)
+
+
+def observed() -> bool:
+    """True while something is to see each call, of an op or of torch, as it is made: what
+    `interposed` asks for, `wrapped_launches`, or a mode of torch's functions. A default device is
+    such a mode too, but leaves calls with tensors alone."""
+    return (
+        interposed()
+        or _wrapper is not None
+        or any(
+            type(_function_mode(index)) is not DeviceContext
+            for index in range(_count_function_modes())
+        )
+    )
 
 
 def reserve(fresh: Tensor) -> Tensor:
@@ -477,6 +558,8 @@ _is_autocast_enabled = torch._C._is_any_autocast_enabled
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.maybe_current_level
 _forward_ad = torch.autograd.forward_ad
+_count_function_modes = torch._C._len_torch_function_stack
+_function_mode = torch._C._get_function_stack_at
 _increment_version = torch.autograd.graph.increment_version
 
 
@@ -487,7 +570,8 @@ def interposed() -> bool:
         torch.compiler.is_compiling()
         or _is_autocast_enabled()
         or _count_dispatch_modes() > 0
-        or transformed()
+        or _functorch_level() is not None  # as in `transformed`
+        or _forward_ad._current_level >= 0
     )
 
 
@@ -541,6 +625,8 @@ def wrapped_launches(
 
 
 def _forget_orders() -> None:
+    global _changes
+    _changes += 1
     for op in OPS.values():
         op.forget_order()
 
@@ -582,15 +668,26 @@ class _Recorder(DispatchMode):
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
-    """Says which backend would serve `op(*args)` now, and why each other one does not.
+    """Returns which backend would serve `op(*args)` now, and why each other one does not.
 
     `print(llama_fast.explain("attention", q, k, v))` shows it; the result's fields are `chosen`,
-    `reasons` (backend → list of sentences) and `how` (a few words, or none).
+    `reasons` (every backend → list of sentences, empty where it could serve the call) and `how` (a
+    few words, or none). Raises BackendError for an op that does not exist.
     """
     backends()  # importing them declares the ops
     if op not in OPS:
         raise BackendError(f"no op is named {op!r}; there are {', '.join(sorted(OPS))}")
-    return OPS[op].explain(*_positional(OPS[op], args, kwargs))
+    decision = OPS[op].explain(*_positional(OPS[op], args, kwargs))
+    elsewhere = {
+        name: [f"it serves tensors on {_devices_of(name)}; these are on {decision.device}"]
+        for name in BACKENDS
+        if name not in decision.reasons
+    }
+    return decision._replace(reasons={**decision.reasons, **elsewhere})
+
+
+def _devices_of(backend: str) -> str:
+    return " or ".join(device for device, order in ORDER.items() if backend in order)
 
 
 def _positional(op: Op, args: tuple, kwargs: dict[str, Any]) -> tuple:

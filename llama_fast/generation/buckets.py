@@ -15,15 +15,16 @@ from contextlib import contextmanager
 
 import torch
 
-from ..dispatch import launch_settings
 from ..model import Llama
 from ..nn.kv_cache import KVCache
-from .decode import Capturer, CudaGraphs, DecodeStep, is_plain
+from .decode import Capturer, DecodeStep
 
 # Then multiples of the last, the rows that one tile of the kernels holds.
 SMALL = (1, 2, 4, 8, 16)
 # A cache has a multiple of these, so that texts of other lengths find it large enough.
 SLOTS = 256
+
+CaptureOn = Callable[[KVCache], Capturer | None]
 
 
 def bucket(batch: int) -> int:
@@ -32,34 +33,29 @@ def bucket(batch: int) -> int:
 
 
 class Steps:
-    """A cache and the decode steps captured on it, by bucket. They hold as long as the model's
-    weights lie where they lay and nothing else that a replay would repeat has changed."""
+    """A cache and the decode steps captured on it, by bucket. What a step was captured from it
+    checks itself; here the cache need only be such as the model would make."""
 
-    def __init__(
-        self,
-        model: Llama,
-        batch: int,
-        slots: int,
-        kv_cache: str | None,
-        capture: Callable[[KVCache], Capturer | None],
-    ) -> None:
+    def __init__(self, model: Llama, batch: int, slots: int, kv_cache: str | None) -> None:
         room = min(model.config.max_seq_len, -(-slots // SLOTS) * SLOTS)
         self.cache = model.new_cache(bucket(batch), room, kv_cache)
-        self.kv_cache = kv_cache
-        self.state = _state(model)
-        self.capture = capture
+        self.form = _form(model, kv_cache)
         self.by_rows: dict[int, DecodeStep] = {}
 
     def serve(self, model: Llama, batch: int, slots: int, kv_cache: str | None) -> bool:
         room = self.cache.batch >= bucket(batch) and self.cache.max_seq_len >= slots
-        return room and self.kv_cache == kv_cache and self.state == _state(model)
+        return room and self.form == _form(model, kv_cache)
 
-    def of(self, model: Llama, batch: int) -> DecodeStep:
+    def of(self, model: Llama, batch: int, capture: CaptureOn | None) -> DecodeStep:
         rows = bucket(batch)
         if rows not in self.by_rows:
-            cache = self.cache.first(rows)
-            self.by_rows[rows] = DecodeStep(model, cache, self.capture(cache))
+            self.by_rows[rows] = DecodeStep(model, self.cache.first(rows), capture)
         return self.by_rows[rows]
+
+
+def _form(model: Llama, kv_cache: str | None) -> tuple:
+    """What a cache depends on besides its size."""
+    return model.config, model.dtype, model.device, kv_cache
 
 
 _kept: weakref.WeakKeyDictionary[Llama, Steps] = weakref.WeakKeyDictionary()
@@ -75,7 +71,7 @@ def borrow_step(
     model: Llama,
     batch: int,
     slots: int,
-    capture: Callable[[KVCache], Capturer | None] | None = None,
+    capture: CaptureOn | None = None,
     kv_cache: str | None = None,
 ) -> Iterator[DecodeStep]:
     """A decode step for `batch` sequences of at most `slots` tokens; `step.cache` has at least so
@@ -89,15 +85,13 @@ def borrow_step(
     if capture is None and torch.device(model.device).type != "cuda":
         yield DecodeStep(model, model.new_cache(batch, slots, kv_cache))
         return
-    if capture is None:
-        capture = _cuda_graphs(model)
     steps = _kept.pop(model, None)
     if steps is None or not steps.serve(model, batch, slots, kv_cache):
         steps = None  # its memory is free before the new one is made
-        steps = Steps(model, batch, slots, kv_cache, capture)
+        steps = Steps(model, batch, slots, kv_cache)
     ended = False
     try:
-        yield steps.of(model, batch)
+        yield steps.of(model, batch, capture)
         ended = True
     except GeneratorExit:  # whoever reads the stream has had enough
         ended = True
@@ -105,16 +99,6 @@ def borrow_step(
     finally:
         if ended:
             _kept[model] = steps
-
-
-def _cuda_graphs(model: Llama) -> Callable[[KVCache], Capturer | None]:
-    return lambda cache: CudaGraphs(cache.lengths.device) if is_plain(model) else None
-
-
-def _state(model: Llama) -> tuple:
-    """What a captured step depends on besides its cache."""
-    addresses = tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
-    return addresses, model.dtype, is_plain(model), launch_settings()
 
 
 @contextmanager

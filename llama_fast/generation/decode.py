@@ -16,12 +16,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as global_hooks
 
-from ..dispatch import recorder
+from ..dispatch import observed, recorder
 from ..errors import FallbackWarning
 from ..model import Llama
 from ..nn.kv_cache import KVCache
+from .snapshot import Snapshot
 
 
 class Capturer(Protocol):
@@ -61,45 +61,93 @@ class DecodeStep:
     have more rows than B: its first ones are taken, and the others take some token too.
 
     The logits are valid until the next step. The first step warms up, the second is captured, later
-    ones are replays; where a capture fails, a FallbackWarning says why and the steps are run as
-    they are. So they are where modules have hooks or are not this package's, since a replay does
-    not call them, and on a backend that was asked for and has no capturer.
+    ones are replays, as long as the model is what it was (`snapshot.py`): after a change the next
+    step warms up anew. Where a capture fails, a FallbackWarning says why and the steps are run as
+    they are. So they are where modules have hooks or do what this package does not know, since a
+    replay would leave that out; on a backend that was asked for and has no capturer; and while
+    something looks at calls, such as a mode or autocast.
+
+    All of it runs without gradients and, whatever the caller's mode, in inference mode only if the
+    cache was made in it. An exception leaves the cache as it was before the step.
+
+    capture  what makes a capturer for steps on a cache, or None for steps that are run as they are;
+             by default CUDA graphs or the recorder of the device's first backend
     """
 
-    def __init__(self, model: Llama, cache: KVCache, capturer: Capturer | None = None) -> None:
-        device = cache.lengths.device
-        if capturer is None and is_plain(model):
-            capturer = CudaGraphs(device) if device.type == "cuda" else recorder(device)
+    def __init__(
+        self,
+        model: Llama,
+        cache: KVCache,
+        capture: Callable[[KVCache], Capturer | None] | None = None,
+    ) -> None:
         # A model may keep its steps: they must not keep the model.
         self._model = weakref.ref(model)
+        self._capture_on = capture
         self.cache = cache
-        self.capturer = capturer
-        self.tokens = torch.zeros(cache.batch, 1, dtype=torch.int64, device=device)
+        with torch.inference_mode(cache.lengths.is_inference()):
+            self.tokens = torch.zeros(
+                cache.batch, 1, dtype=torch.int64, device=cache.lengths.device
+            )
+        self.forget()
+
+    def forget(self) -> None:
+        """The next step warms up."""
+        self._snapshot: Snapshot | None = None
+        self.capturer: Capturer | None = None
         self.warm = False
         self.replay: Callable[[], None] | None = None
         self.logits: Tensor | None = None
 
-    @torch.no_grad()
+    @property
+    def model(self) -> Llama | None:
+        """None where it has gone."""
+        return self._model()
+
     def __call__(self, tokens: Tensor) -> Tensor:
-        self.tokens[: len(tokens)].copy_(tokens.unsqueeze(1))
-        return self._step()[: len(tokens)]
+        with torch.inference_mode(self.cache.lengths.is_inference()), torch.no_grad():
+            self.tokens[: len(tokens)].copy_(tokens.unsqueeze(1))
+            return self._step()[: len(tokens)]
 
     def _step(self) -> Tensor:
+        if observed():
+            return self._run()
+        if self._snapshot is None or not self._snapshot.holds(self.model, self.cache):
+            self._look()
         if self.capturer is None:
             return self._run()
-        if not self.warm:
-            self.cache.count(1)
-            self.warm = True
-            with self.cache.whole():
-                return self.capturer.warm_up(self._run)
-        if self.replay is None and not self._capture():
-            return self._run()
+        lengths = list(self.cache._lengths)
         self.cache.count(1)
+        try:
+            return self._captured_step()
+        except BaseException:
+            self.forget()
+            self.cache._set_lengths(lengths)
+            raise
+
+    def _look(self) -> None:
+        """Sees what the model is now, and decides whether its steps can be captured."""
+        self.forget()
+        self._snapshot = Snapshot(self.model, self.cache)
+        if self._capture_on is not None:
+            self.capturer = self._capture_on(self.cache)
+        elif self._snapshot.plain:
+            device = self.cache.lengths.device
+            self.capturer = CudaGraphs(device) if device.type == "cuda" else recorder(device)
+
+    def _captured_step(self) -> Tensor:
+        if not self.warm:
+            with self.cache.whole():
+                logits = self.capturer.warm_up(self._run)
+            self.warm = True
+            return logits
+        if self.replay is None and not self._capture():
+            with self.cache.whole():
+                return self._run()
         self.replay()
         return self.logits
 
     def _run(self) -> Tensor:
-        return self._model()(self.tokens, cache=self.cache, last_only=True)[:, -1]
+        return self.model(self.tokens, cache=self.cache, last_only=True)[:, -1]
 
     def _capture(self) -> bool:
         """Captures a step, which the device has not run yet."""
@@ -112,19 +160,7 @@ class DecodeStep:
                 f"decoding runs step by step, because a step cannot be captured: {error}. "
                 "An op that runs on the eager backend may be the reason: see llama-fast doctor",
                 FallbackWarning,
-                stacklevel=3,
+                stacklevel=5,
             )
             return False
         return True
-
-
-def is_plain(model: Llama) -> bool:
-    """Whether a step does nothing in Python that a replay would have to repeat: modules of this
-    package and torch's, without hooks."""
-    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
-        return False
-    return all(
-        type(module).__module__.split(".")[0] in (__package__, "torch")
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        for module in model.modules()
-    )

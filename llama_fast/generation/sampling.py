@@ -85,10 +85,10 @@ class Sampling:
         if self.temperature == 0:
             return logits.argmax(-1)
         p, ids = self.probabilities(logits)
-        u = torch.tensor([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+        u = [torch.rand((), generator=g, dtype=torch.float64, device=g.device) for g in generators]
         cumulative = p.double().cumsum(-1)
         # The draw is scaled by the last sum, which rounding may leave just off 1.
-        draw = u.to(logits.device).unsqueeze(-1) * cumulative[:, -1:]
+        draw = torch.stack(u).to(logits.device).unsqueeze(-1) * cumulative[:, -1:]
         position = torch.searchsorted(cumulative, draw, right=True)
         return ids.gather(-1, position.clamp(max=p.shape[-1] - 1)).squeeze(-1)
 

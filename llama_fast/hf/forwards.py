@@ -2,7 +2,9 @@
 
 Each function takes the module first, as a method does, and goes to the module's own forward (that
 of its class) wherever an op cannot stand in for it: another dtype than the weight's, a tensor
-subclass, autocast. Submodules are called as modules, so hooks and adapters on them keep working.
+subclass, autocast, or a module that is no longer what it was when it was patched (another
+activation, a bias, a hook where a kernel would skip it). Submodules are called as modules, so hooks
+and adapters on them keep working.
 
 Legend of dims: B batch, T query tokens, S key tokens, H query heads, K KV heads, D head dim,
 C model dim, F hidden dim, V vocabulary.
@@ -10,112 +12,53 @@ C model dim, F hidden dim, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
-from torch.nn.modules import module as torch_module
+from transformers import activations
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .. import ops
+from . import attention
+from .conditions import fits, hooked, is_learnt, needs_gradient
+from .logits import DeferredLogits
+from .patched import own_class, own_forward, replaced_forward
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Forward:
-    """A function in the place of a module's forward: `module.__dict__["forward"]`.
-
-    A bound method would do, but for pickle, which looks it up by its name on the module. The
-    functions are those of this file, so a pickled or copied model keeps its patch.
-    """
-
-    __slots__ = ("function", "module")
-
-    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
-        self.function = function
-        self.module = module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self.module, *args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """That of the replaced forward: generate() and trainers choose arguments by it."""
-        return inspect.signature(MethodType(type(self.module).forward, self.module))
-
-    def __repr__(self) -> str:
-        return f"<llama_fast {self.function.__name__} of {type(self.module).__name__}>"
-
-
-def function_of(module: nn.Module) -> Callable[..., Any] | None:
-    """The function of this file that stands in for the module's forward, if one does."""
-    forward = vars(module).get("forward")
-    return forward.function if type(forward) is Forward else None
-
-
-def fits(*tensors: Tensor) -> bool:
-    """Whether an op may be given these: no tensor subclasses, one dtype that kernels have."""
-    dtype = tensors[0].dtype
-    if dtype not in DTYPES:
-        return False
-    for tensor in tensors:
-        kind = type(tensor)
-        if (kind is not Tensor and kind is not Parameter) or tensor.dtype is not dtype:
-            return False
-    return True
-
-
-def needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
+# The classes of transformers' silu, in all versions.
+SILU = {nn.SiLU, getattr(activations, "SiLUActivation", nn.SiLU)}
 
 
 def rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
     """hidden_states (..., C) → (..., C)."""
-    if not fits(hidden_states, self.weight):
-        return type(self).forward(self, hidden_states)
+    if not fits(hidden_states, self.weight) or is_learnt(self.variance_epsilon):
+        return own_forward(self, hidden_states)
     return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 def swiglu(self: nn.Module, x: Tensor) -> Tensor:
     """x (..., C) → (..., C): down(silu(gate(x)) · up(x))."""
+    act = self.act_fn
+    if type(act) not in SILU or "forward" in vars(act) or hooked(act):
+        return own_forward(self, x)
     gate, up = self.gate_proj(x), self.up_proj(x)
-    h = ops.swiglu(gate, up) if fits(gate, up) else self.act_fn(gate) * up
+    h = ops.swiglu(gate, up) if fits(gate, up) else act(gate) * up
     return self.down_proj(h)
 
 
 def linear(self: nn.Linear, input: Tensor) -> Tensor:
-    """input (..., C_in) → (..., C_out), without bias.
+    """input (..., C_in) → (..., C_out).
 
     On a GPU, with a gradient, torch's product serves: the op would call the same one, and only add
     to the host's time.
     """
     weight = self.weight
     if (
-        fits(input, weight)
+        self.bias is None
+        and fits(input, weight)
         and input.ndim > 1
         and input.stride(-1) == 1
         and weight.is_contiguous()
@@ -123,20 +66,40 @@ def linear(self: nn.Linear, input: Tensor) -> Tensor:
         and (input.is_cpu or not needs_gradient(input, weight))
     ):
         return ops.linear(input, weight)
-    return nn.functional.linear(input, weight)
+    return nn.functional.linear(input, weight, self.bias)
 
 
-def rope_attention(
+def rope_attention(self: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """An attention module with our rotation and its own attention function."""
+    return _attend(self, True, False, *args, **kwargs)
+
+
+def fused_attention(self: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """An attention module with its own rotation and our attention."""
+    return _attend(self, False, True, *args, **kwargs)
+
+
+def rope_fused_attention(
+    self: nn.Module, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """An attention module with our rotation and our attention."""
+    return _attend(self, True, True, *args, **kwargs)
+
+
+def _attend(
     self: nn.Module,
+    rotate: bool,
+    fused: bool,
     hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """hidden_states (B,T,C), position_embeddings cos and sin (B or 1,T,D) → (B,T,C) and weights.
 
-    The rotation is the op; the cache, the attention function and the projections are the module's.
+    rotate, fused   whether our ops rotate, and attend; the cache and the projections are the
+                    module's
     """
     heads = (*hidden_states.shape[:-1], -1, self.head_dim)
     q, k = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
@@ -145,7 +108,7 @@ def rope_attention(
         q, k = self.q_norm(q), self.k_norm(k)
 
     cos, sin = position_embeddings
-    if fits(q, k) and cos.shape[-1] == self.head_dim and type(cos) is Tensor:
+    if rotate and fits(q, k) and cos.shape[-1] == self.head_dim and type(cos) is Tensor:
         half = self.head_dim // 2  # transformers repeats the angles for both elements of a pair
         tables = (cos[..., :half].float(), sin[..., :half].float())
         if cos.shape[0] != q.shape[0]:
@@ -164,12 +127,9 @@ def rope_attention(
     window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
     if window is not None:
         kwargs["sliding_window"] = window
-    implementation = self.config._attn_implementation
-    attend = (
-        eager_attention_forward
-        if implementation == "eager"
-        else ALL_ATTENTION_FUNCTIONS[implementation]
-    )
+    attend = attention.own_function(self)
+    if fused and self.config._attn_implementation in attention.REPLACED:
+        attend = partial(attention.attend, attend)
     output, weights = attend(
         self,
         q,
@@ -195,11 +155,12 @@ def add_rms_norm_layer(self: nn.Module, hidden_states: Tensor, **kwargs: Any) ->
     norm = self.post_attention_layernorm
     if (
         getattr(norm, "variance_epsilon", None) is None
+        or is_learnt(norm.variance_epsilon)
         or hooked(norm)
-        or is_replaced(norm)
+        or replaced_forward(norm) is not None
         or (getattr(self, "gradient_checkpointing", False) and self.training)
     ):
-        return type(self).forward(self, hidden_states, **kwargs)
+        return own_forward(self, hidden_states, **kwargs)
     attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
     if fits(attended, hidden_states, norm.weight):
         normed, total = ops.add_rms_norm(
@@ -211,14 +172,10 @@ def add_rms_norm_layer(self: nn.Module, hidden_states: Tensor, **kwargs: Any) ->
     return total + self.mlp(normed)
 
 
-def is_replaced(norm: nn.Module) -> bool:
-    """Whether something besides this file has given the norm another forward."""
-    return "forward" in vars(norm) and function_of(norm) is not rms_norm
-
-
 def causal_lm_loss(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A causal language model; the loss of a training step is made without ever holding the logits,
-    so the step's output has none. All other calls go to the model's own forward.
+    which the step's output makes when they are asked for. All other calls go to the model's own
+    forward.
     """
     if len(args) == 1 and "input_ids" not in kwargs:
         args, kwargs = (), {"input_ids": args[0], **kwargs}
@@ -231,16 +188,18 @@ def causal_lm_loss(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         or not torch.is_grad_enabled()
         or not isinstance(keep, int)
         or keep
-        or kwargs.get("return_dict") is False
-        or type(head) is not nn.Linear
+        or not _returns_dict(self, kwargs)
+        or getattr(self, "_is_replica", False)  # DataParallel gathers tensors, and nothing else
+        or own_class(head) is not nn.Linear
         or head.bias is not None
+        or not head.weight.is_contiguous()
         or hooked(head)
-        or ("forward" in vars(head) and function_of(head) is not linear)
+        or replaced_forward(head) is not None
         or self.loss_function is not ForCausalLMLoss
     ):
-        return type(self).forward(self, *args, **kwargs)
+        return own_forward(self, *args, **kwargs)
     kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "logits_to_keep")}
-    outputs = self.model(**kwargs, return_dict=True)
+    outputs = self.model(**{**kwargs, "return_dict": True})
     x = outputs.last_hidden_state  # (B,T,C)
     weight = head.weight
     if not fits(x, weight) or torch.is_autocast_enabled(x.device.type):
@@ -249,8 +208,8 @@ def causal_lm_loss(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
         )
     else:
-        logits = None
         loss = shifted_loss(x, weight, labels, **kwargs)
+        logits = DeferredLogits(head, x)
     return CausalLMOutputWithPast(
         loss=loss,
         logits=logits,
@@ -258,6 +217,13 @@ def causal_lm_loss(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )
+
+
+def _returns_dict(self: nn.Module, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get("return_dict")
+    if asked is None:
+        asked = getattr(self.config, "return_dict", True)
+    return bool(asked)
 
 
 def shifted_loss(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..dispatch import explain
 from ..errors import PatchError
 from . import attention, forwards, structure, verify
+from .conditions import DTYPES
+from .patched import function_of, is_patched, patch_class, replaced_forward, unpatch_class
 from .report import Report, Row
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -26,52 +28,61 @@ OPS = (
     "linear",
     "linear_cross_entropy",
 )
-HANDLE = "_llama_fast_patch"  # where a patched model keeps its handle
-
-
-class Change(NamedTuple):
-    """An entry of a module's `__dict__`: what was there before, if anything, and what is now."""
-
-    module: nn.Module
-    name: str
-    had: bool
-    before: Any
-    after: Any
+REPORT = "_llama_fast_report"  # where a patched model keeps what was done to it
 
 
 class Patch:
     """A patched model: `remove()` takes the patch back, and so does leaving a `with` block.
 
-    model   the model that was patched
+    model   the model that was patched; the handle alone does not keep it
     report  what was replaced in which module, by which op and backend, and what was left alone
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.report = Report()
-        self._changes: list[Change] = []
-        self._configs: list[tuple[Any, Any, dict[str, Any]]] = []
+    def __init__(self, model: nn.Module, report: Report) -> None:
+        self._model = weakref.ref(model)
+        self.report = report
+        # Modules that were patched, also if they have left the model since.
+        self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        # Bound methods of the modules themselves that other code had left in their `forward`.
+        self._bound: list[nn.Module] = []
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise PatchError("the patched model is gone: nothing but its patch was kept")
+        return model
 
     @property
     def active(self) -> bool:
-        return bool(self._changes)
+        model = self._model()
+        return model is not None and REPORT in vars(model)
 
-    def remove(self) -> None:
-        """Puts back the very objects that were there before. A second call does nothing.
+    def remove(self, *, force: bool = False) -> None:
+        """Makes the model what it was before, object by object. A second call does nothing.
 
-        Raises PatchError, and changes nothing, where other code has since put something of its own
-        in the place of what the patch had put there: that has to be taken back first.
+        force  takes away what other code has put in the place of a patched forward too
+
+        Raises PatchError, and changes nothing, where other code wraps a patched forward: that has
+        to be taken back first, or `force` be given.
         """
-        for module, name, _, _, after in self._changes:
-            now = vars(module).get(name)
-            if now is not after:
-                raise PatchError(
-                    f"{name!r} of a {type(module).__name__} was replaced by other code after the "
-                    f"patch (it is {now!r}): take that back first, then call remove() again"
-                )
-        for original, given, before in self._configs:
-            _carry_over(original, given, before)
-        self._take_back()
+        if not self.active:
+            return
+        modules = self._patched()
+        wrapped = [module for module in modules if replaced_forward(module) is not None]
+        if wrapped and not force:
+            module = wrapped[0]
+            raise PatchError(
+                f"the forward of a {type(module).__name__} was replaced by other code after the "
+                f"patch (it is {vars(module)['forward']!r}): take that back first, then call "
+                "remove() again; or remove(force=True) takes both away"
+            )
+        for module in modules:
+            vars(module).pop("forward", None)
+            unpatch_class(module)
+        for module in self._bound:
+            vars(module)["forward"] = MethodType(type(module).forward, module)
+        del vars(self.model)[REPORT]
 
     def verify(
         self, inputs: Tensor | dict[str, Any], *, tolerance: float | None = None
@@ -88,9 +99,9 @@ class Patch:
         kwargs = inputs if isinstance(inputs, dict) else {"input_ids": inputs}
         # A hook on a norm that is one kernel with the sum before it would part the two.
         fused = {
-            id(change.module.post_attention_layernorm)
-            for change in self._changes
-            if forwards.function_of(change.module) is forwards.add_rms_norm_layer
+            id(module.post_attention_layernorm)
+            for module in self._patched()
+            if function_of(module) is forwards.add_rms_norm_layer
         }
         modules = {n: m for n, m in self.model.named_modules() if n and id(m) not in fused}
         training = {module: module.training for module in self.model.modules()}
@@ -106,21 +117,21 @@ class Patch:
                 module.training = mode
         return verify.compare(own, patched, (own_logits, patched_logits), tolerance)
 
+    def _patched(self) -> list[nn.Module]:
+        here = dict.fromkeys([*self.model.modules(), *self._modules])
+        return [module for module in here if is_patched(module)]
+
     @contextmanager
     def _suspended(self) -> Iterator[None]:
         """Inside the block, the model is as it was before the patch."""
-        for change in reversed(self._changes):
-            _undo(change)
+        classes = [(module, type(module)) for module in self._patched()]
+        for module, _ in classes:
+            unpatch_class(module)
         try:
             yield
         finally:
-            for change in self._changes:
-                vars(change.module)[change.name] = change.after
-
-    def _take_back(self) -> None:
-        while self._changes:
-            _undo(self._changes.pop())
-        self._configs.clear()
+            for module, patched in classes:
+                module.__class__ = patched
 
     def __enter__(self) -> Patch:
         return self
@@ -129,27 +140,22 @@ class Patch:
         self.remove()
 
     def __repr__(self) -> str:
-        state = "active" if self.active else "removed"
-        return f"<Patch of {type(self.model).__name__}, {state}, {len(self.report)} rows>"
+        model = self._model()
+        of = "a model that is gone" if model is None else type(model).__name__
+        return f"<Patch of {of}, {'active' if self.active else 'removed'}, {len(self.report)} rows>"
 
-    def _set(self, module: nn.Module, name: str, value: Any) -> None:
-        own = vars(module)
-        self._changes.append(Change(module, name, name in own, own.get(name), value))
-        own[name] = value
-
-
-def _undo(change: Change) -> None:
-    if change.had:
-        vars(change.module)[change.name] = change.before
-    else:
-        del vars(change.module)[change.name]
+    def _replace(self, module: nn.Module, function: Callable[..., Any] | None) -> None:
+        if vars(module).pop("forward", None) is not None:
+            self._bound.append(module)
+        patch_class(module, function, handle_of if module is self.model else None)
+        self._modules.add(module)
 
 
-def _carry_over(original: Any, given: Any, before: dict[str, Any]) -> None:
-    """Settings that were changed on the patched model's config stay changed."""
-    for name, value in vars(given).items():
-        if name not in before or before[name] is not value:
-            vars(original)[name] = value
+def handle_of(model: nn.Module) -> Patch:
+    """The handle of a patched model, or of a copy of one."""
+    if REPORT not in vars(model):
+        raise AttributeError(f"{type(model).__name__} is a part of a patched model")
+    return Patch(model, vars(model)[REPORT])
 
 
 def patch(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = False) -> Patch:
@@ -169,12 +175,13 @@ def patch(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = 
     if not isinstance(model, nn.Module):
         raise PatchError(f"patch() takes a model, a torch.nn.Module; given {type(model).__name__}")
     for name, module in model.named_modules():
-        if HANDLE in vars(module) or forwards.function_of(module) is not None:
+        if is_patched(module):
             raise PatchError(
                 f"the model is patched already (at {name or 'its root'}): use the handle that "
                 "patch() returned, or call its remove() first"
             )
-    patched = Patch(model)
+    patched = Patch(model, Report())
+    vars(model)[REPORT] = patched.report
     try:
         _apply(patched, wanted)
         if strict and patched.report.left_alone:
@@ -185,9 +192,8 @@ def patch(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = 
                     for row in patched.report.left_alone
                 )
             )
-        patched._set(model, HANDLE, patched)
     except BaseException:
-        patched._take_back()
+        patched.remove()
         raise
     return patched
 
@@ -230,61 +236,84 @@ def _apply(patched: Patch, wanted: set[str]) -> None:
             differences[key] = structure.difference(module, ours)
         return differences[key]
 
-    def replace(name: str, module: nn.Module, op: str, ours: Callable[..., Any], args: Any) -> bool:
-        """Gives the module our forward, or says in the report why not."""
-        if op not in wanted:
-            return False
-        reason = _foreign(module) or (ours in structure.STAND_INS and differs(module, ours)) or None
-        backend = None
-        if reason is None:
-            backend, reason = _backend(op, args(module))
-        patched.report.rows.append(Row(name, type(module).__name__, op, backend, reason))
-        if reason is None:
-            patched._set(module, "forward", forwards.Forward(ours, module))
-        return reason is None
+    def replace(name: str, module: nn.Module, ways: dict[Ops, Way]) -> None:
+        """Gives the module the forward of those of its ops that are wanted and can be served, and
+        says in the report why others cannot."""
+        served = set()
+        for op in sorted({op for ops in ways for op in ops} & wanted):
+            ours, args = ways[(op,)]
+            reason = _foreign(module) or (ours in structure.STAND_INS and differs(module, ours))
+            if op == "attention":
+                reason = reason or _other_attention(module)
+            backend = None
+            if not reason:
+                backend, reason = _backend(op, module, args, like)
+            if not reason:
+                served.add(op)
+            row = Row(name, type(module).__name__, op, backend, reason or None)
+            patched.report.rows.append(row)
+        for ops, (ours, _) in ways.items():
+            if served == set(ops):
+                found.append((module, ours))
 
+    # Classes change when all has been looked at, for the trials are of the modules' own.
+    found: list[tuple[nn.Module, Callable[..., Any]]] = []
     decoders = _decoders(patched.model)
     for prefix, decoder in decoders:
-        inside = f"{prefix}." if prefix else ""
+        inside, like = f"{prefix}." if prefix else "", _computes_in(decoder)
         for i, layer in enumerate(decoder.layers):
             name = f"{inside}layers.{i}"
             for part, module in layer.named_modules(prefix=name):
                 _replace_part(part, module, replace)
-            norm = getattr(layer, "post_attention_layernorm", None)
-            if norm is not None and "add_rms_norm" in wanted:
-                replace(name, layer, "add_rms_norm", forwards.add_rms_norm_layer, _of_add_norm)
+            if getattr(layer, "post_attention_layernorm", None) is not None:
+                replace(name, layer, LAYER)
         if (norm := getattr(decoder, "norm", None)) is not None:
             _replace_part(f"{inside}norm", norm, replace)
-        if "attention" in wanted:
-            _use_attention(patched, prefix, decoder)
     bodies = {id(decoder) for _, decoder in decoders}
     for name, module in patched.model.named_modules():
         head = getattr(module, "lm_head", None)
         if isinstance(head, nn.Module) and id(getattr(module, "model", None)) in bodies:
             _replace_part(f"{name}.lm_head" if name else "lm_head", head, replace)
-            replace(name, module, "linear_cross_entropy", forwards.causal_lm_loss, _of_loss)
+            replace(name, module, MODEL)
+    for module, ours in found:
+        patched._replace(module, ours)
+    if not is_patched(patched.model):  # its class gives the handle
+        patched._replace(patched.model, None)
 
 
-def _replace_part(name: str, module: nn.Module, replace: Callable[..., bool]) -> None:
+def _replace_part(name: str, module: nn.Module, replace: Callable[..., None]) -> None:
     if hasattr(module, "variance_epsilon") and hasattr(module, "weight"):
-        replace(name, module, "rms_norm", forwards.rms_norm, _of_norm)
+        replace(name, module, NORM)
     elif all(hasattr(module, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-        replace(name, module, "swiglu", forwards.swiglu, _of_mlp)
+        replace(name, module, MLP)
     elif all(hasattr(module, part) for part in ("q_proj", "k_proj", "v_proj", "o_proj")):
-        replace(name, module, "rope", forwards.rope_attention, _of_rope)
+        replace(name, module, ATTENTION)
     elif isinstance(module, nn.Linear):
-        replace(name, module, "linear", forwards.linear, _of_linear)
+        replace(name, module, LINEAR)
+
+
+def _computes_in(decoder: nn.Module) -> Tensor:
+    """An empty tensor of the dtype and on the device that the decoder computes in. Its weights may
+    be integers, so the floats of its norms say it first; then its config."""
+    tensors = [
+        tensor
+        for module in (getattr(decoder, "norm", None), decoder.layers, decoder)
+        if module is not None
+        for tensor in (*module.parameters(), *module.buffers())
+    ]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    dtypes = (tensor.dtype for tensor in tensors if tensor.dtype in (*DTYPES, torch.float64))
+    dtype = next(dtypes, None)
+    if dtype is None:  # the config's name for it was torch_dtype before transformers 5
+        named = vars(decoder.config)
+        dtype = named.get("dtype") or named.get("torch_dtype") or torch.float32
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 def _foreign(module: nn.Module) -> str | None:
     """Why a module is not as its class made it."""
-    own = vars(module).get("forward")
-    if own is not None and not (
-        isinstance(own, MethodType)
-        and own.__self__ is module
-        and own.__func__ is type(module).forward
-    ):
-        return f"other code has replaced its forward (by {own!r})"
+    if (other := replaced_forward(module)) is not None:
+        return f"other code has replaced its forward (by {other!r})"
     if isinstance(module, nn.Linear):
         if type(module).forward is not nn.Linear.forward:
             return "it is no plain torch.nn.Linear"
@@ -293,82 +322,80 @@ def _foreign(module: nn.Module) -> str | None:
     return None
 
 
-def _backend(op: str, args: tuple) -> tuple[str | None, str | None]:
+def _other_attention(module: nn.Module) -> str | None:
+    """Why the module's attention function is not one that ours may stand in for."""
+    name = module.config._attn_implementation
+    if name in (None, attention.NAME, *attention.REPLACED):
+        return None
+    return f"its config asks for {name!r}; ours stands in for {' and '.join(attention.REPLACED)}"
+
+
+def _backend(
+    op: str, module: nn.Module, args: Callable[..., tuple], like: Tensor
+) -> tuple[str | None, str | None]:
     """The backend that serves the op for such arguments; or the reason why none but eager does."""
-    if any(isinstance(arg, Tensor) and arg.is_meta for arg in args):
-        return "meta", None  # decided when the weights have come
-    decision = explain(op, *args)
+    try:
+        given = args(module, like)
+        if any(isinstance(arg, Tensor) and arg.is_meta for arg in given):
+            return "meta", None  # decided when the weights have come
+        decision = explain(op, *given)
+    except Exception as error:  # whatever a module of an unknown kind raises is the reason
+        return None, f"what it computes in cannot be told: {error}"
     if decision.chosen != "eager":
         return decision.chosen, None
     reasons = [r for name, why in decision.reasons.items() if name != "eager" for r in why]
     return None, "no kernel serves it: " + ("; ".join(reasons) or f"none for {decision.device}")
 
 
-def _like(parameter: Tensor, *shape: int) -> Tensor:
-    """A tensor of the parameter's dtype and device: backends are chosen by these and the shape."""
-    return torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+# Arguments of the ops as the modules will give them: backends are chosen by dtype, device, shape.
 
 
-def _of_norm(module: nn.Module) -> tuple:
-    C = module.weight.shape[-1]
-    return _like(module.weight, 1, C), _like(module.weight, C), module.variance_epsilon
+def _of_norm(module: nn.Module, like: Tensor) -> tuple:
+    weight = module.weight
+    C = weight.shape[-1]
+    return weight.new_empty(1, C), weight.new_empty(C), float(module.variance_epsilon)
 
 
-def _of_add_norm(layer: nn.Module) -> tuple:
-    x, weight, eps = _of_norm(layer.post_attention_layernorm)
+def _of_add_norm(layer: nn.Module, like: Tensor) -> tuple:
+    x, weight, eps = _of_norm(layer.post_attention_layernorm, like)
     return x, x, weight, eps
 
 
-def _of_mlp(module: nn.Module) -> tuple:
-    h = _like(next(module.parameters()), 1, 8)
+def _of_mlp(module: nn.Module, like: Tensor) -> tuple:
+    h = like.new_empty(1, 8)
     return h, h
 
 
-def _of_rope(module: nn.Module) -> tuple:
-    weight = next(module.parameters())
-    q = _like(weight, 1, 1, 1, module.head_dim)
-    table = torch.empty(1, module.head_dim // 2, dtype=torch.float32, device=weight.device)
+def _of_rope(module: nn.Module, like: Tensor) -> tuple:
+    q = like.new_empty(1, 1, 1, module.head_dim)
+    table = like.new_empty(1, module.head_dim // 2, dtype=torch.float32)
     return q, q, table, table
 
 
-def _of_attention(module: nn.Module) -> tuple:
-    q = _like(next(module.parameters()), 1, 1, 1, module.head_dim)
+def _of_attention(module: nn.Module, like: Tensor) -> tuple:
+    q = like.new_empty(1, 1, 1, module.head_dim)
     return q, q, q
 
 
-def _of_linear(module: nn.Linear) -> tuple:
-    return _like(module.weight, 1, 8), _like(module.weight, 1, 8)
+def _of_linear(module: nn.Linear, like: Tensor) -> tuple:
+    return module.weight.new_empty(1, 8), module.weight.new_empty(1, 8)
 
 
-def _of_loss(module: nn.Module) -> tuple:
-    x = _like(module.lm_head.weight, 1, 8)
+def _of_loss(module: nn.Module, like: Tensor) -> tuple:
+    x = module.lm_head.weight.new_empty(1, 8)
     return x, x, torch.zeros(1, dtype=torch.int64, device=x.device)
 
 
-def _use_attention(patched: Patch, prefix: str, decoder: nn.Module) -> None:
-    """Gives the decoder, and what holds it, a config of its own that names our attention."""
-    config = decoder.config
-    modules = {
-        name: module
-        for name, module in decoder.layers.named_modules()
-        if getattr(module, "config", None) is config and hasattr(module, "is_causal")
-    }
-    if not modules:
-        return
-    name, module = next(iter(modules.items()))
-    backend, reason = _backend("attention", _of_attention(module))
-    if not getattr(decoder, "_supports_attention_backend", False):
-        reason = f"{type(decoder).__name__} does not take attention functions"
-    base = f"{prefix}.layers" if prefix else "layers"
-    for name, module in modules.items():
-        row = Row(f"{base}.{name}", type(module).__name__, "attention", backend, reason)
-        patched.report.rows.append(row)
-    if reason is not None:
-        return
-    # A copy: the config may be shared with a model that is not to be patched.
-    given = copy.copy(config)
-    given._attn_implementation = attention.NAME
-    for module in patched.model.modules():
-        if vars(module).get("config") is config:
-            patched._set(module, "config", given)
-    patched._configs.append((config, given, dict(vars(given))))
+# What a kind of module can be given: for each set of ops, its forward, and of one op arguments.
+Ops = tuple[str, ...]
+Way = tuple[Callable[..., Any], Callable[..., tuple] | None]
+NORM = {("rms_norm",): (forwards.rms_norm, _of_norm)}
+MLP = {("swiglu",): (forwards.swiglu, _of_mlp)}
+LINEAR = {("linear",): (forwards.linear, _of_linear)}
+LAYER = {("add_rms_norm",): (forwards.add_rms_norm_layer, _of_add_norm)}
+MODEL = {("linear_cross_entropy",): (forwards.causal_lm_loss, _of_loss)}
+ATTENTION = {
+    ("rope",): (forwards.rope_attention, _of_rope),
+    ("attention",): (forwards.fused_attention, _of_attention),
+    ("attention", "rope"): (forwards.rope_fused_attention, None),
+}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import ops
-from .forwards import fits
+from .conditions import fits
 
 
 class RMSNorm(nn.Module):

@@ -25,6 +25,7 @@ from ..nn import (
     RotaryEmbedding,
     cache_dtype,
 )
+from ..utils.normal_tensors import normal_tensors
 from .loading import Pretrained
 
 
@@ -73,6 +74,7 @@ class Llama(Pretrained):
     to it and no gradient is recorded; without one they are whole sequences.
     """
 
+    @normal_tensors()
     def __init__(
         self,
         config: LlamaConfig,
@@ -107,16 +109,20 @@ class Llama(Pretrained):
 
     def hidden(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
         """The final hidden states: tokens (B,T) int64 → (B,T,C), after the last norm."""
+        if cache is None:
+            return self._hidden(tokens, None)
+        with torch.no_grad():
+            h = self._hidden(tokens, cache)
+        cache.advance(tokens.shape[1])
+        return h
+
+    def _hidden(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        """As `hidden`; that the cache holds T tokens more is left to the caller to say, after all
+        that can raise."""
         if tokens.ndim != 2 or tokens.dtype != torch.int64:
             raise ShapeError(
                 f"tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be torch.int64 (B,T)"
             )
-        if cache is None:
-            return self._hidden(tokens, None)
-        with torch.no_grad():
-            return self._hidden(tokens, cache)
-
-    def _hidden(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
         T = tokens.shape[1]
         if cache is None:
             if T > self.config.max_seq_len:
@@ -125,11 +131,11 @@ class Llama(Pretrained):
                 )
             cos, sin = self.rope(T)
         else:
-            lengths = cache.advance(T)
+            lengths = cache.ahead(T)
             cos, sin = self.rope(self.config.max_seq_len)
         x, update = self.embed(tokens).to(self.dtype), None
         for index, block in enumerate(self.layers):
-            layer_cache = None if cache is None else (*cache.layer(index), lengths)
+            layer_cache = None if cache is None else (*cache.layer(index, T), lengths)
             update, x = block(update, x, cos, sin, layer_cache)
         return self.norm(update, x)[0]
 
@@ -137,10 +143,15 @@ class Llama(Pretrained):
         self, tokens: Tensor, *, cache: KVCache | None = None, last_only: bool = False
     ) -> Tensor:
         """tokens (B,T) int64 → logits (B,T,V) float32, or (B,1,V) of the last token alone."""
-        h = self.hidden(tokens, cache=cache)
-        if last_only:
-            h = h[:, -1:]
-        return self.head(h).float()
+        if cache is None:
+            return self._logits(self._hidden(tokens, None), last_only)
+        with torch.no_grad():
+            logits = self._logits(self._hidden(tokens, cache), last_only)
+        cache.advance(tokens.shape[1])
+        return logits
+
+    def _logits(self, h: Tensor, last_only: bool) -> Tensor:
+        return self.head(h[:, -1:] if last_only else h).float()
 
     def loss(self, tokens: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
         """Mean cross entropy of `targets` (B,T) int64. The logits are never stored whole."""

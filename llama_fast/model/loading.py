@@ -19,6 +19,7 @@ from ..dispatch import reserve
 from ..errors import ConfigError
 from ..ops import QuantizedWeight
 from ..ops.quantized_weight import round_rows
+from ..utils.normal_tensors import normal_tensors
 from .quantized import quantization_of
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Pretrained(nn.Module):
     config: LlamaConfig
 
     @classmethod
+    @normal_tensors()
     def from_pretrained(
         cls,
         path: str | Path | checkpoint.Checkpoint | checkpoint.QuantizedCheckpoint,
@@ -90,12 +92,14 @@ class Pretrained(nn.Module):
         model.rope.to_empty(device=device)
         return model.eval()
 
+    @normal_tensors()
     def set_weight(self, name: str, weight: Tensor | QuantizedWeight) -> None:
         """Puts a weight in the place of the one of that name ("layers.0.mlp.down.weight"); a float
-        in the model's dtype, and without a copy where it has it."""
+        in the model's dtype, and without a copy where it has it and was not made in inference
+        mode."""
         module = self.get_submodule(name.removesuffix(".weight"))
         if isinstance(weight, Tensor):
-            weight = nn.Parameter(weight.to(self.dtype))
+            weight = nn.Parameter(weight.to(self.dtype, copy=weight.is_inference()))
         module.weight = weight
 
     def save_pretrained(self, path: str | Path, format: str = "hf") -> None:

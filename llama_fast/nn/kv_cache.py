@@ -19,6 +19,7 @@ from ..config import LlamaConfig
 from ..dispatch import reserve
 from ..errors import ConfigError, PromptError, ShapeError
 from ..ops import QuantizedKV
+from ..utils.normal_tensors import normal_tensors
 
 # Names of what a cache may be stored as, where that is not the model's dtype.
 KV_CACHES = {"int8": torch.int8}
@@ -42,10 +43,16 @@ class KVCache:
     lengths  (B,) int64 on the device: tokens held by each row; negative while padding is due
     used     the largest length; lengths are known on the host too, so no call asks the device
 
-    Takes 2 · layers · B · K · max_seq_len · D elements, stored (layers, B, K, S, D): what one head
-    reads is contiguous. Scales are stored (layers, B, K, S).
+    A step of a model takes `ahead(T)` and `layer(index, T)`, and calls `advance(T)` when all layers
+    have stored their tokens. Where it raises, on a bad token or Ctrl-C, the cache is as it was.
+
+    Takes 2 · layers · B · K · max_seq_len · D elements. Each layer's keys, and its values, are a
+    tensor of their own, stored (B, K, S, D): what one head reads is contiguous. Scales are stored
+    (B, K, S). One tensor for all layers would be lost to torch.compile: where shapes are dynamic,
+    inductor writes every slice of it to where the first one lies.
     """
 
+    @normal_tensors()
     def __init__(
         self,
         config: LlamaConfig,
@@ -62,7 +69,7 @@ class KVCache:
             )
         if batch < 1:
             raise ShapeError(f"a cache for a batch of {batch} was asked for; it must be at least 1")
-        heads = (config.n_layers, batch, config.n_kv_heads, max_seq_len)
+        heads = (batch, config.n_kv_heads, max_seq_len)
 
         def stored() -> Tensor | QuantizedKV:
             # Left uninitialised: only slots below a row's length are ever read.
@@ -72,8 +79,12 @@ class KVCache:
             return QuantizedKV(vectors, torch.empty(heads, device=device, dtype=torch.float32))
 
         self.dtype = dtype
-        self._k, self._v = stored(), stored()
-        self.lengths = torch.zeros(batch, device=device, dtype=torch.int64)
+        self._k = [stored() for _ in range(config.n_layers)]
+        self._v = [stored() for _ in range(config.n_layers)]
+        # Where captured steps count. Only compiled ones leave these alone and put new ones in their
+        # place: one that raises may have written anything that it writes.
+        self._counted_here = torch.zeros(batch, device=device, dtype=torch.int64)
+        self.lengths = self._counted_here
         self._lengths = [0] * batch
         self._max_seq_len = max_seq_len
         self._whole = False
@@ -92,7 +103,11 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for x in (self._k, self._v) for part in _parts(x))
+        return sum(x.nbytes for x in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that keys and values are stored in: codes and scales apart."""
+        return [part for x in (*self._k, *self._v) for part in _parts(x)]
 
     def reset(self, padding: Sequence[int] | None = None) -> None:
         """Forgets everything; row b then expects `padding[b]` tokens of padding first."""
@@ -111,35 +126,58 @@ class KVCache:
         """A cache of the first rows alone, in the same memory. On the host it counts for itself:
         `take_lengths` brings this one up to date."""
         part = copy.copy(self)
-        part._k, part._v = (_each(x, lambda x: x[:, :rows]) for x in (self._k, self._v))
-        part.lengths, part._lengths = self.lengths[:rows], self._lengths[:rows]
+        part._k, part._v = (
+            [_each(layer, lambda x: x[:rows]) for layer in layers] for layers in (self._k, self._v)
+        )
+        self._return_lengths()
+        part.lengths = part._counted_here = self.lengths[:rows]
+        part._lengths = self._lengths[:rows]
         return part
 
     def take_lengths(self, part: KVCache) -> None:
         """What a cache of the first rows has counted."""
+        part._return_lengths()
         self._lengths = [*part._lengths, *self._lengths[part.batch :]]
 
-    def advance(self, T: int) -> Tensor:
-        """Makes room for T more tokens in every row; returns the lengths after them."""
+    def ahead(self, T: int) -> Tensor:
+        """The lengths after T more tokens, (B,). Raises PromptError where they have no room."""
         if not self._whole:
-            self.count(T)
-        self.lengths += T
+            self._check_room(T)
+        return self.lengths + T
+
+    def advance(self, T: int) -> Tensor:
+        """Counts T more tokens in every row; returns the lengths after them, and raises as `ahead`
+        does."""
+        if self._whole:
+            self.lengths += T
+            return self.lengths
+        lengths = self.ahead(T)
+        if torch.compiler.is_compiling():
+            self.lengths = lengths
+        else:
+            self.lengths.copy_(lengths)
+        self._lengths = [length + T for length in self._lengths]
         return self.lengths
 
     def count(self, T: int) -> None:
         """The host's part of `advance`: a step inside of `whole` does the device's part alone."""
+        self._check_room(T)
+        self._return_lengths()
+        self._lengths = [length + T for length in self._lengths]
+
+    def _check_room(self, T: int) -> None:
         if self.used + T > self.max_seq_len:
             raise PromptError(
                 f"the cache holds {self.max_seq_len} tokens a row; {self.used} are taken and "
                 f"{T} more were given. Make it larger, or shorten the prompt"
             )
-        self._lengths = [length + T for length in self._lengths]
 
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Inside the block, `layer` gives all slots, the same memory however long the rows are, and
         `advance` leaves the counting on the host to `count`. A step then depends on no number
         that changes, so that it can be captured, or compiled, once for all lengths."""
+        self._return_lengths()
         self._whole = True
         try:
             yield
@@ -147,17 +185,26 @@ class KVCache:
             self._whole = False
 
     def _set_lengths(self, lengths: list[int]) -> None:
-        self._lengths = lengths
-        self.lengths.copy_(torch.tensor(lengths))
+        self._lengths, self.lengths = lengths, self._counted_here
+        self.lengths.copy_(torch.tensor(lengths, device="cpu"))
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor] | tuple[QuantizedKV, QuantizedKV]:
-        """Keys and values of one layer, (B,S,K,D) views of the slots in use."""
-        used = self.max_seq_len if self._whole else max(self.used, 0)
+    def _return_lengths(self) -> None:
+        """Puts the lengths where captured steps, and the cache that this one is a part of, find
+        them."""
+        if self.lengths is not self._counted_here:
+            self.lengths = self._counted_here.copy_(self.lengths)
+
+    def layer(
+        self, index: int, T: int = 0
+    ) -> tuple[Tensor, Tensor] | tuple[QuantizedKV, QuantizedKV]:
+        """Keys and values of one layer, (B,S,K,D) views of the slots in use, those of T more tokens
+        included."""
+        used = self.max_seq_len if self._whole else max(self.used + T, 0)
 
         def view(x: Tensor) -> Tensor:
-            return x[index, :, :, :used].transpose(1, 2)
+            return x[:, :, :used].transpose(1, 2)
 
-        return _each(self._k, view), _each(self._v, view)
+        return _each(self._k[index], view), _each(self._v[index], view)
 
 
 def _parts(x: Tensor | QuantizedKV) -> tuple[Tensor, ...]:

@@ -127,7 +127,8 @@ def visible(
     s = torch.arange(S, device=device)
     if not causal:
         return (s < lengths).expand(-1, -1, -1, T, -1)
-    return s <= lengths - T + torch.arange(T, device=device).view(-1, 1)
+    # From -T down no query sees a key; a length near the least integer must not wrap around.
+    return s <= lengths.clamp(min=-T) - T + torch.arange(T, device=device).view(-1, 1)
 
 
 def valid_only(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:

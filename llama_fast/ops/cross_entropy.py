@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from ..dispatch import Case, Cost, Op, interposed
 from .cross_entropy_quantized import linear_cross_entropy_quantized
-from .inputs import randn
+from .inputs import rand, randint, randn
 from .linear import BACKWARD_X, check_width
 from .linear import OP as LINEAR
 from .linear import check as check_linear
@@ -182,8 +182,8 @@ def cost(
 def cases() -> list[Case]:
     def sizes(*rows: int, C: int, V: int, ignored: float = 0.0, scale: float = 1.0, mean=True):
         def make(g, dtype, device):
-            targets = torch.randint(V, rows, generator=g)
-            targets[torch.rand(rows, generator=g, dtype=torch.float32) < ignored] = -100
+            targets = randint(g, V, *rows)
+            targets[rand(g, *rows) < ignored] = -100
             return (
                 randn(g, *rows, C, dtype=dtype, device=device, scale=scale),
                 randn(g, V, C, dtype=dtype, device=device, scale=C**-0.5),

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 
 from ..dispatch import Case, Cost, Op, interposed
-from .inputs import randn
+from .inputs import rand, randint, randn
 from .linear_quantized import BACKWARD_X
 from .linear_quantized import OP as LINEAR
 from .logits import Wanted, blocks, check_reduction, check_targets
@@ -169,8 +169,8 @@ def cases() -> list[Case]:
             C_in = x.shape[-1]
             w = randn(g, V, C_in, dtype=torch.float32, device=device, scale=C_in**-0.5)
             weight = QuantizedWeight.from_float(w, bits, group_size, symmetric).arguments
-            targets = torch.randint(V, x.shape[:-1], generator=g)
-            targets[torch.rand(targets.shape, generator=g, dtype=torch.float32) < ignored] = -100
+            targets = randint(g, V, *x.shape[:-1])
+            targets[rand(g, *targets.shape) < ignored] = -100
             return x, *weight, targets.to(device), -100, need_x, mean
 
         return make

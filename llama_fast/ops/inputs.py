@@ -14,6 +14,19 @@ def randn(
     device: str | torch.device = "cpu",
     scale: float = 1.0,
 ) -> torch.Tensor:
-    """Normal numbers of `shape`, drawn on the CPU, so that every device gets the same."""
-    numbers = torch.randn(*shape, generator=generator, dtype=torch.float32)
+    """Normal numbers of `shape`, the same on every device and CPU: drawn on the CPU in float64, as
+    torch draws float32 with the vector unit's own logarithm."""
+    numbers = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
     return (numbers * scale).to(device=device, dtype=dtype)
+
+
+def rand(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Float32 numbers of `shape` from 0 to below 1, on the CPU."""
+    return torch.rand(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def randint(
+    generator: torch.Generator, below: int, *shape: int, dtype: torch.dtype = torch.int64
+) -> torch.Tensor:
+    """Whole numbers of `shape` from 0 to below `below`, on the CPU."""
+    return torch.randint(below, shape, generator=generator, dtype=dtype, device="cpu")

@@ -98,7 +98,8 @@ def places(
     if lengths.is_cpu and (lengths > min(S, P)).any():  # elsewhere, to ask would be to wait
         row = int(lengths.argmax())
         raise too_long(row, int(lengths[row]), S, P)
-    position = lengths[:, None] - T + torch.arange(T, device=q.device)  # (B, T)
+    # A row of no tokens or less stores none; a length near the least integer must not wrap around.
+    position = lengths[:, None].clamp(min=0) - T + torch.arange(T, device=q.device)  # (B, T)
     b, t = ((position >= 0) & (position < min(S, P))).nonzero(as_tuple=True)
     return b, t, position[b, t]
 

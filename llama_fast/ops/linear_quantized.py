@@ -41,7 +41,7 @@ from ..config.quantization import BITS, GROUP_SIZES, ROWS, packed_shapes
 from ..dispatch import Case, Cost, Op
 from ..errors import ShapeError
 from . import checks
-from .inputs import randn
+from .inputs import rand, randint, randn
 from .rms_norm import accumulate
 
 BLOCK = 1 << 22  # weights that the reference dequantises at a time
@@ -319,11 +319,11 @@ def cases() -> list[Case]:
         """Random codes, and scales that make y's elements of the order of 1."""
         of_codes, of_scales = packed_shapes(C_out, C_in, bits, group_size)
         fill = centre(bits) if symmetric else 0
-        codes = torch.randint(256, of_codes, generator=g, dtype=torch.uint8)
+        codes = randint(g, 256, *of_codes, dtype=torch.uint8)
         padding = of_scales[1] * group_size - C_in
         if padding:
             per = 32 // bits
-            column = torch.arange(of_codes[1] * per).view(-1, 1, per)
+            column = torch.arange(of_codes[1] * per, device=codes.device).view(-1, 1, per)
             if bits == 8:
                 codes[(column >= C_in).expand(codes.shape)] = fill
             else:
@@ -331,7 +331,7 @@ def cases() -> list[Case]:
                 codes = torch.where(low, codes & 240 | fill, codes)
                 codes = torch.where(high, codes & 15 | fill << 4, codes)
         size = 2.0 ** (1 - bits) * max(C_in, 1) ** -0.5
-        scales = size * (0.5 + torch.rand(of_scales, generator=g, dtype=torch.float32))
+        scales = size * (0.5 + rand(g, *of_scales))
         offsets = None if symmetric else (-scales * centre(bits)).half().to(device)
         return codes.to(device), scales.half().to(device), offsets, C_out, bits, group_size
 

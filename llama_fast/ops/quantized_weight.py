@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..config.quantization import ROWS, WeightFormat, packed_shapes
 from ..dispatch import interposed, reserve
 from ..errors import ShapeError
+from ..utils.normal_tensors import normal_tensors
 from .linear_quantized import centre, dequantize, dequantized_blocks
-from .rounding import Fit, best_fit, enclosing, encode, refuse_non_finite
+from .rounding import AT_ONCE_ON_GPU, Fit, best_fit, enclosing, encode, refuse_non_finite
 
-# Weights that are rounded at a time: there are several float32 tensors of as many.
+# Weights that are rounded at a time on a CPU: there are several float32 tensors of as many.
 ROUNDED = 1 << 18
 
 
@@ -82,6 +83,7 @@ class QuantizedWeight(nn.Module):
         return cls.from_rows(weight.shape, (weight,), *form, fit=fit, device=weight.device)
 
     @classmethod
+    @normal_tensors()
     def from_rows(
         cls,
         shape: tuple[int, int],
@@ -145,7 +147,8 @@ class QuantizedWeight(nn.Module):
         """(start, rows) of the matrix (C_out, C_in), or of some rows of it, some blocks at a time:
         the rows in float32, cut into groups (n, groups, group_size), of which the last is filled up
         with zeros."""
-        step = max(1, ROUNDED // max(1, ROWS * self.shape[1])) * ROWS
+        most = ROUNDED if weight.device.type == "cpu" else AT_ONCE_ON_GPU
+        step = max(1, most // max(1, ROWS * self.shape[1])) * ROWS
         for start in range(0, len(weight), step):
             rows = F.pad(weight[start : start + step].detach().float(), (0, self._padding))
             yield start, rows.view(len(rows), self.scales.shape[1], self.group_size)

@@ -12,6 +12,9 @@ from .linear_quantized import centre
 
 # (groups (..., group_size), bits, symmetric) → (scales, offsets or None), float16 (...)
 Fit = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
+# Weights that are rounded at a time on a GPU, where each time is some hundred launches: several
+# float32 tensors of as many take 0.7 GB.
+AT_ONCE_ON_GPU = 1 << 25
 
 
 def enclosing(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
@@ -60,7 +63,7 @@ def best_fit(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor
 # Shares of the scale that takes in the largest number. Below 1 it is stretched beyond the codes,
 # so that the others fall closer together; more of them than these gain less than 0.2% of error.
 _SHARES = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
-_CHUNK = 1 << 17  # numbers that go through the cache together
+_CHUNK = 1 << 17  # numbers that go through a CPU's caches together
 
 
 def search_scales(groups: Tensor) -> Tensor:
@@ -72,7 +75,8 @@ def search_scales(groups: Tensor) -> Tensor:
     """
     rows = groups.reshape(-1, groups.shape[-1])
     found = torch.empty(len(rows), dtype=torch.float16, device=rows.device)
-    step = max(1, _CHUNK // rows.shape[1])
+    most = _CHUNK if rows.device.type == "cpu" else AT_ONCE_ON_GPU
+    step = max(1, most // rows.shape[1])
     for start in range(0, len(rows), step):
         w = rows[start : start + step]
         low, high = w.aminmax(dim=-1)

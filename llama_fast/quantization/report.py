@@ -1,4 +1,4 @@
-"""What quantising has changed: each weight, each layer's outputs, and the model's guesses.
+"""What quantising has changed: each weight, each layer's outputs, and the model's predictions.
 
 Beside it what a KV cache in 8 bits changes.
 """
@@ -42,25 +42,25 @@ class WeightError:
 
 
 @dataclass
-class Guesses:
+class Predictions:
     """What a changed model makes of the text that the float one has read.
 
     perplexity  exp of the mean loss in nats
     divergence  mean over the tokens of KL(float ‖ changed) in nats; divergence_largest: the worst
-    same_guess  share of the tokens for which both think the same likeliest
+    top1_agreement  share of the tokens for which both have the same likeliest one
     """
 
     perplexity: float = math.nan
     divergence: float = 0.0
     divergence_largest: float = 0.0
-    same_guess: float = 0.0
+    top1_agreement: float = 0.0
 
 
 @dataclass
 class Report:
     """A quantised model beside the float one on the same text.
 
-    tokens      that were guessed
+    tokens      that were predicted
     perplexity  of the float model
     quantized   the model of quantised weights
     kv_cache    the float model with a KV cache in 8 bits
@@ -72,9 +72,9 @@ class Report:
 
     tokens: int = 0
     perplexity: float = math.nan
-    quantized: Guesses = field(default_factory=Guesses)
-    kv_cache: Guesses = field(default_factory=Guesses)
-    both: Guesses = field(default_factory=Guesses)
+    quantized: Predictions = field(default_factory=Predictions)
+    kv_cache: Predictions = field(default_factory=Predictions)
+    both: Predictions = field(default_factory=Predictions)
     weights: list[WeightError] = field(default_factory=list)
     layers: list[float] = field(default_factory=list)
 
@@ -151,7 +151,7 @@ def compare(
                 _observe(report, part, module, other, exact.x.flatten(0, 1)[:TOKENS])
             heads = {True: other, False: module}
             found = {name: (heads[r.quantized], r.x) for name, r in readers.items()}
-            _guess(report, module, exact.x, found, tokens)
+            _compare_logits(report, module, exact.x, found, tokens)
     return report
 
 
@@ -196,7 +196,7 @@ def _observe(
     )
 
 
-def _guess(
+def _compare_logits(
     report: Report,
     head: Linear,
     x: Tensor,
@@ -211,23 +211,23 @@ def _guess(
     loss, losses = 0.0, dict.fromkeys(readers, 0.0)
     for start in range(0, len(targets), TOKENS):
         some = slice(start, start + TOKENS)
-        exact = head(_judged(x)[some]).float().log_softmax(-1)
+        exact = head(_predicting(x)[some]).float().log_softmax(-1)
         target = targets[some, None]
         loss -= float(exact.gather(1, target).sum()) / len(targets)
         for name, (its_head, its_x) in readers.items():
-            found = its_head(_judged(its_x)[some]).float().log_softmax(-1)
+            found = its_head(_predicting(its_x)[some]).float().log_softmax(-1)
             losses[name] -= float(found.gather(1, target).sum()) / len(targets)
             kl = (exact.exp() * (exact - found)).sum(-1)
-            guesses = getattr(report, name)
-            guesses.divergence += float(kl.sum()) / len(targets)
-            guesses.divergence_largest = max(guesses.divergence_largest, float(kl.max()))
+            predictions = getattr(report, name)
+            predictions.divergence += float(kl.sum()) / len(targets)
+            predictions.divergence_largest = max(predictions.divergence_largest, float(kl.max()))
             same = int((exact.argmax(-1) == found.argmax(-1)).sum())
-            guesses.same_guess += same / len(targets)
+            predictions.top1_agreement += same / len(targets)
     report.perplexity = math.exp(loss)
     for name, its_loss in losses.items():
         getattr(report, name).perplexity = math.exp(its_loss)
 
 
-def _judged(x: Tensor) -> Tensor:
+def _predicting(x: Tensor) -> Tensor:
     """(B,T,C) → (B·(T-1),C), without the last token of each row."""
     return x[:, :-1].flatten(0, 1)

@@ -10,7 +10,7 @@ import base64
 import json
 import operator
 
-from ..errors import TokenizerError
+from ..errors import TokenizerError, json_fault
 from .special_tokens import ADDED_TOKENS
 
 PATTERN = (
@@ -65,20 +65,27 @@ def load_json(data: bytes) -> dict:
     try:
         value = json.loads(data)
     except ValueError as error:
-        raise TokenizerError(f"invalid JSON ({error}); get a complete file") from None
+        raise TokenizerError(f"invalid JSON ({json_fault(error)}); get a complete file") from None
     if not isinstance(value, dict):
         raise TokenizerError("a JSON object is needed")
     return value
 
 
+def _fault(error: Exception) -> str:
+    """What is wrong in an object that should describe tokens."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    return "a value in it is of another kind than there"
+
+
 def listed_specials(data: bytes) -> dict[str, int]:
     """The special tokens that a tokenizer_config.json lists, name to id; it may list none."""
+    listed = load_json(data).get(ADDED_TOKENS) or {}
     try:
-        listed = load_json(data).get(ADDED_TOKENS) or {}
         return {token["content"]: int(id_) for id_, token in listed.items() if token["special"]}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise TokenizerError(
-            f"its {ADDED_TOKENS} are not tokens by their ids ({error!r})"
+            f"its {ADDED_TOKENS} are not tokens by their ids: {_fault(error)}"
         ) from None
 
 
@@ -103,7 +110,7 @@ def parse_json(data: bytes) -> tuple[list[bytes], dict[str, int], dict[str, int]
         keys = {operator.index(id_): key for key, id_ in vocab.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise TokenizerError(
-            f"not a byte-level BPE tokenizer.json as Llama 3 has it ({error!r})"
+            f"not a byte-level BPE tokenizer.json as Llama 3 has it: {_fault(error)}"
         ) from None
     if len(keys) < len(vocab):
         raise TokenizerError("two tokens of its vocabulary have the same id")

@@ -66,7 +66,7 @@ class PackedDataset:
             n_bytes += len(text.encode())
             if n_tokens is not None and len(ids) >= n_tokens:
                 break
-        return cls(torch.tensor(ids, dtype=torch.int32), block, n_bytes=n_bytes)
+        return cls(torch.tensor(ids, dtype=torch.int32, device="cpu"), block, n_bytes=n_bytes)
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.block
@@ -92,9 +92,8 @@ class PackedDataset:
                 "give more text, smaller blocks or a smaller batch_size"
             )
         epoch, at = divmod(step, per_epoch)
-        order = torch.randperm(
-            len(self), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        )
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self), generator=generator, device="cpu")
         return self.rows(order[at * batch_size : (at + 1) * batch_size].tolist())
 
     def fingerprint(self) -> int:

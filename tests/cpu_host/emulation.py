@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from filelock import FileLock
 
 from llama_fast.backends import cpu
 from llama_fast.dispatch import OPS
@@ -87,8 +88,10 @@ def build() -> tuple[Path, str]:
     """Builds the emulated module, incrementally → its file, and what went wrong or nothing."""
     folder = ROOT / "build" / "emulated"
     target = folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        setup.build_cpu_module(target, folder, dict.fromkeys(ISAS, CXX_FLAGS), f"-O2 {ANY_CPU}")
+        with FileLock(folder / "lock"):  # every worker of pytest-xdist comes here at once
+            setup.build_cpu_module(target, folder, dict.fromkeys(ISAS, CXX_FLAGS), f"-O2 {ANY_CPU}")
     except subprocess.CalledProcessError as error:
         again = subprocess.run([*error.cmd, "-k", "0"], capture_output=True, text=True)
         missing = sorted(set(MISSING.findall(again.stdout)))

@@ -16,11 +16,12 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+from filelock import FileLock
 
 from llama_fast.backends import cuda
 from llama_fast.dispatch import register_backend
 
-from ..cpu_host.emulation import load_module
+from ..cpu_host.emulation import load_module, setup
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -114,20 +115,23 @@ def build_as(kind: str) -> Path:
         for path in (ROOT / "csrc" / "cuda").rglob("*.cu")
         if path.stem != "device"  # its twin is device.cpp beside this file
     ]
-    sources = [ROOT / "csrc" / "bindings" / "cuda.cpp", *kernels, *HERE.glob("*.cpp")]
+    sources = [
+        ROOT / "csrc" / "bindings" / "cuda.cpp",
+        *sorted(kernels),
+        *sorted(HERE.glob("*.cpp")),
+    ]
     name = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     return build_with_ninja(f"cuda-host-{kind}", name, sources, kind)
 
 
 def build_with_ninja(folder: str, name: str, sources: list[Path], kind: str = RACES) -> Path:
     """Compiles the sources in build/`folder`, incrementally, and links them to the file `name`."""
-    import ninja
-
     path = ROOT / "build" / folder
     path.mkdir(parents=True, exist_ok=True)
-    (path / "build.ninja").write_text(ninja_file(name, sources, *BUILDS[kind]))
-    command = [Path(ninja.BIN_DIR) / "ninja", "-C", path]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = [setup.setup_cuda.find_ninja(), "-C", path]
+    with FileLock(path / "lock"):  # every worker of pytest-xdist comes here at once
+        (path / "build.ninja").write_text(ninja_file(name, sources, *BUILDS[kind]))
+        result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         pytest.fail(f"the CUDA kernels do not compile on the host:\n{result.stdout}", pytrace=False)
     return path / name
@@ -136,10 +140,16 @@ def build_with_ninja(folder: str, name: str, sources: list[Path], kind: str = RA
 def ninja_file(
     name: str, sources: list[Path], kernel_flags: str, other_flags: str, link_flags: str
 ) -> str:
+    """For a folder in build/, to which the sources are named relatively: what was compiled holds
+    where a checkout is copied with it."""
     import pybind11
 
-    python = (sysconfig.get_path("include"), pybind11.get_include())
-    includes = [f"-I{HERE}", f"-I{ROOT}/csrc/cuda", *(f"-isystem {path}" for path in python)]
+    # By its real path: an environment that has it by a link compiles nothing anew.
+    pybind = Path(pybind11.get_include()).resolve()
+    python = (sysconfig.get_path("include"), pybind)
+    up = Path("..", "..")
+    here, csrc = up / HERE.relative_to(ROOT), up / "csrc"
+    includes = [f"-I{here}", f"-I{csrc}/cuda", *(f"-isystem {path}" for path in python)]
     common = " ".join([CXX_FLAGS, *includes])
     lines = [
         f"rule cxx\n  command = {CXX} -MMD -MF $out.d {common} $flags -x c++ -c $in -o $out",
@@ -151,10 +161,10 @@ def ninja_file(
         if source.suffix == ".cu":
             flags = kernel_flags
         elif source.parent.name == "bindings":
-            flags = f"-O1 -I{ROOT}/csrc {HOST_ARCHITECTURE}"
+            flags = f"-O1 -I{csrc} {HOST_ARCHITECTURE}"
         else:
             flags = other_flags
         objects.append(f"{source.parent.name}/{source.name}.o")
-        lines.append(f"build {objects[-1]}: cxx {source}\n  flags = {flags}")
+        lines.append(f"build {objects[-1]}: cxx {up / source.relative_to(ROOT)}\n  flags = {flags}")
     lines.append(f"build {name}: link {' '.join(objects)}\n")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import subprocess
 
 import pytest
@@ -21,7 +22,9 @@ def library() -> ctypes.CDLL:
     folder = host.HERE / "runtime"
     includes = (f"-I{folder}", f"-I{host.ROOT}/csrc/cuda")
     command = [host.CXX, *host.CXX_FLAGS.split(), "-shared", *includes]
-    subprocess.run([*command, folder / "launches.cpp", "-o", target], check=True)
+    own = target.with_suffix(f".{os.getpid()}")  # another worker of pytest-xdist may load target
+    subprocess.run([*command, folder / "launches.cpp", "-o", own], check=True)
+    own.replace(target)
     loaded = ctypes.CDLL(str(target))
     loaded.try_launch.restype = ctypes.c_char_p
     loaded.try_launch.argtypes = [

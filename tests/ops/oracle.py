@@ -1,12 +1,19 @@
-"""How an op is judged: against its eager reference in float64, by the error of same-dtype eager."""
+"""How an op is judged: against its eager reference in float64, by what rounding may do to that."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from llama_fast.dispatch import Op
 
+from .rounding import Moved
+
 GUARD = 64  # elements of NaN on each side of an input
+DRAWS = 4  # runs with moved operands, of which the largest error counts: one may happen to be exact
+FACTOR = 2.0  # times as far from float64 as rounding may take the definition
 
 
 def to_float64(args: tuple) -> tuple:
@@ -67,25 +74,67 @@ def run_poisoned(op: Op, args: tuple) -> tuple[torch.Tensor, ...]:
     return (*outputs, *written)
 
 
-def references(op: Op, args: tuple) -> tuple[tuple, tuple]:
-    """(eager in the arguments' dtype, eager in float64), written arguments behind the outputs."""
-    results = []
-    for given in (copies(args), to_float64(copies(args))):
+class Expected(NamedTuple):
+    """One result of a definition: in float64, in its dtype, and the largest and the root mean
+    square error that rounding may give it."""
+
+    exact: torch.Tensor
+    rounded: torch.Tensor
+    largest_error: float
+    rms_error: float
+
+
+def expected(function: Callable[..., tuple], args: tuple) -> list[Expected]:
+    """What `function(*args)` should return, whatever machine asks: see rounding.py.
+
+    Everything is computed on the CPU; `function` is called several times with copies of `args`.
+    """
+    args = tuple(a.cpu() if isinstance(a, torch.Tensor) else a for a in args)
+    exact = function(*to_float64(copies(args)))
+    runs = []
+    for seed in (None, *range(DRAWS)):
+        with Moved(seed):
+            runs.append(function(*copies(args)))
+    return [_expected(*of_one) for of_one in zip(exact, *runs, strict=True)]
+
+
+def _expected(exact: torch.Tensor, rounded: torch.Tensor, *moved: torch.Tensor) -> Expected:
+    if not rounded.is_floating_point() or not rounded.numel():
+        return Expected(exact, rounded, 0.0, 0.0)
+    errors = [_errors(x, exact)[torch.isfinite(rounded) & torch.isfinite(x)] for x in moved]
+    largest, rms = zip(*(_largest_and_rms(e) for e in errors), strict=True)
+    return Expected(exact, rounded, max(largest), max(rms))
+
+
+def _errors(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    return (actual.double() - exact.double()).abs()
+
+
+def _largest_and_rms(x: torch.Tensor) -> tuple[float, float]:
+    return (x.max().item(), x.square().mean().sqrt().item()) if x.numel() else (0.0, 0.0)
+
+
+def of_op(op: Op, args: tuple) -> list[Expected]:
+    """What the op should return, written arguments behind the outputs."""
+
+    def run(*given: Any) -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
             outputs = as_tuple(op.eager(*given))
-        written = tuple(
+        schema = op._torch_op._schema.arguments
+        return *outputs, *(
             a
-            for argument, a in zip(op._torch_op._schema.arguments, given, strict=True)
+            for argument, a in zip(schema, given, strict=True)
             if argument.alias_info is not None and argument.alias_info.is_write
         )
-        results.append((*outputs, *written))
-    return results[0], results[1]
+
+    return expected(run, args)
 
 
-def assert_accurate(actual, eager, exact, what: str, factor: float = 2.0) -> None:
-    """The error of `actual` is at most `factor` times that of `eager`, in the largest and in the
-    root mean square; half a unit in the last place of the largest value is always allowed."""
-    for i, (a, e, r) in enumerate(zip(actual, eager, exact, strict=True)):
+def assert_accurate(actual: tuple, wanted: list[Expected], what: str) -> None:
+    """The error of `actual` is at most twice what rounding may give, in the largest and in the root
+    mean square; half a unit in the last place of the largest value is always allowed."""
+    for i, (a, of) in enumerate(zip(actual, wanted, strict=True)):
+        a, e = a.cpu(), of.rounded
         assert a.shape == e.shape and a.dtype == e.dtype, f"{what}: {a.shape} {a.dtype}"
         if a.dtype is torch.int8:  # a value between two codes may become either
             apart = (a.int() - e.int()).abs()
@@ -95,17 +144,18 @@ def assert_accurate(actual, eager, exact, what: str, factor: float = 2.0) -> Non
         if not a.is_floating_point():
             assert torch.equal(a, e), f"{what}: output {i} differs"
             continue
-        if a.numel() == 0:
-            continue
         finite = torch.isfinite(e)
         assert torch.equal(torch.isfinite(a), finite), f"{what}: output {i} is not finite where due"
-        error, allowed = (a.double() - r)[finite].abs(), (e.double() - r)[finite].abs()
-        if error.numel() == 0:
-            continue
-        half_ulp = torch.finfo(a.dtype).eps / 2
-        largest, typical = r[finite].abs().max(), r[finite].square().mean().sqrt()
-        worst = factor * allowed.max() + half_ulp * largest
-        assert error.max() <= worst, f"{what}: output {i}: error {error.max():.3g} > {worst:.3g}"
-        mean = factor * allowed.square().mean().sqrt() + half_ulp * typical
-        rms = error.square().mean().sqrt()
+        largest, rms = _largest_and_rms(_errors(a, of.exact)[finite])
+        of_largest, of_rms = _largest_and_rms(of.exact[finite].abs())
+        worst, mean = FACTOR * of.largest_error, FACTOR * of.rms_error
+        worst += _half_unit(of_largest, a.dtype)
+        mean += _half_unit(of_rms, a.dtype)
+        assert largest <= worst, f"{what}: output {i}: error {largest:.3g} > {worst:.3g}"
         assert rms <= mean, f"{what}: output {i}: rms error {rms:.3g} > {mean:.3g}"
+
+
+def _half_unit(size: float, dtype: torch.dtype) -> float:
+    """Half a unit in the last place of a number of this size."""
+    kind = torch.finfo(dtype)
+    return max(size * kind.eps, kind.smallest_normal * kind.eps) / 2

@@ -16,7 +16,7 @@ from llama_fast.ops.rope import tables
 
 from ..cuda_host import host
 from .backends import CUDA_HOST, on, unless
-from .oracle import assert_accurate, references
+from .oracle import assert_accurate, of_op
 from .test_kv_append import arguments as append_arguments
 
 BACKENDS = ["eager", "cpu"] if cpu.isas() else ["eager"]
@@ -171,7 +171,7 @@ def test_small_values_lose_nothing_in_float16(backend, T, growth):
     args = (q, *k, *quantize(v), True, None, None)
     op = OPS["attention_quantized"]
     with on(backend):
-        assert_accurate((op(*args),), *references(op, args), f"small values, T {T}")
+        assert_accurate((op(*args),), of_op(op, args), f"small values, T {T}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

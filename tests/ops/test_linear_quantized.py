@@ -12,8 +12,7 @@ import torch
 
 from llama_fast import QuantizedWeight, linear, linear_quantized
 from llama_fast.backends import cpu
-from llama_fast.dispatch import BackendError
-from llama_fast.errors import GradientError, ShapeError
+from llama_fast.errors import BackendError, GradientError, ShapeError
 from llama_fast.nn import Linear
 
 from .backends import BACKENDS, on

@@ -32,8 +32,9 @@ template <class T, class Cached = T> struct Problem {
         k_stride(a.k.stride.t),
         v_stride(a.v.stride.t),
         causal(a.causal) {
-    const int64_t given = a.lengths ? a.lengths[b] : a.S;
-    length = int(given < a.S ? given : a.S);
+    // Below -T no query sees a key, whatever was given; and it may not fit into an int.
+    const int64_t given = a.lengths ? max(a.lengths[b], -a.T) : a.S;
+    length = int(min(given, a.S));
     shift = int(given - a.T) + 1;
   }
 

@@ -6,7 +6,8 @@
 namespace llama_fast::cuda {
 
 // blockIdx.x is a token: t of row b, at the position and in the slot lengths[b] - T + t. It is stored
-// unless that is negative, or beyond the cache or the tables.
+// unless that is negative, or beyond the cache or the tables. A row of no tokens or less stores none,
+// and a length near the least integer must not wrap around.
 struct Token {
   int64_t b, t, position;
   bool stored;
@@ -14,7 +15,7 @@ struct Token {
   __device__ __forceinline__ Token(const int64_t* lengths, int64_t stride, int tokens, int64_t most)
       : b(int(blockIdx.x) / tokens),
         t(int(blockIdx.x) % tokens),
-        position(lengths[b * stride] - tokens + t),
+        position(max(lengths[b * stride], int64_t(0)) - tokens + t),
         stored(position >= 0 && position < most) {}
 };
 

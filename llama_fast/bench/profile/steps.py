@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ...checkpoint import initial_std
 from ...config import LlamaConfig
-from ...config.quantization import Quantization
+from ...config.quantization import Quantization, WeightFormat
 from ...dispatch import OPS, Cost, Op
 from ...errors import ConfigError
 from ...generation.decode import DecodeStep
 from ...model import Llama
 from ...nn.kv_cache import KVCache
-from ...ops.quantized_weight import QuantizedWeight, round_weight
+from ...ops import QuantizedWeight
 from ...training.loop import TrainConfig, make_optimizer
 from ..shapes import Work, workloads
 from .calls import Section, Step
@@ -44,30 +44,51 @@ def random_model(
     device: str | torch.device,
     quantize: str | None = None,
 ) -> Llama:
-    """The model's shape with `layers` of its layers and random weights; quantised weight by weight,
-    so that both forms of one are in memory at most. On the meta device it has shapes alone."""
+    """Returns a model of that shape with `layers` of its layers and random weights; quantised
+    values are drawn as such, since rounding floats would take minutes. On the meta device it has
+    shapes alone."""
     config = dataclasses.replace(config, n_layers=layers)
     model = Llama(config, device="meta", dtype=dtype)
     settings = None if quantize is None else Quantization.of(quantize)
     for name, parameter in list(model.named_parameters()):
         form = settings and settings.of_weight(name)
+        std = initial_std(config, name)
         if torch.device(device).type == "meta":
             weight = QuantizedWeight.empty(parameter.shape, form) if form else parameter
+        elif form:
+            weight = random_quantized(form, parameter.shape, std, device)
         else:
-            std = initial_std(config, name)
             weight = torch.empty(parameter.shape, dtype=dtype, device=device)
             fill(weight, std) if std is not None else weight.fill_(1)
-            weight = round_weight(weight, form) if form else weight
         model.set_weight(name, weight)
     model.tie()
-    model.rope = type(model.rope)(config, device)
+    model.rope.to_empty(device=device)
     return model.eval()
 
 
+def random_quantized(
+    form: WeightFormat, shape: tuple[int, int], std: float, device: str | torch.device
+) -> QuantizedWeight:
+    """Returns a weight whose quantised values are uniform, with a scale that gives it that standard
+    deviation."""
+    weight = QuantizedWeight.empty(shape, form).to_empty(device=device)
+    fill(weight.codes)
+    weight.scales.fill_(std * 12**0.5 / 2**form.bits)
+    if weight.offsets is not None:
+        weight.offsets.fill_(-std * 3**0.5)
+    return weight
+
+
 def fill(x: Tensor, std: float = 1.0) -> None:
-    """Normal numbers, from the same few million on."""
-    numbers = torch.empty(min(RANDOM, max(1, x.numel())), dtype=x.dtype)
-    numbers = numbers.normal_(0, std, generator=torch.Generator().manual_seed(0)).to(x.device)
+    """Fills x with the same few million random numbers again and again: normal ones, or any bytes
+    where x is uint8."""
+    numbers = torch.empty(min(RANDOM, max(1, x.numel())), dtype=x.dtype, device="cpu")
+    generator = torch.Generator("cpu").manual_seed(0)
+    if x.dtype is torch.uint8:
+        numbers.random_(256, generator=generator)
+    else:
+        numbers.normal_(0, std, generator=generator)
+    numbers = numbers.to(x.device)
     flat = x.view(-1)
     for start in range(0, x.numel(), RANDOM):
         part = flat[start : start + RANDOM]
@@ -159,7 +180,9 @@ def train_step(model: Llama, batch: int, tokens: int) -> Step:
 
 def _tokens(model: Llama, batch: int, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(model.config.vocab_size, (batch, count), generator=generator)
+    drawn = torch.randint(
+        model.config.vocab_size, (batch, count), generator=generator, device="cpu"
+    )
     return drawn.to(model.device)
 
 

@@ -31,6 +31,12 @@ def baselines(row: Row) -> list[str]:
     return [name for name in names if not name.startswith(OURS)]
 
 
+def without_rival(row: Row) -> bool:
+    """Whether the baselines of a call are this package's own definition, eager and compiled: torch
+    has no op for weights or a cache as they are quantised here."""
+    return "quantized" in row.call["op"]
+
+
 def sweeps(rows: list[Row]) -> list[list[Row]]:
     """Rows of attention that differ in their length, the shortest first; three at least. The batch
     is the same, or the number of all tokens is."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import LlamaFastError
 from ..results import OURS, OWN, Row
-from .choose import NOISY, PARTS, baselines, calls, labels, mark, said, sweeps
+from .choose import NOISY, PARTS, baselines, calls, labels, mark, said, sweeps, without_rival
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +31,7 @@ CONTENDERS = {
 OTHER_WAYS = "#8FBFDD"  # of our own kernels
 LEAST_MEMORY = 1e7  # bytes: calls that hold less are no matter
 DPI = 100
+DAGGER = "†"
 MOST_CALLS = 10  # of the figure of memory, the hungriest first
 
 
@@ -164,7 +165,13 @@ def speed_ups(rows: list[Row], title: str) -> Figure | None:
     """How many times faster ours is than each baseline: a panel for each kind of work."""
     rows = [row for row in calls(rows) if baselines(row)]
     parts = {part: [row for row in rows if row.call["work"] == part] for part in PARTS}
-    return _bar_figure({k: v for k, v in parts.items() if v}, title, labels(rows))
+    names, note = labels(rows), ""
+    if own := [row for row in rows if without_rival(row)]:
+        note = (
+            f"{DAGGER} PyTorch has no such op: beside our own definition, which dequantises first"
+        )
+        names |= {row.name: f"{names[row.name]} {DAGGER}" for row in own}
+    return _bar_figure({k: v for k, v in parts.items() if v}, title, names, note)
 
 
 def models(rows: list[Row], title: str) -> Figure | None:
@@ -175,7 +182,9 @@ def models(rows: list[Row], title: str) -> Figure | None:
     return _bar_figure({"whole models": rows} if rows else {}, title, names)
 
 
-def _bar_figure(parts: dict[str, list[Row]], title: str, names: dict[str, str]) -> Figure | None:
+def _bar_figure(
+    parts: dict[str, list[Row]], title: str, names: dict[str, str], note: str = ""
+) -> Figure | None:
     if not parts:
         return None
     known = list(
@@ -211,7 +220,8 @@ def _bar_figure(parts: dict[str, list[Row]], title: str, names: dict[str, str]) 
     pale = any(row.noisy(row.own(), name) for r in parts.values() for row in r for name in known
                if name in row.samples)  # fmt: skip
     said_of_pale = "; pale: too noisy to count" if pale else ""
-    panels[-1].set_xlabel(f"times as fast as the baseline (log scale{said_of_pale})")
+    said_of_axis = f"times as fast as the baseline (log scale{said_of_pale})"
+    panels[-1].set_xlabel("\n".join(filter(None, (said_of_axis, note))))
     figure.suptitle(title, fontsize=11)
     _legend_below(figure, colours, known)
     return figure
@@ -333,7 +343,7 @@ def memory(rows: list[Row], title: str) -> Figure | None:
 # By the end of the file's name: the function, and what the figure is about.
 FIGURES = {
     "roofline": (roofline, "Roofline"),
-    "speed-ups": (speed_ups, "Ops beside what a user would run instead"),
+    "speed-ups": (speed_ups, "Ops beside PyTorch"),
     "models": (models, "Whole models beside their peers"),
     "attention": (attention_lengths, "Attention over the length of the sequence"),
     "memory": (memory, "Memory of a call"),

@@ -1,9 +1,7 @@
-"""A report: one page of Markdown with its tables and figures, and the part of a README that is made
-from results files."""
+"""A report: one page of Markdown with its tables and figures, and figures in other pages."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,27 +11,23 @@ from ..machine import file_name
 from ..results import OURS, Goal, Results, Row
 from .choose import NOISY
 from .figures import FIGURES, ceilings_of
+from .marks import filled
 
-BEGIN, END = "<!-- begin llama-fast report -->", "<!-- end llama-fast report -->"
 UNITS = {"read": "GB/s", "copy": "GB/s", "float32": "GFLOP/s", "bfloat16": "GFLOP/s"}
 
 
 class Written(NamedTuple):
-    """The page, the figures beside it, and the short form of the page for a README, whose links are
-    of another folder."""
+    """The page, and the figures beside it."""
 
     page: Path
     figures: list[Path]
-    summary: str
 
 
-def write(
-    results: list[Results], folder: Path, *, figures: bool = True, relative_to: Path | None = None
-) -> Written:
+def write(results: list[Results], folder: Path, *, figures: bool = True) -> Written:
     """Writes `report.md` and PNGs into a folder, which is made where there is none.
 
-    results      as `llama_fast.bench.results.load` reads them; those of one machine become one part
-    relative_to  the folder of the README that the summary is for; the working folder else
+    results  as `llama_fast.bench.results.load` reads them; those of one machine become one part
+
     Raises ResultsError where there is no row, LlamaFastError where figures need matplotlib and it
     is not installed.
     """
@@ -42,7 +36,7 @@ def write(
         raise ResultsError("the results have no rows: nothing was measured")
     folder.mkdir(parents=True, exist_ok=True)
     made: list[Path] = []
-    parts, summaries = [], []
+    parts = []
     for where, rows in machines:
         about = _about(where, rows)
         drawn = _draw(where, rows, about, folder) if figures else {}
@@ -53,15 +47,26 @@ def write(
             (_ceilings(rows), targets(rows), _calls(rows), _checks(rows), _versions(rows)),
         )
         parts.append("\n\n".join([f"## {about}", *links, *tables]))
-        start = relative_to or Path.cwd()
-        near = {s: Path(os.path.relpath(p, start)).as_posix() for s, p in drawn.items()}
-        shown = [f"![{said}]({path})" for said, path in near.items()]
-        summaries.append("\n\n".join(filter(None, [f"{about}.", targets(rows), *shown])))
     page = folder / "report.md"
     head = f"# Measured\n\n{HOW}"
     with atomic_file(page) as partial:
         partial.write_text("\n\n".join([head, *parts]) + "\n", encoding="utf-8")
-    return Written(page, made, "\n\n".join(summaries))
+    return Written(page, made)
+
+
+def fill(page: Path, results: list[Results]) -> None:
+    """Puts figures of the results into their places in a page, as `marks` says them. Raises
+    ResultsError for a page that has none, or asks for what the results do not have."""
+    machines = {_stem(where, rows): rows for where, rows in _by_machine(results)}
+    by_name = {stem: {row.name: row for row in rows} for stem, rows in machines.items()}
+    try:
+        text = filled(page.read_text(encoding="utf-8"), by_name)
+    except OSError as error:
+        raise ResultsError(f"{page} cannot be read: {error.strerror}") from None
+    except ResultsError as error:
+        raise ResultsError(f"{page}: {error}") from None
+    with atomic_file(page) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 HOW = f"""Medians of interleaved rounds, with the spread between their quartiles. Rows
@@ -88,6 +93,12 @@ def _device(rows: list[Row]) -> tuple[str, int]:
     return run.get("ceilings", {}).get("device", "cpu"), run.get("threads", 1)
 
 
+def _stem(where: dict[str, Any], rows: list[Row]) -> str:
+    """The machine, for names of files."""
+    device, threads = _device(rows)
+    return file_name(where, threads, device)
+
+
 def _about(where: dict[str, Any], rows: list[Row]) -> str:
     device, threads = _device(rows)
     dates = sorted({row.measured_with["date"] for row in rows if "date" in row.measured_with})
@@ -103,8 +114,7 @@ def _about(where: dict[str, Any], rows: list[Row]) -> str:
 
 
 def _draw(where: dict[str, Any], rows: list[Row], about: str, folder: Path) -> dict[str, Path]:
-    device, threads = _device(rows)
-    stem, found = file_name(where, threads, device), {}
+    stem, found = _stem(where, rows), {}
     for kind, (draw, said) in FIGURES.items():
         figure = draw(rows, f"{said}{_sizes(rows)}\n{about}")
         if figure is None:
@@ -130,7 +140,7 @@ def _ceilings(rows: list[Row]) -> str:
     said = (
         f"{name} {found[name] / 1e9:.3g} {unit}" for name, unit in UNITS.items() if name in found
     )
-    return "Measured ceilings: " + ", ".join(said) + "."
+    return "Peak rates, measured: " + ", ".join(said) + "."
 
 
 def targets(rows: list[Row]) -> str:
@@ -210,16 +220,3 @@ def _versions(rows: list[Row]) -> str:
             if version is not None:
                 found[name] = str(version)
     return "Versions: " + ", ".join(f"{name} {version}" for name, version in found.items()) + "."
-
-
-def replace_between_marks(path: Path, text: str) -> None:
-    """Puts the text between the two marks of a page. Raises ResultsError when the file has not
-    exactly one pair of them."""
-    content = path.read_text(encoding="utf-8")
-    if content.count(BEGIN) != 1 or content.count(END) != 1:
-        raise ResultsError(f"{path} must have one line {BEGIN} and, after it, one line {END}")
-    before, rest = content.split(BEGIN)
-    with atomic_file(path) as partial:
-        partial.write_text(
-            f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8"
-        )

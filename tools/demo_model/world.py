@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..errors import LlamaFastError
+from llama_fast.errors import LlamaFastError
+
 from .facts import SEASONS, WEATHER, Named
 from .grammar import expand
 

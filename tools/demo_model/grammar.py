@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from functools import cache
 
-from ..errors import LlamaFastError
+from llama_fast.errors import LlamaFastError
 
 _STOPS = "[]|{}"
 

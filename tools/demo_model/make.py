@@ -1,4 +1,4 @@
-"""Makes the demo model anew: ``python -m llama_fast.demo.make``.
+"""Makes the demo model anew: ``python -m tools.demo_model.make``.
 
 Texts, tokenizer, training, checkpoint, samples, loss curve and data card all follow from
 ``recipe.py`` and ``world.py``; nothing is downloaded. An interrupted run goes on where it stopped.
@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from ..generation.generate import generate
-from ..model import Llama
-from ..tokenizer import Tokenizer
-from ..training.loop import STATE_FILE, History, TrainConfig, evaluate, train
-from ..training.plot import plot_loss
-from ..utils.files import atomic_file
-from . import FOLDER
+from llama_fast.demo import FOLDER
+from llama_fast.generation.generate import generate
+from llama_fast.model import Llama
+from llama_fast.tokenizer import Tokenizer
+from llama_fast.training.loop import STATE_FILE, History, TrainConfig, evaluate, train
+from llama_fast.training.plot import plot_loss
+from llama_fast.utils.files import atomic_file
+
 from .card import SAMPLE_PROMPTS, data_card
 from .recipe import (
     BLOCK,
@@ -31,11 +32,13 @@ from .recipe import (
     TRAINING,
     held_out_data,
     make_tokenizer,
+    stories,
     training_data,
 )
 
 STATE_FOLDER = Path("build") / "demo"
 CHECKPOINT_FILES = ("params.json", "consolidated.00.pth", "tokenizer.model")
+STORIES = "stories.json"
 
 
 def make(
@@ -46,7 +49,8 @@ def make(
     held_out_tokens: int = HELD_OUT_TOKENS,
     progress: bool = True,
 ) -> dict[str, object]:
-    """Writes the checkpoint, ``metrics.json``, ``loss.png`` and ``DATA_CARD.md`` into ``folder``.
+    """Writes the checkpoint, metrics.json, stories.json, loss.png and DATA_CARD.md into
+    `folder`.
 
     state_folder: where an interrupted training leaves its state; None keeps none. Files that are
     there are replaced, each in one step. Returns what ``metrics.json`` says.
@@ -67,10 +71,11 @@ def make(
             with atomic_file(folder / name) as beside:
                 shutil.copyfile(saved / name, beside)
     metrics = measure(folder, history, training, held_out_tokens)
-    with atomic_file(folder / "metrics.json") as beside:
-        beside.write_text(
-            json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+    for name, content in (("metrics.json", metrics), (STORIES, stories())):
+        with atomic_file(folder / name) as beside:
+            beside.write_text(
+                json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
     with atomic_file(folder / "DATA_CARD.md") as beside:
         beside.write_text(data_card(metrics), encoding="utf-8")
     plot_loss(history, folder / "loss.png", title="Loss of the demo model")
@@ -135,7 +140,7 @@ def samples(model: Llama, tokenizer: Tokenizer) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m llama_fast.demo.make", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_model.make", description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the model is written")
     parser.add_argument("--state", type=Path, default=STATE_FOLDER, help="state of the training")
     parser.add_argument("--steps", type=int, default=TRAINING.steps, help="optimizer steps")

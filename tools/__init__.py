@@ -1,0 +1,1 @@
+"""What makes the files that ship, and does not ship itself."""

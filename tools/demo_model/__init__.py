@@ -1,0 +1,1 @@
+"""How the demo model is made: its world, texts, recipe and data card."""
