@@ -83,7 +83,7 @@ py::object kinds_of_calls(py::type tensor, py::type parameter, py::function fall
   const auto* api = exchange_api(tensor);
   if (!api) return py::none();
   return py::cpp_function(
-      [kind = KindOfCall(std::move(tensor), std::move(parameter), api, std::move(fallback))](
+      [kind = CallSignature(std::move(tensor), std::move(parameter), api, std::move(fallback))](
           const py::tuple& args, bool grad) { return kind(args, grad); });
 }
 

@@ -1,4 +1,4 @@
-// The kind of a call of an op: everything that its launcher depends on, as the bytes of a key.
+// The signature of a call of an op: everything that its launcher depends on, as the bytes of a key.
 //
 // Reading shape, strides, dtype and device of a tensor from Python takes 0.4 µs, as much as a
 // short kernel; through DLPack's C interface it takes a tenth of that.
@@ -23,11 +23,11 @@ inline uintptr_t lowest_address() {
   return lowest ? lowest : 1;
 }
 
-class KindOfCall {
+class CallSignature {
  public:
   // tensor, parameter  the types that are no subclass with ways of its own
   // fallback           (args, grad) → the key, for arguments that are not read here
-  KindOfCall(pybind11::type tensor, pybind11::type parameter,
+  CallSignature(pybind11::type tensor, pybind11::type parameter,
              const DLPackExchangeAPI* api, pybind11::function fallback)
       : tensor_(std::move(tensor)), parameter_(std::move(parameter)), api_(api),
         fallback_(std::move(fallback)), requires_grad_("requires_grad"),
