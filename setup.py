@@ -27,7 +27,7 @@ import setup_cuda  # noqa: E402
 # GCC 12 warns of its own avx512fintrin.h (GCC bug 105593).
 AVX512 = (
     "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni "
-    "-Wno-maybe-uninitialized"
+    "-Wno-maybe-uninitialized -Wno-uninitialized"
 )
 X86_64_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
@@ -39,7 +39,7 @@ ISA_FLAGS = {"scalar": "", **(X86_64_FLAGS if IS_X86_64 else {})}
 
 # No -march=native and no -ffast-math: the module must run on any CPU of its architecture, and
 # NaN and infinity must behave.
-CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall"
+CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall"
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 
@@ -104,10 +104,11 @@ def ninja_file(target: Path, folder: Path, isa_flags: dict[str, str], flags: str
     binding_flags = " ".join([*built_for, *(f"-isystem {path}" for path in includes)])
     lines.append(f"build binding.o: cxx {csrc}/bindings/cpu.cpp\n  flags = {binding_flags}")
     for isa, its_flags in isa_flags.items():
-        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-            objects.append(f"{isa}/{source.stem}.o")
+        for source in sorted((ROOT / "csrc" / "cpu").rglob("*.cpp")):
+            path = source.relative_to(ROOT / "csrc" / "cpu")
+            objects.append(f"{isa}/{path.with_suffix('.o')}")
             own = f"-DISA={isa} -DISA_{isa.upper()} {its_flags}"
-            lines.append(f"build {objects[-1]}: cxx {csrc}/cpu/{source.name}\n  flags = {own}")
+            lines.append(f"build {objects[-1]}: cxx {csrc}/cpu/{path}\n  flags = {own}")
     lines.append(f"build {target}: link {' '.join(objects)}\ndefault {target}\n")
     return "\n".join(lines)
 

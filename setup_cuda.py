@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.resolve()
 VARIABLE = "LLAMA_FAST_CUDA"
 OLDEST = 80  # cp.async and bfloat16 matrix products
 ALL = ("80", "86", "89", "90a", "100", "120")
-NVCC_FLAGS = "-O3 -std=c++17 -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden --Werror=all-warnings"
+NVCC_FLAGS = "-O3 -std=c++20 -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden --Werror=all-warnings"
 
 
 class NoCuda(Exception):
@@ -129,7 +129,7 @@ def ninja_file(target: Path, chosen: list[str]) -> str:
     includes = [sysconfig.get_path("include"), pybind11.get_include()]
     binding = " ".join(
         [
-            f"-O2 -std=c++17 -fPIC -fvisibility=hidden -Wall -I{ROOT}/csrc",
+            f"-O2 -std=c++20 -fPIC -fvisibility=hidden -Wall -I{ROOT}/csrc",
             *(f"-isystem {path}" for path in includes),
             f"'-DLLAMA_FAST_CUDA_ARCHITECTURES=\"{','.join(chosen)}\"'",
         ]
@@ -145,8 +145,8 @@ def ninja_file(target: Path, chosen: list[str]) -> str:
         f"build binding.o: cxx {ROOT}/csrc/bindings/cuda.cpp",
     ]
     objects = ["binding.o"]
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        objects.append(f"{source.stem}.o")
+    for source in sorted((ROOT / "csrc" / "cuda").rglob("*.cu")):
+        objects.append(f"{source.relative_to(ROOT / 'csrc' / 'cuda').with_suffix('.o')}")
         lines.append(f"build {objects[-1]}: nvcc {source}")
     lines.append(f"build {target}: link {' '.join(objects)}\ndefault {target}\n")
     return "\n".join(lines)

@@ -174,7 +174,9 @@ def test_after_a_launch_that_fails_the_next_one_runs():
     one = torch.ones(1, 17, 1, 64, dtype=torch.bfloat16)
     many = one.expand(65536, 17, 1, 64)
     with host.use_host(), use_backend("cuda", strict=True):
-        with pytest.raises(KernelError, match=r"attention_many.*no GPU takes.*\(65536, 17, 1, 64"):
+        with pytest.raises(
+            KernelError, match=r"attention_prefill.*no GPU takes.*\(65536, 17, 1, 64"
+        ):
             attention(many, many, many)
         assert torch.equal(attention(many[:2], many[:2], many[:2]), many[:2])
 
@@ -215,8 +217,8 @@ def test_kernels_of_decoding_wait_for_the_one_before(monkeypatch):
         "linear_quantized_fwd",
         "linear_swiglu_fwd",
         "linear_swiglu_quantized_fwd",
-        "attention_few",
-        "attention_few_quantized",
+        "attention_decode",
+        "attention_decode_quantized",
     } <= launched
 
 

@@ -78,9 +78,9 @@ def test_no_kernel_spills():
 @needs_cuobjdump
 def test_warpgroups_pass_on_the_registers_that_they_have():
     """What a launch gives, and what stands behind setmaxnreg.dec up to the kernel's end."""
-    source = (ROOT / "csrc" / "cuda" / "attention" / "warpgroups.cuh").read_text()
+    source = (ROOT / "csrc" / "cuda" / "attention" / "prefill_sm90.cuh").read_text()
     count = {name: int(n) for name, n in re.findall(r"(\w+)_REGISTERS = (\d+)", source)}
-    given = {k.registers for k in kernels() if k.architecture == "90a" and "warpgroups" in k.name}
+    given = {k.registers for k in kernels() if k.architecture == "90a" and "wgmma" in k.name}
     assert given == {count["LAUNCH"]}
     found = 0
     for _, code in listings():
@@ -110,9 +110,9 @@ def test_matrix_instructions_are_where_they_should_be():
             if any(re.match(pattern, code) for code in codes)
         }
 
-    few = {"attention_few", "attention_few_quantized"}
-    assert kernels_with("HMMA") == {"linear_fwd", "attention_many"} | few
-    assert kernels_with("HGMMA") == kernels_with("UTMALDG") == {"attention_warpgroups"}
+    few = {"attention_decode", "attention_decode_quantized"}
+    assert kernels_with("HMMA") == {"linear_fwd", "attention_prefill"} | few
+    assert kernels_with("HGMMA") == kernels_with("UTMALDG") == {"attention_prefill_wgmma"}
     # griddepcontrol.wait and .launch_dependents
     append = {"kv_append_fwd", "kv_append_quantized_fwd"}
     overlapping = {"rms_norm_fwd", "swiglu_fwd", "linear_fwd"} | append | few
@@ -129,7 +129,7 @@ def test_linear_has_no_division_of_whole_numbers():
 def test_products_of_warpgroups_are_not_serialised():
     """Where ptxas cannot follow the registers of a product, it waits behind each: there would be
     more waits than the source has, four in each instance."""
-    codes = instructions()["attention_warpgroups"]
+    codes = instructions()["attention_prefill_wgmma"]
     instances = codes.count("USETMAXREG.DEALLOC.CTAPOOL")
     assert instances == 4  # two dtypes, two head dims
     assert sum(code.startswith("WARPGROUP.DEPBAR") for code in codes) == 4 * instances

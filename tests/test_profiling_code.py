@@ -247,7 +247,7 @@ def test_kernels_of_an_op_are_found_in_its_sources():
     backward = cuda_code.kernel_names("add_rms_norm_backward")
     assert backward == ["rms_norm_bwd_kernel", "rms_norm_bwd_sum_kernel"]
     assert cuda_code.kernel_names("linear int4") == ["linear_fwd_kernel"]
-    assert cuda_code.stem_of("linear swiglu") == "linear_swiglu"
+    assert cuda_code.source_of("linear swiglu") == cuda_code.SOURCES / "linear" / "swiglu.cu"
     assert cuda_code.kernel_names("linear swiglu int8") == ["linear_fwd_kernel"]
     assert cuda_code.kernel_names("linear_cross_entropy") == []
     assert cuda_code.kernel_names("linear_backward_x") == []
@@ -280,14 +280,14 @@ def test_a_cuda_kernel_is_compiled_once_and_read(monkeypatch, tmp_path):
 def test_a_missing_nvcc_says_what_to_do(monkeypatch):
     monkeypatch.setattr(cuda_code._setup(), "find_nvcc", lambda: None)
     with pytest.raises(BackendError, match=r"no nvcc was found.*CUDA_HOME.*--backend triton"):
-        cuda_code.cubin("rms_norm", "80")
+        cuda_code.cubin(cuda_code.SOURCES / "rms_norm.cu", "80")
 
 
 def test_an_nvcc_that_is_too_old_says_so(monkeypatch):
     monkeypatch.setattr(cuda_code._setup(), "find_nvcc", lambda: Path("nvcc"))
     monkeypatch.setattr(cuda_code._setup(), "known_architectures", lambda nvcc: {80, 90})
     with pytest.raises(BackendError, match="compiles for sm_80, sm_90, and not for sm_100"):
-        cuda_code.cubin("rms_norm", "100")
+        cuda_code.cubin(cuda_code.SOURCES / "rms_norm.cu", "100")
 
 
 def test_an_installation_without_sources_says_so(monkeypatch, tmp_path):
@@ -363,7 +363,9 @@ def test_ncu_is_told_the_kernels_of_the_step(tmp_path):
     assert done.returncode == 0, done.stderr
     made = shlex.split(done.stdout)
     pattern = made[made.index("--kernel-name") + 1].removeprefix("regex:")
-    assert re.match(pattern, "attention_fwd_kernel") and re.match(pattern, "attention_many_kernel")
+    assert re.match(pattern, "attention_fwd_kernel") and re.match(
+        pattern, "attention_prefill_kernel"
+    )
     step = made[made.index("llama_fast") + 1 :]
     assert step[:2] == ["profile", "attention"] and "--bare" in step
     options = dict(zip(step[2::2], step[3::2], strict=False))

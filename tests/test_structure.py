@@ -143,7 +143,10 @@ def test_only_the_package_imports_the_backends():
 
 
 def stems(folder: str, suffix: str) -> set[str]:
-    return {path.stem for path in (ROOT / folder).glob(f"*{suffix}")}
+    """Of the files, and of the folders that hold such files: a family of several is a folder."""
+    found = (ROOT / folder).rglob(f"*{suffix}")
+    parts = [path.relative_to(ROOT / folder).with_suffix("").parts for path in found]
+    return {names[0] for names in parts}
 
 
 OP_HELPERS = {
@@ -161,21 +164,8 @@ OP_HELPERS = {
 OP_STEMS = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - OP_HELPERS
 # Files that belong to no op, and kernels of an op's variants that have a file of their own.
 HOUSEKEEPING = {
-    "csrc/cpu": {
-        "table",
-        "ceilings",
-        "attention_quantized",
-        "kv_append_quantized",
-        "linear_quantized",
-    },
-    "csrc/cuda": {
-        "device",
-        "attention_quantized",
-        "kv_append_quantized",
-        "linear_quantized",
-        "linear_swiglu",
-        "linear_swiglu_quantized",
-    },
+    "csrc/cpu": {"table", "roofline"},
+    "csrc/cuda": {"device"},
     "triton_kernels": {"__init__", "aot", "chips", "choice", "cubin", "launch", "rows", "tune"},
 }
 

@@ -1,19 +1,22 @@
-// llama_fast._cpu: the CPU kernels with pointers and sizes as integers. Python has checked every
-// argument before it calls; nothing is checked twice here.
+// llama_fast._cpu: the CPU kernels. Python has checked every argument before it calls; nothing is
+// checked twice here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <functional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "bindings/blocks.h"
-#include "bindings/kind_of_call.h"
+#include "bindings/allocator.h"
+#include "bindings/arguments.h"
+#include "bindings/signature.h"
+#include "bindings/function.h"
+#include "bindings/tensor.h"
 #include "bindings/unchanged.h"
+#include "cpu/kernel_choice.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -75,22 +78,13 @@ void set_isa(const std::string& name) {
 
 template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
-// DLPack's C functions for tensors of this type, or null where their library does not offer them
-// (torch does from 2.10 on).
-const DLPackExchangeAPI* exchange_api(const py::type& tensor) {
-  const auto capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
-  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
-  const auto* api = static_cast<const DLPackExchangeAPI*>(
-      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  return api->major == 1 && api->dltensor_from_py_object ? api : nullptr;
-}
-
-// What makes the kinds of calls with tensors of these types, or None without `exchange_api`.
+// What makes the kinds of calls with tensors of these types, or None where their library does not
+// offer DLPack's C functions.
 py::object kinds_of_calls(py::type tensor, py::type parameter, py::function fallback) {
   const auto* api = exchange_api(tensor);
   if (!api) return py::none();
   return py::cpp_function(
-      [kind = KindOfCall(std::move(tensor), std::move(parameter), api, std::move(fallback))](
+      [kind = CallSignature(std::move(tensor), std::move(parameter), api, std::move(fallback))](
           const py::tuple& args, bool grad) { return kind(args, grad); });
 }
 
@@ -101,44 +95,29 @@ py::object unchanged(const py::type& tensor, const py::list& dicts, const py::li
   return py::cpp_function([of = Unchanged(dicts, tensors, api)] { return of.holds(); });
 }
 
-// n0, n1, n2, stride0, stride1, stride2
-using Layout = std::array<int64_t, 6>;
-Rows rows(const Layout& l) { return {l[0], l[1], l[2], l[3], l[4], l[5]}; }
-
-// Of a (B, T, heads, D) tensor; the last one is 1.
-using Strides = std::array<int64_t, 4>;
-HeadStrides heads(const Strides& s) { return {s[0], s[1], s[2]}; }
-Heads heads(uintptr_t data, int64_t count, const Strides& s) {
-  return {pointer<void>(data), count, heads(s)};
-}
-
-// Strides of codes (B, S, K, D) and scales (B, S, K) of a cache in 8 bits.
-using CodedStrides = std::pair<Strides, std::array<int64_t, 3>>;
-QuantizedHeads coded(const CodedStrides& s) {
-  return {nullptr, heads(s.first), nullptr, {s.second[0], s.second[1], s.second[2]}};
-}
-
-// The first row that would end beyond `most` slots of a cache, or -1.
-int64_t row_beyond(const KvAppendArgs& call, int64_t most) {
-  for (int64_t b = 0; b < call.B; ++b)
-    if (call.lengths[b * call.lengths_stride] > most) return b;
+// The first row that would end beyond the cache or the tables, or -1.
+int64_t row_beyond(const KvAppendArgs& a) {
+  for (int64_t b = 0; b < a.B; ++b)
+    if (a.lengths[b * a.lengths_stride] > std::min(a.S, a.P)) return b;
   return -1;
 }
 // The first row whose length exceeds S, or -1.
-int64_t row_beyond(const AttentionArgs& call) {
-  for (int64_t b = 0; call.lengths && b < call.B; ++b)
-    if (call.lengths[b] > call.S) return b;
+int64_t row_beyond(const AttentionArgs& a) {
+  for (int64_t b = 0; a.lengths && b < a.B; ++b)
+    if (a.lengths[b] > a.S) return b;
   return -1;
 }
 
-void set_tensors(KvAppendArgs& call, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t cos,
-                 uintptr_t sin, uintptr_t q_out) {
-  call.q.data = pointer<void>(q);
-  call.k.data = pointer<void>(k);
-  call.v.data = pointer<void>(v);
-  call.cos = pointer<float>(cos);
-  call.sin = pointer<float>(sin);
-  call.q_out = pointer<void>(q_out);
+// Whether GEMMs are made here rather than by torch, in the instruction set in use: for the half types,
+// where torch (MKL, oneDNN) converts them a slow way. With AVX512_BF16 oneDNN has bfloat16 instructions
+// to use, if torch was built with it; and no vector instructions of ours means that torch's are better.
+bool own_gemm(DType dtype, bool onednn) {
+  if (chosen.first == "scalar" || dtype == DType::f32) return false;
+  return dtype == DType::f16 || !(onednn && chosen.first == "avx512_bf16");
+}
+
+const char* name_of(Product product) {
+  return product == Product::gemv ? "gemv" : product == Product::gemm ? "gemm" : "torch";
 }
 
 // An uninitialised tensor as a capsule that torch.from_dlpack takes, which renames it.
@@ -205,226 +184,110 @@ PYBIND11_MODULE(_cpu, m) {
       .def("__len__", [](const Tape& tape) { return tape.launches.size(); });
 
   m.def("read_memory", [](uintptr_t source, int64_t bytes, int64_t threads, uintptr_t sink) {
-    launch(&KernelTable::read_memory, CeilingArgs{pointer<void>(source), nullptr, bytes, 0,
-           threads, pointer<float>(sink)});
+    launch(&KernelTable::read_memory,
+           RooflineArgs{.source = pointer<void>(source),
+                       .bytes = bytes,
+                       .threads = threads,
+                       .sink = pointer<float>(sink)});
   });
   m.def("copy_memory", [](uintptr_t source, uintptr_t target, int64_t bytes, int64_t threads) {
-    launch(&KernelTable::copy_memory, CeilingArgs{pointer<void>(source), pointer<void>(target),
-           bytes, 0, threads, nullptr});
+    launch(&KernelTable::copy_memory,
+           RooflineArgs{.source = pointer<void>(source),
+                       .target = pointer<void>(target),
+                       .bytes = bytes,
+                       .threads = threads});
   });
   m.def("multiply_add", [](bool pairs, int64_t steps, int64_t threads, uintptr_t sink) {
     const KernelTable& table = *chosen.second;
     launch(pairs ? &KernelTable::multiply_add_bf16 : &KernelTable::multiply_add_f32,
-           CeilingArgs{nullptr, nullptr, 0, steps, threads, pointer<float>(sink)});
+           RooflineArgs{.steps = steps, .threads = threads, .sink = pointer<float>(sink)});
     return steps * threads * 12 * table.lanes * (pairs && table.bf16_pairs ? 4 : 2);
   }, "Runs the loop and returns its floating-point operations.");
 
-  // Each of these takes what calls of one kind have in common, and returns what launches such a call:
-  // it takes the addresses of the tensors.
+  // The ops: their results, which Python has made, come last among the tensors and are returned.
 
-  m.def("rms_norm", [](int dtype, const Layout& layout, int64_t C, float eps) {
-    const RmsNormArgs kind{DType(dtype), nullptr, nullptr, nullptr, rows(layout), C, eps};
-    return py::cpp_function([kind](uintptr_t x, uintptr_t weight, uintptr_t y) {
-      RmsNormArgs call = kind;
-      call.x = pointer<void>(x);
-      call.weight = pointer<void>(weight);
-      call.y = pointer<void>(y);
-      launch(&KernelTable::rms_norm, call);
-    });
+  def(m, "rms_norm", [](const Tensor& x, const Tensor& weight, double eps, const Tensor& y) {
+    launch(&KernelTable::rms_norm, rms_norm_args(x, weight, eps, y));
+    return y;
   });
 
-  m.def("add_rms_norm", [](int dtype, const Layout& x_layout, const Layout& residual_layout,
-                           int64_t C, float eps) {
-    const AddRmsNormArgs kind{DType(dtype), nullptr, nullptr, nullptr, nullptr, nullptr,
-                              rows(x_layout), rows(residual_layout), C, eps};
-    return py::cpp_function([kind](uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t y,
-                                   uintptr_t total) {
-      AddRmsNormArgs call = kind;
-      call.x = pointer<void>(x);
-      call.residual = pointer<void>(residual);
-      call.weight = pointer<void>(weight);
-      call.y = pointer<void>(y);
-      call.total = pointer<void>(total);
-      launch(&KernelTable::add_rms_norm, call);
-    });
+  def(m, "add_rms_norm", [](const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
+                           const Tensor& y, const Tensor& total) {
+    launch(&KernelTable::add_rms_norm, add_rms_norm_args(x, residual, weight, eps, y, total));
+    return std::pair(y, total);
   });
 
-  m.def("swiglu", [](int dtype, const Layout& gate_layout, const Layout& up_layout, int64_t F) {
-    const SwigluArgs kind{DType(dtype), nullptr, nullptr, nullptr, rows(gate_layout),
-                          rows(up_layout), F};
-    return py::cpp_function([kind](uintptr_t gate, uintptr_t up, uintptr_t h) {
-      SwigluArgs call = kind;
-      call.gate = pointer<void>(gate);
-      call.up = pointer<void>(up);
-      call.h = pointer<void>(h);
-      launch(&KernelTable::swiglu, call);
-    });
+  def(m, "swiglu", [](const Tensor& gate, const Tensor& up, const Tensor& h) {
+    launch(&KernelTable::swiglu, swiglu_args(gate, up, h));
+    return h;
   });
 
-  m.def("rope", [](int dtype, const Strides& q_strides, const Strides& k_strides,
-                   const std::array<int64_t, 2>& cos_strides,
-                   const std::array<int64_t, 2>& sin_strides, int64_t B, int64_t T, int64_t H,
-                   int64_t K, int64_t D, bool interleaved) {
-    const RopeArgs kind{DType(dtype), heads(0, H, q_strides), heads(0, K, k_strides), nullptr,
-                        nullptr, nullptr, nullptr, cos_strides[0], cos_strides[1], sin_strides[0],
-                        sin_strides[1], B, T, D, interleaved};
-    return py::cpp_function([kind](uintptr_t q, uintptr_t k, uintptr_t cos, uintptr_t sin,
-                                   uintptr_t q_out, uintptr_t k_out) {
-      RopeArgs call = kind;
-      call.q.data = pointer<void>(q);
-      call.k.data = pointer<void>(k);
-      call.cos = pointer<float>(cos);
-      call.sin = pointer<float>(sin);
-      call.q_out = pointer<void>(q_out);
-      call.k_out = pointer<void>(k_out);
-      launch(&KernelTable::rope, call);
-    });
+  def(m, "rope", [](const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                   bool interleaved, const Tensor& q_out, const Tensor& k_out) {
+    launch(&KernelTable::rope, rope_args(q, k, cos, sin, interleaved, q_out, k_out));
+    return std::pair(q_out, k_out);
   });
 
-  // A call returns the first row that would end beyond the cache or the tables, having done nothing
-  // then, or -1.
-  m.def("kv_append", [](int dtype, const Strides& q_strides, const Strides& k_strides,
-                        const Strides& v_strides, int64_t cos_stride, int64_t sin_stride,
-                        const Strides& k_cache_strides, const Strides& v_cache_strides,
-                        int64_t lengths_stride, int64_t B, int64_t T, int64_t S, int64_t P,
-                        int64_t H, int64_t K, int64_t D, bool interleaved) {
-    const KvAppendArgs kind{DType(dtype), heads(0, H, q_strides), heads(0, K, k_strides),
-                            heads(0, K, v_strides), nullptr, nullptr, nullptr, cos_stride,
-                            sin_stride, heads(0, K, k_cache_strides), heads(0, K, v_cache_strides),
-                            nullptr, lengths_stride, B, T, D, interleaved};
-    return py::cpp_function([kind, most = std::min(S, P)](
-                                uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t cos, uintptr_t sin,
-                                uintptr_t k_cache, uintptr_t v_cache, uintptr_t lengths,
-                                uintptr_t q_out) -> int64_t {
-      KvAppendArgs call = kind;
-      call.lengths = pointer<int64_t>(lengths);
-      if (const int64_t b = row_beyond(call, most); b >= 0) return b;
-      set_tensors(call, q, k, v, cos, sin, q_out);
-      call.k_cache.data = pointer<void>(k_cache);
-      call.v_cache.data = pointer<void>(v_cache);
-      launch(&KernelTable::kv_append, call);
-      return -1;
-    });
+  def(m, "kv_append", [](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
+                        const Tensor& sin, const Tensor& k_cache, const Tensor& v_cache,
+                        const Tensor& lengths, bool interleaved, const OptionalTensor& k_scales,
+                        const OptionalTensor& v_scales, const Tensor& q_out) {
+    const KvAppendArgs args = kv_append_args(q, k, v, cos, sin, k_cache, v_cache, lengths,
+                                             interleaved, k_scales, v_scales, q_out);
+    const int64_t b = row_beyond(args);
+    if (b < 0) launch(&KernelTable::kv_append, args);
+    return b;
+  }, "Returns the first row that would end beyond the cache or the tables, having done nothing "
+     "then, or -1.");
+
+  def(m, "attention", [](const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+                        std::optional<double> scale, const OptionalTensor& lengths,
+                        const OptionalTensor& k_scales, const OptionalTensor& v_scales,
+                        const Tensor& o, const Tensor& lse) {
+    const AttentionArgs args =
+        attention_args(q, k, v, causal, scale, lengths, k_scales, v_scales, o, lse);
+    const int64_t b = row_beyond(args);
+    if (b < 0) launch(&KernelTable::attention, args);
+    return b;
+  }, "Returns the first row whose length exceeds S, having done nothing then, or -1. `lse` may be "
+     "empty.");
+
+  m.attr("GEMV_ROWS") = GEMV_ROWS;
+  def(m, "gemv_rows", [](const Tensor& x, bool onednn) {
+    return gemv_rows(own_gemm(x.dtype(), onednn));
+  }, "The most rows of an x of this dtype that `gemv` is for, in the instruction set in use.");
+  def(m, "linear_product", [](const Tensor& x, bool onednn) {
+    return name_of(product_of(x.outer(), own_gemm(x.dtype(), onednn)));
+  }, "What serves a linear of x in the instruction set in use: gemv, gemm or torch.");
+  def(m, "gradient_product", [](const Tensor& grad, bool onednn) {
+    return name_of(product_of_gradient(grad.outer(), own_gemm(grad.dtype(), onednn)));
+  }, "The same of the gradients of a linear, from that of its result.");
+
+  def(m, "gemv", [](const Tensor& x, const Tensor& weight, const Tensor& y) {
+    launch(&KernelTable::gemv, linear_args(x, weight, y));
+    return y;
   });
 
-  // As kv_append.
-  m.def("kv_append_quantized", [](int dtype, const Strides& q_strides, const Strides& k_strides,
-                                  const Strides& v_strides, int64_t cos_stride, int64_t sin_stride,
-                                  const CodedStrides& k_cache_strides,
-                                  const CodedStrides& v_cache_strides, int64_t lengths_stride,
-                                  int64_t B, int64_t T, int64_t S, int64_t P, int64_t H, int64_t K,
-                                  int64_t D, bool interleaved) {
-    const KvAppendQuantizedArgs kind{
-        {DType(dtype), heads(0, H, q_strides), heads(0, K, k_strides), heads(0, K, v_strides),
-         nullptr, nullptr, nullptr, cos_stride, sin_stride, {}, {}, nullptr, lengths_stride, B, T,
-         D, interleaved},
-        coded(k_cache_strides), coded(v_cache_strides)};
-    return py::cpp_function([kind, most = std::min(S, P)](
-                                uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t cos, uintptr_t sin,
-                                uintptr_t k_codes, uintptr_t k_scales, uintptr_t v_codes,
-                                uintptr_t v_scales, uintptr_t lengths,
-                                uintptr_t q_out) -> int64_t {
-      KvAppendQuantizedArgs call = kind;
-      KvAppendArgs& plain = call.plain;
-      plain.lengths = pointer<int64_t>(lengths);
-      if (const int64_t b = row_beyond(plain, most); b >= 0) return b;
-      set_tensors(plain, q, k, v, cos, sin, q_out);
-      call.k_cache.codes = pointer<int8_t>(k_codes);
-      call.k_cache.scales = pointer<float>(k_scales);
-      call.v_cache.codes = pointer<int8_t>(v_codes);
-      call.v_cache.scales = pointer<float>(v_scales);
-      launch(&KernelTable::kv_append_quantized, call);
-      return -1;
-    });
+  def(m, "linear_quantized", [](const Tensor& x, const Tensor& qdata, const Tensor& scales,
+                               const OptionalTensor& minima, int64_t bits, int64_t group_size,
+                               const Tensor& y) {
+    launch(&KernelTable::linear_quantized,
+           linear_quantized_args(x, qdata, scales, minima, bits, group_size, y));
+    return y;
   });
 
-  // A call returns the first row whose length exceeds S, having done nothing then, or -1. `lse` and
-  // `lengths` may be null.
-  m.def("attention", [](int dtype, const std::array<int64_t, 4>& q_shape,
-                        const std::array<int64_t, 4>& k_shape, const Strides& q_strides,
-                        const Strides& k_strides, const Strides& v_strides, bool causal,
-                        float scale) {
-    const auto [B, T, H, D] = q_shape;
-    const AttentionArgs kind{DType(dtype), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-                             B, T, k_shape[1], H, k_shape[2], D, heads(q_strides),
-                             heads(k_strides), heads(v_strides), causal, scale};
-    return py::cpp_function([kind](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t lengths,
-                                   uintptr_t o, uintptr_t lse) -> int64_t {
-      AttentionArgs call = kind;
-      call.lengths = pointer<int64_t>(lengths);
-      if (const int64_t b = row_beyond(call); b >= 0) return b;
-      call.q = pointer<void>(q);
-      call.k = pointer<void>(k);
-      call.v = pointer<void>(v);
-      call.o = pointer<void>(o);
-      call.lse = pointer<void>(lse);
-      launch(&KernelTable::attention, call);
-      return -1;
-    });
-  });
-
-  // As attention.
-  m.def("attention_quantized", [](int dtype, const std::array<int64_t, 4>& q_shape,
-                                  const std::array<int64_t, 4>& k_shape, const Strides& q_strides,
-                                  const CodedStrides& k_strides, const CodedStrides& v_strides,
-                                  bool causal, float scale) {
-    const auto [B, T, H, D] = q_shape;
-    const AttentionQuantizedArgs kind{
-        {DType(dtype), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, B, T, k_shape[1], H,
-         k_shape[2], D, heads(q_strides), {}, {}, causal, scale},
-        coded(k_strides), coded(v_strides)};
-    return py::cpp_function([kind](uintptr_t q, uintptr_t k_codes, uintptr_t k_scales,
-                                   uintptr_t v_codes, uintptr_t v_scales, uintptr_t lengths,
-                                   uintptr_t o) -> int64_t {
-      AttentionQuantizedArgs call = kind;
-      call.plain.lengths = pointer<int64_t>(lengths);
-      if (const int64_t b = row_beyond(call.plain); b >= 0) return b;
-      call.plain.q = pointer<void>(q);
-      call.plain.o = pointer<void>(o);
-      call.k.codes = pointer<int8_t>(k_codes);
-      call.k.scales = pointer<float>(k_scales);
-      call.v.codes = pointer<int8_t>(v_codes);
-      call.v.scales = pointer<float>(v_scales);
-      launch(&KernelTable::attention_quantized, call);
-      return -1;
-    });
-  });
-
-  m.def("linear", [](int dtype, const Layout& layout, int64_t C_in, int64_t C_out) {
-    const LinearArgs kind{DType(dtype), nullptr, nullptr, nullptr, rows(layout), C_in, C_out};
-    return py::cpp_function([kind](uintptr_t x, uintptr_t weight, uintptr_t y) {
-      LinearArgs call = kind;
-      call.x = pointer<void>(x);
-      call.weight = pointer<void>(weight);
-      call.y = pointer<void>(y);
-      launch(&KernelTable::linear, call);
-    });
-  });
-
-  // `offsets` may be null.
-  m.def("linear_quantized", [](int dtype, const Layout& layout, int64_t C_in, int64_t C_out,
-                               int64_t group_size, int bits) {
-    const LinearQuantizedArgs kind{DType(dtype), nullptr, nullptr, nullptr, nullptr, nullptr,
-                                   rows(layout), C_in, C_out, group_size, bits};
-    return py::cpp_function([kind](uintptr_t x, uintptr_t codes, uintptr_t scales,
-                                   uintptr_t offsets, uintptr_t y) {
-      LinearQuantizedArgs call = kind;
-      call.x = pointer<void>(x);
-      call.codes = pointer<uint8_t>(codes);
-      call.scales = pointer<f16>(scales);
-      call.offsets = pointer<f16>(offsets);
-      call.y = pointer<void>(y);
-      launch(&KernelTable::linear_quantized, call);
-    });
-  });
-
-  m.def("matmul", [](int dtype, uintptr_t rows_data, const Layout& rows_layout,
-                     bool rows_transposed, uintptr_t lanes_data, const Layout& lanes_layout,
-                     bool lanes_transposed, uintptr_t out, bool out_transposed, int64_t R,
-                     int64_t L, int64_t K) {
-    launch(&KernelTable::matmul, MatmulArgs{DType(dtype),
-           {pointer<void>(rows_data), rows(rows_layout), rows_transposed},
-           {pointer<void>(lanes_data), rows(lanes_layout), lanes_transposed},
-           pointer<void>(out), out_transposed, R, L, K});
-  });
+  def(m, "gemm", [](const Tensor& rows_tensor, bool rows_transposed, const Tensor& lanes_tensor,
+                     bool lanes_transposed, int64_t K, const Tensor& out, bool out_transposed) {
+    const int64_t columns = out.size(-1), outer = out.outer();
+    launch(&KernelTable::gemm,
+           GemmArgs{.dtype = out.dtype(),
+                      .rows = {rows_tensor.data, rows(rows_tensor), rows_transposed},
+                      .lanes = {lanes_tensor.data, rows(lanes_tensor), lanes_transposed},
+                      .out = out.data,
+                      .out_transposed = out_transposed,
+                      .R = out_transposed ? columns : outer,
+                      .L = out_transposed ? outer : columns,
+                      .K = K});
+    return out;
+  }, "out[r][l] = the sum over K of rows[r][k] lanes[l][k]; out is not empty.");
 }

@@ -1,7 +1,6 @@
 // total = x + residual, rounded; y = rms_norm(total). The first pass over a row adds, stores the sum
 // and squares what it stored; the second reads the sum back from L1.
 #include "dispatch.h"
-#include "kernels.h"
 #include "parallel.h"
 #include "rms_norm.h"
 

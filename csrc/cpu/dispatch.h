@@ -1,7 +1,7 @@
 // From a DType known at run time to a storage type known to the compiler.
 #pragma once
 
-#include "kernels.h"
+#include "../args.h"
 #include "simd/half.h"
 
 namespace llama_fast {

@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "kernel_choice.h"
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -58,10 +60,9 @@ static inline void parallel_for_then_pieces(int64_t n, int64_t grain, int64_t pi
   f(0, n);
 }
 
-// The grain of a product: so many rows of the weight, of `each` multiply-adds. One of less than half
-// a million takes some 30 µs on one thread; on a busy machine, to wait for another takes far longer.
+// The grain of a product: so many rows of the weight, of `each` multiply-adds.
 static inline int64_t product_grain(int64_t rows, int64_t each) {
-  return rows * each < int64_t(1) << 19 ? rows : 1 + 65536 / each;
+  return rows * each < PRODUCT_ON_ONE_THREAD ? rows : 1 + PRODUCT_SHARE / each;
 }
 
 // The threads that a parallel section would get here.

@@ -3,7 +3,6 @@
 #include "rms_norm.h"
 
 #include "dispatch.h"
-#include "kernels.h"
 #include "parallel.h"
 
 namespace llama_fast {

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "kernel_choice.h"
 #include "simd/pair.h"
 
 namespace llama_fast {
@@ -45,7 +46,7 @@ static inline void scale_row(const T* x, float scale, const T* weight, T* y, int
 }
 
 // Rows for one thread at least, so that sharing them pays.
-static inline int64_t norm_grain(int64_t C) { return 1 + 16384 / (C + 1); }
+static inline int64_t norm_grain(int64_t C) { return 1 + ELEMENTS_OF_A_THREAD / (C + 1); }
 
 }  // namespace ISA
 }  // namespace llama_fast

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "kernel_choice.h"
 #include "simd/pair.h"
 
 namespace llama_fast {
@@ -73,7 +74,9 @@ static inline void rotate_heads(const T* x, const T* ahead, int64_t heads, int64
 }
 
 // Tokens for one thread at least, so that sharing them pays.
-static inline int64_t rope_grain(int64_t heads, int64_t D) { return 1 + 16384 / (heads * D + 1); }
+static inline int64_t rope_grain(int64_t heads, int64_t D) {
+  return 1 + ELEMENTS_OF_A_THREAD / (heads * D + 1);
+}
 
 }  // namespace ISA
 }  // namespace llama_fast

@@ -1,7 +1,6 @@
 // h = gate / (1 + e^-gate) · up. Rows are cut into pieces, so that the single row of a decode step
 // is shared between the threads too.
 #include "dispatch.h"
-#include "kernels.h"
 #include "parallel.h"
 #include "simd/pair.h"
 

@@ -6,42 +6,38 @@ namespace llama_fast {
 namespace ISA {
 
 void attention(const AttentionArgs&);
-void attention_quantized(const AttentionQuantizedArgs&);
 void rms_norm(const RmsNormArgs&);
 void add_rms_norm(const AddRmsNormArgs&);
 void swiglu(const SwigluArgs&);
 void rope(const RopeArgs&);
 void kv_append(const KvAppendArgs&);
-void kv_append_quantized(const KvAppendQuantizedArgs&);
-void linear(const LinearArgs&);
+void gemv(const LinearArgs&);
 void linear_quantized(const LinearQuantizedArgs&);
-void matmul(const MatmulArgs&);
-void read_memory(const CeilingArgs&);
-void copy_memory(const CeilingArgs&);
-void multiply_add_f32(const CeilingArgs&);
-void multiply_add_bf16(const CeilingArgs&);
+void gemm(const GemmArgs&);
+void read_memory(const RooflineArgs&);
+void copy_memory(const RooflineArgs&);
+void multiply_add_f32(const RooflineArgs&);
+void multiply_add_bf16(const RooflineArgs&);
 
 const KernelTable kernels = {
-    attention,
-    attention_quantized,
-    rms_norm,
-    add_rms_norm,
-    swiglu,
-    rope,
-    kv_append,
-    kv_append_quantized,
-    linear,
-    linear_quantized,
-    matmul,
-    read_memory,
-    copy_memory,
-    multiply_add_f32,
-    multiply_add_bf16,
-    vf::W,
+    .attention = attention,
+    .rms_norm = rms_norm,
+    .add_rms_norm = add_rms_norm,
+    .swiglu = swiglu,
+    .rope = rope,
+    .kv_append = kv_append,
+    .gemv = gemv,
+    .linear_quantized = linear_quantized,
+    .gemm = gemm,
+    .read_memory = read_memory,
+    .copy_memory = copy_memory,
+    .multiply_add_f32 = multiply_add_f32,
+    .multiply_add_bf16 = multiply_add_bf16,
+    .lanes = vf::W,
 #ifdef ISA_HAS_PAIRS
-    true,
+    .bf16_pairs = true,
 #else
-    false,
+    .bf16_pairs = false,
 #endif
 };
 

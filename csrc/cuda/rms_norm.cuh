@@ -11,7 +11,7 @@
 #pragma once
 
 #include <common/launch.cuh>
-#include <common/overlap.cuh>
+#include <common/pdl.cuh>
 
 #include "common/numeric.cuh"
 #include "common/reduce.cuh"
@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(PER_THREAD == 1 || PER_THREAD == 2 ? 256 : 102
 rms_norm_fwd_kernel(const T* x, const T* residual, const T* __restrict__ weight, T* y, T* total,
                     Rows x_rows, Rows residual_rows, int64_t N, int64_t C, float eps) {
   auto& parts = shared_memory<SumParts<Wide<T>, 1>>();
-  wait_for_kernel_before();
-  let_next_kernel_begin();
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= N) return;
   x += offset(x_rows, row);
@@ -287,11 +287,11 @@ void launch_norm_backward(const Target& target, const char* name, const char* su
   with_type(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto run = [&](auto kernel, unsigned threads) {
-      const Launch how{name, {unsigned(a.parts)}, {threads}, sizeof(SumParts<Wide<T>, 2>)};
+      const Launch how{name, {unsigned(a.partials)}, {threads}, sizeof(SumParts<Wide<T>, 2>)};
       launch(target, how, kernel, static_cast<const T*>(a.grad),
              static_cast<const T*>(a.grad_total), static_cast<const T*>(a.x),
              static_cast<const T*>(a.weight), static_cast<T*>(a.dx),
-             static_cast<Wide<T>*>(a.dw_parts), a.grad_rows,
+             static_cast<Wide<T>*>(a.dw_partials), a.grad_rows,
              a.grad_total_rows, a.x_rows, N, C, a.eps);
     };
     constexpr int VEC = VECTOR<T>;
@@ -309,8 +309,8 @@ void launch_norm_backward(const Target& target, const char* name, const char* su
     }
     const Launch how{sum_name, {unsigned(ceil_div(C, WARP))}, {WARP, SLICES},
                      sizeof(Wide<T>[SLICES][WARP])};
-    launch(target, how, rms_norm_bwd_sum_kernel<T>, static_cast<const Wide<T>*>(a.dw_parts),
-           static_cast<T*>(a.dw), a.parts, C);
+    launch(target, how, rms_norm_bwd_sum_kernel<T>, static_cast<const Wide<T>*>(a.dw_partials),
+           static_cast<T*>(a.dw), a.partials, C);
   });
 }
 

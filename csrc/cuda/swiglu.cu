@@ -3,7 +3,7 @@
 //
 // Each thread takes 16 bytes of a row; nothing is read twice, so the grid only has to be large.
 #include <common/launch.cuh>
-#include <common/overlap.cuh>
+#include <common/pdl.cuh>
 
 #include "common/numeric.cuh"
 #include "common/rows.cuh"

@@ -1,4 +1,4 @@
-// One element of SwiGLU, with its two roundings; swiglu.cu and linear/few_rows.cuh call it.
+// One element of SwiGLU, with its two roundings; swiglu.cu and linear/gemv.cuh call it.
 #pragma once
 
 #include "common/numeric.cuh"

@@ -20,8 +20,6 @@ from ..ops.attention import head_dim_reasons, lse_dtype, too_long
 from ..ops.kv_append import too_long as too_long_for_cache
 from . import composed, limits
 from .cpu_step import CpuRecorder
-from .layout import DTYPES
-from .layout import rows as _rows
 
 try:
     from .. import _cpu
@@ -90,109 +88,51 @@ def _maker(like: torch.Tensor, shape: tuple[int, ...] | None = None) -> Callable
 
 
 # Each of the functions that follow takes an op's arguments and returns a launcher for calls of
-# their kind: whatever depends on shapes, strides and dtypes is settled beforehand, and what is left
-# are the addresses.
+# their signature, for which it is settled beforehand how the results are made.
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Launcher:
     new = _maker(x)
-    run = _cpu.rms_norm(DTYPES[x.dtype], _rows(x), x.shape[-1], eps)
-
-    def launch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        y = new()
-        run(x.data_ptr(), weight.data_ptr(), y.data_ptr())
-        return y
-
-    return launch
+    return lambda x, weight, eps: _cpu.rms_norm(x, weight, eps, new())
 
 
 def _add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> Launcher:
     new = _maker(x)
-    run = _cpu.add_rms_norm(DTYPES[x.dtype], _rows(x), _rows(residual), x.shape[-1], eps)
-
-    def launch(
-        x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        y, total = new(), new()
-        run(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), y.data_ptr(), total.data_ptr())
-        return y, total
-
-    return launch
+    return lambda x, residual, weight, eps: _cpu.add_rms_norm(
+        x, residual, weight, eps, new(), new()
+    )
 
 
 def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> Launcher:
     new = _maker(gate)
-    run = _cpu.swiglu(DTYPES[gate.dtype], _rows(gate), _rows(up), gate.shape[-1])
-
-    def launch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        h = new()
-        run(gate.data_ptr(), up.data_ptr(), h.data_ptr())
-        return h
-
-    return launch
+    return lambda gate, up: _cpu.swiglu(gate, up, new())
 
 
 def _rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> Launcher:
     new_q, new_k = _maker(q), _maker(k)
-    angle_strides = ((t.stride(0) if t.ndim == 3 else 0, t.stride(-2)) for t in (cos, sin))
-    B, T, H, D = q.shape
-    sizes = (B, T, H, k.shape[2], D)
-    run = _cpu.rope(DTYPES[q.dtype], q.stride(), k.stride(), *angle_strides, *sizes, interleaved)
-
-    def launch(
-        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        q_out, k_out = new_q(), new_k()
-        run(
-            q.data_ptr(),
-            k.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            q_out.data_ptr(),
-            k_out.data_ptr(),
-        )
-        return q_out, k_out
-
-    return launch
-
-
-def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> Launcher:
-    new = _maker(q)
-    B, T, H, D = q.shape
-    S, P = k_cache.shape[1], cos.shape[0]
-    run = _cpu.kv_append(
-        DTYPES[q.dtype],
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        cos.stride(0),
-        sin.stride(0),
-        k_cache.stride(),
-        v_cache.stride(),
-        lengths.stride(0),
-        *(B, T, S, P, H, k.shape[2], D),
-        interleaved,
+    return lambda q, k, cos, sin, interleaved: _cpu.rope(
+        q, k, cos, sin, interleaved, new_q(), new_k()
     )
 
-    def launch(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> torch.Tensor:
+
+def _kv_append(
+    q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, k_scales=None, v_scales=None
+) -> Launcher:
+    new, S, P = _maker(q), k_cache.shape[1], cos.shape[0]
+
+    def launch(
+        q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, k_scales=None, v_scales=None
+    ) -> torch.Tensor:
         q_out = new()
-        bad_row = run(
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            lengths.data_ptr(),
-            q_out.data_ptr(),
+        row = _cpu.kv_append(
+            q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, k_scales, v_scales, q_out
         )
-        if bad_row >= 0:
-            raise too_long_for_cache(bad_row, int(lengths[bad_row]), S, P)
+        if row >= 0:
+            raise too_long_for_cache(row, int(lengths[row]), S, P)
         return q_out
 
     return launch
@@ -201,86 +141,24 @@ def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> Lau
 def _kv_append_quantized(
     q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, interleaved
 ) -> Launcher:
-    new = _maker(q)
-    B, T, H, D = q.shape
-    S, P = k_codes.shape[1], cos.shape[0]
-    run = _cpu.kv_append_quantized(
-        DTYPES[q.dtype],
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        cos.stride(0),
-        sin.stride(0),
-        (k_codes.stride(), k_scales.stride()),
-        (v_codes.stride(), v_scales.stride()),
-        lengths.stride(0),
-        *(B, T, S, P, H, k.shape[2], D),
-        interleaved,
+    launch = _kv_append(q, k, v, cos, sin, k_codes, v_codes, lengths, interleaved)
+    return lambda q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, i: launch(
+        q, k, v, cos, sin, k_codes, v_codes, lengths, i, k_scales, v_scales
     )
 
-    def launch(
-        q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, interleaved
-    ) -> torch.Tensor:
-        q_out = new()
-        bad_row = run(
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            k_codes.data_ptr(),
-            k_scales.data_ptr(),
-            v_codes.data_ptr(),
-            v_scales.data_ptr(),
-            lengths.data_ptr(),
-            q_out.data_ptr(),
-        )
-        if bad_row >= 0:
-            raise too_long_for_cache(bad_row, int(lengths[bad_row]), S, P)
-        return q_out
 
-    return launch
-
-
-def _attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    causal: bool,
-    scale: float | None,
-    lengths: torch.Tensor | None,
-    need_lse: bool,
-) -> Launcher:
-    new = _maker(q)
-    B, T, H, D = q.shape
-    S = k.shape[1]
+def _attention(q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None) -> Launcher:
+    new, S = _maker(q), k.shape[1]
     no_lse = torch.empty(0, dtype=lse_dtype(q.dtype), device="cpu")
-    new_lse = _maker(no_lse, (B, H, T) if need_lse else (0,))
-    factor = D**-0.5 if scale is None else scale
-    run = _cpu.attention(
-        DTYPES[q.dtype], q.shape, k.shape, q.stride(), k.stride(), v.stride(), causal, factor
-    )
+    new_lse = _maker(no_lse, (q.shape[0], q.shape[2], q.shape[1]) if need_lse else (0,))
 
     def launch(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        causal: bool,
-        scale: float | None,
-        lengths: torch.Tensor | None,
-        need_lse: bool,
+        q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         o, lse = new(), new_lse()
-        bad_row = run(
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            0 if lengths is None else lengths.data_ptr(),
-            o.data_ptr(),
-            lse.data_ptr(),  # null when it is empty
-        )
-        if bad_row >= 0:
-            raise too_long(bad_row, int(lengths[bad_row]), S)
+        row = _cpu.attention(q, k, v, causal, scale, lengths, k_scales, v_scales, o, lse)
+        if row >= 0:
+            raise too_long(row, int(lengths[row]), S)
         return o, lse
 
     return launch
@@ -304,36 +182,10 @@ def _attention_unsupported(
 def _attention_quantized(
     q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths
 ) -> Launcher:
-    new = _maker(q)
-    S = k_codes.shape[1]
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    run = _cpu.attention_quantized(
-        DTYPES[q.dtype],
-        q.shape,
-        k_codes.shape,
-        q.stride(),
-        (k_codes.stride(), k_scales.stride()),
-        (v_codes.stride(), v_scales.stride()),
-        causal,
-        factor,
-    )
-
-    def launch(q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths) -> torch.Tensor:
-        o = new()
-        bad_row = run(
-            q.data_ptr(),
-            k_codes.data_ptr(),
-            k_scales.data_ptr(),
-            v_codes.data_ptr(),
-            v_scales.data_ptr(),
-            0 if lengths is None else lengths.data_ptr(),
-            o.data_ptr(),
-        )
-        if bad_row >= 0:
-            raise too_long(bad_row, int(lengths[bad_row]), S)
-        return o
-
-    return launch
+    launch = _attention(q, k_codes, v_codes, causal, scale, lengths, False)
+    return lambda q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths: launch(
+        q, k_codes, v_codes, causal, scale, lengths, False, k_scales, v_scales
+    )[0]
 
 
 def _attention_quantized_unsupported(
@@ -342,145 +194,102 @@ def _attention_quantized_unsupported(
     return _attention_unsupported(q, k_codes, v_codes, causal, scale, lengths, False)
 
 
-# Rows of x up to which `linear` reads the weight once and is limited by that: torch's product is no
-# faster up to the first number, our own up to the second. Both were measured; see docs/log.md.
-FEW_ROWS, FEW_ROWS_BESIDE_OWN = 16, 28
-# Rows from which our own product is the faster one for the gradients.
-GRADIENT_ROWS = 8
-
-
-def few_rows(dtype: torch.dtype) -> int:
-    """The most rows of x that the kernel for few rows takes, in the instruction set in use."""
-    return FEW_ROWS_BESIDE_OWN if _own_product(dtype) else FEW_ROWS
-
-
-def _own_product(dtype: torch.dtype) -> bool:
-    """Whether products of many rows are made here rather than by torch, in the instruction set in
-    use: for the half types, where torch (MKL, oneDNN) converts them a slow way. With AVX512_BF16
-    oneDNN has bfloat16 instructions to use, if torch was built with it; and no vector instructions
-    of ours means that torch's are better."""
-    isa = _cpu.isa()
-    if isa == "scalar" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    onednn = isa == "avx512_bf16" and torch.backends.mkldnn.is_available()
-    return dtype is torch.float16 or not onednn
-
-
-def _product(
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    K: int,
-    rows: tuple,
-    lanes: tuple,
-    transposed: bool = False,
-) -> torch.Tensor:
-    """rows · lanesᵀ as a new tensor of `shape`, (R, L) or with `transposed` (L, R) when flattened.
-
-    A side is (tensor, Rows, transposed): MatrixSide of csrc/cpu/kernels.h, which says what `rows`
-    and `lanes` are.
-    """
-    out = _maker(rows[0], shape)()
-    R, L = out.shape[-1], out.shape[:-1].numel()
-    if not transposed:
-        R, L = L, R
-    if out.numel():
-        (a, a_rows, a_transposed), (b, b_rows, b_transposed) = rows, lanes
-        _cpu.matmul(
-            DTYPES[dtype],
-            a.data_ptr(),
-            a_rows,
-            a_transposed,
-            b.data_ptr(),
-            b_rows,
-            b_transposed,
-            out.data_ptr(),
-            transposed,
-            R,
-            L,
-            K,
-        )
-    return out
+def gemv_rows(dtype: torch.dtype) -> int:
+    """The most rows of x that GEMV takes, in the instruction set in use."""
+    like = torch.empty(0, dtype=dtype, device="cpu")
+    return _cpu.gemv_rows(like, torch.backends.mkldnn.is_available())
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x Wᵀ for many rows of x, of a half type. W's rows are read as they lie."""
-    C_out, C_in = weight.shape
-    shape = (*x.shape[:-1], C_out)
-    rows, lanes = (weight, _rows(weight), False), (x, _rows(x), False)
-    return _product(x.dtype, shape, C_in, rows, lanes, transposed=True)
+    return _product(weight, False, x, False, (*x.shape[:-1], weight.shape[0]), transposed=True)
 
 
 def multiply_backward_x(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """g W."""
-    grad, weight = grad.contiguous(), weight.contiguous()
-    C_out, C_in = weight.shape
-    shape = (*grad.shape[:-1], C_in)
-    rows, lanes = (grad, _rows(grad), False), (weight, _rows(weight), True)
-    return _product(grad.dtype, shape, C_out, rows, lanes)
+    shape = (*grad.shape[:-1], weight.shape[1])
+    return _product(grad.contiguous(), False, weight.contiguous(), True, shape)
 
 
 def multiply_backward_weight(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """gᵀ x."""
-    grad, x = grad.contiguous(), x.contiguous()
-    shape = torch.Size((grad.shape[-1], x.shape[-1]))
-    rows, lanes = (grad, _rows(grad), True), (x, _rows(x), True)
-    return _product(grad.dtype, shape, grad.shape[:-1].numel(), rows, lanes)
+    shape = (grad.shape[-1], x.shape[-1])
+    return _product(grad.contiguous(), True, x.contiguous(), True, shape)
+
+
+def _product(
+    rows: torch.Tensor,
+    rows_transposed: bool,
+    lanes: torch.Tensor,
+    lanes_transposed: bool,
+    shape: tuple[int, ...],
+    transposed: bool = False,
+) -> torch.Tensor:
+    """rows · lanesᵀ as a new tensor of `shape`, (R, L) or with `transposed` (L, R) when flattened.
+
+    GemmArgs of csrc/args.h says what rows and lanes are.
+    """
+    out = _maker(rows, shape)()
+    if out.numel():
+        K = rows.shape[:-1].numel() if rows_transposed else rows.shape[-1]
+        _cpu.gemm(rows, rows_transposed, lanes, lanes_transposed, K, out, transposed)
+    return out
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> Launcher:
-    C_in = weight.shape[1]
-    if C_in == 0 or x.numel() > FEW_ROWS * C_in:
-        return _linear_of_many_rows
-    return _linear_of_few_rows(x, weight)
+    if weight.shape[1] == 0 or x.shape[:-1].numel() > _cpu.GEMV_ROWS:
+        return _linear_by_choice
+    return _gemv(x, weight)
 
 
-def _linear_of_many_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _gemv(x: torch.Tensor, weight: torch.Tensor) -> Launcher:
+    new = _maker(x, (*x.shape[:-1], weight.shape[0]))
+    return lambda x, weight: _cpu.gemv(x, weight, new())
+
+
+def _linear_by_choice(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Which product that is depends on the instruction set in use: it is chosen in every call."""
-    if 0 < x.numel() <= few_rows(x.dtype) * weight.shape[1]:
-        return _linear_of_few_rows(x, weight)(x, weight)
-    own = _own_product(x.dtype) and weight.shape[1]
-    return (multiply if own else OPS["linear"].eager)(x, weight)
+    product = _linear_product(x, weight)
+    if product == "gemv":
+        return _gemv(x, weight)(x, weight)
+    return (multiply if product == "gemm" else OPS["linear"].eager)(x, weight)
 
 
-def _linear_of_few_rows(x: torch.Tensor, weight: torch.Tensor) -> Launcher:
-    C_out, C_in = weight.shape
-    new = _maker(x, (*x.shape[:-1], C_out))
-    run = _cpu.linear(DTYPES[x.dtype], _rows(x), C_in, C_out)
-
-    def launch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        y = new()
-        run(x.data_ptr(), weight.data_ptr(), y.data_ptr())
-        return y
-
-    return launch
+def _linear_product(x: torch.Tensor, weight: torch.Tensor) -> str:
+    if x.numel() == 0:
+        return "torch"
+    return _cpu.linear_product(x, torch.backends.mkldnn.is_available())
 
 
-def _linear_how(x: torch.Tensor, weight: torch.Tensor) -> str:
-    if 0 < x.numel() <= few_rows(x.dtype) * weight.shape[1]:
-        return "by the kernel for few rows"
-    return _product_how(_own_product(x.dtype))
-
-
-def _own_gradient(grad: torch.Tensor) -> bool:
-    return grad.shape[:-1].numel() >= GRADIENT_ROWS and _own_product(grad.dtype)
+def _gradient_product(grad: torch.Tensor, other: torch.Tensor) -> str:
+    if grad.numel() == 0:
+        return "torch"
+    return _cpu.gradient_product(grad, torch.backends.mkldnn.is_available())
 
 
 def _linear_backward_x(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    own = _own_gradient(grad) and weight.shape[0]
+    own = _gradient_product(grad, weight) == "gemm"
     return (multiply_backward_x if own else OPS["linear_backward_x"].eager)(grad, weight)
 
 
 def _linear_backward_weight(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    own = _own_gradient(grad)
+    own = _gradient_product(grad, x) == "gemm"
     return (multiply_backward_weight if own else OPS["linear_backward_weight"].eager)(grad, x)
 
 
+_PRODUCTS = {
+    "gemv": "by GEMV, the kernel for few rows",
+    "gemm": "by the matrix product of C++",
+    "torch": "by torch's own matrix product",
+}
+
+
+def _linear_how(x: torch.Tensor, weight: torch.Tensor) -> str:
+    return _PRODUCTS[_linear_product(x, weight)]
+
+
 def _gradient_how(grad: torch.Tensor, other: torch.Tensor) -> str:
-    return _product_how(_own_gradient(grad))
-
-
-def _product_how(own: bool) -> str:
-    return "by the matrix product of C++" if own else "by torch's own matrix product"
+    return _PRODUCTS[_gradient_product(grad, other)]
 
 
 def _linear_quantized(
@@ -492,31 +301,12 @@ def _linear_quantized(
     bits: int,
     group_size: int,
 ) -> Launcher:
-    new, C_in = _maker(x, (*x.shape[:-1], C_out)), x.shape[-1]
-    if C_in == 0:
+    new = _maker(x, (*x.shape[:-1], C_out))
+    if x.shape[-1] == 0:
         return lambda *args: new().zero_()
-    run = _cpu.linear_quantized(DTYPES[x.dtype], _rows(x), C_in, C_out, group_size, bits)
-
-    def launch(
-        x: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        offsets: torch.Tensor | None,
-        C_out: int,
-        bits: int,
-        group_size: int,
-    ) -> torch.Tensor:
-        y = new()
-        run(
-            x.data_ptr(),
-            codes.data_ptr(),
-            scales.data_ptr(),
-            0 if offsets is None else offsets.data_ptr(),
-            y.data_ptr(),
-        )
-        return y
-
-    return launch
+    return lambda x, qdata, scales, minima, C_out, bits, group_size: _cpu.linear_quantized(
+        x, qdata, scales, minima, bits, group_size, new()
+    )
 
 
 def _prepared(

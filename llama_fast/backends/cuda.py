@@ -18,7 +18,7 @@ from ..dispatch import OPS, Backend, Implementation, nothing, register_backend
 from ..errors import KernelError
 from ..ops.checks import describe
 from . import composed, limits
-from .layout import DTYPES, dense, rows
+from .layout import dense
 
 try:
     from .. import _cuda
@@ -119,52 +119,24 @@ def _whole_vectors(x: torch.Tensor) -> torch.Tensor:
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    y = _new(x)
-    _cuda.rms_norm(
-        _place(x),
-        DTYPES[x.dtype],
-        x.data_ptr(),
-        weight.data_ptr(),
-        y.data_ptr(),
-        rows(x),
-        x.shape[-1],
-        eps,
-    )
-    return y
+    return _cuda.rms_norm(_place(x), x, weight, eps, _new(x))
 
 
 def _weight_gradient(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """dw, and the parts of it that the blocks of a norm's backward leave: two blocks for each
+    """The partials of dw that the blocks of a norm's backward leave, and dw: two blocks for each
     multiprocessor share the rows."""
     C = x.shape[-1]
     N = x.numel() // C if C else 0
-    parts = min(N, 2 * _multiprocessors(x.get_device() if x.is_cuda else 0))
+    partials = min(N, 2 * _multiprocessors(x.get_device() if x.is_cuda else 0))
     wide = torch.float64 if x.dtype is torch.float32 else torch.float32
-    return torch.empty_like(weight), x.new_empty((parts, C), dtype=wide)
+    return x.new_empty((partials, C), dtype=wide), torch.empty_like(weight)
 
 
 def _rms_norm_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    grad = dense(grad)
-    dx = _new(x)
-    dw, parts = _weight_gradient(x, weight)
-    _cuda.rms_norm_backward(
-        _place(x),
-        DTYPES[x.dtype],
-        grad.data_ptr(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        dx.data_ptr(),
-        dw.data_ptr(),
-        parts.data_ptr(),
-        len(parts),
-        rows(grad),
-        rows(x),
-        x.shape[-1],
-        eps,
-    )
-    return dx, dw
+    partials, dw = _weight_gradient(x, weight)
+    return _cuda.rms_norm_backward(_place(x), dense(grad), x, weight, eps, partials, _new(x), dw)
 
 
 def _rms_norm_backward_unsupported(
@@ -176,21 +148,7 @@ def _rms_norm_backward_unsupported(
 def _add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    y, total = _new(x), _new(x)
-    _cuda.add_rms_norm(
-        _place(x),
-        DTYPES[x.dtype],
-        x.data_ptr(),
-        residual.data_ptr(),
-        weight.data_ptr(),
-        y.data_ptr(),
-        total.data_ptr(),
-        rows(x),
-        rows(residual),
-        x.shape[-1],
-        eps,
-    )
-    return y, total
+    return _cuda.add_rms_norm(_place(x), x, residual, weight, eps, _new(x), _new(x))
 
 
 def _add_rms_norm_backward(
@@ -200,27 +158,18 @@ def _add_rms_norm_backward(
     weight: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    grad_y, grad_total = dense(grad_y), dense(grad_total)
-    dx = _new(total)
-    dw, parts = _weight_gradient(total, weight)
-    _cuda.add_rms_norm_backward(
+    partials, dw = _weight_gradient(total, weight)
+    return _cuda.add_rms_norm_backward(
         _place(total),
-        DTYPES[total.dtype],
-        grad_y.data_ptr(),
-        grad_total.data_ptr(),
-        total.data_ptr(),
-        weight.data_ptr(),
-        dx.data_ptr(),
-        dw.data_ptr(),
-        parts.data_ptr(),
-        len(parts),
-        rows(grad_y),
-        rows(grad_total),
-        rows(total),
-        total.shape[-1],
+        dense(grad_y),
+        dense(grad_total),
+        total,
+        weight,
         eps,
+        partials,
+        _new(total),
+        dw,
     )
-    return dx, dw
 
 
 def _add_rms_norm_backward_unsupported(
@@ -234,39 +183,13 @@ def _add_rms_norm_backward_unsupported(
 
 
 def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    h = _new(gate)
-    _cuda.swiglu(
-        _place(gate),
-        DTYPES[gate.dtype],
-        gate.data_ptr(),
-        up.data_ptr(),
-        h.data_ptr(),
-        rows(gate),
-        rows(up),
-        gate.shape[-1],
-    )
-    return h
+    return _cuda.swiglu(_place(gate), gate, up, _new(gate))
 
 
 def _swiglu_backward(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    grad = dense(grad)
-    d_gate, d_up = _new(gate), _new(up)
-    _cuda.swiglu_backward(
-        _place(gate),
-        DTYPES[gate.dtype],
-        grad.data_ptr(),
-        gate.data_ptr(),
-        up.data_ptr(),
-        d_gate.data_ptr(),
-        d_up.data_ptr(),
-        rows(grad),
-        rows(gate),
-        rows(up),
-        gate.shape[-1],
-    )
-    return d_gate, d_up
+    return _cuda.swiglu_backward(_place(gate), dense(grad), gate, up, _new(gate), _new(up))
 
 
 def _swiglu_backward_unsupported(
@@ -278,108 +201,22 @@ def _swiglu_backward_unsupported(
 def _rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    B, T, H, D = q.shape
-    of_rows = cos.ndim == 3
-    q_out, k_out = _new(q), _new(k)
-    _cuda.rope(
-        _place(q),
-        DTYPES[q.dtype],
-        q.data_ptr(),
-        q.stride(),
-        k.data_ptr(),
-        k.stride(),
-        q_out.data_ptr(),
-        k_out.data_ptr(),
-        cos.data_ptr(),
-        cos.stride(0) if of_rows else 0,
-        cos.stride(-2),
-        sin.data_ptr(),
-        sin.stride(0) if of_rows else 0,
-        sin.stride(-2),
-        B,
-        T,
-        H,
-        k.shape[2],
-        D,
-        interleaved,
-    )
-    return q_out, k_out
+    return _cuda.rope(_place(q), q, k, cos, sin, interleaved, _new(q), _new(k))
 
 
-def _kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> torch.Tensor:
-    B, T, H, D = q.shape
-    q_out = _new(q)
-    _cuda.kv_append(
-        _place(q),
-        DTYPES[q.dtype],
-        q.data_ptr(),
-        q.stride(),
-        k.data_ptr(),
-        k.stride(),
-        v.data_ptr(),
-        v.stride(),
-        q_out.data_ptr(),
-        cos.data_ptr(),
-        cos.stride(0),
-        sin.data_ptr(),
-        sin.stride(0),
-        k_cache.data_ptr(),
-        k_cache.stride(),
-        v_cache.data_ptr(),
-        v_cache.stride(),
-        lengths.data_ptr(),
-        lengths.stride(0),
-        B,
-        T,
-        k_cache.shape[1],
-        cos.shape[0],
-        H,
-        k.shape[2],
-        D,
-        interleaved,
+def _kv_append(
+    q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, k_scales=None, v_scales=None
+) -> torch.Tensor:
+    return _cuda.kv_append(
+        *(_place(q), q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved),
+        *(k_scales, v_scales, _new(q)),
     )
-    return q_out
 
 
 def _kv_append_quantized(
     q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, interleaved
 ) -> torch.Tensor:
-    B, T, H, D = q.shape
-    q_out = _new(q)
-    _cuda.kv_append_quantized(
-        _place(q),
-        DTYPES[q.dtype],
-        q.data_ptr(),
-        q.stride(),
-        k.data_ptr(),
-        k.stride(),
-        v.data_ptr(),
-        v.stride(),
-        q_out.data_ptr(),
-        cos.data_ptr(),
-        cos.stride(0),
-        sin.data_ptr(),
-        sin.stride(0),
-        k_codes.data_ptr(),
-        k_codes.stride(),
-        k_scales.data_ptr(),
-        k_scales.stride(),
-        v_codes.data_ptr(),
-        v_codes.stride(),
-        v_scales.data_ptr(),
-        v_scales.stride(),
-        lengths.data_ptr(),
-        lengths.stride(0),
-        B,
-        T,
-        k_codes.shape[1],
-        cos.shape[0],
-        H,
-        k.shape[2],
-        D,
-        interleaved,
-    )
-    return q_out
+    return _kv_append(q, k, v, cos, sin, k_codes, v_codes, lengths, interleaved, k_scales, v_scales)
 
 
 # Whether attention of many queries goes to the kernel with wgmma and bulk copies on sm_90. No GPU
@@ -396,82 +233,56 @@ def _has_warpgroups(device: torch.device) -> bool:
     return "90a" in built and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-# Queries of a KV head that one tile of the matrix instructions holds: their keys are split.
-FEW_QUERIES = 16
-# Keys that are worth a block of their own.
-KEYS_OF_A_SPLIT = 128
-
-
-def splits(B: int, K: int, S: int, multiprocessors: int) -> int:
-    """Blocks that share the keys of a KV head: as many as make one wave of two blocks to a
-    multiprocessor, for a second wave would cost as much as the first."""
-    most = -(-S // KEYS_OF_A_SPLIT)
-    return max(1, min(2 * multiprocessors // max(1, B * K), most))
-
-
 @functools.cache
 def _arrived(place: tuple[int, int, bool], count: int, device: torch.device) -> torch.Tensor:
     """Zeros that the blocks of a call count in and leave as zeros, for each stream its own."""
     return torch.zeros(count, dtype=torch.int32, device=device)
 
 
-def _shares(
+def _kv_splits(
     place: tuple[int, int, bool], q: torch.Tensor, S: int, K: int
 ) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
     """How many blocks share the keys of a KV head, and where there are several, memory for what
     each of them leaves and counts of those that have."""
     B, T, H, D = q.shape
     count = 1
-    if T * (H // K) <= FEW_QUERIES:
-        count = splits(B, K, S, _multiprocessors(place[0]))
+    if _cuda.is_decode(T, H, K):
+        count = _cuda.kv_splits(B, K, S, _multiprocessors(place[0]))
     if count == 1:
         return count, None, None
-    size = B * H * T * count * _cuda.attention_part_bytes(D)
-    parts = torch.empty(size, dtype=torch.uint8, device=q.device)
+    size = B * H * T * count * _cuda.attention_partial_bytes(D)
+    partials = torch.empty(size, dtype=torch.uint8, device=q.device)
     # What is made during a capture belongs to its graph, and must not be kept for others.
     capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
     make = _arrived.__wrapped__ if capturing else _arrived
-    return count, parts, make(place, B * K, q.device)
+    return count, partials, make(place, B * K, q.device)
+
+
+# Bytes of a cache in 8 bits that is turned into q's dtype for many queries: so many rows of the
+# batch at a time, but one at least.
+WIDE_BYTES = 2**28
 
 
 def _attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    causal: bool,
-    scale: float | None,
-    lengths: torch.Tensor | None,
-    need_lse: bool,
+    q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    o = _new(q)
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
-    lse = q.new_empty((B, H, T) if need_lse else 0, dtype=torch.float32)
     place = _place(q)
-    count, parts, arrived = _shares(place, q, S, K)
-    _cuda.attention(
-        place,
-        DTYPES[q.dtype],
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        o.data_ptr(),
-        lse.data_ptr(),  # null when it is empty
-        0 if lengths is None else lengths.data_ptr(),
-        q.shape,
-        k.shape,
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        causal,
-        D**-0.5 if scale is None else scale,
+    wide = None, None
+    if k_scales is not None and not _cuda.is_decode(T, H, K):
+        row_bytes = 2 * S * K * D * q.element_size()
+        wide_rows = max(1, min(B, WIDE_BYTES // max(1, row_bytes)))
+        wide = tuple(q.new_empty(wide_rows, K, S, D) for _ in "kv")
+    return _cuda.attention(
+        *(place, q, k, v, causal, scale, lengths, k_scales, v_scales),
+        *_kv_splits(place, q, S, K),
+        *wide,
         WARPGROUPS and _has_warpgroups(q.device),
-        count,
-        0 if parts is None else parts.data_ptr(),
-        0 if arrived is None else arrived.data_ptr(),
+        _new(q),
+        q.new_empty((B, H, T) if need_lse else 0, dtype=torch.float32),
     )
-    return o, lse
 
 
 def _attention_unsupported(
@@ -496,60 +307,10 @@ def _attention_unsupported(
     return found
 
 
-# Bytes of a cache in 8 bits that is turned into q's dtype for many queries: so many rows of the
-# batch at a time, but one at least.
-WIDE_BYTES = 2**28
-
-
 def _attention_quantized(
-    q: torch.Tensor,
-    k_codes: torch.Tensor,
-    k_scales: torch.Tensor,
-    v_codes: torch.Tensor,
-    v_scales: torch.Tensor,
-    causal: bool,
-    scale: float | None,
-    lengths: torch.Tensor | None,
+    q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths
 ) -> torch.Tensor:
-    q, k_codes, v_codes = _aligned(q), _aligned(k_codes), _aligned(v_codes)
-    o = _new(q)
-    B, T, H, D = q.shape
-    S, K = k_codes.shape[1:3]
-    place = _place(q)
-    count, parts, arrived = _shares(place, q, S, K)
-    wide_rows, wide_k, wide_v = 0, None, None
-    if T * (H // K) > FEW_QUERIES:
-        row_bytes = 2 * S * K * D * q.element_size()
-        wide_rows = max(1, min(B, WIDE_BYTES // max(1, row_bytes)))
-        wide_k, wide_v = (q.new_empty(wide_rows, K, S, D) for _ in "kv")
-    _cuda.attention_quantized(
-        place,
-        DTYPES[q.dtype],
-        q.data_ptr(),
-        k_codes.data_ptr(),
-        k_scales.data_ptr(),
-        v_codes.data_ptr(),
-        v_scales.data_ptr(),
-        o.data_ptr(),
-        0 if lengths is None else lengths.data_ptr(),
-        q.shape,
-        k_codes.shape,
-        q.stride(),
-        k_codes.stride(),
-        k_scales.stride(),
-        v_codes.stride(),
-        v_scales.stride(),
-        causal,
-        D**-0.5 if scale is None else scale,
-        WARPGROUPS and _has_warpgroups(q.device),
-        count,
-        0 if parts is None else parts.data_ptr(),
-        0 if arrived is None else arrived.data_ptr(),
-        0 if wide_k is None else wide_k.data_ptr(),
-        0 if wide_v is None else wide_v.data_ptr(),
-        wide_rows,
-    )
-    return o
+    return _attention(q, k_codes, v_codes, causal, scale, lengths, False, k_scales, v_scales)[0]
 
 
 def _attention_quantized_unsupported(
@@ -565,59 +326,46 @@ def _attention_quantized_unsupported(
     return _attention_unsupported(q, k_codes, v_codes, causal, scale, lengths, False)
 
 
-# Rows of x up to which the linears are limited by reading the weight, and our kernels serve them.
-FEW_ROWS = 16
-
-
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    if _of_few_rows(x, weight):
-        return _few_rows(_cuda.linear, x, weight, weight.shape[0])
+    if _takes_gemv(x, weight):
+        return _gemv(_cuda.linear, x, weight, weight.shape[0])
     return F.linear(x, weight).contiguous()
 
 
 def _linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    if _of_few_rows(x, weight):
-        return _few_rows(_cuda.linear_swiglu, x, weight, weight.shape[0] // 2)
+    if _takes_gemv(x, weight):
+        return _gemv(_cuda.linear_swiglu, x, weight, weight.shape[0] // 2)
     return _swiglu(*_linear(x, weight).chunk(2, dim=-1))
 
 
-def _of_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _takes_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernels take the product: few rows of a half type, and weights in whole vectors,
     as those of every model are. torch has it otherwise."""
     C_in = weight.shape[1]
     whole = C_in % 8 == 0 and weight.data_ptr() % 16 == 0
-    return x.dtype is not torch.float32 and 0 < C_in and x.numel() <= FEW_ROWS * C_in and whole
-
-
-def _few_rows(
-    launch: Callable[..., None], x: torch.Tensor, weight: torch.Tensor, C_out: int
-) -> torch.Tensor:
-    """`linear` or `linear_swiglu` of few rows; y has C_out columns."""
-    x = _whole_vectors(x)
-    y = x.new_empty((*x.shape[:-1], C_out))
-    launch(
-        _place(x),
-        DTYPES[x.dtype],
-        x.data_ptr(),
-        weight.data_ptr(),
-        y.data_ptr(),
-        rows(x),
-        x.shape[-1],
-        C_out,
+    return (
+        x.dtype is not torch.float32 and 0 < C_in and x.numel() <= _cuda.GEMV_ROWS * C_in and whole
     )
-    return y
+
+
+def _gemv(
+    launch: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, C_out: int
+) -> torch.Tensor:
+    """`linear` or `linear_swiglu` of few rows of x; y has C_out columns."""
+    x = _whole_vectors(x)
+    return launch(_place(x), x, weight, x.new_empty((*x.shape[:-1], C_out)))
 
 
 def _linear_quantized(x: torch.Tensor, *weight: Any) -> torch.Tensor:
-    return _few_rows_quantized(_cuda.linear_quantized, x, weight[3], *weight)
+    return _gemv_quantized(_cuda.linear_quantized, x, weight[3], *weight)
 
 
 def _linear_swiglu_quantized(x: torch.Tensor, *weight: Any) -> torch.Tensor:
-    return _few_rows_quantized(_cuda.linear_swiglu_quantized, x, weight[3] // 2, *weight)
+    return _gemv_quantized(_cuda.linear_swiglu_quantized, x, weight[3] // 2, *weight)
 
 
-def _few_rows_quantized(
-    launch: Callable[..., None],
+def _gemv_quantized(
+    launch: Callable[..., torch.Tensor],
     x: torch.Tensor,
     outputs: int,
     codes: torch.Tensor,
@@ -630,21 +378,7 @@ def _few_rows_quantized(
     """The same of a quantised weight; y has `outputs` columns."""
     x = _whole_vectors(x)
     y = x.new_empty((*x.shape[:-1], outputs))
-    launch(
-        _place(x),
-        DTYPES[x.dtype],
-        x.data_ptr(),
-        codes.data_ptr(),
-        scales.data_ptr(),
-        0 if offsets is None else offsets.data_ptr(),
-        y.data_ptr(),
-        rows(x) if x.shape[-1] else (1, 1, x.shape[:-1].numel(), 0, 0, 0),
-        x.shape[-1],
-        outputs,
-        bits,
-        group_size,
-    )
-    return y
+    return launch(_place(x), x, codes, scales, offsets, bits, group_size, y)
 
 
 def _linear_quantized_unsupported(
@@ -659,8 +393,8 @@ def _linear_quantized_unsupported(
     found = limits.rows_reasons(x=x)
     if x.dtype is torch.float32:
         found.append("x is torch.float32; it must be bfloat16 or float16")
-    if (M := x.shape[:-1].numel()) > FEW_ROWS:
-        found.append(f"x has {M} rows; at most {FEW_ROWS}")
+    if (M := x.shape[:-1].numel()) > _cuda.GEMV_ROWS:
+        found.append(f"x has {M} rows; at most {_cuda.GEMV_ROWS}")
     return found
 
 

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-# As the kernels number them, in csrc/cpu/kernels.h and csrc/cuda/kernels.h.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Of activations and weights, in csrc/args.h.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def as_tuple(x: torch.Tensor) -> tuple[int, int, int, tuple[int, ...], tuple[int, ...]]:
+    """What csrc/bindings/tensor.h takes from a torch without DLPack's C functions: the address, the
+    dtype's DLPack code and bits, shape and strides."""
+    return x.data_ptr(), *_dlpack_dtype(x.dtype), tuple(x.shape), x.stride()
+
+
+@functools.cache
+def _dlpack_dtype(dtype: torch.dtype) -> tuple[int, int]:
+    if dtype is torch.bfloat16:
+        code = 4
+    elif dtype.is_floating_point:
+        code = 2
+    else:
+        code = 0 if dtype.is_signed else 1
+    return code, 8 * dtype.itemsize
 
 
 def stride_reasons(**tensors: torch.Tensor) -> list[str]:
@@ -20,12 +39,3 @@ def stride_reasons(**tensors: torch.Tensor) -> list[str]:
 def dense(grad: torch.Tensor) -> torch.Tensor:
     """A gradient as kernels can read it: that of a sum, say, has stride 0 in every dim."""
     return grad if grad.stride(-1) == 1 and grad.ndim <= 4 else grad.contiguous()
-
-
-def rows(x: torch.Tensor) -> tuple[int, ...]:
-    """The Rows of the kernels' headers: three outer sizes, then their strides."""
-    if x.is_contiguous():
-        C = x.shape[-1]
-        return (1, 1, x.numel() // C if C else 0, 0, 0, C)
-    padding = (1,) * (4 - x.ndim)
-    return padding + x.shape[:-1] + padding + x.stride()[:-1]

@@ -24,7 +24,7 @@ def reasons(dtype: torch.dtype, **tensors: torch.Tensor) -> list[str]:
 
 
 def rows_reasons(**tensors: torch.Tensor) -> list[str]:
-    """Tensors that do not fit into Rows (`layout.rows`): those have at most three outer dims."""
+    """Tensors that do not fit into Rows of csrc/args.h: those have at most three outer dims."""
     found = []
     for name, x in tensors.items():
         if x.dtype not in DTYPES or not x.is_contiguous():

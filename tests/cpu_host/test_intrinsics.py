@@ -17,7 +17,7 @@ def run(isa: str, flags: str, folder: Path) -> str:
     program = folder / "intrinsics"
     source = emulation.HERE / "intrinsics.cpp"
     # Contraction would make one rounding of two where the source has two.
-    common = ["-std=c++17", "-O1", "-ffp-contract=off", f"-DISA={isa}", f"-DISA_{isa.upper()}"]
+    common = ["-std=c++20", "-O1", "-ffp-contract=off", f"-DISA={isa}", f"-DISA_{isa.upper()}"]
     command = [emulation.CXX, *common, *flags.split(), str(source), "-o", str(program)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     done = subprocess.run([program], capture_output=True, text=True)

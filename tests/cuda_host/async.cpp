@@ -176,7 +176,7 @@ void copy_later(std::vector<Chunk> chunks, void* barrier) {
   copies.push_back({std::move(chunks), barrier});
 }
 
-void begin_products() { own_warpgroup().begun = true; }
+void warpgroup_arrive() { own_warpgroup().begun = true; }
 
 void product(std::vector<float*> d, int count,
              std::function<void(const std::vector<float*>&)> multiply) {

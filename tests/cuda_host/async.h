@@ -34,7 +34,7 @@ struct Chunk {
 void copy_later(std::vector<Chunk> chunks, void* barrier);
 
 // Of the running thread's warpgroup; called once for all of its threads.
-void begin_products();
+void warpgroup_arrive();
 // `multiply` is called once, `d` are the `count` numbers of each lane that it adds to: it gets them in a
 // place of their own, and until the products have been waited for the lanes find NaN in theirs.
 void product(std::vector<float*> d, int count,

@@ -48,7 +48,7 @@ template <Fault FAULT> void boxes(TensorMap map, float* out) {
       if (i > 0) wait_for_phase(shared.empty, 0);
       if (lane == 0 && FAULT != NOBODY_ARRIVES) {
         arrive_expecting(shared.full, FAULT == FEW_BYTES ? BOX : 2 * BOX);
-        copy_box(shared.box[0], map, shared.full, 0, i * ROWS, 0, 0);
+        tma_load(shared.box[0], map, shared.full, 0, i * ROWS, 0, 0);
       }
     }
     return;
@@ -80,35 +80,35 @@ template <Slip SLIP> void products(TensorMap, float* out) {
     const int row = i / 64, chunk = i % 64 / 8;
     shared.box[0][row * 64 + (chunk ^ row % 8) * 8 + i % 8] = __float2half_rn(row);
   }
-  if (SLIP != NOT_SHOWN) show_to_async_proxy();
+  if (SLIP != NOT_SHOWN) fence_proxy_async();
   __syncthreads();
   if (threadIdx.x >= WARPGROUP || (SLIP == ALONE && threadIdx.x >= 96)) return;
   uint32_t ones[4];
   for (uint32_t& pair : ones) pair = pack<__half>(1.0f, 1.0f);
   float d[8][4] = {};
-  if (SLIP != NO_FENCE) begin_products();
+  if (SLIP != NO_FENCE) warpgroup_arrive();
   multiply_registers<__half>(d, ones, matrix_descriptor(shared.box[0], BOX * 2));
-  close_product_group();
+  warpgroup_commit();
   if (SLIP == OVERWRITTEN) shared.box[0][threadIdx.x] = __float2half_rn(9.0f);
   if (SLIP == A_CHANGED) ones[1] = 0;
   const float early = d[0][0];
-  if (SLIP != LEFT_OPEN) wait_for_products<0>(d);
+  if (SLIP != LEFT_OPEN) warpgroup_wait<0>(d);
   out[threadIdx.x] = SLIP == USED_EARLY ? early : d[7][3];
 }
 
 void arrivals_left(TensorMap, float*) {
-  if (threadIdx.x < 32) arrive_at(1, 64);
+  if (threadIdx.x < 32) named_barrier_arrive(1, 64);
 }
 void meet_in_two_groups(TensorMap, float* out) {
   auto& values = shared_memory<float[256]>();
   values[threadIdx.x] = threadIdx.x;
-  meet_at(1 + threadIdx.x / 128, 128);
+  named_barrier_sync(1 + threadIdx.x / 128, 128);
   out[threadIdx.x] = values[threadIdx.x ^ 64];
 }
 void meet_in_the_other_group(TensorMap, float* out) {
   auto& values = shared_memory<float[256]>();
   values[threadIdx.x] = threadIdx.x;
-  meet_at(1 + threadIdx.x / 128, 128);
+  named_barrier_sync(1 + threadIdx.x / 128, 128);
   out[threadIdx.x] = values[threadIdx.x ^ 128];
 }
 
@@ -141,7 +141,7 @@ template <class T> static void multiply_image(const uint8_t* image, int bytes, c
                                               uint64_t a, uint64_t b, int N, float* out) {
   auto& shared = shared_memory<uint8_t[1]>();
   for (int i = threadIdx.x; i < bytes; i += blockDim.x) shared[i] = image[i];
-  show_to_async_proxy();
+  fence_proxy_async();
   __syncthreads();
   const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const auto write = [&](const float* d, int columns) {
@@ -151,24 +151,24 @@ template <class T> static void multiply_image(const uint8_t* image, int bytes, c
   uint32_t of_a[4];
   for (int j = 0; j < 4; ++j)
     memcpy(&of_a[j], a_rows + (row + j % 2 * 8) * 16 + j / 2 * 8 + 2 * t, 4);
-  begin_products();
+  warpgroup_arrive();
   if (a) {
     float d[16][4];
     multiply_shared<T>(d, a, b, false);
-    close_product_group();
-    wait_for_products<0>(d);
+    warpgroup_commit();
+    warpgroup_wait<0>(d);
     write(&d[0][0], 128);
   } else if (N == 128) {
     float d[16][4] = {};
     multiply_registers<T>(d, of_a, b);
-    close_product_group();
-    wait_for_products<0>(d);
+    warpgroup_commit();
+    warpgroup_wait<0>(d);
     write(&d[0][0], 128);
   } else {
     float d[8][4] = {};
     multiply_registers<T>(d, of_a, b);
-    close_product_group();
-    wait_for_products<0>(d);
+    warpgroup_commit();
+    warpgroup_wait<0>(d);
     write(&d[0][0], 64);
   }
 }
@@ -180,7 +180,7 @@ static void one_box(TensorMap map, int rows, std::array<int, 4> at, uint8_t* out
     start_mbarrier(shared.full, 1);
     publish_mbarriers();
     arrive_expecting(shared.full, rows * 128);
-    copy_box(shared.box[0], map, shared.full, at[0], at[1], at[2], at[3]);
+    tma_load(shared.box[0], map, shared.full, at[0], at[1], at[2], at[3]);
   }
   __syncthreads();
   wait_for_phase(shared.full, 0);

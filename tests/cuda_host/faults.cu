@@ -1,7 +1,7 @@
 // Kernels with one fault each, and sound ones beside them: what the host's machine says of them is
 // checked by test_machine.py.
 #include <common/launch.cuh>
-#include <common/overlap.cuh>
+#include <common/pdl.cuh>
 #include <common/ptx.cuh>
 
 #include <cstdlib>
@@ -63,11 +63,11 @@ template <bool WAIT, bool BARRIER> void copied(float* out) {
   alignas(16) static float source[64][4];
   for (float& value : source[threadIdx.x]) value = threadIdx.x;
   copy_async(values[threadIdx.x], source[threadIdx.x], true);
-  close_copy_group();
-  if (WAIT) wait_for_copies<0>();
+  cp_async_commit();
+  if (WAIT) cp_async_wait<0>();
   if (BARRIER) __syncthreads();
   out[threadIdx.x] = values[(threadIdx.x + 1) % 64][0];
-  wait_for_copies<0>();
+  cp_async_wait<0>();
 }
 
 void copies_left_open(float*) {
@@ -81,7 +81,7 @@ void reads_undefined(float* out) { out[threadIdx.x] = shared_memory<float[64]>()
 void in_order(float* out) { out[0] = threadIdx.x; }
 
 template <bool WAIT> void overlapping(float*) {
-  if (WAIT || threadIdx.x != 40) wait_for_kernel_before();
+  if (WAIT || threadIdx.x != 40) griddepcontrol_wait();
 }
 
 static const std::map<std::string, void (*)(float*)> kernels = {

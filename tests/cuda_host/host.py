@@ -26,7 +26,7 @@ from ..cpu_host.emulation import load_module, setup
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CXX = sysconfig.get_config_var("CXX").split()[0]
-CXX_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wno-unknown-pragmas"
+CXX_FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wno-unknown-pragmas"
 
 HOST_ARCHITECTURE = "'-DLLAMA_FAST_CUDA_ARCHITECTURES=\"host\"'"
 
@@ -112,7 +112,7 @@ def build_as(kind: str) -> Path:
     """Builds the module of one kind, whether this process can load it or not."""
     kernels = [
         path
-        for path in (ROOT / "csrc" / "cuda").glob("*.cu")
+        for path in (ROOT / "csrc" / "cuda").rglob("*.cu")
         if path.stem != "device"  # its twin is device.cpp beside this file
     ]
     sources = [
@@ -164,7 +164,7 @@ def ninja_file(
             flags = f"-O1 -I{csrc} {HOST_ARCHITECTURE}"
         else:
             flags = other_flags
-        objects.append(f"{source.name}.o")
+        objects.append(f"{source.parent.name}/{source.name}.o")
         lines.append(f"build {objects[-1]}: cxx {up / source.relative_to(ROOT)}\n  flags = {flags}")
     lines.append(f"build {name}: link {' '.join(objects)}\n")
     return "\n".join(lines)

@@ -267,9 +267,9 @@ void writes(void* p, size_t bytes, int by_thread) { races::write(p, bytes, by_th
 void reads_by_async_proxy(const void* p, size_t bytes, int by_thread) {
   races::read_by_async_proxy(p, bytes, by_thread);
 }
-void show_to_async_proxy() { races::show_to_async_proxy(running); }
+void fence_proxy_async() { races::fence_proxy_async(running); }
 
-void waited_for_kernel_before() { lanes[running].waited = true; }
+void waited_for_griddepcontrol() { lanes[running].waited = true; }
 
 void run(const char* name, dim3 grid, dim3 block, size_t bytes, const std::function<void()>& body,
          bool overlaps) {

@@ -69,13 +69,13 @@ void reads(const void* p, size_t bytes, int by_thread);
 void writes(void* p, size_t bytes, int by_thread);
 // Matrix instructions read through the async proxy; a thread shows it what it has stored.
 void reads_by_async_proxy(const void* p, size_t bytes, int by_thread);
-void show_to_async_proxy();
+void fence_proxy_async();
 
 // Runs `body` once for each thread of the grid; with `overlaps`, every thread must wait for the kernel
 // before.
 void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
          const std::function<void()>& body, bool overlaps = false);
-void waited_for_kernel_before();
+void waited_for_griddepcontrol();
 
 // 0: blocks and threads in order; 1: in reverse.
 extern int order;

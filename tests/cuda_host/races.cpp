@@ -165,7 +165,7 @@ void bulk_copy_ends(const void* p, size_t count, Clock& barrier) {
   barrier.seen[threads()] = bulk_copies;
 }
 
-void show_to_async_proxy(int thread) { ++shown_by[thread]; }
+void fence_proxy_async(int thread) { ++shown_by[thread]; }
 
 void read_by_async_proxy(const void* p, size_t count, int thread) {
   read(p, count, thread);

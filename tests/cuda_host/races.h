@@ -30,7 +30,7 @@ void copy_ends(const void* p, size_t bytes, int thread);
 // The same for a bulk copy, whose end is seen by who passes `barrier`.
 void bulk_copy_ends(const void* p, size_t bytes, Clock& barrier);
 // What a thread has stored is shown to the async proxy; a matrix instruction reads through it.
-void show_to_async_proxy(int thread);
+void fence_proxy_async(int thread);
 void read_by_async_proxy(const void* p, size_t bytes, int thread);
 // The first race of the block, in words, or nothing.
 std::string found();
@@ -45,7 +45,7 @@ inline void write(const void*, size_t, int) {}
 inline void copy_begins(const void*, size_t, int) {}
 inline void copy_ends(const void*, size_t, int) {}
 inline void bulk_copy_ends(const void*, size_t, Clock&) {}
-inline void show_to_async_proxy(int) {}
+inline void fence_proxy_async(int) {}
 inline void read_by_async_proxy(const void*, size_t, int) {}
 inline std::string found() { return ""; }
 #endif

@@ -49,7 +49,7 @@ def launches_of(args, order=0):
 )
 def test_keys_are_split(shape, options, blocks, dtype, order):
     args = arguments(*shape, **options, dtype=dtype)
-    assert launches_of(args, order) == [("attention_few", blocks)]
+    assert launches_of(args, order) == [("attention_decode", blocks)]
 
 
 def test_counts_are_left_at_zero_for_the_next_call():
@@ -71,7 +71,7 @@ def test_counts_are_left_at_zero_for_the_next_call():
     ],
 )
 def test_many_queries(shape, options, blocks, order):
-    assert launches_of(arguments(*shape, **options), order) == [("attention_many", blocks)]
+    assert launches_of(arguments(*shape, **options), order) == [("attention_prefill", blocks)]
 
 
 @pytest.mark.parametrize("order", [0, 1])
@@ -93,7 +93,7 @@ def test_warpgroups(shape, options, blocks, order, monkeypatch):
     if rest[2] is not None:  # what lies behind a row's length is never used
         for row, length in enumerate(rest[2]):
             k[row, max(0, length) :] = v[row, max(0, length) :] = float("nan")
-    assert launches_of((q, k, v, *rest), order) == [("attention_warpgroups", blocks)]
+    assert launches_of((q, k, v, *rest), order) == [("attention_prefill_wgmma", blocks)]
 
 
 @pytest.mark.parametrize("stride", ["heads first", "fused", "one head"])
@@ -105,7 +105,7 @@ def test_warpgroups_take_strides(stride, monkeypatch):
     elif stride == "fused":
         k, v = torch.cat([k, v], -1).split(64, -1)
     blocks = 2 if stride == "one head" else 4
-    assert launches_of((q, k, v, *rest)) == [("attention_warpgroups", blocks)]
+    assert launches_of((q, k, v, *rest)) == [("attention_prefill_wgmma", blocks)]
 
 
 @pytest.mark.parametrize("why", ["scale", "stride", "not asked for"])
@@ -120,7 +120,7 @@ def test_what_warpgroups_cannot_do_goes_to_the_other_kernel(why, monkeypatch):
     with host.use_host(), use_backend("cuda", strict=True):
         host.take_launches()
         o, _ = OP(*args)
-        assert [launch.kernel for launch in host.take_launches()] == ["attention_many"]
+        assert [launch.kernel for launch in host.take_launches()] == ["attention_prefill"]
     torch.testing.assert_close(o, OP.eager(*args)[0], rtol=0.02, atol=0.02)
 
 
@@ -135,7 +135,7 @@ def test_the_ops_cases_with_warpgroups(case, monkeypatch):
             continue
         many = q.numel() and k.numel() and q.shape[1] * (q.shape[2] // k.shape[2]) > 16
         kernels = [kernel for kernel, _ in launches_of(args, order=1)]
-        assert ("attention_warpgroups" in kernels) == bool(many)
+        assert ("attention_prefill_wgmma" in kernels) == bool(many)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_the_ops_cases_with_warpgroups(case, monkeypatch):
     ],
 )
 def test_how_many_splits(B, K, S, multiprocessors, expected):
-    assert cuda.splits(B, K, S, multiprocessors) == expected
+    assert host.module().kv_splits(B, K, S, multiprocessors) == expected
 
 
 def test_heads_that_are_not_aligned_are_left_to_others():

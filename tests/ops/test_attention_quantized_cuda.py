@@ -73,7 +73,7 @@ def launches_of(args, order=0):
 )
 def test_keys_are_split(shape, options, blocks, dtype, order):
     args = arguments(*shape, **options, dtype=dtype)
-    assert launches_of(args, order) == [("attention_few_quantized", blocks)]
+    assert launches_of(args, order) == [("attention_decode_quantized", blocks)]
 
 
 @pytest.mark.parametrize("dtype", [bf16, f16])
@@ -90,7 +90,7 @@ def test_groups_lengths_and_strides(G, D, dtype):
         for scales in parts[1::2]:
             scales[row, length:] = float("nan")
     (kernel,) = launches_of((q, *parts, causal, scale, at), order=1)
-    assert kernel[0] == "attention_few_quantized"
+    assert kernel[0] == "attention_decode_quantized"
 
 
 SCALES = {
@@ -173,7 +173,7 @@ def test_counts_are_left_at_zero_for_the_next_call():
 )
 def test_many_queries(shape, options, order):
     widened, attended = launches_of(arguments(*shape, **options), order)
-    assert widened[0] == "widen_cache" and attended[0] == "attention_many"
+    assert widened[0] == "dequantize_cache" and attended[0] == "attention_prefill"
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
@@ -183,7 +183,7 @@ def test_many_queries_take_some_rows_at_a_time(rows, monkeypatch):
     monkeypatch.setattr(cuda, "WIDE_BYTES", rows * 2 * 40 * 2 * 64 * 2 + 1)
     launches = launches_of((q, *parts, causal, scale, lengths))
     kernels = [kernel for kernel, _ in launches]
-    assert kernels == ["widen_cache", "attention_many"] * -(-5 // min(rows, 5))
+    assert kernels == ["dequantize_cache", "attention_prefill"] * -(-5 // min(rows, 5))
 
 
 def test_many_queries_go_to_warpgroups_where_these_are_asked_for(monkeypatch):
@@ -192,7 +192,7 @@ def test_many_queries_go_to_warpgroups_where_these_are_asked_for(monkeypatch):
     for scales in parts[1::2]:
         scales[1, 131:] = float("nan")
     kernels = [kernel for kernel, _ in launches_of((q, *parts, causal, scale, lengths))]
-    assert kernels == ["widen_cache", "attention_warpgroups"]
+    assert kernels == ["dequantize_cache", "attention_prefill_wgmma"]
 
 
 def test_what_is_not_served_is_said():

@@ -53,7 +53,7 @@ def threads():
 @pytest.mark.parametrize(("C_in", "C_out"), [(2048, 37), (515, 130), (1, 7)])
 def test_a_few_rows_are_each_as_if_alone(backend, dtype, C_in, C_out):
     with on(backend):
-        few = cpu.few_rows(dtype)
+        few = cpu.gemv_rows(dtype)
         x, weight, _ = operands(few, C_in, C_out, dtype)
         alone = torch.cat([linear(row[None], weight) for row in x])
         for M in range(2, few + 1):
@@ -210,7 +210,7 @@ def test_explain_says_whose_product_it_is(dtype):
     if cpu.isa() == "avx512_bf16" and dtype is torch.bfloat16:
         own = not torch.backends.mkldnn.is_available()
     few = 28 if own else 16
-    assert llama_fast.explain("linear", x[:few], weight).how == "by the kernel for few rows"
+    assert llama_fast.explain("linear", x[:few], weight).how == "by GEMV, the kernel for few rows"
     assert "product" in llama_fast.explain("linear", x[: few + 1], weight).how
     said = str(llama_fast.explain("linear", x, weight))
     assert f"cpu: serves this call by {'the' if own else 'torch'}" in said

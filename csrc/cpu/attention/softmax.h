@@ -5,7 +5,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "../kernels.h"
+#include "../../args.h"
 #include "../simd/simd.h"
 
 namespace llama_fast {
@@ -54,12 +54,12 @@ static inline float exp2_of(float x) {
 }
 
 // Softmax over a part of a query's keys. Turns the scores s[0 … count) into weights
-// 2^(factor · s - top), in units of T and in place, with zeros up to `padded` elements. `top` is
-// the largest exponent so far and `total` the sum of the weights; what was summed under an older
-// top has to be multiplied by the result. s has room for whole vectors.
+// 2^(factor · s - m), in units of T and in place, with zeros up to `padded` elements. `m` is
+// the largest exponent so far and `l` the sum of the weights; what was summed under an older
+// m has to be multiplied by the result. s has room for whole vectors.
 template <class T>
-static float softmax_part(float* s, int64_t count, int64_t padded, float factor, float& top,
-                          float& total) {
+static float softmax_part(float* s, int64_t count, int64_t padded, float factor, float& m,
+                          float& l) {
   using Weight = typename std::conditional<Unit<T>::size == 2, T, float>::type;
   Weight* weights = reinterpret_cast<Weight*>(s);  // never ahead of the scores that are left
   constexpr int W = vf::W;
@@ -69,24 +69,24 @@ static float softmax_part(float* s, int64_t count, int64_t padded, float factor,
     for (int64_t j = count; j % W; ++j) s[j] = s[count - 1];
     vf largest = set(-std::numeric_limits<float>::infinity());
     for (int64_t j = 0; j < count; j += W) largest = max(largest, load(s + j) * set(factor));
-    const float before = top;
-    top = std::max(top, max_of(largest));
-    if (top != before) correction = exp2_of(before - top);
+    const float before = m;
+    m = std::max(m, max_of(largest));
+    if (m != before) correction = exp2_of(before - m);
     vf sum_of = zero();
     for (; i + W <= count; i += W) {
-      const vf x = exp2(fma(load(s + i), set(factor), set(-top)));
+      const vf x = exp2(fma(load(s + i), set(factor), set(-m)));
       sum_of = sum_of + x;
       store(weights + i, x);
     }
     if (i < count) {
       float last[W];
-      store(last, exp2(fma(load(s + i), set(factor), set(-top))));
+      store(last, exp2(fma(load(s + i), set(factor), set(-m))));
       const vf x = load(last, int(count - i));
       sum_of = sum_of + x;
       store(weights + i, x);
       i += W;
     }
-    total = total * correction + sum(sum_of);
+    l = l * correction + sum(sum_of);
   }
   for (; i < padded; i += W) store(weights + i, zero());
   return correction;
@@ -103,12 +103,12 @@ static void write_lse(const AttentionArgs& a, int64_t b, int64_t t, int64_t h, d
 // without keys; and where asked for, the logarithm of that sum. Exponents are of two.
 template <class T>
 static void write_result(const AttentionArgs& a, int64_t b, int64_t t, int64_t h,
-                         const float* sums_of, float top, float total) {
+                         const float* sums_of, float m, float l) {
   const int64_t D = a.D;
   T* o = static_cast<T*>(a.o) + ((b * a.T + t) * a.H + h) * D;
   // log 0 is -infinity.
-  if (a.lse) write_lse<T>(a, b, t, h, (top + std::log2(double(total))) * 0.6931471805599453);
-  const vf inverse = set(total == 0.f ? 0.f : 1.f / total);
+  if (a.lse) write_lse<T>(a, b, t, h, (m + std::log2(double(l))) * 0.6931471805599453);
+  const vf inverse = set(l == 0.f ? 0.f : 1.f / l);
   for_each_vector(D, [&](int64_t d, auto width) {
     store(o + d, load(sums_of + d, width) * inverse, width);
   });

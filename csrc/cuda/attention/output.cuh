@@ -18,14 +18,14 @@ __device__ __forceinline__ void write_rows(const AttentionArgs& a, const Problem
   for (int i = 0; i < 2; ++i) {
     if (row[i] >= problem.rows()) continue;
     T* out = static_cast<T*>(a.o) + problem.out_row(row[i], kv, b) * D;
-    const float r = softmax.sum[i] == 0.0f ? 0.0f : 1.0f / softmax.sum[i];
+    const float r = softmax.l[i] == 0.0f ? 0.0f : 1.0f / softmax.l[i];
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
       *reinterpret_cast<uint32_t*>(out + n * 8 + 2 * t) =
           pack<T>(o[n][2 * i] * r, o[n][2 * i + 1] * r);
     }
     if (a.lse && t == 0)
-      a.lse[problem.lse_at(row[i], kv, b)] = log_sum(softmax.max[i], softmax.sum[i]);
+      static_cast<float*>(a.lse)[problem.lse_at(row[i], kv, b)] = log_sum(softmax.m[i], softmax.l[i]);
   }
 }
 

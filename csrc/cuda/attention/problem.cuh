@@ -21,16 +21,16 @@ template <class T, class Cached = T> struct Problem {
   bool causal;
 
   __device__ __forceinline__ Problem(const AttentionArgs& a, int kv, int b)
-      : q(static_cast<const T*>(a.q) + b * a.q_stride.b + kv * (a.H / a.K) * a.q_stride.h),
-        k(static_cast<const Cached*>(a.k) + b * a.k_stride.b + kv * a.k_stride.h),
-        v(static_cast<const Cached*>(a.v) + b * a.v_stride.b + kv * a.v_stride.h),
+      : q(static_cast<const T*>(a.q.data) + b * a.q.stride.b + kv * (a.H / a.K) * a.q.stride.h),
+        k(static_cast<const Cached*>(a.k.data) + b * a.k.stride.b + kv * a.k.stride.h),
+        v(static_cast<const Cached*>(a.v.data) + b * a.v.stride.b + kv * a.v.stride.h),
         tokens(int(a.T)),
         G(int(a.H / a.K)),
         H(int(a.H)),
-        q_stride_t(a.q_stride.t),
-        q_stride_h(a.q_stride.h),
-        k_stride(a.k_stride.t),
-        v_stride(a.v_stride.t),
+        q_stride_t(a.q.stride.t),
+        q_stride_h(a.q.stride.h),
+        k_stride(a.k.stride.t),
+        v_stride(a.v.stride.t),
         causal(a.causal) {
     // Below -T no query sees a key, whatever was given; and it may not fit into an int.
     const int64_t given = a.lengths ? max(a.lengths[b], -a.T) : a.S;

@@ -12,8 +12,8 @@ constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 constexpr float MINUS_INFINITY = -__builtin_inff();
 
 struct Softmax {
-  float max[2] = {MINUS_INFINITY, MINUS_INFINITY};
-  float sum[2] = {0.0f, 0.0f};  // of the lane's columns only, until finish()
+  float m[2] = {MINUS_INFINITY, MINUS_INFINITY};  // the largest score
+  float l[2] = {0.0f, 0.0f};  // the sum of the weights; of the lane's columns only, until finish()
 };
 
 // Of a row: over the four lanes that hold it.
@@ -54,11 +54,11 @@ __device__ __forceinline__ void scale_and_mask(float (&scores)[N][4], float scal
 }
 
 // A larger score has come to row g + 8i, or none: what was summed is to be multiplied by the result.
-__device__ __forceinline__ float raise(Softmax& softmax, int i, float max) {
-  max = quad_max(fmaxf(softmax.max[i], max));
-  const float correction = exp2_fast(softmax.max[i] - base_of(max));
-  softmax.max[i] = max;
-  softmax.sum[i] *= correction;
+__device__ __forceinline__ float rescale(Softmax& softmax, int i, float max) {
+  max = quad_max(fmaxf(softmax.m[i], max));
+  const float correction = exp2_fast(softmax.m[i] - base_of(max));
+  softmax.m[i] = max;
+  softmax.l[i] *= correction;
   return correction;
 }
 
@@ -71,13 +71,13 @@ __device__ __forceinline__ void take_scores(Softmax& softmax, float (&scores)[N]
     float max = MINUS_INFINITY;
 #pragma unroll
     for (int n = 0; n < N; ++n) max = fmaxf(max, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
-    const float correction = raise(softmax, i, max), base = base_of(softmax.max[i]);
+    const float correction = rescale(softmax, i, max), base = base_of(softmax.m[i]);
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
       for (int j = 2 * i; j < 2 * i + 2; ++j) {
         scores[n][j] = exp2_fast(scores[n][j] - base);
-        softmax.sum[i] += scores[n][j];
+        softmax.l[i] += scores[n][j];
       }
 #pragma unroll
     for (int n = 0; n < COLUMNS; ++n) {
@@ -94,27 +94,27 @@ __device__ __forceinline__ void take_unscaled(Softmax& softmax, float (&scores)[
                                               float (&correction)[2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float max = softmax.max[i];
+    float max = softmax.m[i];
 #pragma unroll
     for (int n = 0; n < N; ++n) max = fmaxf(max, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
     max = quad_max(max);
     const float base = base_of(max * scale);
-    correction[i] = exp2_fast(fmaf(softmax.max[i], scale, -base));
-    softmax.max[i] = max;
-    softmax.sum[i] *= correction[i];
+    correction[i] = exp2_fast(fmaf(softmax.m[i], scale, -base));
+    softmax.m[i] = max;
+    softmax.l[i] *= correction[i];
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
       for (int j = 2 * i; j < 2 * i + 2; ++j) {
         scores[n][j] = exp2_fast(fmaf(scores[n][j], scale, -base));
-        softmax.sum[i] += scores[n][j];
+        softmax.l[i] += scores[n][j];
       }
   }
 }
 
 __device__ __forceinline__ void finish(Softmax& softmax) {
-  softmax.sum[0] = quad_sum(softmax.sum[0]);
-  softmax.sum[1] = quad_sum(softmax.sum[1]);
+  softmax.l[0] = quad_sum(softmax.l[0]);
+  softmax.l[1] = quad_sum(softmax.l[1]);
 }
 
 // log Σ exp(score), to base e; -infinity where there was no key.

@@ -19,7 +19,7 @@ struct Launch {
   const char* kernel;  // its name, for messages
   dim3 grid, block;
   size_t shared_bytes = 0;
-  bool overlaps = false;  // the kernel waits for the one before it by itself: see overlap.cuh
+  bool overlaps = false;  // the kernel waits for the one before it by itself: see pdl.cuh
 };
 
 // The block's shared memory, as large as its launch says; its contents are undefined. Swizzles of bulk

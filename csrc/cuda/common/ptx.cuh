@@ -77,12 +77,12 @@ __device__ __forceinline__ void copy_word_async(void* shared, const void* global
 }
 
 // The copies that this thread has started since the last group become one.
-__device__ __forceinline__ void close_copy_group() {
+__device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
 // Waits until at most OPEN of this thread's groups, the latest, are still under way.
-template <int OPEN> __device__ __forceinline__ void wait_for_copies() {
+template <int OPEN> __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory");
 }
 

@@ -74,7 +74,7 @@ __device__ __forceinline__ void rotate(const T* x, T* y, const float* __restrict
 // Whether the heads' elements lie in whole vectors.
 inline bool whole(int vector, const Heads& heads) {
   return aligned({heads.data}) &&
-         whole(vector, {heads.stride_b, heads.stride_t, heads.stride_h});
+         whole(vector, {heads.stride.b, heads.stride.t, heads.stride.h});
 }
 
 }  // namespace llama_fast::cuda

@@ -66,7 +66,7 @@ TensorMap tensor_map(const Launch& how, const void* data, const std::array<uint6
 
 // Starts the copy of the box that begins at these coordinates; `barrier` gets its bytes. The box in
 // shared memory is aligned to 1024 bytes. `map` is a __grid_constant__ parameter of the kernel.
-__device__ __forceinline__ void copy_box(void* box, const TensorMap& map, Mbarrier& barrier,
+__device__ __forceinline__ void tma_load(void* box, const TensorMap& map, Mbarrier& barrier,
                                          int column, int row, int third, int fourth) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "

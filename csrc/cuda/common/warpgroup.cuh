@@ -18,16 +18,16 @@ template <int COUNT> __device__ __forceinline__ void grow_to_registers() {
 
 // Barriers 1 … 15 of a block, each of so many threads, in whole warps: who meets waits for all that
 // meet or arrive, who arrives does not wait.
-__device__ __forceinline__ void meet_at(int barrier, int threads) {
+__device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void arrive_at(int barrier, int threads) {
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // What this thread has stored to shared memory is seen by matrix instructions and bulk copies that
 // begin after a barrier that follows.
-__device__ __forceinline__ void show_to_async_proxy() {
+__device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 

@@ -3,7 +3,7 @@
 // D (64, N) += A (64, 16) · B (16, N), in float. Of A and D each warp of the warpgroup has 16 rows, in
 // the lane layout of ptx.cuh: d[n] are the four numbers of the columns 8n … 8n + 7.
 //
-// Products run on while the threads do. Between begin_products() and the wait for them, neither the
+// Products run on while the threads do. Between warpgroup_arrive() and the wait for them, neither the
 // registers of D and A nor the shared memory of A and B may be touched.
 #pragma once
 
@@ -30,19 +30,19 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* start, int lea
 }
 
 // Before the first product, and whenever threads have written registers of D or A since.
-__device__ __forceinline__ void begin_products() {
+__device__ __forceinline__ void warpgroup_arrive() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
 // The products since the last group become one.
-__device__ __forceinline__ void close_product_group() {
+__device__ __forceinline__ void warpgroup_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
 // Waits until at most OPEN groups, the latest, are still under way; `d` is of those that are not. It
 // is named so that the compiler moves no use of it ahead of the wait.
 template <int OPEN, int COLUMNS>
-__device__ __forceinline__ void wait_for_products(float (&d)[COLUMNS][4]) {
+__device__ __forceinline__ void warpgroup_wait(float (&d)[COLUMNS][4]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(OPEN) : "memory");
 #pragma unroll
   for (int n = 0; n < COLUMNS; ++n)

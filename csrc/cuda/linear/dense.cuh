@@ -1,7 +1,7 @@
-// A weight of bfloat16 or float16, as few_rows.cuh multiplies by it.
+// A weight of bfloat16 or float16, as gemv.cuh multiplies by it.
 #pragma once
 
-#include "few_rows.cuh"
+#include "gemv.cuh"
 
 namespace llama_fast::cuda {
 

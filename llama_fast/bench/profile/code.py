@@ -171,11 +171,11 @@ def triton_kernels(call: MetaCall, chip: Chip) -> Iterator[Kernel]:
 
 def cuda_kernels(call: MetaCall, chip: Chip) -> Iterator[Kernel]:
     """Those that csrc/cuda has for the op, its pass and dtype: the launch chooses one of them."""
-    stem = cuda_code.stem_of(call.label)
+    source = cuda_code.source_of(call.label)
     names = cuda_code.kernel_names(call.label)
-    if stem is None or not names or chip.amd:
+    if source is None or not names or chip.amd:
         return
-    file = cuda_code.cubin(stem, architecture(chip))
+    file = cuda_code.cubin(source, architecture(chip))
     texts, threads = sass(file), most_threads(file)
     wanted = [usage for usage in usages(file) if _fits(usage.name, names, call.dtype)]
     readable = cuda_code.readable([usage.name for usage in wanted])

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels of csrc/cuda compiled for a chip that need not be here, stem by stem."""
+"""The CUDA C++ kernels of csrc/cuda compiled for a chip that need not be here, file by file."""
 
 from __future__ import annotations
 
@@ -24,25 +24,29 @@ SOURCES = ROOT / "csrc" / "cuda"
 MANGLED = {torch.bfloat16: "13__nv_bfloat16", torch.float16: "6__half"}
 
 
-def stem_of(label: str) -> str | None:
-    """The file of the kernels of an op, "linear swiglu int8" say, or of those of its gradient; None
-    where there is none."""
+def source_of(label: str) -> Path | None:
+    """Returns the file of the kernels of an op, "linear swiglu int8" say, or of those of its
+    gradient; None where there is none.
+
+    Within the folder of its family, linear's epilogue swiglu is swiglu.cu and linear is linear.cu.
+    """
     op, *variant = label.split()
     words = ("quantized" if word in NAMED else word for word in variant)
     stem = "_".join((op.removesuffix("_backward"), *words))
-    names = (stem, stem.removeprefix("linear_"))
-    return next((name for name in names if (SOURCES / f"{name}.cu").is_file()), None)
+    families = [path.name for path in SOURCES.glob("*") if f"{stem}_".startswith(f"{path.name}_")]
+    files = [SOURCES / f"{stem}.cu"]
+    for family in families:
+        files.append(SOURCES / family / f"{stem.removeprefix(family).lstrip('_') or family}.cu")
+    return next((file for file in files if file.is_file()), None)
 
 
 def kernel_names(label: str) -> list[str]:
     """Of the kernels that an op's file launches, those of the op itself, forward or backward."""
-    stem = stem_of(label)
-    if stem is None:
+    source = source_of(label)
+    if source is None:
         return []
     backward = label.split()[0].endswith("_backward")
-    names = set(
-        re.findall(r"(\w+_kernel)\s*[(<]", "".join(_texts(SOURCES / f"{stem}.cu").values()))
-    )
+    names = set(re.findall(r"(\w+_kernel)\s*[(<]", "".join(_texts(source).values())))
     return sorted(name for name in names if ("_bwd" in name) == backward)
 
 
@@ -59,8 +63,8 @@ def _texts(source: Path) -> dict[Path, str]:
     return found
 
 
-def cubin(stem: str, architecture: str) -> Path:
-    """Compiles csrc/cuda/<stem>.cu for an architecture ("90a") unless it is compiled already.
+def cubin(source: Path, architecture: str) -> Path:
+    """Compiles a file of csrc/cuda for an architecture ("90a") unless it is compiled already.
 
     Raises BackendError where the sources or nvcc are missing, or nvcc does not know the
     architecture.
@@ -82,16 +86,16 @@ def cubin(stem: str, architecture: str) -> Path:
     host = sysconfig.get_config_var("CXX").split()[0]
     options = [*setup.NVCC_FLAGS.split(), "-ccbin", host, f"-I{SOURCES}", "-cubin",
                "-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]  # fmt: skip
-    texts = _texts(SOURCES / f"{stem}.cu")
+    texts = _texts(source)
     content = [str(nvcc), *options, *(text for _, text in sorted(texts.items()))]
     key = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
-    target = ROOT / "build" / "profile" / f"{stem}.sm_{architecture}.{key}.cubin"
+    target = ROOT / "build" / "profile" / f"{source.stem}.sm_{architecture}.{key}.cubin"
     if not target.is_file():
         with atomic_file(target) as partial:
-            command = [nvcc, *options, "-o", partial, SOURCES / f"{stem}.cu"]
+            command = [nvcc, *options, "-o", partial, source]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise BackendError(f"nvcc does not compile {stem}.cu: {done.stderr.strip()}")
+                raise BackendError(f"nvcc does not compile {source.name}: {done.stderr.strip()}")
     return target
 
 

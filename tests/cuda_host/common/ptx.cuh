@@ -116,8 +116,8 @@ inline void copy_async(void* shared, const void* global, bool valid) {
 inline void copy_word_async(void* shared, const void* global, bool valid) {
   cuda_host::copy_later(shared, global, 4, valid ? 4 : 0);
 }
-inline void close_copy_group() { cuda_host::close_group(); }
-template <int OPEN> void wait_for_copies() { cuda_host::wait_for_groups(OPEN); }
+inline void cp_async_commit() { cuda_host::close_group(); }
+template <int OPEN> void cp_async_wait() { cuda_host::wait_for_groups(OPEN); }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }

@@ -35,7 +35,7 @@ TensorMap tensor_map(const Launch& how, const void* data, const std::array<uint6
   return {static_cast<const unsigned char*>(data), sizes, strides, rows};
 }
 
-inline void copy_box(void* box, const TensorMap& map, Mbarrier& barrier, int column, int row,
+inline void tma_load(void* box, const TensorMap& map, Mbarrier& barrier, int column, int row,
                      int third, int fourth) {
   const uint32_t start = shared_address(box);
   if (start % 1024) throw LaunchError("a box is not aligned to 1024 bytes");

@@ -19,13 +19,13 @@ template <int COUNT> void grow_to_registers(CUDA_HOST_CALLED_FROM) {
   cuda_host::warpgroup_operation(CUDA_HOST_HERE("setmaxnreg.inc"), nullptr, nullptr);
 }
 
-inline void meet_at(int barrier, int threads, CUDA_HOST_CALLED_FROM) {
+inline void named_barrier_sync(int barrier, int threads, CUDA_HOST_CALLED_FROM) {
   cuda_host::async::arrive_at(CUDA_HOST_HERE("bar.sync"), barrier, threads, true);
 }
-inline void arrive_at(int barrier, int threads, CUDA_HOST_CALLED_FROM) {
+inline void named_barrier_arrive(int barrier, int threads, CUDA_HOST_CALLED_FROM) {
   cuda_host::async::arrive_at(CUDA_HOST_HERE("bar.arrive"), barrier, threads, false);
 }
 
-inline void show_to_async_proxy() { cuda_host::show_to_async_proxy(); }
+inline void fence_proxy_async() { cuda_host::fence_proxy_async(); }
 
 }  // namespace llama_fast::cuda

@@ -124,16 +124,16 @@ inline uint64_t matrix_descriptor(const void* start, int leading, int stride = 1
          uint64_t(stride >> 4) << 32 | SWIZZLE_128_BYTES << 62;
 }
 
-inline void begin_products(CUDA_HOST_CALLED_FROM) {
+inline void warpgroup_arrive(CUDA_HOST_CALLED_FROM) {
   cuda_host::warpgroup_operation(CUDA_HOST_HERE("wgmma.fence"), nullptr,
-                                 [](void* const*) { cuda_host::async::begin_products(); });
+                                 [](void* const*) { cuda_host::async::warpgroup_arrive(); });
 }
-inline void close_product_group(CUDA_HOST_CALLED_FROM) {
+inline void warpgroup_commit(CUDA_HOST_CALLED_FROM) {
   cuda_host::warpgroup_operation(CUDA_HOST_HERE("wgmma.commit_group"), nullptr,
                                  [](void* const*) { cuda_host::async::close_group(); });
 }
 template <int OPEN, int COLUMNS>
-void wait_for_products(float (&)[COLUMNS][4], CUDA_HOST_CALLED_FROM) {
+void warpgroup_wait(float (&)[COLUMNS][4], CUDA_HOST_CALLED_FROM) {
   cuda_host::warpgroup_operation(CUDA_HOST_HERE("wgmma.wait_group"), nullptr, [](void* const*) {
     cuda_host::async::wait_for_groups(OPEN);
   });

@@ -1,0 +1,182 @@
+// The arguments of every kernel, of the CPU and of CUDA alike.
+//
+// Pointers and sizes only: no torch, no Python, no CUDA header. Strides count elements, never bytes.
+// Dims are the legend of docs/shapes.md.
+#pragma once
+
+#include <cstdint>
+
+namespace llama_fast {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Rows of C elements, contiguous inside, at up to three outer dims of any stride.
+struct Rows {
+  int64_t n0, n1, n2;
+  int64_t stride0, stride1, stride2;
+
+  int64_t count() const { return n0 * n1 * n2; }
+  int64_t offset(int64_t row) const {
+    const int64_t i2 = row % n2, i1 = row / n2 % n1, i0 = row / n2 / n1;
+    return i0 * stride0 + i1 * stride1 + i2 * stride2;
+  }
+};
+
+// Outer strides of a (B, T, heads, D) tensor, whose last dim has stride 1, or of one of (B, T, heads).
+struct HeadStrides { int64_t b, t, h; };
+
+// A (B, T, heads, D) tensor, contiguous in D; in a cache T counts the slots.
+struct Heads {
+  void* data;
+  HeadStrides stride;
+
+  // The first head of token t of row b.
+  template <class T> T* at(int64_t b, int64_t t) const {
+    return static_cast<T*>(data) + b * stride.b + t * stride.t;
+  }
+};
+
+// A float for each head's vector in a cache of 8 bits, (B, S, heads); null where it is not quantised.
+struct HeadScales {
+  float* data;
+  HeadStrides stride;
+};
+
+struct RmsNormArgs {
+  DType dtype;
+  const void* x;       // rows of C
+  const void* weight;  // (C,)
+  void* y;             // (N, C) contiguous
+  Rows rows;
+  int64_t C;
+  float eps;
+};
+
+struct AddRmsNormArgs {
+  DType dtype;
+  const void* x;         // rows of C
+  const void* residual;  // rows of C
+  const void* weight;    // (C,)
+  void* y;               // (N, C) contiguous
+  void* total;           // (N, C) contiguous: x + residual
+  Rows x_rows, residual_rows;
+  int64_t C;
+  float eps;
+};
+
+// The backward of both norms.
+struct RmsNormBackwardArgs {
+  DType dtype;
+  const void* grad;        // rows of C: the gradient of y
+  const void* grad_total;  // rows of C: the gradient of x itself, added to dx; null for none
+  const void* x;           // rows of C
+  const void* weight;      // (C,)
+  void* dx;                // (N, C) contiguous
+  void* dw;                // (C,)
+  void* dw_partials;       // (partials, C) float, or double for float32 rows: each block's dw; scratch
+  int64_t partials;        // blocks that share the rows, at most N
+  Rows grad_rows, grad_total_rows, x_rows;
+  int64_t C;
+  float eps;
+};
+
+struct SwigluArgs {
+  DType dtype;
+  const void* gate;  // rows of F
+  const void* up;    // rows of F
+  void* h;           // (N, F) contiguous
+  Rows gate_rows, up_rows;
+  int64_t F;
+};
+
+struct SwigluBackwardArgs {
+  DType dtype;
+  const void* grad;  // rows of F
+  const void* gate;  // rows of F
+  const void* up;    // rows of F
+  void* d_gate;      // (N, F) contiguous
+  void* d_up;        // (N, F) contiguous
+  Rows grad_rows, gate_rows, up_rows;
+  int64_t F;
+};
+
+struct RopeArgs {
+  DType dtype;
+  Heads q, k;
+  void* q_out;             // (B, T, H, D) contiguous
+  void* k_out;             // (B, T, K, D) contiguous
+  const float *cos, *sin;  // (B, T, D/2)
+  int64_t cos_stride_b, cos_stride_t, sin_stride_b, sin_stride_t;
+  int64_t B, T, H, K, D;
+  bool interleaved;
+};
+
+struct KvAppendArgs {
+  DType dtype;
+  Heads q, k, v;
+  void* q_out;                     // (B, T, H, D) contiguous
+  const float *cos, *sin;          // (P, D/2)
+  int64_t cos_stride, sin_stride;
+  Heads k_cache, v_cache;          // (B, S, K, D) of dtype; or of int8, where there are scales
+  HeadScales k_scales, v_scales;   // (B, S, K)
+  const int64_t* lengths;          // (B,)
+  int64_t lengths_stride;
+  int64_t B, T, S, P, H, K, D;
+  bool interleaved;
+};
+
+struct AttentionArgs {
+  DType dtype;
+  Heads q;                        // (B, T, H, D)
+  Heads k, v;                     // (B, S, K, D) of dtype; or of int8, where there are scales
+  HeadScales k_scales, v_scales;  // (B, S, K)
+  void* o;                        // (B, T, H, D) contiguous
+  void* lse;                      // (B, H, T) contiguous, log of the sum of exp(score), or null; float,
+                                  // or double beside f32 on the CPU
+  const int64_t* lengths;         // (B,), each at most S, or null for S
+  int64_t B, T, S, H, K, D;
+  bool causal;
+  float scale;
+};
+
+struct LinearArgs {
+  DType dtype;
+  const void* x;       // M rows of C_in
+  const void* weight;  // (C_out, C_in) contiguous; of linear_swiglu (2 C_out, C_in), gate and then up
+  void* y;             // (M, C_out) contiguous
+  Rows rows;
+  int64_t C_in, C_out;
+};
+
+// The layout of a quantised weight is drawn in docs/ops/linear_quantized.md.
+struct LinearQuantizedArgs {
+  DType dtype;
+  const void* x;         // M rows of C_in
+  const uint8_t* qdata;  // (blocks, columns · bits / 8, 16)
+  const void* scales;    // float16 (blocks, groups, 16)
+  const void* minima;    // float16 as scales, or null: qdata is centred on half its range
+  void* y;               // (M, C_out) contiguous
+  Rows rows;
+  int64_t C_in, C_out, group_size;
+  int bits;
+};
+
+// One side of a matrix product: vectors of K elements. They are rows of memory; or columns of it,
+// where `transposed`, and the K rows of memory then have one stride, rows.stride2.
+struct MatrixSide {
+  const void* data;
+  Rows rows;
+  bool transposed;
+};
+
+// out[r][l] = Σ_k rows[r][k] · lanes[l][k], for half types
+struct GemmArgs {
+  DType dtype;
+  MatrixSide rows;   // R of them
+  MatrixSide lanes;  // L of them
+  void* out;         // (R, L) contiguous; (L, R) where transposed
+  bool out_transposed;
+  int64_t R, L, K;   // K > 0
+};
+
+}  // namespace llama_fast

@@ -1,0 +1,173 @@
+// The kernels' arguments from an op's tensors, where both modules make them the same way.
+#pragma once
+
+#include <cmath>
+#include <optional>
+
+#include "tensor.h"
+
+namespace llama_fast {
+
+inline RmsNormArgs rms_norm_args(const Tensor& x, const Tensor& weight, double eps,
+                                 const Tensor& y) {
+  return {.dtype = x.dtype(),
+          .x = x.data,
+          .weight = weight.data,
+          .y = y.data,
+          .rows = rows(x),
+          .C = x.size(-1),
+          .eps = float(eps)};
+}
+
+inline AddRmsNormArgs add_rms_norm_args(const Tensor& x, const Tensor& residual,
+                                        const Tensor& weight, double eps, const Tensor& y,
+                                        const Tensor& total) {
+  return {.dtype = x.dtype(),
+          .x = x.data,
+          .residual = residual.data,
+          .weight = weight.data,
+          .y = y.data,
+          .total = total.data,
+          .x_rows = rows(x),
+          .residual_rows = rows(residual),
+          .C = x.size(-1),
+          .eps = float(eps)};
+}
+
+// x is what was normalised; dw_partials (partials, C) is scratch.
+inline RmsNormBackwardArgs norm_backward_args(const Tensor& grad, const OptionalTensor& grad_total,
+                                              const Tensor& x, const Tensor& weight, double eps,
+                                              const Tensor& dw_partials, const Tensor& dx,
+                                              const Tensor& dw) {
+  return {.dtype = x.dtype(),
+          .grad = grad.data,
+          .grad_total = data_of(grad_total),
+          .x = x.data,
+          .weight = weight.data,
+          .dx = dx.data,
+          .dw = dw.data,
+          .dw_partials = dw_partials.data,
+          .partials = dw_partials.size(0),
+          .grad_rows = rows(grad),
+          .grad_total_rows = grad_total ? rows(*grad_total) : Rows{},
+          .x_rows = rows(x),
+          .C = x.size(-1),
+          .eps = float(eps)};
+}
+
+inline SwigluArgs swiglu_args(const Tensor& gate, const Tensor& up, const Tensor& h) {
+  return {.dtype = gate.dtype(),
+          .gate = gate.data,
+          .up = up.data,
+          .h = h.data,
+          .gate_rows = rows(gate),
+          .up_rows = rows(up),
+          .F = gate.size(-1)};
+}
+
+// cos, sin (T, D/2), or (B, T, D/2) where each row has its own.
+inline RopeArgs rope_args(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                          bool interleaved, const Tensor& q_out, const Tensor& k_out) {
+  const auto stride_b = [](const Tensor& x) { return x.ndim == 3 ? x.stride(0) : 0; };
+  return {.dtype = q.dtype(),
+          .q = heads(q),
+          .k = heads(k),
+          .q_out = q_out.data,
+          .k_out = k_out.data,
+          .cos = cos.as<float>(),
+          .sin = sin.as<float>(),
+          .cos_stride_b = stride_b(cos),
+          .cos_stride_t = cos.stride(-2),
+          .sin_stride_b = stride_b(sin),
+          .sin_stride_t = sin.stride(-2),
+          .B = q.size(0),
+          .T = q.size(1),
+          .H = q.size(2),
+          .K = k.size(2),
+          .D = q.size(3),
+          .interleaved = interleaved};
+}
+
+inline KvAppendArgs kv_append_args(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const Tensor& cos, const Tensor& sin, const Tensor& k_cache,
+                                   const Tensor& v_cache, const Tensor& lengths, bool interleaved,
+                                   const OptionalTensor& k_scales, const OptionalTensor& v_scales,
+                                   const Tensor& q_out) {
+  return {.dtype = q.dtype(),
+          .q = heads(q),
+          .k = heads(k),
+          .v = heads(v),
+          .q_out = q_out.data,
+          .cos = cos.as<float>(),
+          .sin = sin.as<float>(),
+          .cos_stride = cos.stride(0),
+          .sin_stride = sin.stride(0),
+          .k_cache = heads(k_cache),
+          .v_cache = heads(v_cache),
+          .k_scales = head_scales(k_scales),
+          .v_scales = head_scales(v_scales),
+          .lengths = lengths.as<int64_t>(),
+          .lengths_stride = lengths.stride(0),
+          .B = q.size(0),
+          .T = q.size(1),
+          .S = k_cache.size(1),
+          .P = cos.size(0),
+          .H = q.size(2),
+          .K = k.size(2),
+          .D = q.size(3),
+          .interleaved = interleaved};
+}
+
+// Without a scale it is 1 / sqrt(D). An empty lse is not written.
+inline AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+                                    std::optional<double> scale, const OptionalTensor& lengths,
+                                    const OptionalTensor& k_scales, const OptionalTensor& v_scales,
+                                    const Tensor& o, const Tensor& lse) {
+  const int64_t D = q.size(3);
+  return {.dtype = q.dtype(),
+          .q = heads(q),
+          .k = heads(k),
+          .v = heads(v),
+          .k_scales = head_scales(k_scales),
+          .v_scales = head_scales(v_scales),
+          .o = o.data,
+          .lse = lse.numel() ? lse.data : nullptr,
+          .lengths = static_cast<const int64_t*>(data_of(lengths)),
+          .B = q.size(0),
+          .T = q.size(1),
+          .S = k.size(1),
+          .H = q.size(2),
+          .K = k.size(2),
+          .D = D,
+          .causal = causal,
+          .scale = float(scale ? *scale : 1 / std::sqrt(double(D)))};
+}
+
+// x and y give the sizes: a gated weight has twice as many rows as y has columns.
+inline LinearArgs linear_args(const Tensor& x, const Tensor& weight, const Tensor& y) {
+  return {.dtype = x.dtype(),
+          .x = x.data,
+          .weight = weight.data,
+          .y = y.data,
+          .rows = rows(x),
+          .C_in = x.size(-1),
+          .C_out = y.size(-1)};
+}
+
+inline LinearQuantizedArgs linear_quantized_args(const Tensor& x, const Tensor& qdata,
+                                                 const Tensor& scales, const OptionalTensor& minima,
+                                                 int64_t bits, int64_t group_size, const Tensor& y) {
+  return {.dtype = x.dtype(),
+          .x = x.data,
+          .qdata = qdata.as<uint8_t>(),
+          .scales = scales.data,
+          .minima = data_of(minima),
+          .y = y.data,
+          .rows = rows(x),
+          .C_in = x.size(-1),
+          .C_out = y.size(-1),
+          .group_size = group_size,
+          .bits = int(bits)};
+}
+
+}  // namespace llama_fast

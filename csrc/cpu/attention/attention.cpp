@@ -1,0 +1,141 @@
+// o = softmax(scale · q·kᵀ) v with an online softmax, all query heads of a KV head together. How a
+// row of the batch is computed depends on that row alone: see decode.h and prefill.h.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "decode.h"
+#include "prefill.h"
+#include "../dispatch.h"
+#include "../parallel.h"
+#include "../scratch.h"
+
+namespace llama_fast {
+namespace ISA {
+
+// How the rows of the batch are cut into tasks.
+struct Plan {
+  const AttentionArgs& a;
+  int64_t G, block;  // queries of a block, where there are many
+
+  explicit Plan(const AttentionArgs& args) : a(args), G(args.H / args.K), block(0) {}
+
+  bool decodes(const Row& row) const { return is_decode(row, G); }
+  int64_t split(const Row& row) const { return split_keys(row, DECODE_TILE); }
+  int64_t splits(const Row& row) const { return (row.keys + split(row) - 1) / split(row); }
+  int64_t tasks(const Row& row) const {
+    if (row.queries == 0) return 0;
+    return a.K * (decodes(row) ? splits(row) : (row.queries + block - 1) / block);
+  }
+  // Splits that wait to be merged.
+  int64_t partials(const Row& row) const {
+    return row.queries && decodes(row) && splits(row) > 1 ? a.K * splits(row) : 0;
+  }
+};
+
+// Walks through the rows of the batch as a thread's tasks ascend.
+struct Cursor {
+  const Plan* plan;
+  int64_t b = -1, begin = 0, end = 0, partial = 0, partials = 0;
+  int64_t head = 0, i = 0;  // of the task: a KV head, and which of its splits or blocks
+  Row row;
+
+  explicit Cursor(const Plan& p) : plan(&p), row(p.a, 0) {}
+  void seek(int64_t task) {
+    while (task >= end) {
+      row = Row(plan->a, ++b);
+      begin = end;
+      end += plan->tasks(row);
+      partial += partials;
+      partials = plan->partials(row);
+    }
+    i = (task - begin) / plan->a.K;
+    head = (task - begin) % plan->a.K;
+  }
+  // The keys of a task of decode.
+  template <class T> Span<T> span() const {
+    const int64_t size = plan->split(row);
+    return {plan->a, b, head, i * size, std::min((i + 1) * size, row.keys)};
+  }
+};
+
+template <class T> static void attend(const AttentionArgs& a) {
+  if (a.B == 0 || a.T == 0 || a.H == 0) return;
+  Plan plan(a);
+  const int64_t G = plan.G, D = a.D, decode_rows = std::max<int64_t>(1, std::min(DECODE_ROWS / G, a.T)) * G;
+
+  // Sizes; and zeros for the queries without keys.
+  int64_t work = 0, queries = 0, partials = 0;
+  for (int64_t b = 0; b < a.B; ++b) {
+    const Row row(a, b);
+    std::memset(static_cast<T*>(a.o) + b * a.T * a.H * D, 0,
+                size_t(row.first * a.H * D) * sizeof(T));
+    for (int64_t h = 0; a.lse && h < a.H; ++h)
+      for (int64_t t = 0; t < row.first; ++t)
+        write_lse<T>(a, b, t, h, -std::numeric_limits<double>::infinity());
+    work += row.queries * row.keys * a.H * D * 2;
+    queries += plan.decodes(row) ? 0 : row.queries;
+    partials += plan.partials(row);
+  }
+  const int64_t threads = attention_threads(work);
+  // Four blocks a thread or more, so that they end together; the block's size changes no result.
+  const int64_t rows = std::clamp<int64_t>(queries * a.H / (4 * threads), STRIP, prefill_rows(D));
+  plan.block = std::max<int64_t>(1, rows / G);
+  int64_t tasks = 0;
+  for (int64_t b = 0; b < a.B; ++b) tasks += plan.tasks(Row(a, b));
+
+  struct Partials;
+  const int64_t partial_floats = Partial::floats(decode_rows, D);
+  float* kept = partials ? scratch<Partials>(partials * partial_floats + a.B * a.K) : nullptr;
+  int32_t* done = reinterpret_cast<int32_t*>(kept + partials * partial_floats);
+  if (partials) std::memset(done, 0, size_t(a.B * a.K) * sizeof(int32_t));
+
+  parallel_tasks(tasks, threads, [&](auto next) {
+    struct Work;
+    const int64_t few = partial_floats + decode_floats(decode_rows, D);
+    const int64_t many = queries ? PrefillMemory(nullptr, plan.block * G, D).floats : 0;
+    float* memory = scratch<Work>(std::max(few, many));
+    Cursor at(plan), following(plan);
+    bool fetched = false;
+    auto follow = [&](int64_t task) {
+      following.seek(task);
+      return plan.decodes(following.row) ? following.span<T>() : Span<T>();
+    };
+    for (int64_t task = next(), then; task < tasks; task = then) {
+      at.seek(task);
+      const Row& row = at.row;
+      if (!plan.decodes(row)) {  // the last blocks have the most keys: they go first
+        const int64_t blocks = (row.queries + plan.block - 1) / plan.block;
+        const int64_t t = row.first + (blocks - 1 - at.i) * plan.block;
+        prefill<T>(a, row, at.b, at.head, t, std::min(t + plan.block, a.T), memory);
+        then = next();
+        fetched = false;
+        continue;
+      }
+      const int64_t row_heads = row.queries * G, count = plan.splits(row);
+      float* first = count == 1 ? memory : kept + (at.partial + at.head * count) * partial_floats;
+      // Partials lie as close as this row needs them.
+      const Partial result(first + at.i * Partial::floats(row_heads, D), row_heads, D);
+      decode<T>(
+          a, row, at.b, at.head, at.span<T>(), fetched,
+          [&] {
+            then = next();
+            return then < tasks ? follow(then) : Span<T>();
+          },
+          memory + partial_floats, result);
+      fetched = true;
+      end_split<T>(a, row, at.b, at.head, first, count, done);
+    }
+  });
+}
+
+void attention_quantized(const AttentionArgs&);
+
+void attention(const AttentionArgs& a) {
+  if (a.k_scales.data) return attention_quantized(a);
+  with_type(a.dtype, [&](auto t) { attend<decltype(t)>(a); });
+}
+
+}  // namespace ISA
+}  // namespace llama_fast

@@ -1,0 +1,40 @@
+// What chooses a kernel, or whether to share it among threads: every threshold of the CPU kernels.
+// All were measured; see docs/log.md.
+#pragma once
+
+#include <cstdint>
+
+namespace llama_fast {
+
+// linear: rows of x up to which GEMV, which reads the weight once and is limited by that, is no slower
+// than torch's product; and than our own GEMM.
+constexpr int64_t GEMV_ROWS = 16, GEMV_ROWS_BESIDE_GEMM = 28;
+// Rows from which our own GEMM is the faster one for the gradients.
+constexpr int64_t GEMM_GRADIENT_ROWS = 8;
+
+// attention: query heads of a KV head up to which a row of the batch is decoded (split-KV). Packing
+// keys and values, as prefill does, pays beyond.
+constexpr int64_t DECODE_ROWS = 16;
+constexpr int64_t SPLIT_KEYS = 1024;  // keys of a split, while
+constexpr int64_t MAX_SPLITS = 32;    // there are no more splits than this
+
+// Multiply-adds of attention that make up for waking a thread.
+constexpr int64_t THREAD_WORK = 1 << 18;
+// Multiply-adds of a product that one thread makes alone, in some 30 µs: on a busy machine, to wait for
+// another takes far longer. And of each thread's share of a larger one.
+constexpr int64_t PRODUCT_ON_ONE_THREAD = 1 << 19, PRODUCT_SHARE = 1 << 16;
+// Elements of the elementwise ops that are worth a thread.
+constexpr int64_t ELEMENTS_OF_A_THREAD = 1 << 14;
+
+// Which product serves a linear. own_gemm: those of many rows of a half type are ours, not torch's.
+enum class Product { gemv, gemm, torch };
+
+inline int64_t gemv_rows(bool own_gemm) { return own_gemm ? GEMV_ROWS_BESIDE_GEMM : GEMV_ROWS; }
+inline Product product_of(int64_t rows, bool own_gemm) {
+  return rows <= gemv_rows(own_gemm) ? Product::gemv : own_gemm ? Product::gemm : Product::torch;
+}
+inline Product product_of_gradient(int64_t rows, bool own_gemm) {
+  return own_gemm && rows >= GEMM_GRADIENT_ROWS ? Product::gemm : Product::torch;
+}
+
+}  // namespace llama_fast

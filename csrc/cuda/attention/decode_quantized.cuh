@@ -1,0 +1,130 @@
+// Decode against keys and values in 8 bits: decode.cuh with integers in the tiles, 32 keys each.
+//
+// The codes themselves are multiplied. The scales of the keys multiply the scores, those of the values
+// the weights, so neither stands inside of a sum. Weights times scales must fit float16, so the softmax
+// subtracts from a row's scores the largest of what they and their values' scales make together:
+//     base = max(score + log2 scale) - 15    weight = 2^(score - base)    weight · scale < 2^15
+// Any base is right, as long as sums and output have the same.
+#pragma once
+
+#include <common/pdl.cuh>
+
+#include "kv_splits.cuh"
+#include "tiles_quantized.cuh"
+
+namespace llama_fast::cuda {
+
+constexpr int CODED_STAGES = 2;
+
+template <int D> struct DecodeQuantizedShared {
+  union {
+    CodedTile<D> pipelines[DECODE_WARPS][CODED_STAGES];
+    Partial<D> partials[DECODE_WARPS][DECODE_ROWS];  // when the pipelines are done
+  };
+  bool last;
+};
+
+// What a value's scale adds to a score. Scales that no model has are taken as 2^-80, so that neither the
+// sum of weights nor a 0 among the scales makes an infinity.
+__device__ __forceinline__ float log2_bounded(float scale) {
+  return fminf(fmaxf(log2_fast(scale), -80.0f), 126.0f);
+}
+
+// take_scores, with weights that are multiplied by the scales of their values.
+template <int D>
+__device__ __forceinline__ void take_coded_scores(Softmax& softmax,
+                                                  float (&scores)[CODED_KEYS / 8][4],
+                                                  const float* v_scales, float (&o)[D / 8][4],
+                                                  int t) {
+  constexpr int N = CODED_KEYS / 8;
+  float2 scale[N];
+  float max[2] = {MINUS_INFINITY, MINUS_INFINITY};
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    scale[n] = *reinterpret_cast<const float2*>(v_scales + n * 8 + 2 * t);
+    const float more[2] = {log2_bounded(scale[n].x), log2_bounded(scale[n].y)};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) max[j / 2] = fmaxf(max[j / 2], scores[n][j] + more[j % 2]);
+  }
+  float correction[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    correction[i] = rescale(softmax, i, max[i] - 15.0f);
+    const float base = base_of(softmax.m[i]);
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float weight = exp2_fast(scores[n][2 * i + j] - base);
+        softmax.l[i] += weight;
+        scores[n][2 * i + j] = weight * (j ? scale[n].y : scale[n].x);
+      }
+  }
+  // Soon no score is the largest of all so far.
+  if (!__any_sync(WHOLE_WARP, correction[0] != 1.0f || correction[1] != 1.0f)) return;
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) o[n][j] *= correction[j / 2];
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(DECODE_WARPS * WARP, 1)
+attention_decode_quantized_kernel(const __grid_constant__ AttentionArgs a,
+                               const __grid_constant__ AttentionScratch scratch) {
+  auto& shared = shared_memory<DecodeQuantizedShared<D>>();
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
+  // Only gridDim.x goes beyond 65,535: a batch may.
+  const int kv = blockIdx.y, b = blockIdx.x;
+  const Problem<T, int8_t> problem(a, kv, b);
+  const int limit[2] = {problem.limit(g), problem.limit(g + 8)};
+  const Split<CODED_KEYS> split(problem.limit(problem.rows() - 1), blockIdx.z, gridDim.z, warp);
+  const HeadStrides &ks_stride = a.k_scales.stride, &vs_stride = a.v_scales.stride;
+  const float* k_scales = a.k_scales.data + b * ks_stride.b + kv * ks_stride.h;
+  const float* v_scales = a.v_scales.data + b * vs_stride.b + kv * vs_stride.h;
+
+  auto& pipeline = shared.pipelines[warp];
+  const auto copy = [&](int round) {
+    if (split.has(round)) {
+      CodedTile<D>& tile = pipeline[round % CODED_STAGES];
+      const int first = split.first_key(round), end = split.end;
+      copy_coded_keys<D>(tile.k, problem.k, problem.k_stride, first, end, lane);
+      copy_scales(tile.k_scales, k_scales, ks_stride.t, first, end, lane);
+      copy_coded_values<D>(tile.v, problem.v, problem.v_stride, first, end, lane);
+      copy_scales(tile.v_scales, v_scales, vs_stride.t, first, end, lane);
+    }
+    cp_async_commit();  // an empty one too: groups are counted
+  };
+  for (int round = 0; round < CODED_STAGES - 1; ++round) copy(round);
+
+  const CodedQueries<D> q =
+      load_coded_queries<D, T>({problem.query(g), problem.query(g + 8)}, t);
+  const float factor[2] = {q.step[0] * a.scale * LOG2_E, q.step[1] * a.scale * LOG2_E};
+  Softmax softmax;
+  float o[D / 8][4] = {};
+  for (int round = 0; split.has(round); ++round) {
+    cp_async_wait<CODED_STAGES - 2>();
+    __syncwarp();  // other lanes' copies are here, and nobody reads the stage that is filled next
+    copy(round + CODED_STAGES - 1);
+    const CodedTile<D>& tile = pipeline[round % CODED_STAGES];
+    float scores[CODED_KEYS / 8][4];
+    multiply_coded_keys<D>(scores, q, tile.k, lane);
+#pragma unroll
+    for (int n = 0; n < CODED_KEYS / 8; ++n) {
+      const float2 scale = *reinterpret_cast<const float2*>(tile.k_scales + n * 8 + 2 * t);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) scores[n][j] *= factor[j / 2] * (j % 2 ? scale.y : scale.x);
+    }
+    mask(scores, split.first_key(round), limit, t);
+    take_coded_scores<D>(softmax, scores, tile.v_scales, o, t);
+    multiply_coded_values<D>(o, scores, tile.v, lane);
+  }
+  finish(softmax);
+  cp_async_wait<0>();
+  merge_splits<T, D>(a, scratch, problem, shared.partials, shared.last, softmax, o,
+                     [&](int n, int j) { return (2 * t + j) * (D / 8) + n; });
+}
+
+}  // namespace llama_fast::cuda

@@ -1,0 +1,148 @@
+// A weight of 8-bit or 4-bit integers with a scale, and perhaps an offset, for each group of columns of a
+// row, as gemv.cuh multiplies by it. llama_fast/ops/linear_quantized.py says how it is laid out.
+//
+// The codes less their centre are whole numbers that bfloat16 and float16 hold exactly, so the products
+// of a step are summed without any rounding of the weights, and x is not rounded to 8 bits as the op
+// allows; the scale multiplies the sum of each step of 32 columns, which lies in one group. Offsets
+// multiply the sum of x, which comes from a matrix of ones.
+#pragma once
+
+#include "../common/widen.cuh"
+#include "gemv.cuh"
+
+namespace llama_fast::cuda {
+
+// The same of the low halves of the bytes, which are below 16: 128 + code is exact in bfloat16 too.
+template <class T>
+__device__ __forceinline__ void widen_nibbles(uint32_t bytes, int centre, uint32_t& first,
+                                              uint32_t& second) {
+  if constexpr (std::is_same_v<T, f16>) {
+    widen_bytes<f16>(bytes & 0x0f0f0f0f, centre, first, second);
+  } else {
+    constexpr uint32_t MAGIC = 0x43434343;
+    const uint32_t less = 0xc300c300 | centre * 0x00010001;  // -(128 + centre), twice
+    bytes &= 0x0f0f0f0f;
+    first = add_pairs<bf16>(pick_bytes(bytes, MAGIC, 0x4140), less);
+    second = add_pairs<bf16>(pick_bytes(bytes, MAGIC, 0x4342), less);
+  }
+}
+
+constexpr int LAID_ROWS = 16;  // that are interleaved
+
+template <class T, int BITS, bool OFFSETS> struct PackedWeight {
+  const uint8_t* codes;   // (NB, C_pad / (32 / BITS), 16, 4)
+  const __half* scales;   // (NB, groups, 16)
+  const __half* offsets;  // the same, or null
+  int64_t columns;        // C_pad
+  int64_t groups;
+  int group_shift;  // log2 of the columns of a group
+
+  static constexpr int WORDS = BITS / 4;  // of four bytes, for 8 columns of a row
+  static constexpr int CENTRE = OFFSETS ? 0 : 1 << (BITS - 1);
+  // 1.0 twice.
+  static constexpr uint32_t ONES = std::is_same_v<T, f16> ? 0x3c003c00u : 0x3f803f80u;
+
+  struct Raw {
+    uint32_t low[WORDS], high[WORDS];
+    __half low_scale, high_scale, low_offset, high_offset;
+  };
+
+  static constexpr __host__ __device__ int steps(int tiles) { return tiles == 1 ? 4 : 2; }
+
+  // Where the rows' first words lie, and their first scales.
+  const uint32_t *low_word = nullptr, *high_word = nullptr;
+  int64_t low_scale = 0, high_scale = 0;
+  __device__ __forceinline__ void start(int64_t low, int64_t high) {
+    const auto word = [&](int64_t row) {
+      return reinterpret_cast<const uint32_t*>(codes) +
+             row / LAID_ROWS * (columns / 8 * WORDS) * LAID_ROWS + row % LAID_ROWS;
+    };
+    const auto scale = [&](int64_t row) {
+      return row / LAID_ROWS * groups * LAID_ROWS + row % LAID_ROWS;
+    };
+    low_word = word(low);
+    high_word = word(high);
+    low_scale = scale(low);
+    high_scale = scale(high);
+  }
+
+  __device__ __forceinline__ Raw load(int64_t c) const {
+    Raw raw = {};
+    if (c < columns) {
+#pragma unroll
+      for (int i = 0; i < WORDS; ++i) {
+        const int64_t at = (c / 8 * WORDS + i) * LAID_ROWS;
+        raw.low[i] = load_once(low_word + at);
+        raw.high[i] = load_once(high_word + at);
+      }
+      const int64_t group = (c >> group_shift) * LAID_ROWS;
+      raw.low_scale = scales[low_scale + group];
+      raw.high_scale = scales[high_scale + group];
+      if constexpr (OFFSETS) {
+        raw.low_offset = offsets[low_scale + group];
+        raw.high_offset = offsets[high_scale + group];
+      }
+    }
+    return raw;
+  }
+
+  static __device__ __forceinline__ Pairs widen(const uint32_t (&words)[WORDS]) {
+    Pairs pairs;
+    if constexpr (BITS == 8) {
+      widen_bytes<T>(words[0], CENTRE, pairs.v[0], pairs.v[1]);
+      widen_bytes<T>(words[1], CENTRE, pairs.v[2], pairs.v[3]);
+    } else {
+      widen_nibbles<T>(words[0], CENTRE, pairs.v[0], pairs.v[1]);
+      widen_nibbles<T>(words[0] >> 4, CENTRE, pairs.v[2], pairs.v[3]);
+    }
+    return pairs;
+  }
+
+  template <int TILES>
+  __device__ __forceinline__ void multiply(float (&sum)[TILES][4], const Raw& raw,
+                                           const Pairs (&x)[TILES], int64_t) const {
+    const Pairs low = widen(raw.low), high = widen(raw.high);
+    const float scale[2] = {to_float(raw.low_scale), to_float(raw.high_scale)};
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      float of_step[4] = {};
+      cuda::multiply<T>(of_step, low, high, x[i]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[i][j] = fmaf(scale[j / 2], of_step[j], sum[i][j]);
+      if constexpr (OFFSETS) {
+        const Pairs ones = {{ONES, ONES, ONES, ONES}};
+        const float offset[2] = {to_float(raw.low_offset), to_float(raw.high_offset)};
+        float of_x[4] = {};
+        cuda::multiply<T>(of_x, ones, ones, x[i]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[i][j] = fmaf(offset[j / 2], of_x[j], sum[i][j]);
+      }
+    }
+  }
+};
+
+template <class T, int BITS, bool OFFSETS, bool GATED>
+void launch_packed(const Target& target, const char* name, const LinearQuantizedArgs& a) {
+  int shift = 0;
+  while ((1 << shift) < a.group_size) ++shift;
+  const int64_t groups = ceil_div(a.C_in, a.group_size);
+  const PackedWeight<T, BITS, OFFSETS> weight{
+      a.qdata, static_cast<const __half*>(a.scales),
+      static_cast<const __half*>(a.minima), groups * a.group_size, groups, shift};
+  launch_linear<T, GATED>(target, name, a.x, a.rows, weight, a.y, a.C_in, a.C_out);
+}
+
+template <bool GATED>
+void launch_quantized(const Target& target, const char* name, const LinearQuantizedArgs& a) {
+  const auto run = [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (a.bits == 8 && a.minima) launch_packed<T, 8, true, GATED>(target, name, a);
+    else if (a.bits == 8) launch_packed<T, 8, false, GATED>(target, name, a);
+    else if (a.minima) launch_packed<T, 4, true, GATED>(target, name, a);
+    else launch_packed<T, 4, false, GATED>(target, name, a);
+  };
+  if (a.dtype == DType::bf16) run(Type<bf16>{});
+  else run(Type<f16>{});
+}
+
+}  // namespace llama_fast::cuda
