@@ -22,8 +22,8 @@ template <class T, int VEC>
 __global__ void __launch_bounds__(THREADS)
 swiglu_fwd_kernel(const T* gate, const T* up, T* h, Rows gate_rows, Rows up_rows, int64_t N,
                   int64_t F) {
-  wait_for_kernel_before();
-  let_next_kernel_begin();
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const int64_t f = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * VEC;
   if (f >= F) return;
   for (int64_t row = blockIdx.y; row < N; row += gridDim.y) {
