@@ -148,7 +148,7 @@ struct LinearArgs {
   int64_t C_in, C_out;
 };
 
-// The layout of a quantised weight is drawn in docs/ops/linear_quantized.md.
+// The layout of a quantised weight is drawn in docs/ops/linear.md.
 struct LinearQuantizedArgs {
   DType dtype;
   const void* x;         // M rows of C_in

@@ -1,7 +1,7 @@
 // y = x Wᵀ with W in integers of 8 or 4 bits, a scale (and a minimum) for each group of a row.
 //
 // Sixteen rows of W make a block, and lane r of a vector belongs to row r, so no sum runs across
-// lanes and every load takes a whole line of memory, one after the other (docs/ops/linear_quantized.md
+// lanes and every load takes a whole line of memory, one after the other (docs/ops/linear.md
 // draws it). Activations of a half type are rounded to signed bytes once per call, row by row and
 // group by group; the products of a group are then summed exactly, in integers. float32 activations
 // are multiplied by the weights' values instead.

@@ -1,5 +1,5 @@
 // A weight of 8-bit or 4-bit integers with a scale, and perhaps an offset, for each group of columns of a
-// row, as gemv.cuh multiplies by it. llama_fast/ops/linear_quantized.py says how it is laid out.
+// row, as gemv.cuh multiplies by it. llama_fast/ops/quantized_layout.py says how it is laid out.
 //
 // The codes less their centre are whole numbers that bfloat16 and float16 hold exactly, so the products
 // of a step are summed without any rounding of the weights, and x is not rounded to 8 bits as the op
