@@ -82,8 +82,6 @@ def test_a_step_that_raises_leaves_the_cache_as_it_was(model, kind, op, error):
     expected = logits(model, model.new_cache(2, 32, kind))[-1]
     cache = model.new_cache(2, 32, kind)
     logits(model, cache, CHUNKS[:-1])
-    if kind == "int8" and op == "kv_append":
-        op = "kv_append_quantized"
     after = {"linear": 6, "rms_norm": 0}.get(op, 1)  # the head, the first norm, the second layer
     with pytest.raises(error), interrupted(op, after, error):
         model(TOKENS[:, 7:10], cache=cache)

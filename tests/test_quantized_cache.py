@@ -75,9 +75,11 @@ def test_decoding_is_as_close_as_reading(model, held_out):
 
 
 def test_a_prompt_in_chunks_is_the_whole_prompt(model, held_out):
+    """But for the order of sums in torch's product, which differs by the number of rows and the CPU
+    (docs/numerics.md): a value between two of 8 bits may become either."""
     tokens = held_out[:2]
     whole = read(model, tokens, "int8", tokens.shape[1])
-    assert torch.equal(read(model, tokens, "int8", 100), whole)
+    assert divergence(whole, read(model, tokens, "int8", 100)).abs().mean() < 1e-5
 
 
 @pytest.mark.parametrize("form", FORMS)

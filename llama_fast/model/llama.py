@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint, ops
 from ..config import LlamaConfig
-from ..errors import ShapeError
+from ..errors import PromptError, ShapeError
 from ..nn import (
     MLP,
     Attention,
@@ -159,9 +159,22 @@ class Llama(Pretrained):
         return ops.linear_cross_entropy(h, self.head.weight, targets, ignore_index=ignore_index)
 
     def new_cache(self, batch: int, max_seq_len: int, kv_cache: str | None = None) -> KVCache:
-        """An empty cache on this model's device, of its dtype or as `kv_cache` ("int8") says."""
-        dtype = cache_dtype(kv_cache, self.dtype)
-        return KVCache(self.config, batch, max_seq_len, device=self.device, dtype=dtype)
+        """Returns an empty cache on this model's device, of its dtype or as `kv_cache` ("int8")
+        says. Raises PromptError for more tokens than the model's context."""
+        if not 0 < max_seq_len <= self.config.max_seq_len:
+            raise PromptError(
+                f"a cache for {max_seq_len} tokens was asked for; this model's context is "
+                f"1 to {self.config.max_seq_len} tokens"
+            )
+        return KVCache(
+            batch,
+            max_seq_len,
+            n_layers=self.config.n_layers,
+            n_kv_heads=self.config.n_kv_heads,
+            head_dim=self.config.head_dim,
+            device=self.device,
+            dtype=cache_dtype(kv_cache, self.dtype),
+        )
 
     @property
     def device(self) -> torch.device:

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..config import LlamaConfig
 from ..dispatch import reserve
 from ..errors import ConfigError, PromptError, ShapeError
 from ..utils.normal_tensors import normal_tensors
@@ -54,35 +53,35 @@ class KVCache:
     @normal_tensors()
     def __init__(
         self,
-        config: LlamaConfig,
-        batch: int,
-        max_seq_len: int,
+        batch: int,  # B
+        max_seq_len: int,  # S
         *,
+        n_layers: int,
+        n_kv_heads: int,  # K
+        head_dim: int,  # D
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        if not 0 < max_seq_len <= config.max_seq_len:
-            raise PromptError(
-                f"a cache for {max_seq_len} tokens was asked for; this model's context is "
-                f"1 to {config.max_seq_len} tokens"
+        if batch < 1 or max_seq_len < 1:
+            raise ShapeError(
+                f"a cache for a batch of {batch} and {max_seq_len} tokens was asked for; both must "
+                "be at least 1"
             )
-        if batch < 1:
-            raise ShapeError(f"a cache for a batch of {batch} was asked for; it must be at least 1")
-        heads = (batch, config.n_kv_heads, max_seq_len)
+        heads = (batch, n_kv_heads, max_seq_len)
 
         # Left uninitialised: only slots below a row's length are ever read.
         def vectors() -> Tensor:
-            return reserve(torch.empty((*heads, config.head_dim), device=device, dtype=dtype))
+            return reserve(torch.empty((*heads, head_dim), device=device, dtype=dtype))
 
         def scales() -> Tensor | None:
             int8 = dtype is torch.int8
             return torch.empty(heads, device=device, dtype=torch.float32) if int8 else None
 
         self.dtype = dtype
-        self._k = [vectors() for _ in range(config.n_layers)]
-        self._v = [vectors() for _ in range(config.n_layers)]
-        self._k_scale = [scales() for _ in range(config.n_layers)]
-        self._v_scale = [scales() for _ in range(config.n_layers)]
+        self._k = [vectors() for _ in range(n_layers)]
+        self._v = [vectors() for _ in range(n_layers)]
+        self._k_scale = [scales() for _ in range(n_layers)]
+        self._v_scale = [scales() for _ in range(n_layers)]
         # Where captured steps count. Only compiled ones leave these alone and put new ones in their
         # place: one that raises may have written anything that it writes.
         self._counted_here = torch.zeros(batch, device=device, dtype=torch.int64)

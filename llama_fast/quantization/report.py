@@ -114,8 +114,8 @@ def compare(
         "kv_cache": _Reader(quantized=False, cached=True),
         "both": _Reader(quantized=True, cached=True),
     }
-    of_one_layer = dataclasses.replace(checkpoint.config, n_layers=1)
-    cache = KVCache(of_one_layer, B, T, device=quantized.device, dtype=torch.int8)
+    heads = {"n_kv_heads": checkpoint.config.n_kv_heads, "head_dim": checkpoint.config.head_dim}
+    cache = KVCache(B, T, n_layers=1, **heads, device=quantized.device, dtype=torch.int8)
     for part, module in layers(checkpoint, progress):
         other = quantized.get_submodule(part)
         if part == "embed":
