@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from llama_fast.backends import cpu
-from llama_fast.dispatch import OPS, use_backend
+from llama_fast.dispatch import OPS, Op, use_backend
 from llama_fast.ops import QuantizedWeight
 from llama_fast.ops.quantized_kv import quantize
 from llama_fast.ops.rope import tables
@@ -147,7 +147,8 @@ class Arguments:
 
     def _kv_append_quantized(self, dtype):
         *tokens, k, v, lengths, interleaved = self._kv_append(dtype)
-        return *tokens, *quantize(k.float()), *quantize(v.float()), lengths, interleaved
+        (k, k_scale), (v, v_scale) = quantize(k.float()), quantize(v.float())
+        return *tokens, k, v, lengths, interleaved, k_scale, v_scale
 
     def _attention(self, dtype):
         q, _, _ = self._heads(dtype, 8)
@@ -160,7 +161,8 @@ class Arguments:
 
     def _attention_quantized(self, dtype):
         q, k, v, causal, scale, lengths, _ = self._attention(dtype)
-        return q, *quantize(k.float()), *quantize(v.float()), causal, scale, lengths
+        (k, k_scale), (v, v_scale) = quantize(k.float()), quantize(v.float())
+        return q, k, v, causal, scale, lengths, False, k_scale, v_scale
 
     def _matrix(self, dtype, multiple: int = 1):
         C_in, C_out = multiple * self.size(200 // multiple), multiple * self.size(100 // multiple)
@@ -172,7 +174,7 @@ class Arguments:
         return self._matrix(dtype)
 
     def _linear_swiglu(self, dtype):
-        return self._matrix(dtype, 2)
+        return *self._matrix(dtype, 2), None, None, 0, 0, 0, "swiglu"
 
     def _linear_backward_x(self, dtype):
         x, weight = self._matrix(dtype)
@@ -188,10 +190,15 @@ class Arguments:
         return x, *QuantizedWeight.from_float(weight.float(), *form).arguments
 
     def _linear_swiglu_quantized(self, dtype):
-        return self._linear_quantized(dtype, 2)
+        return *self._linear_quantized(dtype, 2), "swiglu"
 
 
-OPERATIONS = [name.removeprefix("_") for name in vars(Arguments) if f"{name[1:]}" in OPS]
+def op_of(form: str) -> Op:
+    return OPS[form.removesuffix("_quantized").replace("linear_swiglu", "linear")]
+
+
+FORMS = [name.removeprefix("_") for name in vars(Arguments) if name[0] == "_" != name[1]]
+FORMS = [form for form in FORMS if form not in ("rows", "heads", "matrix")]
 
 
 def check(name: str, found, expected, dtype: torch.dtype) -> None:
@@ -221,17 +228,18 @@ def main() -> None:
     for isa in cpu.isas():
         with cpu.use_isa(isa), use_backend("cpu", strict=True), torch.no_grad():
             for seed in range(CALLS if own is None else CALLS // 2):  # a tenth as fast
-                for name in OPERATIONS:
+                for name in FORMS:
+                    op = op_of(name)
                     dtype = DTYPES[seed % 3]
                     torch.set_num_threads(2 if seed % 4 == 0 else 1)  # as waiting takes long
                     args = Arguments(name, seed).of(name, dtype)
-                    if OPS[name].explain(*args).reasons["cpu"]:
+                    if op.explain(*args).reasons["cpu"]:
                         continue
                     print(f"{isa} {name} {dtype} seed {seed}: {described(args)}", flush=True)
                     forget_launchers()  # they make outputs in memory of the call before
                     given = [memory.copy(a) if isinstance(a, torch.Tensor) else a for a in args]
-                    found = [x.clone() for x in as_list(OPS[name](*given))]
-                    check(name, found, as_list(OPS[name].eager(*args)), dtype)
+                    found = [x.clone() for x in as_list(op(*given))]
+                    check(name, found, as_list(op.eager(*args)), dtype)
                     del given
                     memory.free()
                     count += 1

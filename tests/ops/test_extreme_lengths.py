@@ -31,12 +31,14 @@ def test_kv_append_stores_nothing(backend, quantized):
     caches, buffers = [], []
     for cache in (heads(K, S), heads(K, S)):
         fenced = [fence(part.to(where)) for part in (quantize(cache) if quantized else (cache,))]
-        parts = [part for part, _ in fenced]
-        caches.append(type(quantize(cache))(*parts) if quantized else parts[0])
+        caches.append([part for part, _ in fenced])
         buffers += [buffer for _, buffer in fenced]
     before = [buffer.clone() for buffer in buffers]
+    (k_cache, *k_scale), (v_cache, *v_scale) = caches
+    scales = {"k_scale": k_scale[0], "v_scale": v_scale[0]} if quantized else {}
+    lengths = torch.tensor(LENGTHS, device=where)
     with on(name_of(backend)):
-        rotated = kv_append(q, k, k, cos, sin, *caches, torch.tensor(LENGTHS, device=where))
+        rotated = kv_append(q, k, k, cos, sin, k_cache, v_cache, lengths, **scales)
     assert not rotated.any()
     assert all(same_bits(a, b) for a, b in zip(buffers, before, strict=True))
 
