@@ -118,11 +118,11 @@ inline KvAppendArgs kv_append_args(const Tensor& q, const Tensor& k, const Tenso
           .interleaved = interleaved};
 }
 
-// Without a scale it is 1 / sqrt(D). An empty lse is not written.
+// Without a scale it is 1 / sqrt(D). No lse, or an empty one, is not written.
 inline AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
                                     std::optional<double> scale, const OptionalTensor& lengths,
                                     const OptionalTensor& k_scales, const OptionalTensor& v_scales,
-                                    const Tensor& o, const Tensor& lse) {
+                                    const Tensor& o, const OptionalTensor& lse) {
   const int64_t D = q.size(3);
   return {.dtype = q.dtype(),
           .q = heads(q),
@@ -131,7 +131,7 @@ inline AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tens
           .k_scales = head_scales(k_scales),
           .v_scales = head_scales(v_scales),
           .o = o.data,
-          .lse = lse.numel() ? lse.data : nullptr,
+          .lse = lse && lse->numel() ? lse->data : nullptr,
           .lengths = static_cast<const int64_t*>(data_of(lengths)),
           .B = q.size(0),
           .T = q.size(1),

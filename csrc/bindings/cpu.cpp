@@ -243,14 +243,14 @@ PYBIND11_MODULE(_cpu, m) {
   def(m, "attention", [](const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
                         std::optional<double> scale, const OptionalTensor& lengths,
                         const OptionalTensor& k_scales, const OptionalTensor& v_scales,
-                        const Tensor& o, const Tensor& lse) {
+                        const Tensor& o, const OptionalTensor& lse) {
     const AttentionArgs args =
         attention_args(q, k, v, causal, scale, lengths, k_scales, v_scales, o, lse);
     const int64_t b = row_beyond(args);
     if (b < 0) launch(&KernelTable::attention, args);
     return b;
   }, "Returns the first row whose length exceeds S, having done nothing then, or -1. `lse` may be "
-     "empty.");
+     "empty, or None.");
 
   m.attr("GEMV_ROWS") = GEMV_ROWS;
   def(m, "gemv_rows", [](const Tensor& x, bool onednn) {

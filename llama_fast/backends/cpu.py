@@ -147,21 +147,26 @@ def _kv_append_quantized(
     )
 
 
-def _attention(q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None) -> Launcher:
-    new, S = _maker(q), k.shape[1]
-    no_lse = torch.empty(0, dtype=lse_dtype(q.dtype), device="cpu")
-    new_lse = _maker(no_lse, (q.shape[0], q.shape[2], q.shape[1]) if need_lse else (0,))
+def _attention(q, k, v, causal, scale, lengths, need_lse) -> Launcher:
+    B, T, H, _ = q.shape
+    new, no_lse = _maker(q), torch.empty(0, dtype=lse_dtype(q.dtype), device="cpu")
+    new_lse = _maker(no_lse, (B, H, T) if need_lse else (0,))
 
-    def launch(
-        q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def launch(q, k, v, causal, scale, lengths, need_lse) -> tuple[torch.Tensor, torch.Tensor]:
         o, lse = new(), new_lse()
-        row = _cpu.attention(q, k, v, causal, scale, lengths, k_scales, v_scales, o, lse)
-        if row >= 0:
-            raise too_long(row, int(lengths[row]), S)
+        _attend(q, k, v, causal, scale, lengths, None, None, o, lse)
         return o, lse
 
     return launch
+
+
+def _attend(
+    q, k, v, causal, scale, lengths, k_scales, v_scales, o, lse: torch.Tensor | None
+) -> torch.Tensor:
+    row = _cpu.attention(q, k, v, causal, scale, lengths, k_scales, v_scales, o, lse)
+    if row >= 0:
+        raise too_long(row, int(lengths[row]), k.shape[1])
+    return o
 
 
 def _attention_unsupported(
@@ -182,10 +187,10 @@ def _attention_unsupported(
 def _attention_quantized(
     q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths
 ) -> Launcher:
-    launch = _attention(q, k_codes, v_codes, causal, scale, lengths, False)
-    return lambda q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths: launch(
-        q, k_codes, v_codes, causal, scale, lengths, False, k_scales, v_scales
-    )[0]
+    new = _maker(q)
+    return lambda q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths: _attend(
+        q, k_codes, v_codes, causal, scale, lengths, k_scales, v_scales, new(), None
+    )
 
 
 def _attention_quantized_unsupported(
