@@ -184,7 +184,7 @@ def test_after_a_launch_that_fails_the_next_one_runs():
 @on_host
 def test_decoding_takes_a_batch_of_any_size(monkeypatch):
     """Its rows are gridDim.x, which alone goes beyond 65,535; here with two blocks to a row."""
-    monkeypatch.setattr(cuda, "splits", lambda *sizes: 2)
+    monkeypatch.setattr(host.module(), "kv_splits", lambda *sizes: 2)
     q, k, v = torch.randn(3, 7, 40, 1, 64).bfloat16()
     with use_backend("eager"):
         expected = attention(q[:, :1], k, v)
