@@ -12,19 +12,25 @@ from .oracle import as_tuple, copies
 
 
 def small(op) -> dict[str, tuple[tuple, bool]]:
-    """Of each form of the op, by its label: the arguments of the smallest case that is not empty,
-    and whether it has a gradient."""
+    """Of each form of the op, by its label: the arguments of the smallest case that is not empty
+    and has numbers for results, and whether it has a gradient."""
 
     def elements(args):
         return sum(a.numel() for a in args if isinstance(a, torch.Tensor))
 
+    def usable(args):
+        if not all(a.numel() for a in args if isinstance(a, torch.Tensor)):
+            return False
+        with torch.no_grad():
+            return all(y.isfinite().all() for y in as_tuple(op.eager(*copies(args))))
+
+    made = [
+        case.make(torch.Generator().manual_seed(0), torch.float32, "cpu") for case in op.cases()
+    ]
     found: dict[str, tuple[tuple, bool]] = {}
-    for case in op.cases():
-        args = case.make(torch.Generator().manual_seed(0), torch.float32, "cpu")
+    for args in sorted(made, key=elements):
         label = op.label(*args)
-        if all(a.numel() for a in args if isinstance(a, torch.Tensor)) and (
-            label not in found or elements(args) < elements(found[label][0])
-        ):
+        if label not in found and usable(args):
             found[label] = args, op.has_gradient(*args)
     return found
 
