@@ -336,7 +336,7 @@ class Op:
     def _refuse_negated(self, args: tuple) -> None:
         """torch's dispatcher resolves negated arguments, but for those that an op writes."""
         for i in self._written:
-            if isinstance(args[i], Tensor) and args[i].is_neg():
+            if i < len(args) and isinstance(args[i], Tensor) and args[i].is_neg():
                 raise ShapeError(
                     f"{self.name}: {self._torch_op._schema.arguments[i].name} is a view of its "
                     "memory with the other sign, and the op writes it: give a tensor without, as "
