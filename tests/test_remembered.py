@@ -329,8 +329,8 @@ def test_parts_of_a_quantized_weight_are_watched(part):
 
 
 def doubled(function):
-    def doubling(*args):
-        return function(*args) * 2
+    def doubling(*args, **kwargs):
+        return function(*args, **kwargs) * 2
 
     return doubling
 

@@ -255,7 +255,9 @@ class Op:
 
     def label(self, *args: Any) -> str:
         """Returns the name and the variant that the arguments ask for: "linear swiglu int8"."""
-        return f"{self.name} {self.variant(*args)}".rstrip() if self.variant else self.name
+        if self.variant is None:
+            return self.name
+        return f"{self.name} {self.variant(*self._complete(args))}".rstrip()
 
     def has_gradient(self, *args: Any) -> bool:
         if self.gradient is None:

@@ -31,7 +31,14 @@ except ImportError:
 
 PACKAGE = __package__.partition(".")[0]
 # Where functions are defined that do nothing a replay would leave out.
-HOMES = (PACKAGE, "torch.nn", "torch.utils._contextlib", "contextlib")
+# torch.compile, once used, counts the modules that are made (mutation_guard).
+HOMES = (
+    PACKAGE,
+    "torch.nn",
+    "torch.utils._contextlib",
+    "torch._dynamo.mutation_guard",
+    "contextlib",
+)
 # Dicts of a module that its call looks into, and hooks of all modules; they are empty of hooks
 # where a step is replayed. Backward hooks have no part in a step.
 OF_A_MODULE = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")

@@ -16,13 +16,13 @@ def randn(
 ) -> torch.Tensor:
     """Normal numbers of `shape`, the same on every device and CPU: drawn on the CPU in float64, as
     torch draws float32 with the vector unit's own logarithm."""
-    numbers = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return (numbers * scale).to(device=device, dtype=dtype)
 
 
 def rand(generator: torch.Generator, *shape: int) -> torch.Tensor:
     """Float32 numbers of `shape` from 0 to below 1, on the CPU."""
-    return torch.rand(*shape, generator=generator, dtype=torch.float32, device="cpu")
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def randint(

@@ -53,7 +53,7 @@ def run_poisoned(op: Op, args: tuple) -> tuple[torch.Tensor, ...]:
     Arguments that the schema declares as written may change, but not outside their elements; they
     are returned behind the outputs.
     """
-    schema = op._torch_op._schema.arguments
+    schema, args = op._torch_op._schema.arguments, op._complete(args)
     fenced = [fence(a) if isinstance(a, torch.Tensor) else (a, None) for a in args]
     before = [None if buffer is None else buffer.clone() for _, buffer in fenced]
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -127,7 +127,7 @@ def of_op(op: Op, args: tuple) -> list[Expected]:
             if argument.alias_info is not None and argument.alias_info.is_write and a is not None
         )
 
-    return expected(run, args)
+    return expected(run, op._complete(args))
 
 
 def assert_accurate(actual: tuple, wanted: list[Expected], what: str) -> None:
