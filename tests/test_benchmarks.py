@@ -31,6 +31,9 @@ needs_llama_cpp = pytest.mark.skipif(
     not PEER, reason="llama-cpp-python and gguf are not installed: pip install '.[peers]'"
 )
 
+# pytest-benchmark measures nothing in a worker of pytest-xdist, nor in a process started by one.
+ALONE = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+
 
 # --- the command ------------------------------------------------------------------------------
 
@@ -244,6 +247,7 @@ def test_the_pytest_suite_writes_its_fields(tmp_path):
             *("--threads", "1", *options, "--benchmark-json", str(path)),
         ],
         cwd=Path(__file__).parent.parent,
+        env=ALONE,
         capture_output=True,
         text=True,
     )
@@ -295,6 +299,7 @@ def test_runs_are_compared_by_the_plugin(tmp_path):
                 *(f"--benchmark-storage=file://{tmp_path}", *flags),
             ],
             cwd=Path(__file__).parent.parent,
+            env=ALONE,
             capture_output=True,
             text=True,
         )

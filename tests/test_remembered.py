@@ -552,3 +552,10 @@ def test_an_exception_takes_a_step_back(at, monkeypatch):
 
     found, same = decode(model, interrupted)
     assert torch.equal(found, expected) and same == lengths
+
+
+def test_a_method_that_another_library_gives_torchs_modules_changes_nothing(monkeypatch):
+    """transformers adds `smart_apply`; no step calls it."""
+    monkeypatch.setattr(nn.Module, "smart_apply", lambda self: None, raising=False)
+    model = make()
+    assert Snapshot(model, model.new_cache(1, 8)).plain

@@ -44,6 +44,12 @@ HOMES = (
 OF_A_MODULE = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 OF_ALL_MODULES = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
+# Methods of torch's classes that a step comes by.
+OF_A_CALL = {
+    *("__call__", "_wrapped_call_impl", "_call_impl", "_slow_forward", "forward"),
+    *("__getattr__", "__setattr__", "__iter__", "__getitem__", "__len__"),
+}
+
 # A dict, or a class in the place of its own.
 _Dict = dict[str, Any] | type
 
@@ -78,7 +84,7 @@ class Snapshot:
             not any(vars(torch_module)[name] for name in OF_ALL_MODULES)
             and not any(map(_has_hooks_or_overrides, modules))
             and all(map(_is_dense, tensors))
-            and all(_is_known(x) for owner in classes for x in vars(owner).values())
+            and all(map(_is_known, _functions(classes)))
             and all(_is_known(getattr(ops, name)) for name in ops.__all__)
         )
 
@@ -156,6 +162,14 @@ def _has_hooks_or_overrides(module: nn.Module) -> bool:
         or getattr(module, "_compiled_call_impl", None) is not None
         or any(callable(getattr(type(module), name, None)) for name in vars(module))
     )
+
+
+def _functions(classes: list[type]) -> Iterator[Any]:
+    """What a call of a module may look up in these. Of torch's classes that is little, and other
+    libraries add methods of their own to them (transformers: `smart_apply`)."""
+    for owner in classes:
+        own = _is_home({"__name__": owner.__module__}, (PACKAGE,))
+        yield from (x for name, x in vars(owner).items() if own or name in OF_A_CALL)
 
 
 def _is_known(value: Any) -> bool:
