@@ -212,6 +212,11 @@ def backward_weight_eager(grad: Tensor, x: Tensor) -> Tensor:
     return grad.reshape(M, grad.shape[-1]).t().mm(x.reshape(M, x.shape[-1]))
 
 
+def backward_weight_fake(grad: Tensor, x: Tensor) -> Tensor:
+    # To infer it would fix the number of rows: a product of them is a number, not a symbol.
+    return grad.new_empty((grad.shape[-1], x.shape[-1]))
+
+
 def cost(x, weight, scales=None, minima=None, C_out=0, bits=0, group_size=0, epilogue="") -> Cost:
     C_out = weight.shape[0] if scales is None else C_out
     product = _product_cost(x, C_out, x.shape[-1], weight, scales, minima)
@@ -285,5 +290,6 @@ BACKWARD_WEIGHT = Op(
     name="linear_backward_weight",
     check=check_backward_weight,
     eager=backward_weight_eager,
+    fake=backward_weight_fake,
     cost=backward_weight_cost,
 )
