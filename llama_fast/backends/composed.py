@@ -1,7 +1,6 @@
 """The rows of the ops whose calls several kernels serve: which one takes a call, and what it takes.
 
-A row of kernels takes leading arguments of its op, in an order of its own; the others of a call
-have their defaults.
+A row of kernels takes leading arguments of its op; the others of a call have their defaults.
 """
 
 from __future__ import annotations
@@ -9,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..dispatch import OPS, Implementation
-from ..ops.attention import lse_dtype
 
 
 def one_of(pick: Callable[..., tuple[Implementation, int]]) -> Implementation:
@@ -41,62 +38,6 @@ def first(count: int, row: Implementation) -> Implementation:
     return Implementation(
         lambda *args: row.launch(*args[:count]), lambda *args: row.unsupported(*args[:count])
     )
-
-
-def attention(dense: Implementation, quantized: Implementation) -> Implementation:
-    """quantized  takes (q, k, k_scale, v, v_scale, causal, scale, lengths) and returns o"""
-
-    def in_order(q, k, v, causal, scale, lengths, need_lse, k_scale, v_scale) -> tuple:
-        return q, k, k_scale, v, v_scale, causal, scale, lengths
-
-    def no_lse(q: Tensor) -> Tensor:
-        return torch.empty(0, dtype=lse_dtype(q.dtype), device=q.device)
-
-    def prepare(*args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-        attend, lse = quantized.prepare(*in_order(*args)), no_lse(args[0])
-
-        def launch(q, k, v, causal, scale, lengths, need_lse, k_scale, v_scale):
-            return attend(q, k, k_scale, v, v_scale, causal, scale, lengths), lse
-
-        return launch
-
-    in_8_bits = Implementation(
-        lambda *args: (quantized.launch(*in_order(*args)), no_lse(args[0])),
-        lambda *args: quantized.unsupported(*in_order(*args)),
-        prepare=quantized.prepare and prepare,
-    )
-
-    def pick(q, k, v, causal, scale, lengths, need_lse, k_scale=None, v_scale=None):
-        return (dense, 7) if k_scale is None else (in_8_bits, 9)
-
-    return one_of(pick)
-
-
-def kv_append(dense: Implementation, quantized: Implementation) -> Implementation:
-    """quantized  takes (…, k_cache, k_scale, v_cache, v_scale, lengths, interleaved)"""
-
-    def in_order(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, k_scale, v_scale):
-        return q, k, v, cos, sin, k_cache, k_scale, v_cache, v_scale, lengths, interleaved
-
-    def prepare(*args: Any) -> Callable[..., Tensor]:
-        append = quantized.prepare(*in_order(*args))
-
-        def launch(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, k_scale, v_scale):
-            caches = (k_cache, k_scale, v_cache, v_scale)
-            return append(q, k, v, cos, sin, *caches, lengths, interleaved)
-
-        return launch
-
-    in_8_bits = Implementation(
-        lambda *args: quantized.launch(*in_order(*args)),
-        lambda *args: quantized.unsupported(*in_order(*args)),
-        prepare=quantized.prepare and prepare,
-    )
-
-    def pick(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, k_scale=None, v_scale=None):
-        return (dense, 9) if k_scale is None else (in_8_bits, 11)
-
-    return one_of(pick)
 
 
 def linear(

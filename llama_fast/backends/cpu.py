@@ -138,35 +138,21 @@ def _kv_append(
     return launch
 
 
-def _kv_append_quantized(
-    q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, interleaved
-) -> Launcher:
-    launch = _kv_append(q, k, v, cos, sin, k_codes, v_codes, lengths, interleaved)
-    return lambda q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, i: launch(
-        q, k, v, cos, sin, k_codes, v_codes, lengths, i, k_scales, v_scales
-    )
-
-
-def _attention(q, k, v, causal, scale, lengths, need_lse) -> Launcher:
-    B, T, H, _ = q.shape
+def _attention(q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None) -> Launcher:
+    (B, T, H, _), S = q.shape, k.shape[1]
     new, no_lse = _maker(q), torch.empty(0, dtype=lse_dtype(q.dtype), device="cpu")
     new_lse = _maker(no_lse, (B, H, T) if need_lse else (0,))
 
-    def launch(q, k, v, causal, scale, lengths, need_lse) -> tuple[torch.Tensor, torch.Tensor]:
+    def launch(
+        q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         o, lse = new(), new_lse()
-        _attend(q, k, v, causal, scale, lengths, None, None, o, lse)
+        row = _cpu.attention(q, k, v, causal, scale, lengths, k_scales, v_scales, o, lse)
+        if row >= 0:
+            raise too_long(row, int(lengths[row]), S)
         return o, lse
 
     return launch
-
-
-def _attend(
-    q, k, v, causal, scale, lengths, k_scales, v_scales, o, lse: torch.Tensor | None
-) -> torch.Tensor:
-    row = _cpu.attention(q, k, v, causal, scale, lengths, k_scales, v_scales, o, lse)
-    if row >= 0:
-        raise too_long(row, int(lengths[row]), k.shape[1])
-    return o
 
 
 def _attention_unsupported(
@@ -177,26 +163,13 @@ def _attention_unsupported(
     scale: float | None,
     lengths: torch.Tensor | None,
     need_lse: bool,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> list[str]:
     reasons = limits.reasons(q.dtype, q=q, k=k, v=v) + head_dim_reasons(q.shape[-1])
     if lengths is not None and not lengths.is_contiguous():
         reasons.append("lengths is not contiguous")
     return reasons
-
-
-def _attention_quantized(
-    q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths
-) -> Launcher:
-    new = _maker(q)
-    return lambda q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths: _attend(
-        q, k_codes, v_codes, causal, scale, lengths, k_scales, v_scales, new(), None
-    )
-
-
-def _attention_quantized_unsupported(
-    q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths
-) -> list[str]:
-    return _attention_unsupported(q, k_codes, v_codes, causal, scale, lengths, False)
 
 
 def gemv_rows(dtype: torch.dtype) -> int:
@@ -338,10 +311,7 @@ register_backend(
         settings=None if _cpu is None else lambda: (isa(),),
         reserve=_reserve,
         implementations={
-            "attention": composed.attention(
-                _prepared(_attention, _attention_unsupported),
-                _prepared(_attention_quantized, _attention_quantized_unsupported),
-            ),
+            "attention": _prepared(_attention, _attention_unsupported),
             "linear": composed.linear(
                 LINEAR,
                 LINEAR_QUANTIZED,
@@ -361,10 +331,7 @@ register_backend(
             "add_rms_norm": _prepared(_add_rms_norm, limits.add_rms_norm),
             "swiglu": SWIGLU,
             "rope": _prepared(_rope, limits.rope),
-            "kv_append": composed.kv_append(
-                _prepared(_kv_append, limits.kv_append),
-                _prepared(_kv_append_quantized, limits.kv_append_quantized),
-            ),
+            "kv_append": _prepared(_kv_append, limits.kv_append),
         },
     )
 )

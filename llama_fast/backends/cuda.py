@@ -213,12 +213,6 @@ def _kv_append(
     )
 
 
-def _kv_append_quantized(
-    q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, interleaved
-) -> torch.Tensor:
-    return _kv_append(q, k, v, cos, sin, k_codes, v_codes, lengths, interleaved, k_scales, v_scales)
-
-
 # Whether attention of many queries goes to the kernel with wgmma and bulk copies on sm_90. No GPU
 # has run that kernel yet, so it must be asked for: tests and benchmarks do, to compare the two.
 WARPGROUPS = False
@@ -293,6 +287,8 @@ def _attention_unsupported(
     scale: float | None,
     lengths: torch.Tensor | None,
     need_lse: bool,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> list[str]:
     found = limits.reasons(q.dtype, q=q, k=k, v=v)
     if q.dtype is torch.float32:
@@ -305,25 +301,6 @@ def _attention_unsupported(
     if lengths is not None and not lengths.is_contiguous():
         found.append("lengths is not contiguous")
     return found
-
-
-def _attention_quantized(
-    q, k_codes, k_scales, v_codes, v_scales, causal, scale, lengths
-) -> torch.Tensor:
-    return _attention(q, k_codes, v_codes, causal, scale, lengths, False, k_scales, v_scales)[0]
-
-
-def _attention_quantized_unsupported(
-    q: torch.Tensor,
-    k_codes: torch.Tensor,
-    k_scales: torch.Tensor,
-    v_codes: torch.Tensor,
-    v_scales: torch.Tensor,
-    causal: bool,
-    scale: float | None,
-    lengths: torch.Tensor | None,
-) -> list[str]:
-    return _attention_unsupported(q, k_codes, v_codes, causal, scale, lengths, False)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -447,14 +424,8 @@ BACKEND = Backend(
         "swiglu": _row("swiglu", _swiglu, limits.swiglu),
         "swiglu_backward": _row("swiglu_backward", _swiglu_backward, _swiglu_backward_unsupported),
         "rope": _row("rope", _rope, limits.rope),
-        "kv_append": composed.kv_append(
-            _row("kv_append", _kv_append, limits.kv_append),
-            _row("kv_append", _kv_append_quantized, limits.kv_append_quantized),
-        ),
-        "attention": composed.attention(
-            _row("attention", _attention, _attention_unsupported),
-            _row("attention", _attention_quantized, _attention_quantized_unsupported),
-        ),
+        "kv_append": _row("kv_append", _kv_append, limits.kv_append),
+        "attention": _row("attention", _attention, _attention_unsupported),
         "linear": composed.linear(
             _row("linear", _linear, limits.linear),
             _row("linear", _linear_quantized, _linear_quantized_unsupported),

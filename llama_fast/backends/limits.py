@@ -54,16 +54,12 @@ def rope(
     return reasons(q.dtype, q=q, k=k, cos=cos, sin=sin)
 
 
-def kv_append(q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved) -> list[str]:
+def kv_append(
+    q, k, v, cos, sin, k_cache, v_cache, lengths, interleaved, k_scales=None, v_scales=None
+) -> list[str]:
     return reasons(q.dtype, q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
 
 
-def kv_append_quantized(
-    q, k, v, cos, sin, k_codes, k_scales, v_codes, v_scales, lengths, interleaved
-) -> list[str]:
-    return kv_append(q, k, v, cos, sin, k_codes, v_codes, lengths, interleaved)
-
-
 def linear(x: torch.Tensor, *weight: torch.Tensor | int | None) -> list[str]:
-    """Of `linear` and `linear_quantized`: their weights are contiguous by the ops' own checks."""
+    """Of weights of any format: they are contiguous by the op's own checks."""
     return rows_reasons(x=x)

@@ -210,7 +210,7 @@ class Op:
         self.fake = self.fake or fake_of(self.eager)
         _library.define(self.name + schema_of(self.eager, self.writes))
         for key in ("CPU", "CUDA"):
-            _library.impl(self.name, self._run_dispatched, key)
+            _library.impl(self.name, self.run, key)
             _library.impl(self.name, self._run_autocast, f"Autocast{key}")
         self._torch_op = getattr(torch.ops.llama_fast, self.name).default
         arguments = self._torch_op._schema.arguments
@@ -462,9 +462,6 @@ class Op:
     def _complete(self, args: tuple) -> tuple:
         """Callers and torch's dispatcher leave out trailing arguments that equal their defaults."""
         return args + self._defaults[len(args) :]
-
-    def _run_dispatched(self, *args: Any) -> Any:
-        return self.run(*self._complete(args))
 
     def _run_autocast(self, *args: Any) -> Any:
         args = self._complete(args)
