@@ -31,8 +31,7 @@ def reference(op: Op, args: tuple, which: str) -> tuple[Tensor, ...]:
     if op.name == "attention" and _scores(args) * 8 > EXACT_BYTES:
         return _attention_in_parts(op, args, which)
     # Of a quantised weight the definition itself takes a block of rows at a time.
-    quantized = any(x is not None for x in args[7:8])
-    if op.name == "linear_cross_entropy" and which != BACKWARD and not quantized:
+    if op.label(*args) == "linear_cross_entropy" and which != BACKWARD:
         return _cross_entropy_in_parts(op, args)
     if which == BOTH:
         with torch.no_grad():

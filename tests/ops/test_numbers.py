@@ -10,6 +10,7 @@ from llama_fast import ops
 from llama_fast.backends import cpu, triton
 from llama_fast.dispatch import OPS
 from llama_fast.errors import GradientError
+from llama_fast.ops.quantized_kv import quantize
 
 from ..cuda_host import host
 from .backends import CUDA_HOST, device, on, unless
@@ -120,10 +121,15 @@ def test_a_number_has_no_gradient():
     assert torch.equal(y, ops.attention(q, q, q, scale=scale.detach()))
 
 
-def test_an_empty_result_belongs_to_one_call():
+@pytest.mark.parametrize("quantized", [False, True])
+def test_an_empty_result_belongs_to_one_call(quantized):
     """Attention's lse, where none is needed: one of inference mode could not be saved later."""
     q = torch.randn(1, 5, 2, 16)
+    kv, scales = (q, q), ()
+    if quantized:
+        values, scale = quantize(q)
+        kv, scales = (values, values), (scale, scale)
     with torch.inference_mode():
-        first = OPS["attention"](q, q, q, True, None, None, False)[1]
-    second = OPS["attention"](q, q, q, True, None, None, False)[1]
+        first = OPS["attention"](q, *kv, True, None, None, False, *scales)[1]
+    second = OPS["attention"](q, *kv, True, None, None, False, *scales)[1]
     assert first.is_inference() and not second.is_inference()
