@@ -18,6 +18,7 @@ from benchmarks.gpu.run import Ended
 from benchmarks.gpu.setting import LARGE, TINY, Setting
 from llama_fast.bench.results import Row
 from llama_fast.bench.roofline import Ceilings
+from llama_fast.dispatch import OPS
 
 pytest.importorskip("triton", reason="Triton is not installed: its kernels take part")
 CEILINGS = Ceilings("cpu", 1, None, 1e9, 1e9, 1e9, 1e9)
@@ -253,6 +254,14 @@ def test_a_selection_that_is_killed_keeps_what_it_had(setting, tmp_path):
     assert notes[1:] == ["b: wrong"] and len((tmp_path / tests_apart.TESTS).read_text()) > 20
 
 
+def test_cases_are_judged_where_there_is_no_pytest(setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(tests_apart.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tests_apart, "OPS", {"swiglu": OPS["swiglu"]})
+    assert tests_apart.run_tests(setting, [], "cpu") == []
+    lines = (tmp_path / tests_apart.TESTS).read_text().splitlines()
+    assert len(lines) > 10 and all(line.startswith("passed ") for line in lines)
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
@@ -264,6 +273,8 @@ def test_a_selection_that_is_killed_keeps_what_it_had(setting, tmp_path):
 )
 def test_a_test_process_that_ends_otherwise_is_a_failure(setting, tmp_path, body, says):
     (tmp_path / "test_it.py").write_text(f"import os\n{body}\n")
-    select = tests_apart.Selection(str(tmp_path / "test_it.py"), "test")
+    # Tests are named from there, wherever the checkout lies.
+    options = f"--rootdir={tmp_path}"
+    select = tests_apart.Selection(str(tmp_path / "test_it.py"), "test", options=options)
     (failure,) = tests_apart.run_tests(setting, [select], "triton")
     assert re.search(says, failure), failure

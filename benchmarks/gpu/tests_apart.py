@@ -133,7 +133,7 @@ def run_share(tally: Tally, selection: Selection, share: int) -> None:
 def check_cases(setting: Setting, backend: str) -> list[str]:
     """Every case of every op that the backend has, against float64, without pytest: forward passes
     alone."""
-    from tests.ops.oracle import assert_accurate, references, run_poisoned
+    from tests.ops.oracle import assert_accurate, of_op, run_poisoned
 
     rows, tally = backends()[backend].implementations, Tally(setting, f"op tests of {backend}")
     for name, op in sorted(OPS.items(), key=lambda item: "attention" not in item[0]):
@@ -147,7 +147,7 @@ def check_cases(setting: Setting, backend: str) -> list[str]:
                 try:
                     with use_backend(backend, strict=True):
                         actual = run_poisoned(op, args)
-                    assert_accurate(actual, *references(op, args), test)
+                    assert_accurate(actual, of_op(op, args), test)
                 except Exception as error:
                     outcome, test = "failed", f"{test}: {error}"[:300]
                 tally.add(outcome, time.monotonic() - start, test)
