@@ -109,6 +109,22 @@ class TestUnwrapped:
         assert vars(mlp)["forward"] == bound and torch.equal(net(ids).logits, own)
 
 
+class TestShared:
+    @pytest.mark.parametrize("what", ["layer", "norm"])
+    def test_a_module_that_stands_in_several_places(self, what):
+        net, ids = model(), tokens()
+        first, second = net.model.layers
+        if what == "layer":
+            net.model.layers[1] = first
+        else:
+            second.input_layernorm = net.model.norm = first.input_layernorm
+        own = net(ids).logits
+        with llama_fast.patch(net):
+            torch.testing.assert_close(net(ids).logits, own, rtol=1e-5, atol=1e-5)
+        assert not any(map(is_patched, net.modules()))
+        assert torch.equal(net(ids).logits, own)
+
+
 class TestReplicas:
     def test_a_replica_runs_on_its_own_weights(self):
         """As torch.nn.parallel.replicate makes them, which needs GPUs."""

@@ -254,10 +254,11 @@ def _apply(patched: Patch, wanted: set[str]) -> None:
             patched.report.rows.append(row)
         for ops, (ours, _) in ways.items():
             if served == set(ops):
-                found.append((module, ours))
+                found[module] = ours
 
-    # Classes change when all has been looked at, for the trials are of the modules' own.
-    found: list[tuple[nn.Module, Callable[..., Any]]] = []
+    # Classes change when all has been looked at, for the trials are of the modules' own; and once,
+    # wherever a module stands.
+    found: dict[nn.Module, Callable[..., Any]] = {}
     decoders = _decoders(patched.model)
     for prefix, decoder in decoders:
         inside, like = f"{prefix}." if prefix else "", _computes_in(decoder)
@@ -275,7 +276,7 @@ def _apply(patched: Patch, wanted: set[str]) -> None:
         if isinstance(head, nn.Module) and id(getattr(module, "model", None)) in bodies:
             _replace_part(f"{name}.lm_head" if name else "lm_head", head, replace)
             replace(name, module, MODEL)
-    for module, ours in found:
+    for module, ours in found.items():
         patched._replace(module, ours)
     if not is_patched(patched.model):  # its class gives the handle
         patched._replace(patched.model, None)
