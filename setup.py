@@ -31,6 +31,8 @@ AVX512 = (
 )
 X86_64_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
+    # AVX2's kernels, but for the products of bytes and words
+    "avx_vnni": "-DISA_AVX2 -mavx2 -mfma -mf16c -mavxvnni",
     "avx512": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
 }

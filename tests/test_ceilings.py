@@ -39,7 +39,7 @@ def test_copy_copies_every_byte(isa, threads):
 
 
 def test_multiply_add_counts_its_work(isa):
-    lanes = {"scalar": 1, "avx2": 8}.get(isa, 16)
+    lanes = {"scalar": 1, "avx2": 8, "avx_vnni": 8}.get(isa, 16)
     sink = torch.full((2,), torch.nan)
     assert _cpu.multiply_add(False, 10, 2, sink.data_ptr()) == 10 * 2 * 12 * lanes * 2
     expected = 0.0

@@ -37,6 +37,7 @@ std::vector<std::pair<std::string, const KernelTable*>> usable_isas() {
                                        __builtin_cpu_supports("avx512vl") &&
                                        __builtin_cpu_supports("avx512dq") &&
                                        __builtin_cpu_supports("avx512vnni");
+  [[maybe_unused]] const bool avx_vnni = avx2 && __builtin_cpu_supports("avxvnni");
 #endif
 #ifdef LLAMA_FAST_HAS_AVX512_BF16
   if (avx512 && __builtin_cpu_supports("avx512bf16"))
@@ -44,6 +45,9 @@ std::vector<std::pair<std::string, const KernelTable*>> usable_isas() {
 #endif
 #ifdef LLAMA_FAST_HAS_AVX512
   if (avx512) usable.emplace_back("avx512", &avx512::kernels);
+#endif
+#ifdef LLAMA_FAST_HAS_AVX_VNNI
+  if (avx_vnni) usable.emplace_back("avx_vnni", &avx_vnni::kernels);
 #endif
 #ifdef LLAMA_FAST_HAS_AVX2
   if (avx2) usable.emplace_back("avx2", &avx2::kernels);
@@ -60,7 +64,7 @@ auto chosen = usable.front();
 // The instruction sets of this build, whatever the CPU has, best first.
 std::vector<std::string> built_isas() {
 #ifdef LLAMA_FAST_HAS_AVX2
-  return {"avx512_bf16", "avx512", "avx2", "scalar"};
+  return {"avx512_bf16", "avx512", "avx_vnni", "avx2", "scalar"};
 #else
   return {"scalar"};
 #endif

@@ -38,6 +38,7 @@ struct KernelTable {
 // Defined by table.cpp, once for each instruction set that the build has.
 namespace scalar { extern const KernelTable kernels; }
 namespace avx2 { extern const KernelTable kernels; }
+namespace avx_vnni { extern const KernelTable kernels; }
 namespace avx512 { extern const KernelTable kernels; }
 namespace avx512_bf16 { extern const KernelTable kernels; }
 

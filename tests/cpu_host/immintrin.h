@@ -1,15 +1,37 @@
-// The AVX-512 intrinsics that csrc/cpu uses, in plain C++ and AVX2, after Intel's pseudo-code.
+// The AVX-512 and AVX-VNNI intrinsics that csrc/cpu uses, in plain C++ and AVX2, after Intel's
+// pseudo-code.
 //
-// With this folder first in the include path, the kernels' sources for the instruction sets avx512
-// and avx512_bf16 compile and run on any x86-64 CPU with AVX2, FMA and F16C. Kernels call the
+// With this folder first in the include path, the kernels' sources for the instruction sets avx512,
+// avx512_bf16 and avx_vnni compile and run on any x86-64 CPU with AVX2, FMA and F16C. Kernels call the
 // intrinsics from namespace llama_fast::ISA, so the functions of that namespace, here, hide the
 // compiler's own. An intrinsic that is missing here falls through to the compiler's own and fails
 // to compile, since its target flag is absent.
 //
-// test_intrinsics.py compares each one with the instruction itself, on a CPU that has it. The order
+// test_intrinsics.py compares each one of AVX-512 with the instruction itself, on a CPU that has it. The order
 // of terms inside a reduction, which Intel leaves open, is GCC's.
 #pragma once
 #include_next <immintrin.h>
+
+#ifdef ISA_AVX_VNNI
+namespace llama_fast {
+namespace ISA {
+
+// Lane i: sum[i] + Σ over its four bytes of a (unsigned) · b (signed), modulo 2^32: the two even
+// bytes as words, then the two odd ones.
+static inline __m256i _mm256_dpbusd_avx_epi32(__m256i sum, __m256i a, __m256i b) {
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xff)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
+  return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+}
+// Lane i: sum[i] + both products of its signed words, modulo 2^32.
+static inline __m256i _mm256_dpwssd_avx_epi32(__m256i sum, __m256i a, __m256i b) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+}
+
+}  // namespace ISA
+}  // namespace llama_fast
+#endif
 
 #if defined(ISA_AVX512) || defined(ISA_AVX512_BF16)
 

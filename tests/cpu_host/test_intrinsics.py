@@ -25,7 +25,7 @@ def run(isa: str, flags: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("isa", emulation.ISAS)
+@pytest.mark.parametrize("isa", emulation.AVX512)
 def test_emulated_intrinsics(isa, tmp_path):
     if reason := emulation.why_no_x86_compiler():
         pytest.skip(reason)

@@ -24,14 +24,15 @@ def unless(reason: str) -> list:
     return [pytest.mark.skip(reason=reason)] if reason else []
 
 
-# "eager", "cpu-<instruction set>" for those of this CPU, and those that are emulated here; "triton"
-# on the GPU, or without one in its interpreter; "cuda" on the GPU, and its kernels on the host.
+# "eager", "cpu-<instruction set>" for those of this CPU, and those that are emulated here, all but
+# avx_vnni, which has the bits of avx2 (cpu_host/test_avx_vnni.py); "triton" on the GPU, or in its
+# interpreter; "cuda" on the GPU, and its kernels on the host.
 BACKENDS = [
     "eager",
-    *(f"cpu-{isa}" for isa in cpu.isas()),
+    *(f"cpu-{isa}" for isa in cpu.isas() if isa != emulation.AVX_VNNI),
     *(
         pytest.param(f"cpu-{isa}{EMULATED}", marks=unless(emulation.why_not(isa)))
-        for isa in emulation.ISAS
+        for isa in emulation.AVX512
     ),
     pytest.param(
         "triton",

@@ -81,9 +81,23 @@ static inline void store_bytes(int8_t* p, vf x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
 }
 
+template <class Code> static constexpr int BIAS = 0;
+
+#ifdef ISA_AVX_VNNI
+
+template <class Code> static inline vi dot(Code, vi codes, vi x, vi acc) {
+#ifdef __AVXVNNI__  // as above
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.v) : "x"(codes.v), "x"(x.v));
+  return acc;
+#else
+  return {_mm256_dpbusd_avx_epi32(acc.v, codes.v, x.v)};
+#endif
+}
+
+#else
+
 // vpmaddubsw adds two products in 16 bits and saturates: 2 · 15 · 127 fits, 2 · 255 · 127 does not.
 // A byte is therefore made signed, and its sign moved to the activation: 2 · 128 · 127 fits.
-template <class Code> static constexpr int BIAS = 0;
 template <> constexpr int BIAS<Byte> = 128;
 
 static inline __m256i add_pairs(__m256i pairs, __m256i acc) {
@@ -96,6 +110,8 @@ static inline vi dot(Byte, vi codes, vi x, vi acc) {
   const __m256i q = _mm256_xor_si256(codes.v, _mm256_set1_epi8(-128));
   return {add_pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(x.v, q)), acc.v)};
 }
+
+#endif
 
 #else
 

@@ -105,7 +105,14 @@ static inline void order_columns(vf a, vf b, vf& first, vf& second) {
   second = b;
 }
 static inline vi dot_words(vi a, vi b, vi acc) {
+#if !defined(ISA_AVX_VNNI)
   return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(a.v, b.v))};
+#elif defined(__AVXVNNI__)  // as above
+  asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(acc.v) : "x"(a.v), "x"(b.v));
+  return acc;
+#else
+  return {_mm256_dpwssd_avx_epi32(acc.v, a.v, b.v)};
+#endif
 }
 static inline vf sums(const vi (&x)[8]) {
   vf lanes[8];
