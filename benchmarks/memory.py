@@ -63,17 +63,17 @@ def prompt(config: LlamaConfig, tokens: int, threads: int, gigabytes: float) -> 
 @torch.no_grad()
 def _prefill(config: LlamaConfig, tokens: int) -> float:
     from llama_fast.bench.memory import extra_memory
-    from llama_fast.generation.generate import prefill
+    from llama_fast.generation.engine import Engine
     from llama_fast.model import Llama
 
     one_layer = dataclasses.replace(config, n_layers=1, vocab_size=256, max_seq_len=tokens)
     model = Llama(one_layer).to(torch.bfloat16)
-    cache = model.new_cache(1, tokens)
+    engine = Engine(model, model.new_cache(1, tokens))
     ids = torch.zeros(1, tokens, dtype=torch.int64)
 
     def run() -> None:
-        cache.reset()
-        prefill(model, ids, cache)
+        engine.reset()
+        engine.prefill(ids)
 
     run()  # the cache's pages are there now, and what is set up once
     extra = extra_memory(run)

@@ -111,7 +111,7 @@ def test_decoding_reads_the_whole_context():
 
 def test_a_replayed_step_is_recorded_before_it_is_timed():
     call = steps.ReplayedStep(model(), batch=2, context=5)
-    decoding = call.decoding
+    decoding = call.engine.captured()
     seconds = calls.seconds_of(call, 4, CPU)
     assert len(seconds) == 4 and min(seconds) > 0
     assert decoding.cache.used == 5 + 3 + 4

@@ -22,7 +22,7 @@ from llama_fast.config.quantization import Quantization
 from llama_fast.dispatch import record_decisions, use_backend, wrapped_launches
 from llama_fast.errors import FallbackWarning
 from llama_fast.generation import snapshot
-from llama_fast.generation.decode import DecodeStep
+from llama_fast.generation.engine import Engine
 from llama_fast.generation.snapshot import Snapshot
 from llama_fast.model import Llama
 from llama_fast.nn.kv_cache import KVCache
@@ -71,6 +71,10 @@ def as_it_is(model: Llama, cache: KVCache) -> Callable[[Tensor], Tensor]:
     return lambda tokens: model(tokens[:, None], cache=cache, last_only=True)[:, -1]
 
 
+def captured(model: Llama, cache: KVCache) -> Callable[[Tensor], Tensor]:
+    return Engine(model, cache).step
+
+
 def decode(
     model: Llama,
     run: Run,
@@ -98,14 +102,14 @@ def test_replays_are_the_steps_in_every_mode(form, kv_cache, mode):
     expected, lengths = decode(make(form), as_it_is, kv_cache=kv_cache)
     made = []
 
-    def captured(model, cache):
-        made.append(DecodeStep(model, cache))
-        return made[0]
+    def noted(model, cache):
+        made.append(Engine(model, cache))
+        return made[0].step
 
     with MODES[mode]():
-        found, same = decode(make(form), captured, kv_cache=kv_cache)
+        found, same = decode(make(form), noted, kv_cache=kv_cache)
     assert torch.equal(found, expected) and same == lengths
-    assert made[0].replay is not None and expected.isfinite().all()
+    assert made[0].captured().replay is not None and expected.isfinite().all()
     # They are not those of a step that repeats itself.
     assert not torch.equal(expected[-1], expected[-2])
 
@@ -117,13 +121,13 @@ def test_a_text_may_go_on_in_another_mode(form):
     cache = model.new_cache(2, 40)
     cache.reset([0, 2])
     model(torch.tensor([[3, 1, 4, 1], [0, 0, 5, 9]]), cache=cache, last_only=True)
-    step, tokens = DecodeStep(model, cache), torch.tensor([2, 6])
+    engine, tokens = Engine(model, cache), torch.tensor([2, 6])
     for i in range(STEPS):
         with list(MODES.values())[i % 3]():
-            logits = step(tokens)
+            logits = engine.step(tokens)
             assert torch.equal(logits, expected[i])
             tokens = logits.argmax(-1)
-    assert step.replay is not None
+    assert engine.captured().replay is not None
 
 
 def each(model: Llama, kind: type[nn.Module]):
@@ -271,7 +275,7 @@ def unchanged(model):
     pass
 
 
-def check_change(change, mode="no_grad", form="bfloat16", kv_cache=None, run=DecodeStep):
+def check_change(change, mode="no_grad", form="bfloat16", kv_cache=None, run=captured):
     expected, lengths = expected_of(change, form, kv_cache)
     model = make(form)
     with MODES[mode](), warnings.catch_warnings():
@@ -359,7 +363,7 @@ def test_a_patched_class_or_function_is_what_runs(patch, monkeypatch):
         monkeypatch.undo()
         return found
 
-    assert torch.equal(run(DecodeStep), run(as_it_is))
+    assert torch.equal(run(captured), run(as_it_is))
 
 
 def count(monkeypatch, owner, name) -> list:
@@ -391,7 +395,7 @@ def test_what_was_replaced_before_runs_in_every_step(owner, name, monkeypatch):
         monkeypatch.undo()
         return len(calls)
 
-    assert calls_of(DecodeStep) == calls_of(as_it_is) > 0
+    assert calls_of(captured) == calls_of(as_it_is) > 0
 
 
 @pytest.mark.parametrize("read", ["item", "tolist", "numpy"])
@@ -411,7 +415,7 @@ def test_a_forward_that_branches_on_a_value_does_so_in_every_step(read):
         change(model)
         return decode(model, run)[0]
 
-    assert torch.equal(run(DecodeStep), run(as_it_is))
+    assert torch.equal(run(captured), run(as_it_is))
     check_change(change)
 
 
@@ -458,7 +462,8 @@ def test_what_looks_at_calls_sees_those_of_every_step():
     """And the captured step is taken up again after it."""
     model = make()
     cache = model.new_cache(2, 40)
-    step, tokens = DecodeStep(model, cache), torch.tensor([2, 6])
+    engine, tokens = Engine(model, cache), torch.tensor([2, 6])
+    step = engine.step
 
     def looked(make_context, result) -> list:
         seen = []
@@ -470,7 +475,7 @@ def test_what_looks_at_calls_sees_those_of_every_step():
 
     step(tokens)
     step(tokens)
-    replay = step.replay
+    replay = engine.captured().replay
     assert replay is not None
     flops = looked(lambda: FlopCounterMode(display=False), lambda mode: mode.get_total_flops())
     assert flops[0] == flops[1]
@@ -479,7 +484,7 @@ def test_what_looks_at_calls_sees_those_of_every_step():
     calls = looked(Seeing, lambda mode: mode.seen)
     assert calls[0] == calls[1] > 10
     step(tokens)
-    assert step.replay is replay
+    assert engine.captured().replay is replay
     launched = []
 
     def wrapper(op, backend, launch):
@@ -490,7 +495,7 @@ def test_what_looks_at_calls_sees_those_of_every_step():
     with torch.device("cpu"):
         step(tokens)
         step(tokens)
-        assert step.replay is not None
+        assert engine.captured().replay is not None
 
 
 def test_autocast_and_other_backends_have_their_own_steps():
@@ -507,7 +512,7 @@ def test_autocast_and_other_backends_have_their_own_steps():
                     found.append(step(tokens).clone())
         return torch.stack(found)
 
-    assert torch.equal(run(DecodeStep), run(as_it_is))
+    assert torch.equal(run(captured), run(as_it_is))
 
 
 @pytest.mark.skipif(len(cpu.isas()) < 2, reason="this CPU has one instruction set")
@@ -523,7 +528,7 @@ def test_another_instruction_set_has_its_own_step():
                 found.append(step(tokens).clone())
         return torch.stack(found)
 
-    assert torch.equal(run(DecodeStep), run(as_it_is))
+    assert torch.equal(run(captured), run(as_it_is))
 
 
 @pytest.mark.parametrize("at", [0, 1, 5])
@@ -533,7 +538,7 @@ def test_an_exception_takes_a_step_back(at, monkeypatch):
     expected, lengths = decode(make(), as_it_is)
 
     def interrupted(model, cache):
-        step, calls = DecodeStep(model, cache), []
+        step, calls = captured(model, cache), []
 
         def once(tokens):
             calls.append(1)

@@ -28,7 +28,7 @@ ALL = "--all"  # dtypes in full, which `make test` leaves to `make test-all`
 TRITON = [Selection(OP_TESTS, "triton", CORES, ALL)]
 CUDA = [
     Selection(f"{OP_TESTS} tests/ops/test_linear_swiglu.py", "cuda and not cuda-host", 4, ALL),
-    Selection("tests/test_decode.py tests/test_buckets.py", "cuda_graphs"),
+    Selection("tests/test_captured_step.py tests/test_engine.py", "cuda_graphs"),
     Selection("tests/test_cuda_gpu.py", "not sanitizer"),
 ]
 SANITIZERS = [Selection("tests/test_cuda_gpu.py", tool) for tool in ("memcheck", "racecheck")]

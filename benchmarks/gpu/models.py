@@ -24,7 +24,7 @@ from llama_fast.bench.timing import OtherPrograms, interleaved, interleaved_on_g
 from llama_fast.cli.measure import bytes_per_token
 from llama_fast.dispatch import backends, use_backend
 from llama_fast.errors import WrongResultError
-from llama_fast.generation.decode import DecodeStep
+from llama_fast.generation.engine import Engine
 from llama_fast.utils.compare import relative_rms
 
 from .goals import bandwidth
@@ -61,7 +61,7 @@ def _decode(form: str, what: str, setting: Setting, failed: dict[str, Exception]
     row = Row(what, what, "tok/s", 1.0, missing=dict(setting.without))
     token = torch.zeros(1, dtype=torch.int64, device=setting.device)
     with use_backend(EAGER, strict=True):
-        expected = _step(model, sizes.context)(token).clone()
+        expected = _engine(model, sizes.context).step(token).clone()
     steps: dict[str, Callable[[], Any]] = {}
     kept = []  # a replay writes to the memory of its step
     for who, backend, name in _contenders():
@@ -72,17 +72,18 @@ def _decode(form: str, what: str, setting: Setting, failed: dict[str, Exception]
             continue
         try:
             with use_backend(backend, strict=True), constant(name):
-                step = _step(model, sizes.context)
-                row.errors[who] = _error(step, token, expected)
+                engine = _engine(model, sizes.context)
+                row.errors[who] = _error(engine, token, expected)
         except Exception as error:
             failed[who] = error
             row.missing[who] = said(error)
             row.notes.append(f"{who} failed: {said(error)}")
             continue
-        if setting.gpu and step.replay is None:
+        replay = engine.captured().replay
+        if setting.gpu and replay is None:
             row.notes.append(f"{who}: the step could not be captured, and is run in Python")
-        kept.append(step)
-        steps[who] = step.replay or _in_python(step, token, backend, name)
+        kept.append(engine)
+        steps[who] = replay or _in_python(engine, token, backend, name)
     row.bytes = int(bytes_per_token(model, sizes.context))
     row.ceiling = "read"
     if setting.gpu:
@@ -106,23 +107,23 @@ def _contenders() -> list[tuple[str, str, str]]:
     return rows
 
 
-def _step(model: Any, context: int) -> DecodeStep:
+def _engine(model: Any, context: int) -> Engine:
     """The first steps after so many tokens, the same random ones every time."""
     cache = model.new_cache(1, context + STEPS)
     generator = torch.Generator(model.device).manual_seed(0)
     for x in cache.tensors():
         x.normal_(generator=generator)
     cache.advance(context)
-    return DecodeStep(model, cache)
+    return Engine(model, cache)
 
 
-def _error(step: DecodeStep, token: Tensor, expected: Tensor) -> float:
+def _error(engine: Engine, token: Tensor, expected: Tensor) -> float:
     """Of the first step, and of the same one replayed. Raises WrongResultError."""
-    errors = [relative_rms(step(token), expected)]
+    errors = [relative_rms(engine.step(token), expected)]
     for _ in range(2):  # the second is captured, the third replayed
-        step.cache.reset()
-        step.cache.advance(step.cache.max_seq_len - STEPS)
-        errors.append(relative_rms(step(token), expected))
+        engine.cache.reset()
+        engine.cache.advance(engine.cache.max_seq_len - STEPS)
+        errors.append(relative_rms(engine.step(token), expected))
     if not max(errors) <= TOLERANCE:
         raise WrongResultError(
             f"its logits are {max(errors):.2g} of their size away from the eager definition's; at "
@@ -131,10 +132,10 @@ def _error(step: DecodeStep, token: Tensor, expected: Tensor) -> float:
     return errors[-1]
 
 
-def _in_python(step: DecodeStep, token: Tensor, backend: str, name: str) -> Callable[[], Any]:
+def _in_python(engine: Engine, token: Tensor, backend: str, name: str) -> Callable[[], Any]:
     def run() -> None:
         with use_backend(backend, strict=True), constant(name):
-            step(token)
+            engine.step(token)
 
     return run
 

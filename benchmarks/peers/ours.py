@@ -9,7 +9,7 @@ import torch
 
 from llama_fast.cli.measure import bytes_per_token
 from llama_fast.dispatch import use_backend
-from llama_fast.generation.decode import DecodeStep
+from llama_fast.generation.engine import Engine
 from llama_fast.model import Llama
 
 from .contender import Contender
@@ -24,21 +24,19 @@ class Ours(Contender):
     ) -> None:
         at_most = {"max_seq_len": context, "quantize": quantize}
         self.model = Llama.from_pretrained(folder, device="cpu", **at_most)
-        self.cache = self.model.new_cache(1, context)
+        self.engine = Engine(self.model, self.model.new_cache(1, context))
         if backend is not None:
             use_backend(backend, strict=True).__enter__()  # until the process ends
-        self.decode_step = DecodeStep(self.model, self.cache)
 
-    @torch.no_grad()
     def prefill(self, tokens: list[int]) -> None:
-        self.cache.reset()
-        self.out = self.model(torch.tensor([tokens]), cache=self.cache, last_only=True)
+        self.engine.reset()
+        self.out = self.engine.prefill([tokens])
 
     def step(self, token: int) -> None:
-        self.out = self.decode_step(torch.tensor([token])).unsqueeze(1)
+        self.out = self.engine.step(torch.tensor([token]))
 
     def logits(self) -> np.ndarray:
-        return self.out[0, -1].numpy()
+        return self.out[0].numpy()
 
     def bytes_per_token(self, context: float) -> float:
         return bytes_per_token(self.model, context)

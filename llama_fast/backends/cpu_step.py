@@ -21,7 +21,7 @@ from ..dispatch import OPS, DispatchMode
 
 
 class CpuRecorder(DispatchMode):
-    """Captures as `decode.Capturer` says: the step that warms up is recorded while it runs.
+    """Captures as `captured_step.Capturer` says: the step that warms up is recorded while it runs.
 
     tape_of  makes an empty `_cpu.Tape`
 

@@ -60,9 +60,9 @@ class Implementation(NamedTuple):
 class Backend:
     """A family of kernels: why it cannot run here at all (or nothing), and its rows by op name.
 
-    `recorder`, where there is one, makes a `decode.Capturer` for steps of its ops. `settings`,
-    where there is one, says what its launches depend on besides their arguments. `reserve`, where
-    there is one, readies fresh memory that weights or a cache are to fill.
+    `recorder`, where there is one, makes a `captured_step.Capturer` for steps of its ops.
+    `settings`, where there is one, says what its launches depend on besides their arguments.
+    `reserve`, where there is one, readies fresh memory that weights or a cache are to fill.
     """
 
     name: str

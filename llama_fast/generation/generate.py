@@ -13,14 +13,10 @@ import torch
 from ..config import LlamaConfig
 from ..errors import PromptError
 from ..model import Llama
-from ..nn.kv_cache import KVCache, cache_dtype
+from ..nn.kv_cache import cache_dtype
 from ..tokenizer import StreamDecoder, Tokenizer
-from .buckets import borrow_step, filled
-from .decode import DecodeStep
+from .engine import Engine
 from .sampling import Sampling, logprobs
-
-# Tokens of each row that one step of the prefill takes: bounds the memory of activations.
-PREFILL_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -155,14 +151,6 @@ def check_prompts(
             )
 
 
-def prefill(model: Llama, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Appends tokens (B,T) int64 to the cache, PREFILL_CHUNK of each row at a time → the logits
-    after the last, (B,V) float32."""
-    for chunk in tokens.split(PREFILL_CHUNK, dim=1):
-        logits = model(chunk, cache=cache, last_only=True)
-    return logits[:, -1]
-
-
 class _Rows:
     """The state of a batch while it is generated."""
 
@@ -193,13 +181,13 @@ class _Rows:
 
     def run(self, sampling: Sampling) -> Iterator[Chunk]:
         slots = max(len(prompt) + n for prompt, n in zip(self.prompts, self.limits, strict=True))
-        with borrow_step(self.model, len(self.prompts), slots, kv_cache=self.kv_cache) as step:
-            yield from self._decode(sampling, step)
+        with Engine.acquire(self.model, len(self.prompts), slots, self.kv_cache) as engine:
+            yield from self._decode(sampling, engine)
 
-    def _decode(self, sampling: Sampling, step: DecodeStep) -> Iterator[Chunk]:
+    def _decode(self, sampling: Sampling, engine: Engine) -> Iterator[Chunk]:
         counts = [0] * len(self.prompts)
         active = set(range(len(self.prompts)))
-        logits = self._prefill(step)
+        logits = engine.prefill(self.prompts)
         while True:
             tokens = sampling.sample(logits, self.generators)
             scores = logprobs(logits, tokens).tolist()
@@ -210,19 +198,11 @@ class _Rows:
                 text, reason = self._finish(index, token, counts[index])
                 if reason:
                     active.remove(index)
-                    step.cache.restart(index)
+                    engine.free(index)
                 yield Chunk(index, token, scores[index], text, reason)
             if not active:
                 return
-            logits = step(tokens)
-
-    def _prefill(self, step: DecodeStep) -> torch.Tensor:
-        longest = max(map(len, self.prompts))
-        padding = [longest - len(prompt) for prompt in self.prompts]
-        ids = [[0] * pad + prompt for pad, prompt in zip(padding, self.prompts, strict=True)]
-        tokens = torch.tensor(ids, device=self.model.device)
-        with filled(step, padding) as cache:
-            return prefill(self.model, tokens, cache)
+            logits = engine.step(tokens)
 
     def _finish(self, index: int, token: int, count: int) -> tuple[str, str | None]:
         """What to show after this token, and why the row ends with it, or None."""

@@ -9,6 +9,7 @@ no token is fed twice.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -89,10 +90,16 @@ class KVCache:
         self._lengths = [0] * batch
         self._max_seq_len = max_seq_len
         self._whole = False
+        self._start = 0  # its first row in the cache that it is a part of
 
     @property
     def used(self) -> int:
         return max(self._lengths)
+
+    @property
+    def host_lengths(self) -> list[int]:
+        """The lengths, without asking the device."""
+        return list(self._lengths)
 
     @property
     def batch(self) -> int:
@@ -129,22 +136,38 @@ class KVCache:
         """Empties one row, while the others go on: one that ended takes no more room."""
         self._set_lengths([*self._lengths[:row], 0, *self._lengths[row + 1 :]])
 
-    def first(self, rows: int) -> KVCache:
-        """A cache of the first rows alone, in the same memory. On the host it counts for itself:
-        `take_lengths` brings this one up to date."""
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forgets the last tokens of each row b, so that `lengths[b]` are left. Raises ShapeError
+        where a row holds fewer."""
+        lengths = list(lengths)
+        if len(lengths) != self.batch or any(map(operator.gt, lengths, self._lengths)):
+            raise ShapeError(
+                f"a cache whose rows hold {self._lengths} tokens cannot be truncated to {lengths}; "
+                "give each row's length, at most what it holds"
+            )
+        self._set_lengths(lengths)
+
+    def rows(self, start: int, stop: int) -> KVCache:
+        """Returns a cache of these rows alone, in the same memory. On the host it counts for
+        itself: `take_lengths` brings this one up to date."""
         part = copy.copy(self)
         part._k, part._v, part._k_scale, part._v_scale = (
-            [x if x is None else x[:rows] for x in layers] for layers in self._stored
+            [x if x is None else x[start:stop] for x in layers] for layers in self._stored
         )
         self._return_lengths()
-        part.lengths = part._counted_here = self.lengths[:rows]
-        part._lengths = self._lengths[:rows]
+        part.lengths = part._counted_here = self.lengths[start:stop]
+        part._lengths = self._lengths[start:stop]
+        part._start = start
         return part
 
+    def first(self, rows: int) -> KVCache:
+        """Returns a cache of the first rows alone: see `rows`."""
+        return self.rows(0, rows)
+
     def take_lengths(self, part: KVCache) -> None:
-        """What a cache of the first rows has counted."""
+        """Counts what a cache of some rows has counted."""
         part._return_lengths()
-        self._lengths = [*part._lengths, *self._lengths[part.batch :]]
+        self._lengths[part._start : part._start + part.batch] = part._lengths
 
     def ahead(self, T: int) -> Tensor:
         """The lengths after T more tokens, (B,). Raises PromptError where they have no room."""

@@ -19,7 +19,7 @@ from ...config import LlamaConfig
 from ...config.quantization import NAMED, Quantization, WeightFormat
 from ...dispatch import OPS, Cost, Op
 from ...errors import ConfigError
-from ...generation.decode import DecodeStep
+from ...generation.engine import Engine
 from ...model import Llama
 from ...nn.kv_cache import KVCache
 from ...ops import QuantizedWeight
@@ -126,12 +126,11 @@ class ReplayedStep:
     first two calls record."""
 
     def __init__(self, model: Llama, batch: int, context: int) -> None:
-        self.model = model  # which a DecodeStep does not keep
         self.tokens = _tokens(model, batch, 1)[:, 0]
-        self.decoding = DecodeStep(model, _cache(model, batch, context))
+        self.engine = Engine(model, _cache(model, batch, context))
 
     def __call__(self) -> None:
-        self.decoding(self.tokens)
+        self.engine.step(self.tokens)
 
 
 def _cache(model: Llama, batch: int, context: int) -> KVCache:

@@ -1,6 +1,6 @@
-"""One decode step of a batch: a token for every row → logits. It is captured and replayed, on a GPU
-as a CUDA graph and on a CPU as a list of launches: a step launches a hundred kernels or more, and
-many are shorter than the Python that leads to them.
+"""A decode step of a batch, captured and replayed: on a GPU as a CUDA graph, and on a CPU as a list
+of launches. A step launches a hundred kernels or more, and many are shorter than the Python that
+leads to them.
 
 A captured step is given the same memory every time: tokens are copied to where it reads them,
 lengths grow where they lie, and attention is given all slots of the cache, of which it reads those
@@ -10,8 +10,8 @@ below each row's length. So nothing is captured anew as the lengths grow.
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -32,6 +32,10 @@ class Capturer(Protocol):
 
     def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Records `step` without running it → what replays it, and where its result will lie."""
+
+
+# Makes a capturer for steps on a cache, or returns None for steps that are run as they are.
+CaptureOn = Callable[[KVCache], Capturer | None]
 
 
 class CudaGraphs:
@@ -56,38 +60,31 @@ class CudaGraphs:
         return graph.replay, result
 
 
-class DecodeStep:
-    """`step(tokens)`: appends tokens (B,) int64 to the cache → logits (B,V) float32. The cache may
-    have more rows than B: its first ones are taken, and the others take some token too.
+class CapturedStep:
+    """`step(model, tokens)`: appends tokens (B,T) int64 to the cache → logits (B,T,V) float32.
 
-    The logits are valid until the next step. The first step warms up, the second is captured, later
-    ones are replays, as long as the model is what it was (`snapshot.py`): after a change the next
-    step warms up anew. Where a capture fails, a FallbackWarning says why and the steps are run as
-    they are. So they are where modules have hooks or do what this package does not know, since a
-    replay would leave that out; on a backend that was asked for and has no capturer; and while
-    something looks at calls, such as a mode or autocast.
+    T is the same in every step. The cache may have more rows than B: its first ones are taken, and
+    the others take some tokens too. The logits are valid until the next step.
 
-    All of it runs without gradients and, whatever the caller's mode, in inference mode only if the
-    cache was made in it. An exception leaves the cache as it was before the step.
+    The first step warms up, the second is captured, later ones are replays, as long as the model is
+    what it was (`snapshot.py`): after a change the next step warms up anew. Where a capture fails,
+    a FallbackWarning says why and the steps are run as they are. So they are where modules have
+    hooks or do what this package does not know, since a replay would leave that out; on a backend
+    that was asked for and has no capturer; and while something looks at calls, such as a mode or
+    autocast.
 
-    capture  what makes a capturer for steps on a cache, or None for steps that are run as they are;
-             by default CUDA graphs or the recorder of the device's first backend
+    All of it runs without gradients. An exception leaves the cache as it was before the step. A
+    model may keep its steps: they do not keep the model.
+
+    capture  by default CUDA graphs or the recorder of the device's first backend
     """
 
-    def __init__(
-        self,
-        model: Llama,
-        cache: KVCache,
-        capture: Callable[[KVCache], Capturer | None] | None = None,
-    ) -> None:
-        # A model may keep its steps: they must not keep the model.
-        self._model = weakref.ref(model)
+    def __init__(self, cache: KVCache, T: int, capture: CaptureOn | None = None) -> None:
         self._capture_on = capture
         self.cache = cache
+        device = cache.lengths.device
         with torch.inference_mode(cache.lengths.is_inference()):
-            self.tokens = torch.zeros(
-                cache.batch, 1, dtype=torch.int64, device=cache.lengths.device
-            )
+            self.tokens = torch.zeros(cache.batch, T, dtype=torch.int64, device=device)
         self.forget()
 
     def forget(self) -> None:
@@ -98,69 +95,64 @@ class DecodeStep:
         self.replay: Callable[[], None] | None = None
         self.logits: Tensor | None = None
 
-    @property
-    def model(self) -> Llama | None:
-        """None where it has gone."""
-        return self._model()
+    def __call__(self, model: Llama, tokens: Tensor) -> Tensor:
+        self.tokens[: len(tokens)].copy_(tokens)
+        return self._step(model)[: len(tokens)]
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        with torch.inference_mode(self.cache.lengths.is_inference()), torch.no_grad():
-            self.tokens[: len(tokens)].copy_(tokens.unsqueeze(1))
-            return self._step()[: len(tokens)]
-
-    def _step(self) -> Tensor:
+    def _step(self, model: Llama) -> Tensor:
+        run = partial(self._run, model)
         if observed():
-            return self._run()
-        if self._snapshot is None or not self._snapshot.holds(self.model, self.cache):
-            self._look()
+            return run()
+        if self._snapshot is None or not self._snapshot.holds(model, self.cache):
+            self._look(model)
         if self.capturer is None:
-            return self._run()
-        lengths = list(self.cache._lengths)
-        self.cache.count(1)
+            return run()
+        lengths = self.cache.host_lengths
+        self.cache.count(self.tokens.shape[1])
         try:
-            return self._captured_step()
+            return self._captured_step(run)
         except BaseException:
             self.forget()
-            self.cache._set_lengths(lengths)
+            self.cache.truncate(lengths)
             raise
 
-    def _look(self) -> None:
+    def _run(self, model: Llama) -> Tensor:
+        return model(self.tokens, cache=self.cache, last_only=self.tokens.shape[1] == 1)
+
+    def _look(self, model: Llama) -> None:
         """Sees what the model is now, and decides whether its steps can be captured."""
         self.forget()
-        self._snapshot = Snapshot(self.model, self.cache)
+        self._snapshot = Snapshot(model, self.cache)
         if self._capture_on is not None:
             self.capturer = self._capture_on(self.cache)
         elif self._snapshot.plain:
             device = self.cache.lengths.device
             self.capturer = CudaGraphs(device) if device.type == "cuda" else recorder(device)
 
-    def _captured_step(self) -> Tensor:
+    def _captured_step(self, run: Callable[[], Tensor]) -> Tensor:
         if not self.warm:
             with self.cache.whole():
-                logits = self.capturer.warm_up(self._run)
+                logits = self.capturer.warm_up(run)
             self.warm = True
             return logits
-        if self.replay is None and not self._capture():
+        if self.replay is None and not self._capture(run):
             with self.cache.whole():
-                return self._run()
+                return run()
         self.replay()
         return self.logits
 
-    def _run(self) -> Tensor:
-        return self.model(self.tokens, cache=self.cache, last_only=True)[:, -1]
-
-    def _capture(self) -> bool:
+    def _capture(self, run: Callable[[], Tensor]) -> bool:
         """Captures a step, which the device has not run yet."""
         try:
             with self.cache.whole():
-                self.replay, self.logits = self.capturer.capture(self._run)
+                self.replay, self.logits = self.capturer.capture(run)
         except RuntimeError as error:
             self.capturer = None
             warnings.warn(
                 f"decoding runs step by step, because a step cannot be captured: {error}. "
                 "An op that runs on the eager backend may be the reason: see llama-fast doctor",
                 FallbackWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
             return False
         return True

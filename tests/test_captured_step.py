@@ -21,7 +21,7 @@ from llama_fast.config import LlamaConfig
 from llama_fast.config.quantization import Quantization
 from llama_fast.dispatch import use_backend
 from llama_fast.errors import FallbackWarning, PromptError
-from llama_fast.generation.decode import DecodeStep
+from llama_fast.generation.engine import Engine
 from llama_fast.model import Llama
 from llama_fast.ops import rms_norm
 from llama_fast.ops.quantized_weight import round_weight
@@ -106,10 +106,10 @@ def run(
 ):
     cache = prefilled(model, kv_cache)
     graphs = RecordedGraphs(cache)
-    step = DecodeStep(model, cache, lambda cache: graphs if captured else None)
+    engine = Engine(model, cache, capture=lambda cache: graphs if captured else None)
     tokens, found = torch.tensor([1, 2, 3]), []
     for i in range(steps):
-        logits = step(tokens)
+        logits = engine.step(tokens)
         found.append(logits.clone())
         tokens = logits.argmax(-1)
         if restart and i == 4:
@@ -131,9 +131,9 @@ def test_replayed_steps_are_the_steps(model, restart, kv_cache):
 
 def test_the_end_of_the_cache_is_refused_before_a_replay(model):
     _, cache, graphs = run(model, SLOTS - 7, captured=True)
-    step = DecodeStep(model, cache, lambda cache: graphs)
+    engine = Engine(model, cache, capture=lambda cache: graphs)
     with pytest.raises(PromptError, match="the cache holds 40 tokens"):
-        step(torch.tensor([1, 2, 3]))
+        engine.step(torch.tensor([1, 2, 3]))
     assert cache.lengths.tolist() == cache._lengths
 
 
@@ -145,14 +145,14 @@ def test_a_step_that_cannot_be_captured_is_run(model):
 
     expected, plain, _ = run(model, 5, captured=False)
     cache = prefilled(model)
-    step = DecodeStep(model, cache, Failing)
+    engine = Engine(model, cache, capture=Failing)
     tokens, found = torch.tensor([1, 2, 3]), []
     for i in range(5):
         if i == 1:
             with pytest.warns(FallbackWarning, match=r"not permitted.*llama-fast doctor"):
-                logits = step(tokens)
+                logits = engine.step(tokens)
         else:
-            logits = step(tokens)
+            logits = engine.step(tokens)
         found.append(logits.clone())
         tokens = logits.argmax(-1)
     torch.testing.assert_close(torch.stack(found), expected, rtol=1e-5, atol=1e-5)
@@ -188,12 +188,12 @@ def test_cuda_graphs_give_the_same_tokens(model, kv_cache):
 
     def tokens_of(captured: bool) -> Tensor:
         cache = on_gpu.new_cache(B, SLOTS, kv_cache)
-        step = DecodeStep(on_gpu, cache, None if captured else run_as_it_is)
+        engine = Engine(on_gpu, cache, capture=None if captured else run_as_it_is)
         tokens, found = torch.tensor([1, 2, 3], device="cuda"), []
         for _ in range(30):
-            tokens = step(tokens).argmax(-1)
+            tokens = engine.step(tokens).argmax(-1)
             found.append(tokens)
-        assert (step.replay is not None) is captured
+        assert (engine.captured().replay is not None) is captured
         return torch.stack(found)
 
     assert torch.equal(tokens_of(True), tokens_of(False))
@@ -217,16 +217,16 @@ def run_as_it_is(cache) -> None:
 
 def run_on_cpu(model: Llama, steps: int, captured: bool, kv_cache: str | None = None):
     cache = prefilled(model, kv_cache)
-    step = DecodeStep(model, cache, None if captured else run_as_it_is)
+    engine = Engine(model, cache, capture=None if captured else run_as_it_is)
     tokens, found = torch.tensor([1, 2, 3]), []
     for i in range(steps):
-        logits = step(tokens)
+        logits = engine.step(tokens)
         found.append(logits.clone())
         tokens = logits.argmax(-1)
         if i == 4:
             cache.restart(1)
-    assert (step.replay is not None) is captured
-    return torch.stack(found), cache, step
+    assert (engine.captured().replay is not None) is captured
+    return torch.stack(found), cache, engine.captured()
 
 
 @pytest.mark.parametrize("kv_cache", [None, "int8"])

@@ -1,0 +1,260 @@
+"""The engine: a model, the KV cache of a batch, and the decode steps captured on it.
+
+`generate` is written on it, and so may be whatever else makes text: several turns, drafts that are
+verified, rows that end and are given other prompts.
+
+    with Engine.acquire(model, batch=2, max_seq_len=256) as engine:
+        logits = engine.prefill([[1, 2, 3], [4, 5]])  # (2, V), after each row's last token
+        logits = engine.step(logits.argmax(-1))  # a token a row
+        several = engine.step(drafts)  # (2, T) → (2, T, V)
+        engine.truncate([6, 4])  # what of the drafts is kept
+
+Capturing a step takes about as long as decoding tens of tokens, and a graph is bound to the memory
+it was captured with. So on a GPU a model keeps its cache and the steps captured on it, and the next
+engine of the model finds them: a batch of 3 replays the graph of 4 rows, the last of which holds
+nothing. All captured batch sizes share one cache, each its first rows. On a CPU a step costs
+nothing to capture, and every engine makes its own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..errors import PromptError, ShapeError
+from ..model import Llama
+from ..nn.kv_cache import KVCache
+from .captured_step import CapturedStep, CaptureOn
+
+# Batch sizes that steps are captured for; then multiples of the last, the rows that one tile of the
+# kernels holds.
+BATCH_SIZES = (1, 2, 4, 8, 16)
+# A cache has a multiple of these, so that texts of other lengths find it large enough.
+SLOTS = 256
+# Tokens of each row that a prefill takes at once: bounds the memory of activations.
+PREFILL_CHUNK = 1024
+
+
+def captured_batch_size(batch: int) -> int:
+    """Returns the rows of the step that decodes `batch` sequences: 3 → 4, 17 → 32."""
+    largest = BATCH_SIZES[-1]
+    return next((rows for rows in BATCH_SIZES if rows >= batch), -(-batch // largest) * largest)
+
+
+class Engine:
+    """Runs a model on `batch` sequences: the first rows of a cache, by default all of them.
+
+    Rows end and begin at any time: `free` empties one, and `prefill` fills it again. A call that
+    raises leaves every row as it was. Nothing records gradients; all of it runs in inference mode
+    only where the cache was made in it, whatever the caller's mode.
+
+    capture  makes what captures steps on the cache: see `CapturedStep`
+    steps    those captured on the cache so far, by the tokens that each gives a row
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        cache: KVCache,
+        batch: int | None = None,
+        *,
+        capture: CaptureOn | None = None,
+        steps: dict[int, CapturedStep] | None = None,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.batch = cache.batch if batch is None else batch
+        self._capture_on = capture
+        self._steps = {} if steps is None else steps
+        self._free = {*range(self.batch, cache.batch)}
+
+    @classmethod
+    @contextmanager
+    def acquire(
+        cls,
+        model: Llama,
+        batch: int,
+        max_seq_len: int,
+        kv_cache: str | None = None,
+        *,
+        capture: CaptureOn | None = None,
+    ) -> Iterator[Engine]:
+        """Gives an engine with empty rows, for `batch` sequences of at most `max_seq_len` tokens;
+        its cache has at least so many rows and slots. Inside the block it is nobody else's: another
+        one of the same model at the same time has a cache of its own. An exception leaves nothing
+        behind.
+
+        kv_cache  what the cache is stored as: see `Llama.new_cache`
+        capture   None: CUDA graphs on a GPU, and elsewhere nothing is kept
+        """
+        if capture is None and torch.device(model.device).type != "cuda":
+            yield cls(model, model.new_cache(batch, max_seq_len, kv_cache))
+            return
+        kept = _kept.pop(model, None)
+        if kept is None or not kept.serves(model, batch, max_seq_len, kv_cache):
+            kept = None  # its memory is free before the new one is made
+            kept = _Kept(model, batch, max_seq_len, kv_cache)
+        ended = False
+        try:
+            cache, steps = kept.of(batch)
+            engine = cls(model, cache, batch, capture=capture, steps=steps)
+            engine.reset()
+            yield engine
+            ended = True
+        except GeneratorExit:  # whoever reads the stream has had enough
+            ended = True
+            raise
+        finally:
+            if ended:
+                _kept[model] = kept
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each row holds; 0 for one that is free."""
+        held = self.cache.host_lengths[: self.batch]
+        return [0 if row in self._free else length for row, length in enumerate(held)]
+
+    def prefill(self, prompts: Tensor | Sequence[Sequence[int]], first_row: int = 0) -> Tensor:
+        """Appends a prompt to each of the rows from `first_row` on, while the others stay as they
+        are → the logits after the last token of each, (B,V) float32.
+
+        Prompts may be of different lengths, or one tensor (B,T) int64. Raises PromptError for an
+        empty one and where there is no room.
+        """
+        if not isinstance(prompts, Tensor):
+            prompts = [list(prompt) for prompt in prompts]
+        elif prompts.ndim != 2:
+            raise ShapeError(f"tokens are {tuple(prompts.shape)}; they must be (B, T)")
+        stop = first_row + len(prompts)
+        if not 0 <= first_row < stop <= self.batch or not all(map(len, prompts)):
+            raise PromptError(
+                f"{len(prompts)} prompts were given for the rows from {first_row} on of "
+                f"{self.batch}; give each row a prompt of one token or more"
+            )
+        rows = {*range(first_row, stop)}
+        self._empty(self._free & rows)
+        before = self.cache.host_lengths
+        try:
+            with torch.inference_mode(self.cache.lengths.is_inference()), torch.no_grad():
+                logits = self._prefill(prompts, first_row)
+        except BaseException:
+            self.cache.truncate(before)
+            raise
+        self._free -= rows
+        return logits
+
+    def _prefill(self, prompts: Tensor | list[list[int]], first_row: int) -> Tensor:
+        longest = max(map(len, prompts))
+        padding = [longest - len(prompt) for prompt in prompts]
+        cache = self.cache.rows(first_row, first_row + len(prompts))
+        if any(padding) and any(cache.host_lengths):
+            # Padding has a place before a row's first token alone.
+            parts = [self._prefill([x], first_row + i) for i, x in enumerate(prompts)]
+            return torch.cat(parts)
+        if any(padding):
+            cache.reset(padding)
+            prompts = [[0] * pad + x for pad, x in zip(padding, prompts, strict=True)]
+        tokens = torch.as_tensor(prompts, device=self.cache.lengths.device)
+        cache.ahead(longest)  # all of it has room, before any of it is computed
+        for chunk in tokens.split(PREFILL_CHUNK, dim=1):
+            logits = self.model(chunk, cache=cache, last_only=True)
+        self.cache.take_lengths(cache)
+        return logits[:, -1]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Appends tokens (B,) int64, one a row → logits (B,V) float32; or T of each row, (B,T) →
+        (B,T,V), after each of them.
+
+        The logits are valid until the next step. What a row that is free is given does not matter.
+        Steps of every T are captured apart; a text belongs into `prefill`. Raises PromptError where
+        a row has no room.
+        """
+        several = tokens.ndim == 2
+        if tokens.ndim not in (1, 2) or len(tokens) != self.batch or tokens.dtype != torch.int64:
+            raise ShapeError(
+                f"tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be torch.int64 "
+                f"({self.batch},) or ({self.batch}, T)"
+            )
+        T = tokens.shape[1] if several else 1
+        with torch.inference_mode(self.cache.lengths.is_inference()), torch.no_grad():
+            held = self.cache.host_lengths
+            if any(held[row] + T > self.cache.max_seq_len for row in self._free):
+                self._empty(self._free)
+            logits = self.captured(T)(self.model, tokens.view(self.batch, T))
+        return logits if several else logits[:, 0]
+
+    def captured(self, T: int = 1) -> CapturedStep:
+        """Returns what `step` runs for T tokens of each row."""
+        if T not in self._steps:
+            self._steps[T] = CapturedStep(self.cache, T, self._capture_on)
+        return self._steps[T]
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Rolls each row b back to its first `lengths[b]` tokens. Raises ShapeError where it holds
+        fewer."""
+        lengths = list(lengths)
+        if len(lengths) != self.batch or any(
+            not 0 <= length <= held for length, held in zip(lengths, self.lengths, strict=True)
+        ):
+            raise ShapeError(
+                f"rows that hold {self.lengths} tokens cannot be truncated to {lengths}; give each "
+                "row's length, from 0 to what it holds"
+            )
+        self.cache.truncate([*lengths, *[0] * (self.cache.batch - self.batch)])
+
+    def free(self, row: int) -> None:
+        """Empties a row that has ended, so that it takes no more room."""
+        row = range(self.batch)[row]
+        self._free.add(row)
+        self._empty({row})
+
+    def reset(self) -> None:
+        """Empties every row."""
+        self._free = {*range(self.batch, self.cache.batch)}
+        self.cache.reset()
+
+    def _empty(self, rows: set[int]) -> None:
+        """Takes what steps have appended to free rows too."""
+        held = self.cache.host_lengths
+        if any(held[row] for row in rows):
+            self.cache.truncate([0 if row in rows else n for row, n in enumerate(held)])
+
+
+class _Kept:
+    """A cache and the steps captured on it, by batch size. What a step was captured from it checks
+    itself; here the cache need only be such as the model would make."""
+
+    def __init__(self, model: Llama, batch: int, slots: int, kv_cache: str | None) -> None:
+        room = min(model.config.max_seq_len, -(-slots // SLOTS) * SLOTS)
+        self.cache = model.new_cache(captured_batch_size(batch), room, kv_cache)
+        self.form = _form(model, kv_cache)
+        self._of: dict[int, tuple[KVCache, dict[int, CapturedStep]]] = {}
+
+    def serves(self, model: Llama, batch: int, slots: int, kv_cache: str | None) -> bool:
+        rows = captured_batch_size(batch)
+        room = self.cache.batch >= rows and self.cache.max_seq_len >= slots
+        return room and self.form == _form(model, kv_cache)
+
+    def of(self, batch: int) -> tuple[KVCache, dict[int, CapturedStep]]:
+        """Returns the rows that serve `batch` sequences, and the steps captured on them."""
+        rows = captured_batch_size(batch)
+        if rows not in self._of:
+            self._of[rows] = self.cache.first(rows), {}
+        return self._of[rows]
+
+
+def _form(model: Llama, kv_cache: str | None) -> tuple:
+    """What a cache depends on besides its size."""
+    return model.config, model.dtype, model.device, kv_cache
+
+
+_kept: weakref.WeakKeyDictionary[Llama, _Kept] = weakref.WeakKeyDictionary()
+
+
+def forget_steps(model: Llama) -> None:
+    """Gives back the memory of the cache and the graphs that the model has kept, if any."""
+    _kept.pop(model, None)
