@@ -25,6 +25,10 @@ class PromptError(LlamaFastError):
     """A prompt or a message that the model cannot be given: empty, too long, malformed."""
 
 
+class LogitsError(LlamaFastError):
+    """Logits from which no token can be drawn, since they are NaN or infinite."""
+
+
 class BackendError(LlamaFastError):
     """A backend that was asked for by name and cannot serve the call."""
 

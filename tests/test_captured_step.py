@@ -181,6 +181,26 @@ def test_replays_of_cuda_kernels_are_the_steps(model, kv_cache):
     torch.testing.assert_close(expected[0], eager[0], rtol=0.02, atol=0.02)
 
 
+@pytest.mark.skipif(bool(host.why_not()), reason=host.why_not() or "it runs")
+@pytest.mark.parametrize("kv_cache", [None, "int8"])
+def test_replays_of_cuda_kernels_with_several_tokens_are_the_steps(model, kv_cache):
+    made = with_heads_of_64(model, "cpu")
+    drafts = torch.randint(50, (4, B, 3), generator=torch.Generator().manual_seed(2))
+
+    def run(captured: bool) -> Tensor:
+        cache = prefilled(made, kv_cache)
+        capture = RecordedGraphs if captured else run_as_it_is
+        engine, found = Engine(made, cache, capture=capture), []
+        for tokens in drafts:
+            found.append(engine.step(tokens).clone())
+            engine.truncate([n - 1 for n in engine.lengths])
+        assert (engine.captured(3).replay is not None) is captured
+        return torch.stack(found)
+
+    with host.use_host(), use_backend("cuda", strict=True):
+        assert torch.equal(run(True), run(False))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this needs a GPU")
 @pytest.mark.parametrize("kv_cache", [None, "int8"])
 def test_cuda_graphs_give_the_same_tokens(model, kv_cache):

@@ -22,6 +22,7 @@ from llama_fast.checkpoint import open_checkpoint, write_random
 from llama_fast.cli import app, main, measure, options
 from llama_fast.config.quantization import NAMED
 from llama_fast.generation.generate import generate
+from llama_fast.generation.sampling import Sampling
 from llama_fast.model import Llama
 from llama_fast.tokenizer import Tokenizer
 
@@ -188,6 +189,36 @@ def test_generate_stops_before_a_stop_text(run, tiny):
     stop = text[len(text) // 2 :][:3]
     code, out, _ = run(*command, "--stop", "never seen", "--stop", stop)
     assert code == 0 and out == text[: text.index(stop)] + "\n"
+
+
+def test_generate_stops_before_a_special_token(run, tiny, monkeypatch):
+    command = ("generate", "abc", "-m", tiny, "-n", 30, "--seed", 1, "-q")
+    text = run(*command)[1].rstrip("\n")
+    name, calls = "<|reserved_special_token_3|>", []
+    id_ = Tokenizer.from_pretrained(tiny).specials[name]
+    sample = Sampling.sample
+
+    def third(*args):
+        calls.append(1)
+        return sample(*args) if len(calls) < 3 else torch.tensor([id_])
+
+    monkeypatch.setattr(Sampling, "sample", third)
+    code, out, _ = run(*command, "--stop", name)
+    assert code == 0 and len(calls) == 3 and text.startswith(out.rstrip("\n"))
+
+
+def test_generate_says_why_no_token_can_be_drawn(run, tiny, tmp_path):
+    model = Llama.from_pretrained(tiny, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        for weight in model.layers[0].parameters():
+            weight.mul_(20000)
+    model.save_pretrained(tmp_path / "large", format="meta")
+    shutil.copy(tiny / "tokenizer.model", tmp_path / "large")
+    command = ("generate", "abc", "-m", tmp_path / "large", "-n", 3, "-q")
+    assert run(*command)[0] == 0
+    code, out, err = run(*command, "--dtype", "float16")
+    assert code == 1 and out == "\n" and err.count("\n") == 1
+    assert "token 1 of prompt 0" in err and "--dtype bfloat16" in err
 
 
 def test_generate_converts_the_weights_and_shortens_the_context(run, tiny):

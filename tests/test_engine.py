@@ -157,7 +157,7 @@ def test_kept_steps_do_not_keep_the_model(model):
 
 def test_generate_replays_a_captured_batch_size(model, monkeypatch):
     module = importlib.import_module("llama_fast.generation.generate")
-    tokenizer = SimpleNamespace(bos_id=0, stop_ids=())
+    tokenizer = SimpleNamespace(bos_id=0, stop_ids=(), vocab_size=50, special_names={})
     monkeypatch.setattr(module, "_Text", Silent)
     monkeypatch.setattr(module, "StreamDecoder", lambda tokenizer, **options: None)
     plain = llama_fast.generate(model, tokenizer, PROMPTS, max_new_tokens=9, temperature=0)

@@ -128,7 +128,7 @@ def test_generation_reads_the_cache_that_was_asked_for(model, tokenizer, monkeyp
     assert texts[0][0].logprobs != texts[1][0].logprobs
 
 
-@pytest.mark.parametrize("name", ["int4", "bfloat16", "", torch.int8])
+@pytest.mark.parametrize("name", ["int4", "bfloat16", "", torch.int8, ["int8"], 8])
 def test_other_names_are_refused_before_anything_is_read(model, tokenizer, name):
     with pytest.raises(ConfigError, match=r"kv_cache is .* it must be 'int8', or None"):
         generate(model, tokenizer, "a", kv_cache=name)

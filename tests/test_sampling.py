@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,6 +107,17 @@ def test_logprobs_are_untempered():
     [
         ({"temperature": -1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": "0.5"}, "temperature is '0.5'; it must be a number"),
+        ({"temperature": None}, "temperature is None; it must be a number"),
+        ({"temperature": 1j}, "temperature"),
+        ({"temperature": torch.ones(2)}, "temperature"),
+        ({"temperature": -1e-300}, "temperature"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"top_p": "all"}, "top_p"),
+        ({"top_k": 2.5}, "top_k is 2.5; it must be 0 .off. or more, and whole"),
+        ({"top_k": "3"}, "top_k"),
+        ({"top_k": None}, "top_k"),
         ({"top_p": 0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"top_k": -1}, "top_k"),
@@ -114,3 +126,45 @@ def test_logprobs_are_untempered():
 def test_values_out_of_range_are_refused(values, message):
     with pytest.raises(PromptError, match=message):
         Sampling(**values)
+
+
+@pytest.mark.parametrize(
+    "of", [float, np.float32, np.float64, torch.tensor, lambda x: np.array(x)], ids=str
+)
+def test_numbers_of_other_kinds_are_numbers(of):
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+
+    def draw(sampling):
+        return sampling.sample(logits, [torch.Generator().manual_seed(i) for i in range(2)])
+
+    whole = np.int64(7) if of is not torch.tensor else torch.tensor(7)
+    found = Sampling(of(0.5), of(0.75), whole)
+    assert (type(found.temperature), type(found.top_p), type(found.top_k)) == (float, float, int)
+    assert torch.equal(draw(found), draw(Sampling(0.5, 0.75, 7)))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-37, 1e-38, 1e-39, 1e-45, 1e-46, 5e-324])
+@pytest.mark.parametrize("size", [1.0, 60.0, 1e8])
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.9, 0), (1.0, 3)])
+def test_the_limit_of_small_temperatures_is_greedy(temperature, size, top_p, top_k):
+    logits = torch.randn(4, 500, generator=torch.Generator().manual_seed(1)) * size
+    logits[:, 7] = -math.inf
+    sampling = Sampling(temperature, top_p, top_k)
+    generators = [torch.Generator().manual_seed(i) for i in range(4)]
+    assert torch.equal(sampling.sample(logits, generators), logits.argmax(-1))
+    p, ids = sampling.probabilities(logits)
+    assert torch.equal(ids[:, 0], logits.argmax(-1)) and p[:, 0].tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("temperature", [1e10, 1e38, 1e39, 1e300])
+def test_the_limit_of_large_temperatures_is_uniform(temperature):
+    logits = torch.tensor([[5.0, -math.inf, -3.0, 0.0]])
+    p, ids = Sampling(temperature, 1.0).probabilities(logits)
+    assert p[0].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0]) and ids[0, 3] == 1
+
+
+def test_more_tokens_than_there_are_may_be_kept():
+    logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(1))
+    expected, _ = Sampling(1.0, 1.0).probabilities(logits)
+    for top_k in (9, 10, 2**40, 2**70):
+        assert torch.allclose(Sampling(1.0, 1.0, top_k).probabilities(logits)[0], expected)

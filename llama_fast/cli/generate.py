@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import PromptError
+from ..errors import LogitsError, PromptError
 from .options import (
     Backend,
     Debug,
@@ -190,6 +190,9 @@ def generate(
             print(flush=True)
             note(f"llama-fast: interrupted after {len(times) - 1} tokens")
             return 130
+        except LogitsError:
+            print(flush=True)  # the error stands on a line of its own
+            raise
         print(flush=True)
         if not quiet:
             _summary(llama, prompts[0], form, times, loaded, ended)

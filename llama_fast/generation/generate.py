@@ -5,17 +5,26 @@ A row's tokens depend on its prompt, the sampling and its seed; not on the rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from ..config import LlamaConfig
-from ..errors import PromptError
 from ..model import Llama
 from ..nn.kv_cache import cache_dtype
 from ..tokenizer import StreamDecoder, Tokenizer
+from .arguments import (
+    Prompt,
+    check_prompts,
+    encode_prompts,
+    seeds,
+    stop_texts,
+    stop_token_ids,
+    whole_number,
+)
 from .engine import Engine
+from .not_finite import not_finite
 from .sampling import Sampling, logprobs
 
 
@@ -45,20 +54,18 @@ class Completion:
     finish_reason: str = "length"
 
 
-Prompt = str | Sequence[int]
-
-
 def generate(
     model: Llama,
     tokenizer: Tokenizer,
-    prompts: Prompt | Sequence[Prompt],
+    prompts: Prompt | Iterable[Prompt],
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.6,
     top_p: float = 0.9,
     top_k: int = 0,
     seed: int | Sequence[int] | None = None,
-    stop: Sequence[str] = (),
+    stop: Iterable[str] | None = None,
+    stop_ids: int | Iterable[int] | None = None,
     kv_cache: str | None = None,
 ) -> list[Completion]:
     """Continues each prompt; see `stream` for the arguments. Returns one Completion a prompt."""
@@ -73,6 +80,7 @@ def generate(
         top_k=top_k,
         seed=seed,
         stop=stop,
+        stop_ids=stop_ids,
         kv_cache=kv_cache,
     )
     completions = [Completion() for _ in prompts]
@@ -89,66 +97,40 @@ def generate(
 def stream(
     model: Llama,
     tokenizer: Tokenizer,
-    prompts: Prompt | Sequence[Prompt],
+    prompts: Prompt | Iterable[Prompt],
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.6,
     top_p: float = 0.9,
     top_k: int = 0,
     seed: int | Sequence[int] | None = None,
-    stop: Sequence[str] = (),
+    stop: Iterable[str] | None = None,
+    stop_ids: int | Iterable[int] | None = None,
     kv_cache: str | None = None,
 ) -> Iterator[Chunk]:
     """Yields a Chunk for each new token of each prompt, as they are made.
 
-    prompts         one text or list of token ids, or several. A text is preceded by
-                    begin_of_text, and special tokens spelled in it stay ordinary text
+    prompts         one text or list of token ids (also an array or a tensor), or several. A text
+                    is preceded by begin_of_text, and special tokens spelled in it stay ordinary
+                    text
     max_new_tokens  at most so many; fewer where the context ends
     temperature, top_p, top_k   see `llama_fast.generation.sampling.Sampling`
     seed            of every row's own generator, or one seed a row; None: a fresh one
-    stop            texts that end a row; they are left out of its text
+    stop            texts that end a row; they are left out of its text. One may spell a special
+                    token, such as "<|eot_id|>"
+    stop_ids        tokens that end a row, besides those that the tokenizer and its folder name
+                    (`tokenizer.stop_ids`)
     kv_cache        "int8" stores keys and values in about half the memory, and rounds them; None:
                     in the model's dtype
 
+    Tokens that the model has and the tokenizer has not (padding of the vocabulary) are never drawn.
     Raises PromptError for an empty prompt, one that fills the context, token ids that the model
-    does not have, or values out of range, and ConfigError for another kv_cache.
+    does not have, or values out of range, and ConfigError for another kv_cache; and while the text
+    is made, LogitsError where the logits are NaN or infinite.
     """
     prompts = encode_prompts(tokenizer, prompts)
-    rows = _Rows(model, tokenizer, prompts, max_new_tokens, seed, stop, kv_cache)
+    rows = _Rows(model, tokenizer, prompts, max_new_tokens, seed, stop, stop_ids, kv_cache)
     return rows.run(Sampling(temperature, top_p, top_k))
-
-
-def encode_prompts(tokenizer: Tokenizer, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt; a single text or list of ids counts as one prompt."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
-        prompts = [prompts]
-    return [
-        tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
-        for prompt in prompts
-    ]
-
-
-def check_prompts(
-    config: LlamaConfig, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]
-) -> None:
-    """Raises PromptError for prompts that a model of this config cannot continue."""
-    context = config.max_seq_len
-    if not prompts:
-        raise PromptError("no prompt was given; give a text, or a list of texts")
-    for index, prompt in enumerate(prompts):
-        name = f"prompt {index}" if len(prompts) > 1 else "the prompt"
-        if not prompt or list(prompt) == [tokenizer.bos_id]:
-            raise PromptError(f"{name} is empty; give some text to continue")
-        if len(prompt) >= context:
-            raise PromptError(
-                f"{name} has {len(prompt)} tokens and the model's context is {context}, "
-                "the answer included; shorten it"
-            )
-        if not all(0 <= token < config.vocab_size for token in prompt):
-            raise PromptError(
-                f"{name} has token ids outside 0 … {config.vocab_size - 1}; "
-                "this tokenizer does not belong to this model"
-            )
 
 
 class _Rows:
@@ -161,23 +143,26 @@ class _Rows:
         prompts: list[list[int]],
         max_new_tokens: int,
         seed: int | Sequence[int] | None,
-        stop: Sequence[str],
+        stop: Iterable[str] | None,
+        stop_ids: int | Iterable[int] | None,
         kv_cache: str | None,
     ) -> None:
         check_prompts(model.config, tokenizer, prompts)
         cache_dtype(kv_cache, model.dtype)
-        if max_new_tokens < 1:
-            raise PromptError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
-        if isinstance(stop, str) or not all(stop):
-            raise PromptError(f"stop is {stop!r}; it must be a list of texts that are not empty")
+        max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 1)
+        stop = stop_texts(stop)
         self.model = model
+        self.known = tokenizer.vocab_size  # the model may have more ids, as padding
         self.kv_cache = kv_cache
         self.prompts = prompts
         context = model.config.max_seq_len
         self.limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
-        self.stop_ids = frozenset(tokenizer.stop_ids)
-        self.generators = _generators(seed, len(prompts))
-        self.texts = [_Text(StreamDecoder(tokenizer, skip_special=True), stop) for _ in prompts]
+        self.stop_ids = stop_token_ids(stop_ids, model.config) | frozenset(tokenizer.stop_ids)
+        self.generators = [_generator(row_seed) for row_seed in seeds(seed, len(prompts))]
+        marks, stop = _mark_specials(tokenizer, stop)
+        self.texts = [
+            _Text(StreamDecoder(tokenizer, skip_special=True), stop, marks) for _ in prompts
+        ]
 
     def run(self, sampling: Sampling) -> Iterator[Chunk]:
         slots = max(len(prompt) + n for prompt, n in zip(self.prompts, self.limits, strict=True))
@@ -189,12 +174,16 @@ class _Rows:
         active = set(range(len(self.prompts)))
         logits = engine.prefill(self.prompts)
         while True:
+            logits = logits[:, : self.known]
             tokens = sampling.sample(logits, self.generators)
             scores = logprobs(logits, tokens).tolist()
             for index, token in enumerate(tokens.tolist()):
                 if index not in active:
                     continue
                 counts[index] += 1
+                if not math.isfinite(scores[index]):
+                    what = f"token {counts[index]} of prompt {index}"
+                    raise not_finite(self.model, logits[index], what)
                 text, reason = self._finish(index, token, counts[index])
                 if reason:
                     active.remove(index)
@@ -217,17 +206,35 @@ class _Rows:
         return shown, None
 
 
-class _Text:
-    """The text of one row: whole characters only, and nothing of a stop string."""
+def _mark_specials(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[dict[int, str], list[str]]:
+    """Returns a mark for each special token that a stop string spells, a character that no text has
+    (a lone surrogate); and the stop strings, also with those marks in the place of the names."""
+    marks: dict[int, str] = {}
+    marked = list(stop)
+    names = tokenizer.special_names
+    for id_ in sorted(names, key=lambda id_: -len(names[id_])):
+        if any(names[id_] in text for text in marked):
+            marks[id_] = chr(0xD800 + len(marks))
+            marked = [text.replace(names[id_], marks[id_]) for text in marked]
+    return marks, [*stop, *marked]
 
-    def __init__(self, decoder: StreamDecoder, stop: Sequence[str]) -> None:
+
+class _Text:
+    """The text of one row: whole characters only, and nothing of a stop string. Special tokens are
+    no part of it; those that have a mark are there while stop strings are looked for."""
+
+    def __init__(
+        self, decoder: StreamDecoder, stop: Sequence[str], marks: Mapping[int, str]
+    ) -> None:
         self.decoder = decoder
-        self.stop = tuple(stop)
+        self.stop = stop
+        self.marks = marks
+        self.unmarked = dict.fromkeys(map(ord, marks.values()))
         self.held = ""  # may be the beginning of a stop string
         self.stopped = False
 
     def push(self, token: int) -> str:
-        self.held += self.decoder.push(token)
+        self.held += self.marks.get(token) or self.decoder.push(token)
         ends = [position for s in self.stop if (position := self.held.find(s)) >= 0]
         if ends:
             self.stopped = True
@@ -247,17 +254,13 @@ class _Text:
 
     def _release(self, count: int) -> str:
         shown, self.held = self.held[:count], self.held[count:]
-        return shown
+        return shown.translate(self.unmarked)
 
 
-def _generators(seed: int | Sequence[int] | None, rows: int) -> list[torch.Generator]:
-    seeds = [seed] * rows if seed is None or isinstance(seed, int) else list(seed)
-    if len(seeds) != rows:
-        raise PromptError(f"{len(seeds)} seeds were given for {rows} prompts; give one each")
-    generators = [torch.Generator() for _ in seeds]
-    for generator, row_seed in zip(generators, seeds, strict=True):
-        if row_seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(row_seed)
-    return generators
+def _generator(seed: int | None) -> torch.Generator:
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import PromptError
+from .arguments import number, whole_number
 
+# Other temperatures have no place in float32; smaller ones are the limit, which is greedy.
+SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
+LARGEST_TEMPERATURE = torch.finfo(torch.float32).max
 # Parts of the largest probability: below the first, or the second, top_p often keeps no token.
 CUTS = (2**-8, 2**-14)
 
@@ -31,12 +35,15 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise PromptError(f"temperature is {self.temperature}; it must be 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise PromptError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise PromptError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+        temperature, top_p = number(self.temperature, "temperature"), number(self.top_p, "top_p")
+        if not 0 <= temperature < math.inf:
+            raise PromptError(f"temperature is {temperature}; it must be 0 or more, and finite")
+        if not 0 < top_p <= 1:
+            raise PromptError(f"top_p is {top_p}; it must be above 0 and at most 1")
+        top_k = whole_number(self.top_k, "top_k", 0, " (off)")
+        # In numbers of Python's own, whatever was given.
+        for name, value in ("temperature", temperature), ("top_p", top_p), ("top_k", top_k):
+            object.__setattr__(self, name, value)
 
     def probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits (B,V) float32 → (probabilities, token ids), likeliest first: each (B,V), or fewer
@@ -44,12 +51,15 @@ class Sampling:
 
         Equal probabilities come in the order of their ids, so a draw is reproducible.
         """
-        p = (logits / self.temperature).softmax(-1)
+        # Counted from the largest, they are finite or -inf at any temperature.
+        logits = logits - logits.amax(-1, keepdim=True)
+        temperature = min(max(self.temperature, SMALLEST_TEMPERATURE), LARGEST_TEMPERATURE)
+        p = (logits / temperature).softmax(-1)
         # In float64 the token that crosses top_p does not depend on the rounding of 128,256 sums.
         whole = p.double().sum(-1, keepdim=True)
         p, ids = self._likeliest(p, whole)
         if self.top_k:
-            p[:, self.top_k :] = 0
+            p[:, min(self.top_k, p.shape[-1]) :] = 0
             whole = p.double().cumsum(-1)[:, -1:]
         if self.top_p < 1:
             before = p.double().cumsum(-1) - p
@@ -82,7 +92,7 @@ class Sampling:
 
     def sample(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """logits (B,V) float32 → token ids (B,) int64; row b draws from generators[b] alone."""
-        if self.temperature == 0:
+        if self.temperature < SMALLEST_TEMPERATURE:
             return logits.argmax(-1)
         p, ids = self.probabilities(logits)
         u = [torch.rand((), generator=g, dtype=torch.float64, device=g.device) for g in generators]

@@ -27,7 +27,7 @@ KV_CACHES = {"int8": torch.int8}
 def cache_dtype(kv_cache: str | None, dtype: torch.dtype) -> torch.dtype:
     """What a cache of this name is stored as; `dtype`, the model's, for None. Raises ConfigError
     for a name that is none of KV_CACHES."""
-    if kv_cache is not None and kv_cache not in KV_CACHES:
+    if kv_cache is not None and not (isinstance(kv_cache, str) and kv_cache in KV_CACHES):
         raise ConfigError(
             f"kv_cache is {kv_cache!r}; it must be {', '.join(map(repr, KV_CACHES))}, or None to "
             "store keys and values in the model's dtype"

@@ -23,6 +23,7 @@ from ..errors import TokenizerError
 from ..utils.files import atomic_file
 from .files import PATTERN, listed_specials, load_json, parse_json, parse_ranks
 from .special_tokens import BOS, EOM, EOS, EOT, PAD, TABLES, TOKENIZER_CONFIG, special_ids
+from .stop_tokens import folder_stop_ids
 
 PIECES = regex.compile(PATTERN)
 MAX_SLICE = 400_000  # characters handed to tiktoken at once
@@ -120,14 +121,21 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, specials: str = "auto") -> Tokenizer:
-        """Reads a folder's `tokenizer.model`, or else its `tokenizer.json`.
+        """Reads a folder's `tokenizer.model`, or else its `tokenizer.json`; what its other files
+        say ends a text is among the stop_ids too.
 
         With Meta's file and a `params.json` beside it, "auto" is "3.1" where `use_scaled_rope` is
         true and "3.0" where it is not; and the vocabulary must then be of the model's size, which
         finds a file that was cut off at the end of a line. With a `tokenizer_config.json` instead,
         "auto" is the special tokens that it lists, if any. Raises TokenizerError.
         """
-        folder = Path(folder)
+        tokenizer = cls._from_folder(Path(folder), specials)
+        words = tokenizer.specials | tokenizer._added
+        tokenizer.stop_ids |= folder_stop_ids(Path(folder), words)
+        return tokenizer
+
+    @classmethod
+    def _from_folder(cls, folder: Path, specials: str) -> Tokenizer:
         if not folder.is_dir():
             raise TokenizerError(f"{folder} is not a folder; give one with a tokenizer.model in it")
         model, params = folder / "tokenizer.model", folder / "params.json"
