@@ -210,7 +210,7 @@ def test_generate_stops_before_a_special_token(run, tiny, monkeypatch):
 def test_generate_says_why_no_token_can_be_drawn(run, tiny, tmp_path):
     model = Llama.from_pretrained(tiny, device="cpu", dtype=torch.float32)
     with torch.no_grad():
-        for weight in model.layers[0].parameters():
+        for weight in model.layers[0].mlp.parameters():
             weight.mul_(20000)
     model.save_pretrained(tmp_path / "large", format="meta")
     shutil.copy(tiny / "tokenizer.model", tmp_path / "large")

@@ -211,6 +211,7 @@ def logits_of(model, tokens: list[int]) -> torch.Tensor:
         return model(torch.tensor([tokens]))[0]
 
 
+NOTHING = torch.ones(3, 0, dtype=torch.int64)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 CAPTURES = pytest.mark.parametrize("capture", [None, run_as_it_is, RecordedGraphs])
 
@@ -392,7 +393,7 @@ def test_what_an_engine_cannot_do_is_said(model):
             engine.truncate(lengths)
     with pytest.raises(ShapeError, match="a cache whose rows hold"):
         engine.cache.truncate([4, 3, 3])
-    for tokens in (torch.ones(3), torch.ones(2).long(), torch.ones(3, 1, 1).long()):
+    for tokens in (torch.ones(3), torch.ones(2).long(), torch.ones(3, 1, 1).long(), NOTHING):
         with pytest.raises(ShapeError, match=r"must be torch.int64 \(3,\) or \(3, T\)"):
             engine.step(tokens)
     for prompts, first_row in ([[1]] * 4, 0), ([[1], [2]], 2), ([[1], []], 0), ([], 0), ([[1]], -1):

@@ -174,7 +174,8 @@ class Engine:
         a row has no room.
         """
         several = tokens.ndim == 2
-        if tokens.ndim not in (1, 2) or len(tokens) != self.batch or tokens.dtype != torch.int64:
+        rows = len(tokens) if tokens.numel() and tokens.ndim in (1, 2) else 0
+        if rows != self.batch or tokens.dtype != torch.int64:
             raise ShapeError(
                 f"tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be torch.int64 "
                 f"({self.batch},) or ({self.batch}, T)"
