@@ -30,7 +30,9 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Prompt | Iterable[Prompt]) -> 
 
 def _encode(tokenizer: Tokenizer, prompt: Any, name: str) -> list[int]:
     prompt = _in_order(prompt, name)
-    return tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else _ids(prompt, name)
+    if not isinstance(prompt, str):
+        return _ids(prompt, name)
+    return tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
 
 
 def check_prompts(
