@@ -5,6 +5,8 @@ Each function takes an op's arguments and returns sentences; an empty list means
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from .layout import DTYPES, stride_reasons
@@ -12,8 +14,13 @@ from .layout import DTYPES, stride_reasons
 
 def not_loaded(language: str, module: str, error: ImportError) -> str:
     """Says why the extension module llama_fast.<module> is not here: not built, or not loadable."""
-    if error.name == f"llama_fast.{module}":
+    # The system's loader names the module alone, Python's the package too.
+    if error.name in (module, f"llama_fast.{module}"):
         return f"its {language} kernels cannot be loaded: {error}"
+    package = Path(__file__).parent.parent
+    built = [path.name for path in package.glob(f"{module}.*") if path.suffix in (".so", ".pyd")]
+    if built:
+        return f"its {language} kernels are built for another Python ({', '.join(built)})"
     return f"its {language} kernels are not built"
 
 

@@ -415,14 +415,18 @@ class Op:
         names = [] if request.strict else list(ORDER.get(device, ("eager",)))
         if request.backend is not None:
             names = [request.backend, *(name for name in names if name != request.backend)]
-        rows = []
+        rows, missing = [], []
         for name in names:
             if name == "eager":
                 rows.append((name, Implementation(self.eager, nothing)))
-            elif name in backends() and not backends()[name].unavailable:
+            elif name in backends() and backends()[name].unavailable:
+                missing.append(name)
+            elif name in backends():
                 implementation = backends()[name].implementations.get(self.name)
                 if implementation is not None:
                     rows.append((name, implementation))
+        if rows and (request.backend in missing or names[0] != rows[0][0] == "eager"):
+            _warn_unavailable(device, missing, rows[0][0])
         if _wrapper is not None:
             rows = [
                 (n, i._replace(launch=self._wrapped(n, i.launch), prepare=None)) for n, i in rows
@@ -539,6 +543,20 @@ class Op:
         if written[-1] is None:  # those that may be left out stand last
             written = tuple(x for x in written if x is not None)
         _increment_version(written)
+
+
+def _warn_unavailable(device: str, missing: list[str], chosen: str) -> None:
+    """Warns, once, that backends of a device cannot be used here at all, in the loader's words."""
+    if not missing or (device, *missing) in _warned:
+        return
+    _warned.add((device, *missing))
+    reasons = "; ".join(f"{n}: {'; '.join(backends()[n].unavailable)}" for n in missing)
+    warnings.warn(
+        f"ops on {device} tensors run on the {chosen} backend, because none before it can be used "
+        f"here: {reasons}",
+        FallbackWarning,
+        stacklevel=7,
+    )
 
 
 def _taker(indices: list[int], count: int) -> Callable[[tuple], tuple]:
