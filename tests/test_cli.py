@@ -288,6 +288,153 @@ def test_bytes_of_a_token_count_one_row_of_an_untied_embedding():
     assert measure.bytes_per_token(tied, 10, "int8") == 2 * TINY.n_params + coded
 
 
+# --- streams ----------------------------------------------------------------------------------
+
+NARROW = {
+    "help": ["--help"],
+    "generate": ["generate", "从前 é", "-m", "{tiny}", "-n", 3],
+    "info": ["info", "{tiny}"],
+    "tokenize": ["tokenize", "从前 é"],
+    "convert": ["convert", "{tiny}", "{tmp}/从前", "--to", "hf"],
+    "quantize": ["quantize", "{tiny}", "{tmp}/从前", "--report", "--text", "{text}"],
+    "init": ["init", "{tmp}/从前", "--preset", "1b"],
+    "doctor": ["doctor"],
+    "explain": ["explain", "attention"],
+    "bench": ["bench", "rms_norm", "--shapes", "1b", "--work", "decode", "--json", "{results}"],
+    "profile": ["profile", "rms_norm", "--shape", "1b", "--repeats", "1"],
+    "report": ["report", "{results}", "--out", "{tmp}/从前", "--no-figures"],
+    "error": ["info", "{tmp}/从前"],
+}
+
+
+@pytest.fixture
+def small_shapes(monkeypatch):
+    """Sizes and times that take a moment."""
+    monkeypatch.setitem(config.PRESETS, "1b", TINY)
+    monkeypatch.setattr("llama_fast.bench.roofline.BYTES", 2**20)
+    monkeypatch.setattr("llama_fast.bench.roofline.SECONDS", 0.001)
+    monkeypatch.setattr("llama_fast.bench.measure.SAMPLE", 1e-4)
+    monkeypatch.setattr("llama_fast.bench.baselines.COMPILED", "none")  # compiling takes long
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("command", NARROW)
+def test_output_that_an_encoding_cannot_hold_is_replaced(
+    tiny, tmp_path, monkeypatch, small_shapes, command, encoding
+):
+    text, results_file = tmp_path / "text.txt", tmp_path / "results.json"
+    text.write_text("从前 " * 80, encoding="utf-8")
+    if command == "report":
+        recorded = next((ROOT / "benchmarks" / "results").glob("*.json"))
+        shutil.copy(recorded, results_file)
+    places = {"tiny": tiny, "tmp": tmp_path, "text": text, "results": results_file}
+    out, err = (
+        io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
+        for errors in ("strict", "backslashreplace")
+    )
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    code = main([str(word).format(**places) for word in NARROW[command]])
+    out.flush(), err.flush()
+    said = out.buffer.getvalue().decode(encoding)
+    assert code == (1 if command == "error" else 0), (said, err.buffer.getvalue())
+    assert said or command in ("convert", "init", "error")
+    if command in ("tokenize", "report", "bench"):
+        assert ("?" in said) == (command != "bench" or encoding == "ascii")  # cp1252 has µ and ×
+    assert out.errors == "strict"  # as it was
+
+
+def test_another_way_with_characters_is_kept(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["tokenize", "从前"]) == 0
+    out.flush()
+    assert b"\\u4ece" in out.buffer.getvalue()
+
+
+@pytest.mark.parametrize("command", ["help", "info", "tokenize", "explain", "generate", "error"])
+@pytest.mark.parametrize("how", ["none", "closed"])
+def test_closed_streams_are_quiet(tiny, tmp_path, monkeypatch, command, how):
+    for name in ("stdout", "stderr"):
+        stream = None
+        if how == "closed":
+            stream = io.TextIOWrapper(io.BytesIO())
+            stream.close()
+        monkeypatch.setattr(sys, name, stream)
+    places = {"tiny": tiny, "tmp": tmp_path}
+    words = [str(word).format(**places) for word in NARROW[command]]
+    assert main(words) == (1 if command == "error" else 0)
+    assert sys.stdout is None or sys.stdout.closed
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+def test_a_process_whose_streams_are_closed(tiny, tmp_path):
+    """What is opened later does not take the number of a stream, and nothing is complained of."""
+    program = f"'{sys.executable}' -m llama_fast"
+    write = f"{program} convert {tiny} {tmp_path}/new --to hf >&- 2>{tmp_path}/err"
+    assert subprocess.run(["bash", "-c", write], cwd=ROOT).returncode == 0
+    assert "wrote" in (tmp_path / "err").read_text()
+    assert open_checkpoint(tmp_path / "new").config == TINY
+    done = subprocess.run(
+        ["bash", "-c", f"{program} tokenize a -m {tiny} <&- >&- 2>&-"],
+        cwd=ROOT,
+        capture_output=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_one_line(tiny):
+    with open("/dev/full", "wb") as full:
+        process = start("tokenize", "a b", "-m", tiny, stdout=full.fileno())
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err.decode().splitlines()[-1] == "llama-fast: No space left on device"
+
+
+MARK = "\ufeff"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(run, tiny, tmp_path):
+    plain = run("tokenize", "a b", "-m", tiny, "--ids")[1]
+    assert run("tokenize", MARK + "a b", "-m", tiny, "--ids")[1] == plain
+    marked = (MARK + "a b\r\n").encode()
+    assert run("tokenize", "-m", tiny, "--ids", stdin=marked)[1] == plain
+    same = ["-m", tiny, "-n", 4, "--seed", 1, "-q"]
+    text = run("generate", "a b", *same)[1]
+    assert run("generate", *same, stdin=marked)[1] == text
+    assert run("generate", MARK, *same)[2] == run("generate", "", *same)[2]
+    first, second = tmp_path / "plain.txt", tmp_path / "marked.txt"
+    first.write_text("a b c " * 40, encoding="utf-8")
+    second.write_text(MARK + "a b c " * 40, encoding="utf-8")
+    for name in (first, second):
+        assert run("quantize", tiny, name.with_suffix(""), "--calibrate", name)[0] == 0
+    weights = [
+        (name.with_suffix("") / "model.safetensors").read_bytes() for name in (first, second)
+    ]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize", "init"])
+def test_a_pipe_gets_lines_of_progress(run, tiny, tmp_path, monkeypatch, small_shapes, command):
+    monkeypatch.setattr("llama_fast.cli.terminal.LINE_SECONDS", 0)
+    words = [word.format(tiny=tiny, tmp=tmp_path, text=tiny / "params.json")
+             for word in NARROW[command]]  # fmt: skip
+    code, _, err = run(*words)
+    assert code == 0
+    shares = [int(found) for found in re.findall(r"^Writing 从前: (\d+)% of [\d.]+ kB$", err, re.M)]
+    assert len(shares) >= 5 and shares == sorted(shares) and shares[-1] > 80
+    assert not re.search(r"[^\n -~]", err.replace("从前", ""))  # no control characters
+    monkeypatch.setattr("llama_fast.cli.terminal.LINE_SECONDS", 3600)
+    shutil.rmtree(tmp_path / "从前")
+    assert run(*words)[2].count("%") == 1 + (command == "quantize")  # how it begins
+
+
+def test_a_model_that_is_loaded_in_a_pipe_is_quiet(run, tiny, monkeypatch):
+    monkeypatch.setattr("llama_fast.cli.terminal.LINE_SECONDS", 0)
+    assert run("generate", "a", "-m", tiny, "-n", 1, "-q")[2] == ""
+
+
 # --- errors -----------------------------------------------------------------------------------
 
 BAD = {
@@ -346,6 +493,11 @@ BAD = {
     ),
     "init unknown": (["init", "{tmp}/new", "--preset", "9b"], 1, "there is no preset '9b'"),
     "init onto": (["init", "{tiny}", "--preset", "1b"], 1, "not empty"),
+    "init no tokenizer": (
+        ["init", "{tmp}/new", "--preset", "1b", "--tokenizer", "{tiny}/params.json"],
+        1,
+        "not a byte-level BPE tokenizer.json",
+    ),
     "bench unknown": (
         ["bench", "conv"],
         1,

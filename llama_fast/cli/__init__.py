@@ -6,7 +6,6 @@ torch is imported inside the commands only, so that help and usage errors come a
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import traceback
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .interrupt import INTERRUPTED, leave_at_once
+from .streams import abandon_stdout, forgiving
 
 FAILED, WRONG_USAGE, BROKEN_PIPE = 1, 2, 141
 
@@ -26,25 +26,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         arguments = sys.argv[1:]
         signal.signal(signal.SIGINT, leave_at_once)
+    with forgiving():
+        return _end(list(arguments) or ["--help"])
+
+
+def _end(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            code = _run(list(arguments) or ["--help"])
+            code = _run(arguments)
             sys.stdout.flush()
             return code
     except KeyboardInterrupt:
         _say("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # What is left in the buffer is nobody's; without this Python would complain at its end.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon_stdout()
         return BROKEN_PIPE
     except Exception as error:
         if debug:
             traceback.print_exc()
         _say(_one_line(error, debug))
+        if isinstance(error, OSError):
+            abandon_stdout()
         return FAILED
 
 

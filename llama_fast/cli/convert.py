@@ -41,7 +41,7 @@ def convert(
     from ..checkpoint import convert as convert_checkpoint
 
     start = time.perf_counter()
-    with weights_bar(f"Writing {target.name}") as progress:
+    with weights_bar(f"Writing {target.name}", lines=True) as progress:
         convert_checkpoint(
             source,
             target,

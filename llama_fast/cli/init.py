@@ -49,7 +49,7 @@ def init(
 
     config = sized(preset)
     start = time.perf_counter()
-    with weights_bar(f"Writing {target.name}") as progress:
+    with weights_bar(f"Writing {target.name}", lines=True) as progress:
         write_random(
             target,
             config,

@@ -13,7 +13,7 @@ import typer
 from ..errors import PromptError
 from .convert import report_written
 from .options import DEMO, Debug, DType, Threads, example, set_threads
-from .terminal import show, table, weights_bar
+from .terminal import BYTE_ORDER_MARK, show, table, weights_bar
 from .units import write_json
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def quantize(
     if report:
         judged = _tokens(checkpoint, [_read(text)] if text else _stories(), REPORT_TOKENS)
     start = time.perf_counter()
-    with weights_bar(f"Writing {target.name}") as progress:
+    with weights_bar(f"Writing {target.name}", lines=True) as progress:
         quantize_folder(
             source,
             target,
@@ -137,7 +137,7 @@ def quantize(
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8").removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise PromptError(
             f"{path} is not UTF-8 (byte {error.start}); convert it, for example with iconv"
@@ -156,9 +156,10 @@ def _tokens(checkpoint: Checkpoint, documents: Iterable[str], most: int) -> Tens
     from ..tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_pretrained(checkpoint.folder)
+    has_bos, has_eos = tokenizer.bos_id is not None, tokenizer.eos_id is not None
     ids: list[int] = []
     for document in documents:
-        ids += tokenizer.encode(document, bos=True, eos=True)
+        ids += tokenizer.encode(document, bos=has_bos, eos=has_eos)
         if len(ids) >= most:
             break
     if len(ids) < 4:
@@ -173,7 +174,7 @@ def _report(checkpoint: Checkpoint, target: Path, tokens: Tensor) -> None:
     from ..quantization.report import compare
 
     quantized = Llama.from_pretrained(target, device="cpu", max_seq_len=tokens.shape[1])
-    with weights_bar("Comparing with the float model") as progress:
+    with weights_bar("Comparing with the float model", lines=True) as progress:
         found = compare(checkpoint, quantized, tokens, progress=progress)
     write_json(target / REPORT, found.to_dict())
 

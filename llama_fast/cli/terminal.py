@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 
 
+BYTE_ORDER_MARK = "\ufeff"
 WIDTH = 160  # of what is no terminal
 LONGEST_PROMPT = 1000  # characters that are shown of one
+LINE_SECONDS, LINE_SHARE = 2.0, 0.05  # at least, between two lines of progress
 
 
 def note(text: str) -> None:
@@ -131,11 +135,12 @@ def growing(rows: Table) -> Iterator[Table]:
 
 
 @contextlib.contextmanager
-def weights_bar(doing: str) -> Iterator[Progress | None]:
-    """Shows a bar of bytes on stderr, gone when done; None where stderr is no terminal."""
+def weights_bar(doing: str, *, lines: bool = False) -> Iterator[Progress | None]:
+    """Shows a bar of bytes on stderr, gone when done. Where stderr is no terminal, nothing, or with
+    `lines` now and then how far it is."""
     unwind_when_stopped()
     if not sys.stderr.isatty():
-        yield None
+        yield _progress_lines(doing) if lines else None
         return
     from rich import progress
     from rich.console import Console
@@ -154,14 +159,30 @@ def weights_bar(doing: str) -> Iterator[Progress | None]:
         yield lambda done, total, name: bar.update(task, completed=done, total=total)
 
 
+def _progress_lines(doing: str) -> Progress:
+    """Returns what writes a plain line at its first call, and wherever LINE_SECONDS have passed
+    since the last line, and a LINE_SHARE of the whole."""
+    shown = at = -math.inf
+
+    def advance(done: int, total: int, name: str) -> None:
+        nonlocal shown, at
+        now = time.monotonic()
+        if done >= shown + LINE_SHARE * total and now >= at + LINE_SECONDS:
+            shown, at = done, now
+            note(f"{doing}: {done / total:.0%} of {size(total)}")
+
+    return advance
+
+
 def text_or_stdin(text: str | None, usage: str) -> str:
-    """Returns the text given, or else all of standard input, without the line end that closes it.
+    """Returns the text given, or else all of standard input without the line end that closes it; a
+    byte order mark is no part of it.
 
     Raises PromptError where there is neither: on a terminal nothing is waited for.
     """
     if text is not None:
-        return text
-    if sys.stdin is None or sys.stdin.isatty():
+        return text.removeprefix(BYTE_ORDER_MARK)
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
         raise PromptError(f'no text was given; give it as an argument: {usage} "Once upon a time", '
                           f"or through a pipe: echo Once upon a time | {usage}")  # fmt: skip
     data = sys.stdin.buffer.read()
@@ -171,4 +192,4 @@ def text_or_stdin(text: str | None, usage: str) -> str:
         raise PromptError(
             f"standard input is not UTF-8 (byte {error.start}); convert it, for example with iconv"
         ) from None
-    return text.removesuffix("\n").removesuffix("\r")
+    return text.removeprefix(BYTE_ORDER_MARK).removesuffix("\n").removesuffix("\r")
