@@ -61,10 +61,20 @@ class PatchError(LlamaFastError):
     """A model that cannot be patched, or a patch that cannot be taken back; the text says why."""
 
 
-def json_fault(error: ValueError) -> str:
-    """Returns where and why a file's bytes are no JSON, for the error of `json.loads`."""
+LFS_START = "version https://git-lfs"
+LFS_POINTER = "a Git LFS pointer stands in the file's place; run `git lfs pull`"
+# What `json.loads` raises for a text that is no JSON, or that is too deep for it.
+JSON_ERRORS = (ValueError, RecursionError)
+
+
+def json_fault(error: Exception) -> str:
+    """Returns where and why a file's bytes are no JSON, for one of the `JSON_ERRORS`."""
+    if isinstance(error, RecursionError):
+        return "its objects and lists are nested too deeply"
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 text (byte {error.start})"
     if isinstance(error, json.JSONDecodeError):
+        if error.doc.startswith(LFS_START):
+            return LFS_POINTER
         return f"it breaks at line {error.lineno}, column {error.colno}"
     return "a number in it has too many digits"

@@ -513,9 +513,10 @@ def test_hf_to_hf_keeps_generation_and_tokenizer(tmp_path):
 
 
 def test_write_copies_the_tokenizer(tmp_path):
-    _write_tokenizer(tmp_path, 60)
     tokenizer = tmp_path / "tokenizer.model"
-    write_hf(tmp_path / "hf", SMALL, random_state(SMALL), tokenizer_file=tokenizer)
-    write_meta(tmp_path / "meta", SMALL, random_state(SMALL), tokenizer_file=tokenizer)
+    Tokenizer([bytes([byte]) for byte in BYTE_ORDER]).save(tokenizer)
+    config = dataclasses.replace(SMALL, vocab_size=512)
+    write_hf(tmp_path / "hf", config, random_state(config), tokenizer_file=tokenizer)
+    write_meta(tmp_path / "meta", config, random_state(config), tokenizer_file=tokenizer)
     for form in ("hf", "meta"):
         assert (tmp_path / form / "tokenizer.model").read_bytes() == tokenizer.read_bytes()

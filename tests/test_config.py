@@ -254,7 +254,7 @@ def test_from_hf_matches_transformers_on_what_is_absent():
         ({"hidden_size": 4100}, "not a multiple of num_attention_heads"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"rope_theta": float("nan")}, "rope_theta is nan"),
-        ({"tie_word_embeddings": "no"}, "tied is 'no'"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
     ],
 )
 def test_from_hf_refuses(change, message):

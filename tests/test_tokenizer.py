@@ -521,7 +521,7 @@ SPLIT = ("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex")
         (("model", "vocab", "!"), 1, "same id"),
         (("model", "vocab", "!"), "0", "not a byte-level BPE"),
         (("model", "vocab", "狐"), 500, "'狐'.*stands for no byte"),
-        (("added_tokens", 0), None, "begin_of_text"),
+        (("added_tokens", 0), None, "gaps"),
         (("added_tokens", 20), None, "gaps"),
         (("added_tokens", 20, "id"), 10**12, "gaps"),
         (("added_tokens", 20, "id"), -1, "gaps"),
@@ -552,10 +552,13 @@ def test_a_file_that_cannot_be_read(tmp_path):
 def test_from_pretrained_finds_the_file(tmp_path, small_tokens, small_json):
     with pytest.raises(TokenizerError, match="neither"):
         Tokenizer.from_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(small_json))
-    assert Tokenizer.from_pretrained(tmp_path).specials == special_ids("hf", 500)
     (tmp_path / "tokenizer.model").write_bytes(rank_lines(small_tokens))
     assert Tokenizer.from_pretrained(tmp_path).specials == special_ids("3.1", 500)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(small_json))
+    assert Tokenizer.from_pretrained(tmp_path).specials == special_ids("hf", 500)
+    (tmp_path / "tokenizer.model").unlink()
+    assert Tokenizer.from_pretrained(tmp_path).specials == special_ids("hf", 500)
+    (tmp_path / "tokenizer.model").write_bytes(rank_lines(small_tokens))
     for absent in (tmp_path / "absent", tmp_path / "tokenizer.model"):
         with pytest.raises(TokenizerError, match="not a folder"):
             Tokenizer.from_pretrained(absent)

@@ -73,7 +73,7 @@ def measured(stem: str, device: str) -> dict[Choice, dict[str, Any]]:
             Choice(stem, row["kernel"], tuple(row["shape"].items())): dict(row["config"])
             for row in rows
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ConfigFileError(
             f"{path} holds no launch configurations ({type(error).__name__}: {error}); delete it, "
             "or write it again with llama-fast bench --tune"

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ResultsError, json_fault
+from ..errors import JSON_ERRORS, ResultsError, json_fault
 from ..utils.files import atomic_file
 from .timing import TOO_BUSY, TOO_NOISY, ratio, spread
 
@@ -233,7 +233,7 @@ def load(path: Path) -> Results:
         raise ResultsError(
             f"{path} cannot be read ({error.strerror}); llama-fast bench --json {path} writes it"
         ) from None
-    except ValueError as error:
+    except JSON_ERRORS as error:
         raise ResultsError(
             f"{path} cannot be read as results: {json_fault(error)}; measure again, into a new file"
         ) from None

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from ..config.checks import STORED_DTYPES, check_dtype
 from ..errors import CheckpointError
-from ..tokenizer.special_tokens import TOKENIZER_CONFIG
+from ..tokenizer.special_tokens import SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, TOKENIZER_FILES
 from ..utils.files import refuse_existing
 from .hf import CONFIG
 from .names import state_shapes
@@ -18,10 +19,9 @@ from .special_tokens import special_token_ids, tokenizer_config
 from .stored import read_json
 from .write import GENERATION_CONFIG, MAX_SHARD_BYTES, stream_hf, stream_meta
 
-_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
-_HF_TOKENIZER_FILES = (
+_TOKENIZER_SETTINGS = (
     TOKENIZER_CONFIG,
-    "special_tokens_map.json",
+    SPECIAL_TOKENS_MAP,
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -43,16 +43,17 @@ def convert(
     """Read `source` in whichever format it is and write the new folder `target` in format `to`.
 
     One tensor is in memory at a time. `dtype` None keeps each weight as it is stored, bit for
-    bit. The tokenizer's files are copied; from Hugging Face to Hugging Face the settings of
-    generation are too. `n_files` is for "meta", `max_shard_bytes` for "hf"; `rope_factor` is for a
-    Meta source (see `open_checkpoint`). Writing to the format of the source is allowed: it changes
-    dtype or shards.
+    bit. The tokenizer's files and the settings of generation are copied. `n_files` is for "meta",
+    `max_shard_bytes` for "hf"; `rope_factor` is for a Meta source (see `open_checkpoint`). Writing
+    to the format of the source is allowed: it changes dtype or shards.
 
     Raises as `open_checkpoint`, `Checkpoint.load_into`, `write_hf` and `write_meta` do, and then
     leaves nothing behind.
     """
     if to not in ("hf", "meta"):
         raise CheckpointError(f"the format to convert to is {to!r}; it must be 'hf' or 'meta'")
+    if dtype is not None:
+        check_dtype(dtype, STORED_DTYPES)
     refuse_existing(target)
     checkpoint = open_checkpoint(source, rope_factor=rope_factor)
     if isinstance(checkpoint, QuantizedCheckpoint):
@@ -65,8 +66,10 @@ def convert(
         dtypes = dict.fromkeys(state_shapes(checkpoint.config), dtype)
     tensors = checkpoint.tensors(dtype, check_finite=check_finite, progress=progress)
     if to == "meta":
-        tokenizer = _find_tokenizer(checkpoint.folder)
-        stream_meta(target, checkpoint.config, dtypes, tensors, copies=tokenizer, n_files=n_files)
+        copies = _tokenizer_files(checkpoint.folder)
+        generation = checkpoint.folder / GENERATION_CONFIG
+        copies += [generation] * generation.is_file()
+        stream_meta(target, checkpoint.config, dtypes, tensors, copies=copies, n_files=n_files)
         return
     stream_hf(
         target,
@@ -82,33 +85,30 @@ def companions(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a folder with a config.json needs besides the weights, as the writers' arguments: the
     ids of the special tokens, the settings of generation, and the tokenizer's files and settings:
     of a Meta folder they say which table of special tokens params.json meant."""
-    tokenizer = _find_tokenizer(checkpoint.folder)
-    if checkpoint.format == "meta":
-        return {
-            "special": special_token_ids(checkpoint.config, tokenizer),
-            "tokenizer": tokenizer_config(checkpoint.config, tokenizer),
-            "copies": tokenizer,
-        }
+    files = _tokenizer_files(checkpoint.folder)
     generation = None
     if (checkpoint.folder / GENERATION_CONFIG).is_file():
         generation = read_json(checkpoint.folder / GENERATION_CONFIG)
-    beside = (checkpoint.folder / name for name in _HF_TOKENIZER_FILES)
+    if checkpoint.format == "meta":
+        special = special_token_ids(checkpoint.config, files)
+        tokenizer = tokenizer_config(checkpoint.config, files)
+    else:
+        special, tokenizer = _hf_special(checkpoint), None
     return {
-        "special": _hf_special(checkpoint),
-        "generation": generation,
-        "copies": tokenizer + [path for path in beside if path.is_file()],
-    }
+        "special": special, "generation": generation, "tokenizer": tokenizer, "copies": files
+    }  # fmt: skip
 
 
-def _find_tokenizer(folder: Path) -> list[Path]:
-    """tokenizer.model and tokenizer.json of the folder, or of the original/ that hubs keep."""
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """tokenizer.model and tokenizer.json of the folder, or of the original/ that hubs keep, and the
+    settings that belong to them."""
     found = []
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         for path in (folder / name, folder / "original" / name):
             if path.is_file():
                 found.append(path)
                 break
-    return found
+    return found + [path for name in _TOKENIZER_SETTINGS if (path := folder / name).is_file()]
 
 
 def _hf_special(checkpoint: Checkpoint) -> dict[str, Any]:

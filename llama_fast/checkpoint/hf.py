@@ -7,10 +7,18 @@ from pathlib import Path
 from ..config import LlamaConfig
 from ..errors import CheckpointError, ConfigError
 from .names import EMBED, weights
-from .pieces import Layout, Piece, refuse_wrong_dtypes, refuse_wrong_keys, same_matrix
+from .others import INDEX, refuse_other_weights
+from .pieces import (
+    Layout,
+    Piece,
+    refuse_few_tensors,
+    refuse_wrong_dtypes,
+    refuse_wrong_keys,
+    same_matrix,
+)
 from .stored import SafetensorsFile, StoredFile, open_files, read_json
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, SINGLE = "config.json", "model.safetensors"
 
 
 def is_hf(folder: Path) -> bool:
@@ -34,6 +42,7 @@ def open_hf(folder: Path) -> Layout:
     layout = Layout(config, config_file, open_files(SafetensorsFile, paths))
     where = _by_key(layout.files)
     _check_index(folder, where)
+    refuse_few_tensors(config, config_file, len(where))
 
     wanted = {weight.hf for weight in weights(config)}
     embed = next(weight.hf for weight in weights(config) if weight.ours == EMBED)
@@ -68,23 +77,12 @@ def _weight_files(folder: Path) -> list[Path]:
     """The shards that the index names, or the single file; raises for others beside them."""
     present = {path.name for path in folder.glob("model*.safetensors")}
     if not (folder / INDEX).is_file():
-        if SINGLE in present:
-            named = {SINGLE}
-        elif present:
+        if SINGLE not in present:
+            refuse_other_weights(folder)
             raise CheckpointError(
-                f"{folder} holds {len(present)} shards but no {INDEX}, which says what lies where; "
-                "copy or download it too"
+                f"{folder} has no {SINGLE} and no {INDEX}; copy or download the weights"
             )
-        else:
-            raise CheckpointError(
-                f"{folder} has no {SINGLE}"
-                + (
-                    "; pytorch_model.bin is not read: save it again with transformers'"
-                    " save_pretrained, which writes safetensors"
-                    if any(folder.glob("pytorch_model*.bin"))
-                    else f" and no {INDEX}; copy or download the weights"
-                )
-            )
+        named = {SINGLE}
     else:
         named = set(_weight_map(folder).values())
     extra = sorted(present - named)

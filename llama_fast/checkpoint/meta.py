@@ -11,7 +11,15 @@ from pathlib import Path
 from ..config import LlamaConfig
 from ..errors import CheckpointError, ConfigError
 from .names import EMBED, Weight, weights
-from .pieces import Layout, Piece, refuse_wrong_dtypes, refuse_wrong_keys, same_matrix
+from .others import refuse_other_weights
+from .pieces import (
+    Layout,
+    Piece,
+    refuse_few_tensors,
+    refuse_wrong_dtypes,
+    refuse_wrong_keys,
+    same_matrix,
+)
 from .stored import PthFile, StoredFile, open_files, read_json
 
 PARAMS, PATTERN = "params.json", "consolidated.*.pth"
@@ -44,6 +52,7 @@ def open_meta(folder: Path, *, rope_factor: float | None = None) -> Layout:
     )
     config = _without_kv_copies(replace(config, tied=tied), files)
     layout = Layout(config, params_file, files)
+    refuse_few_tensors(config, params_file, max(len(file.shapes) for file in files))
     wanted = {weight.meta for weight in weights(config)}
     for file in files:
         keys = set(file.shapes)
@@ -60,6 +69,7 @@ def _weight_files(folder: Path) -> list[Path]:
     """consolidated.00.pth … in order; raises where the numbering has a hole."""
     present = sorted(folder.glob(PATTERN))
     if not present:
+        refuse_other_weights(folder)
         raise CheckpointError(
             f"{folder} has no consolidated.00.pth; copy or download the weights beside {PARAMS}"
         )

@@ -76,6 +76,22 @@ def same_matrix(left: tuple[StoredFile, str], right: tuple[StoredFile, str]) -> 
     return True
 
 
+def refuse_few_tensors(config: LlamaConfig, config_file: Path, count: int) -> None:
+    """Raises CheckpointError where there are fewer tensors than layers, before the names of all
+    weights are listed: of 300,000 layers that would take a minute."""
+    if config.n_layers > count:
+        raise CheckpointError(
+            f"{config_file} has {layers_of(config, config_file)}, and its weights are {count} "
+            "tensors; one of the two belongs to another model"
+        )
+
+
+def layers_of(config: LlamaConfig, config_file: Path) -> str:
+    """Returns the number of layers by the name that it has in the file."""
+    key = "num_hidden_layers" if config_file.name == "config.json" else "n_layers"
+    return f"{key}={config.n_layers}"
+
+
 def refuse_wrong_keys(layout: Layout, found: Iterable[str], wanted: set[str], where: Path) -> None:
     """Raise CheckpointError for keys that the model does not have and for those that are missing.
 
@@ -84,7 +100,7 @@ def refuse_wrong_keys(layout: Layout, found: Iterable[str], wanted: set[str], wh
     found = set(found)
     unknown = sorted(key for key in found - wanted if not IGNORED.fullmatch(key))
     missing = sorted(wanted - found)
-    config = f"{layout.config_file.name} (n_layers={layout.config.n_layers})"
+    config = f"{layout.config_file.name} ({layers_of(layout.config, layout.config_file)})"
     if missing:
         raise CheckpointError(
             f"{where}: {_some(missing)} {'is' if len(missing) == 1 else 'are'} missing, which "

@@ -23,6 +23,7 @@ from ..config.quantization import Quantization
 from ..errors import CheckpointError, ConfigError
 from .hf import CONFIG, SINGLE
 from .names import state_shapes
+from .pieces import refuse_few_tensors
 from .stored import SafetensorsFile, open_files, read_json
 
 ENTRY, METHOD, VERSION = "quantization_config", "llama_fast", 1
@@ -133,6 +134,7 @@ def open_quantized(folder: Path) -> QuantizedCheckpoint:
 
 
 def _check_contents(file: SafetensorsFile, config: LlamaConfig, quantization: Quantization) -> None:
+    refuse_few_tensors(config, file.path.parent / CONFIG, len(file.shapes))
     # Floats keep the dtype in which they are stored.
     stored = {key: dtype for key, dtype in file.dtypes.items() if not isinstance(dtype, str)}
     dtypes = {name: stored.get(name, torch.bfloat16) for name in state_shapes(config)}

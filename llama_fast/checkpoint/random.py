@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ..config import LlamaConfig
+from ..config.checks import STORED_DTYPES, check_dtype
 from ..errors import CheckpointError
 from ..tokenizer.special_tokens import N_SPECIALS
 from ..utils.files import refuse_existing
 from .names import state_shapes
 from .read import Format, Progress
 from .special_tokens import special_token_ids
-from .write import stream_hf, stream_meta
+from .write import stream_hf, stream_meta, tokenizer_files
 
 BLOCK = 2**22  # numbers drawn from one generator
 
@@ -52,18 +53,20 @@ def write_random(
     a made-up tokenizer.model of the model's size is written, so that text goes in and comes out.
 
     Raises CheckpointError for a folder that exists or cannot be written (nothing is left behind),
-    and for a vocabulary too small for the bytes and the special tokens.
+    and for a vocabulary too small for the bytes and the special tokens; TokenizerError for a file
+    that is no tokenizer of this size.
     """
     if format not in ("hf", "meta"):
         raise CheckpointError(f"the format to write is {format!r}; it must be 'hf' or 'meta'")
+    check_dtype(dtype, STORED_DTYPES)
     refuse_existing(folder)
+    files = tokenizer_files(tokenizer_file, config)
     dtypes = dict.fromkeys(state_shapes(config), dtype)
     tensors = _tensors(config, dtype, seed, progress)
     with tempfile.TemporaryDirectory() as scratch:
-        if tokenizer_file is None:
-            tokenizer_file = Path(scratch) / "tokenizer.model"
-            tokenizer_file.write_bytes(_made_up_ranks(config.vocab_size - N_SPECIALS))
-        files = [Path(tokenizer_file)]
+        if not files:
+            files = [Path(scratch) / "tokenizer.model"]
+            files[0].write_bytes(_made_up_ranks(config.vocab_size - N_SPECIALS))
         if format == "meta":
             stream_meta(folder, config, dtypes, tensors, copies=files)
         else:

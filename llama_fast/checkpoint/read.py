@@ -21,15 +21,22 @@ from torch import Tensor
 
 from ..config import LlamaConfig
 from ..errors import CheckpointError
+from ..utils.files import given_path
+from ..utils.hub import snapshot_hint
 from ..utils.normal_tensors import normal_tensors
 from .hf import is_hf, open_hf
 from .meta import is_meta, open_meta
 from .names import EMBED, HEAD, Weight, state_shapes, weights
+from .others import refuse_other_weights
 from .pieces import MAPPED_BYTES, Layout, Piece, equal_bits, row_blocks
 from .quantized import QuantizedCheckpoint, is_quantized, open_quantized
 from .stored import StoredFile
 
 Format = Literal["hf", "meta"]
+KINDS = (
+    "the folder of a model: config.json with model.safetensors (Hugging Face), or params.json with "
+    "consolidated.00.pth (Meta)"
+)
 
 # Called as progress(bytes done, bytes in all, name of the tensor) after each block.
 Progress = Callable[[int, int, str], None]
@@ -47,7 +54,7 @@ def open_checkpoint(
     Raises CheckpointError for a folder that is missing, incomplete or damaged, and ConfigError
     for a config that is no Llama 3's; everything but the values of the weights is checked here.
     """
-    folder = Path(folder)
+    folder = given_path(folder, KINDS, CheckpointError)
     if format is None and rope_factor is None and is_quantized(folder):
         return open_quantized(folder)
     format = _choose_format(folder, format)
@@ -61,14 +68,10 @@ def open_checkpoint(
 
 
 def _choose_format(folder: Path, wanted: Format | None) -> Format:
-    kinds = (
-        "the folder of a model: config.json with model.safetensors (Hugging Face), or params.json "
-        "with consolidated.00.pth (Meta)"
-    )
     if not folder.exists():
-        raise CheckpointError(f"{folder} does not exist; give {kinds}")
+        raise CheckpointError(f"{folder} does not exist; give {KINDS}")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; give {kinds}")
+        raise CheckpointError(f"{folder} is a file; give {KINDS}")
     if wanted is not None:
         if wanted not in ("hf", "meta"):
             raise CheckpointError(f"format is {wanted!r}; it must be 'hf' or 'meta'")
@@ -83,15 +86,18 @@ def _choose_format(folder: Path, wanted: Format | None) -> Format:
         return "hf"
     if is_meta(folder):
         return "meta"
+    refuse_other_weights(folder)
     # Half a checkpoint: let the format that it began say what is missing.
     names = {path.name for path in folder.iterdir()}
     if any(name.startswith("consolidated.") for name in names) or "params.json" in names:
         return "meta"
     if "config.json" in names or any(name.endswith(".safetensors") for name in names):
         return "hf"
+    if hint := snapshot_hint(folder):
+        raise CheckpointError(f"{folder} holds no checkpoint: {hint}")
     inner = [path.parent for path in (*folder.glob("*/params.json"), *folder.glob("*/config.json"))]
     hint = f"; did you mean {inner[0]}?" if inner else ""
-    raise CheckpointError(f"{folder} holds no checkpoint; give {kinds}{hint}")
+    raise CheckpointError(f"{folder} holds no checkpoint; give {KINDS}{hint}")
 
 
 @dataclass

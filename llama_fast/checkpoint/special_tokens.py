@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from ..config import LlamaConfig
-from ..tokenizer.special_tokens import ADDED_TOKENS, BOS, EOM, EOS, EOT, N_SPECIALS, special_ids
+from ..tokenizer.files import listed_tokens, named_ends
+from ..tokenizer.special_tokens import (
+    ADDED_TOKENS,
+    BOS,
+    EOM,
+    EOS,
+    EOT,
+    N_SPECIALS,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    special_ids,
+)
 from .stored import read_json
 
 _LLAMA3_BASE = 128000
@@ -16,27 +27,29 @@ _LLAMA3_BASE = 128000
 def special_token_ids(config: LlamaConfig, tokenizer_files: Iterable[Path] = ()) -> dict[str, Any]:
     """bos_token_id and eos_token_id (a list: every token that stops) for config.json.
 
-    The ordinary tokens are counted in tokenizer.model or read off tokenizer.json; without either
-    they are Llama 3's 128,000 if the vocabulary is large enough. Both are None where nothing
-    is known.
+    tokenizer.json lists its tokens by their ids; with tokenizer.model alone they follow the
+    ordinary ones that it holds; without either these are Llama 3's 128,000 if the vocabulary is
+    large enough. Both are None where nothing is known.
     """
-    ids = _ids(config, {path.name: path for path in tokenizer_files})
-    if ids is None:
-        return {"bos_token_id": None, "eos_token_id": None}
-    return {
-        "bos_token_id": ids[BOS],
-        "eos_token_id": [ids[name] for name in (EOS, EOM, EOT) if name in ids],
-    }
+    files = {path.name: path for path in tokenizer_files}
+    ids = _ids(config, files) or {}
+    named: dict[str, str] = {}
+    for settings in (SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG):
+        if settings in files:
+            named |= named_ends(read_json(files[settings]))
+    begin = next((ids[name] for name in (BOS, named.get("bos")) if name in ids), None)
+    stops = dict.fromkeys(ids[n] for n in (EOS, EOM, EOT, named.get("eos")) if n in ids)
+    return {"bos_token_id": begin, "eos_token_id": list(stops) or None}
 
 
 def tokenizer_config(
     config: LlamaConfig, tokenizer_files: Iterable[Path] = ()
 ) -> dict[str, Any] | None:
     """What tokenizer_config.json says beside Meta's tokenizer.model, which lists no special tokens:
-    those of Llama 3.0, or of 3.1 and later. None where there is no such file, or a tokenizer.json,
-    which has its own."""
+    those of Llama 3.0, or of 3.1 and later. None where there is no such file, where a
+    tokenizer.json has its own, and where these settings are there already."""
     files = {path.name: path for path in tokenizer_files}
-    if "tokenizer.model" not in files or "tokenizer.json" in files:
+    if "tokenizer.model" not in files or files.keys() & {"tokenizer.json", TOKENIZER_CONFIG}:
         return None
     ids = _ids(config, files)
     if ids is None:
@@ -56,21 +69,19 @@ def tokenizer_config(
 
 
 def _ids(config: LlamaConfig, files: dict[str, Path]) -> dict[str, int] | None:
-    """The special tokens of the release that the config is of, where their place is known."""
-    base = _base(config, files)
-    if base is None or base + N_SPECIALS > config.vocab_size:
-        return None
-    return special_ids("3.0" if config.rope_scaling is None else "3.1", base)
-
-
-def _base(config: LlamaConfig, files: dict[str, Path]) -> int | None:
-    """How many ordinary tokens there are: the id of <|begin_of_text|>."""
+    """The special tokens and added words that a tokenizer lists, or else those of the release that
+    the config is of, where their place is known."""
+    if "tokenizer.json" in files:
+        added = read_json(files["tokenizer.json"]).get("added_tokens") or []
+        return {token.get("content"): token.get("id") for token in added}
+    if TOKENIZER_CONFIG in files:
+        specials, added = listed_tokens(read_json(files[TOKENIZER_CONFIG]))
+        if specials or added:
+            return specials | added
+    base = _LLAMA3_BASE
     if "tokenizer.model" in files:
         lines = files["tokenizer.model"].read_bytes().splitlines()
-        return sum(1 for line in lines if line.strip())
-    if "tokenizer.json" in files:
-        for token in read_json(files["tokenizer.json"]).get("added_tokens", []):
-            if token.get("content") == "<|begin_of_text|>":
-                return token.get("id")
+        base = sum(1 for line in lines if line.strip())
+    if base + N_SPECIALS > config.vocab_size:
         return None
-    return _LLAMA3_BASE if config.vocab_size >= _LLAMA3_BASE + N_SPECIALS else None
+    return special_ids("3.0" if config.rope_scaling is None else "3.1", base)

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError, json_fault
+from ..errors import JSON_ERRORS, LFS_POINTER, LFS_START, CheckpointError, json_fault
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -156,16 +156,26 @@ def open_files(kind: Callable[[Path], StoredFile], paths: list[Path]) -> list[St
                 if not path.exists()
                 else f"{path} is not a file"
             )
+        if _is_lfs_pointer(path):
+            raise CheckpointError(f"{path}: {LFS_POINTER}, or download the file itself")
     return [kind(path) for path in paths]
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(LFS_START)) == LFS_START.encode()
+    except OSError:  # whoever reads the file says so
+        return False
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError says where the text goes wrong."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except JSON_ERRORS as error:
         raise CheckpointError(
             f"{path} is not valid JSON: {json_fault(error)}; correct it, or download it again"
         ) from None

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from ..config import LlamaConfig
-from ..errors import CheckpointError
-from ..tokenizer.special_tokens import TOKENIZER_CONFIG
-from ..utils.files import atomic_folder, refuse_existing
+from ..config.checks import STORED_DTYPES
+from ..errors import CheckpointError, TokenizerError
+from ..tokenizer import Tokenizer
+from ..tokenizer.special_tokens import TOKENIZER_CONFIG, TOKENIZER_FILES
+from ..utils.files import atomic_folder, given_path, refuse_existing
 from .hf import CONFIG, INDEX, SINGLE
 from .meta import PARAMS
 from .names import EMBED, HEAD, Weight, hf_to_meta_rows, state_shapes, weights
@@ -29,7 +31,6 @@ from .writers import PthWriter, SafetensorsWriter
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_SHARD_BYTES = 5_000_000_000
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def write_hf(
@@ -47,18 +48,18 @@ def write_hf(
     copied beside them and gives the ids of the special tokens.
 
     Raises CheckpointError for a state that does not fit the config and for a disk that is full
-    or cannot be written, LlamaFastError for a folder that exists and is not empty; then nothing
-    is left behind.
+    or cannot be written, TokenizerError for a file that is not this model's tokenizer,
+    LlamaFastError for a folder that exists and is not empty; then nothing is left behind.
     """
-    tokenizer_files = [] if tokenizer_file is None else [Path(tokenizer_file)]
+    copies = tokenizer_files(tokenizer_file, config)
     stream_hf(
         folder,
         config,
         _dtypes(config, state),
         ((ours, state[ours]) for ours in state_shapes(config)),
-        special=special_token_ids(config, tokenizer_files),
-        tokenizer=tokenizer_config(config, tokenizer_files),
-        copies=tokenizer_files,
+        special=special_token_ids(config, copies),
+        tokenizer=tokenizer_config(config, copies),
+        copies=copies,
         max_shard_bytes=max_shard_bytes,
     )
 
@@ -81,7 +82,7 @@ def write_meta(
         config,
         _dtypes(config, state),
         ((ours, state[ours]) for ours in state_shapes(config)),
-        copies=[] if tokenizer_file is None else [Path(tokenizer_file)],
+        copies=tokenizer_files(tokenizer_file, config),
         n_files=n_files,
     )
 
@@ -178,7 +179,7 @@ def _dtypes(config: LlamaConfig, state: Mapping[str, Tensor]) -> dict[str, torch
             raise CheckpointError(
                 f"{ours} has shape {tuple(state[ours].shape)}; the config needs {shape}"
             )
-        if state[ours].dtype not in _FLOATS:
+        if state[ours].dtype not in STORED_DTYPES:
             raise CheckpointError(
                 f"{ours} is {state[ours].dtype}; checkpoints hold float32, float16 or bfloat16"
             )
@@ -239,7 +240,7 @@ def _parts(
 @contextmanager
 def writing(folder: str | Path, nbytes: int) -> Iterator[Path]:
     """An atomic folder; refuses a disk without nbytes of room, and names it when writing fails."""
-    folder = Path(folder)
+    folder = given_path(folder, "a new folder")
     try:
         refuse_existing(folder)
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -295,3 +296,23 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def copy_files(files: Iterable[Path], folder: Path) -> None:
     for path in files:
         shutil.copyfile(path, folder / path.name)
+
+
+def tokenizer_files(file: str | Path | None, config: LlamaConfig) -> list[Path]:
+    """Returns the file to copy, or none. Raises TokenizerError for one that is no tokenizer, and
+    for one with more tokens than the model has."""
+    if file is None:
+        return []
+    path = Path(file)
+    tokens = Tokenizer.from_file(path).vocab_size
+    if tokens > config.vocab_size:
+        raise TokenizerError(
+            f"{path} has {tokens} tokens and the model {config.vocab_size}; give the tokenizer of "
+            "this model, or a model with a larger vocab_size"
+        )
+    if path.name not in TOKENIZER_FILES:
+        raise TokenizerError(
+            f"{path} would not be found beside weights: a tokenizer is named "
+            f"{' or '.join(TOKENIZER_FILES)} there; rename it"
+        )
+    return [path]

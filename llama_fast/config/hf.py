@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .checks import check_number, check_size, need
+from .checks import called, check_number, check_size, need
 from .rope_scaling import RopeScaling
 
 if TYPE_CHECKING:
@@ -26,10 +26,25 @@ SIZES = (
 )
 
 
+# Our fields by the names that they have in the file.
+NAMES = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "hidden_dim": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "max_seq_len": "max_position_embeddings",
+    "original_max_seq_len": "original_max_position_embeddings",
+    "tied": "tie_word_embeddings",
+}
+
+
 class HuggingFaceSpelling:
     """What gives `LlamaConfig` its `from_hf` and `to_hf`."""
 
     @classmethod
+    @called(NAMES)
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """Read the dictionary of a Hugging Face config.json (transformers 4 and 5 spellings).
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .checks import check_number, check_size, need
+from .checks import called, check_number, check_size, need
 from .rope_scaling import RopeScaling
 
 if TYPE_CHECKING:
@@ -21,10 +21,17 @@ _META_ROPE_KEYS = {
 }
 
 
+# What errors call a field that the file has not, or has under another name.
+NAMES = {f"rope scaling {name}": key for key, name in _META_ROPE_KEYS.items()} | {
+    "hidden_dim": "the feed-forward size from dim, ffn_dim_multiplier and multiple_of"
+}
+
+
 class MetaSpelling:
     """What gives `LlamaConfig` its `from_meta` and `to_meta`."""
 
     @classmethod
+    @called(NAMES)
     def from_meta(cls, params: Mapping[str, Any], *, rope_factor: float | None = None) -> Self:
         """Read the dictionary of Meta's params.json.
 
@@ -145,6 +152,7 @@ def _meta_hidden_dim(dim: int, multiplier: float | None, multiple_of: int) -> in
     hidden = int(2 * (4 * dim) / 3)
     if multiplier is not None:
         check_number("ffn_dim_multiplier", multiplier, minimum=0.0)
+        check_number("ffn_dim_multiplier times the feed-forward size", multiplier * hidden)
         hidden = int(multiplier * hidden)
     return multiple_of * math.ceil(hidden / multiple_of)
 

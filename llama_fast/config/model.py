@@ -85,6 +85,7 @@ class LlamaConfig(HuggingFaceSpelling, MetaSpelling):
         caches. Raises ConfigError for a longer one: the model was not made for it."""
         if max_seq_len is None:
             return self
+        check_size("max_seq_len", max_seq_len)
         if max_seq_len > self.max_seq_len:
             raise ConfigError(
                 f"max_seq_len={max_seq_len} was asked for; this model's context is "

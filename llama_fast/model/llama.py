@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint, ops
 from ..config import LlamaConfig
+from ..config.checks import check_dtype
 from ..errors import PromptError, ShapeError
 from ..nn import (
     MLP,
@@ -83,6 +84,8 @@ class Llama(Pretrained):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if dtype is not None:
+            check_dtype(dtype)
         self.config = config
         self.embed = Embedding(config.vocab_size, config.dim, device, dtype)
         self.layers = nn.ModuleList(Block(config, device, dtype) for _ in range(config.n_layers))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..config import LlamaConfig
+from ..config.checks import check_dtype
 from ..config.quantization import Quantization
 from ..dispatch import reserve
 from ..errors import ConfigError
@@ -24,6 +25,15 @@ from .quantized import quantization_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+def _device(asked: str | torch.device) -> torch.device:
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(asked)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f'device is {asked!r}; it must be "auto", "cpu" or "cuda"') from None
 
 
 class Pretrained(nn.Module):
@@ -59,11 +69,12 @@ class Pretrained(nn.Module):
         Raises CheckpointError or ConfigError, naming the file and the remedy.
         """
         settings = None if quantize is None else Quantization.of(quantize)
-        opened = not isinstance(path, str | Path)
+        if dtype is not None:
+            check_dtype(dtype)
+        device = _device(device)
+        opened = isinstance(path, checkpoint.Checkpoint | checkpoint.QuantizedCheckpoint)
         source = path if opened else checkpoint.open_checkpoint(path)
         config = source.config.shortened(max_seq_len)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         model = cls(config, device="meta", dtype=dtype or source.dtype)
         shapes = checkpoint.state_shapes(config)
         if isinstance(source, checkpoint.QuantizedCheckpoint):

@@ -18,6 +18,7 @@ from ..checkpoint import (
     state_shapes,
     stream_quantized,
 )
+from ..config.checks import STORED_DTYPES, check_dtype
 from ..config.quantization import Quantization
 from ..errors import ConfigError
 from ..model import Llama
@@ -52,6 +53,8 @@ def quantize_folder(
     otherwise as `open_checkpoint` and `write_hf` do, and then leaves nothing behind.
     """
     settings = Quantization.of(quantization)
+    if dtype is not None:
+        check_dtype(dtype, STORED_DTYPES)
     refuse_existing(target)
     checkpoint = open_float_checkpoint(source)
     dtypes = dict.fromkeys(state_shapes(checkpoint.config), dtype or checkpoint.dtype)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import base64
 import json
 import operator
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from ..errors import TokenizerError, json_fault
+from ..errors import JSON_ERRORS, LFS_POINTER, LFS_START, TokenizerError, json_fault
 from .special_tokens import ADDED_TOKENS
 
 PATTERN = (
@@ -29,8 +32,8 @@ _CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 def parse_ranks(data: bytes) -> list[bytes]:
     """The tokens of Meta's format in rank order."""
-    if data.startswith(b"version https://git-lfs"):
-        raise TokenizerError("a Git LFS pointer stands in the file's place; run `git lfs pull`")
+    if data.startswith(LFS_START.encode()):
+        raise TokenizerError(LFS_POINTER)
     if b"<unk>" in data[:64] or b"\0" in data[:1024]:
         raise TokenizerError(
             "a sentencepiece model, as Llama 1 and 2 use it, or another binary file; "
@@ -61,14 +64,29 @@ def parse_ranks(data: bytes) -> list[bytes]:
     return tokens
 
 
+def is_json(path: Path, data: bytes) -> bool:
+    """Whether a tokenizer's file is Hugging Face's, told by its content."""
+    return data.lstrip().startswith(b"{") or path.suffix == ".json"
+
+
 def load_json(data: bytes) -> dict:
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except JSON_ERRORS as error:
         raise TokenizerError(f"invalid JSON ({json_fault(error)}); get a complete file") from None
     if not isinstance(value, dict):
         raise TokenizerError("a JSON object is needed")
     return value
+
+
+def json_beside(path: Path) -> dict:
+    """Returns the object of a file that a folder may have; an empty one where it has not."""
+    if not path.exists():
+        return {}
+    try:
+        return load_json(path.read_bytes())
+    except (TokenizerError, OSError) as error:
+        raise TokenizerError(f"{path}: {error}") from error
 
 
 def _fault(error: Exception) -> str:
@@ -78,20 +96,57 @@ def _fault(error: Exception) -> str:
     return "a value in it is of another kind than there"
 
 
-def listed_specials(data: bytes) -> dict[str, int]:
-    """The special tokens that a tokenizer_config.json lists, name to id; it may list none."""
-    listed = load_json(data).get(ADDED_TOKENS) or {}
+def listed_tokens(config: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns the special tokens and the added words that a tokenizer_config.json lists, text to
+    id; it may list none."""
+    listed = config.get(ADDED_TOKENS) or {}
+    specials: dict[str, int] = {}
+    added: dict[str, int] = {}
     try:
-        return {token["content"]: int(id_) for id_, token in listed.items() if token["special"]}
+        for id_, token in listed.items():
+            (specials if token["special"] else added)[token["content"]] = int(id_)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise TokenizerError(
             f"its {ADDED_TOKENS} are not tokens by their ids: {_fault(error)}"
         ) from None
+    return specials, added
 
 
-def parse_json(data: bytes) -> tuple[list[bytes], dict[str, int], dict[str, int]]:
-    """Tokens in rank order, specials and added words of a tokenizer.json. Its merges are not read:
-    the rank is the id."""
+def named_ends(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what a tokenizer_config.json or special_tokens_map.json calls the begin and the end
+    of a text: "bos" and "eos", where it names them."""
+    named = {}
+    for end in ("bos", "eos"):
+        token = config.get(f"{end}_token")
+        if isinstance(token, Mapping):
+            token = token.get("content")
+        if isinstance(token, str):
+            named[end] = token
+    return named
+
+
+def _put_first(processor: Any) -> str | None:
+    """Returns the token that a tokenizer.json's post-processor puts before every text."""
+    steps = processor.get("processors", [processor]) if isinstance(processor, Mapping) else []
+    for step in steps:
+        first = (step.get("single") or [{}])[0]
+        if step.get("type") == "TemplateProcessing" and "SpecialToken" in first:
+            return first["SpecialToken"]["id"]
+    return None
+
+
+class Vocabulary(NamedTuple):
+    """What a tokenizer.json says: tokens in rank order, special tokens and added words (text to
+    id), and the token that it puts before a text."""
+
+    tokens: list[bytes]
+    specials: dict[str, int]
+    added: dict[str, int]
+    begin: str | None
+
+
+def parse_json(data: bytes) -> Vocabulary:
+    """Reads a tokenizer.json. Its merges are not read: the rank is the id."""
     root = load_json(data)
     try:
         vocab, added = root["model"]["vocab"], root.get("added_tokens") or []
@@ -108,7 +163,8 @@ def parse_json(data: bytes) -> tuple[list[bytes], dict[str, int], dict[str, int]
                     "which this package does not follow"
                 )
         keys = {operator.index(id_): key for key, id_ in vocab.items()}
-    except (KeyError, TypeError, AttributeError) as error:
+        begin = _put_first(root.get("post_processor"))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise TokenizerError(
             f"not a byte-level BPE tokenizer.json as Llama 3 has it: {_fault(error)}"
         ) from None
@@ -133,4 +189,5 @@ def parse_json(data: bytes) -> tuple[list[bytes], dict[str, int], dict[str, int]
                 f"token {key!r} (id {rank}) has the character {error}, which stands for no byte"
             ) from None
     specials = {name: id_ for name, id_ in words.items() if name in control}
-    return tokens, specials, {name: id_ for name, id_ in words.items() if name not in control}
+    added_words = {name: id_ for name, id_ in words.items() if name not in control}
+    return Vocabulary(tokens, specials, added_words, begin)

@@ -7,8 +7,11 @@ from ..errors import TokenizerError
 BOS, EOS, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 EOM, PAD = "<|eom_id|>", "<|finetune_right_pad_id|>"
 N_SPECIALS = 256
-# Hugging Face's tokenizer_config.json, and its entry of tokens by their ids.
-TOKENIZER_CONFIG, ADDED_TOKENS = "tokenizer_config.json", "added_tokens_decoder"
+# The file of Meta and that of Hugging Face.
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+# Hugging Face's settings of a tokenizer, and their entry of tokens by their ids.
+TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens_decoder"
 TABLES = ("3.0", "3.1", "hf")
 # Offset from the first special id: its name in 3.0, in Meta's 3.1+ and in Hugging Face's 3.1+.
 # Every offset without a name is the column's next <|reserved_special_token_N|>, N from 0.

@@ -2,8 +2,9 @@
 
 Reads Meta's `tokenizer.model` (lines of `base64 rank`) and Hugging Face's `tokenizer.json`; merging
 is tiktoken's. A piece of text that is itself a token is emitted whole before any merging, which
-is what Hugging Face calls `ignore_merges`. The 256 special tokens follow the last rank, so a small
-vocabulary in the same format has the same specials at lower ids.
+is what Hugging Face calls `ignore_merges`. The special tokens follow the last rank: Llama 3 has
+256, and a small vocabulary in the same format has the same at lower ids. A fine-tune may have
+renamed them, or have fewer.
 """
 
 from __future__ import annotations
@@ -20,15 +21,27 @@ import regex
 import tiktoken
 
 from ..errors import TokenizerError
-from ..utils.files import atomic_file
-from .files import PATTERN, listed_specials, load_json, parse_json, parse_ranks
-from .special_tokens import BOS, EOM, EOS, EOT, PAD, TABLES, TOKENIZER_CONFIG, special_ids
+from ..utils.files import atomic_file, given_path
+from ..utils.hub import snapshot_hint
+from .files import PATTERN, is_json, json_beside, listed_tokens, named_ends, parse_json, parse_ranks
+from .special_tokens import (
+    BOS,
+    EOM,
+    EOS,
+    EOT,
+    PAD,
+    SPECIAL_TOKENS_MAP,
+    TABLES,
+    TOKENIZER_CONFIG,
+    special_ids,
+)
 from .stop_tokens import folder_stop_ids
 
 PIECES = regex.compile(PATTERN)
 MAX_SLICE = 400_000  # characters handed to tiktoken at once
 MAX_RUN = 25_000  # characters of one run of whitespace or of non-whitespace
 _RUNS = re.compile(r"\s+|\S+")
+_FILE = "a tokenizer.model or tokenizer.json"
 
 
 class Tokenizer:
@@ -37,10 +50,12 @@ class Tokenizer:
     tokens: the vocabulary's byte strings in rank order, all 256 single bytes among them.
     specials: the name of a table ("3.0", "3.1", "hf"), or name to id.
     added: further whole words, text to id, found in any text before the pattern splits it.
+    bos, eos: which of these begin and end a text, where they do not have Llama 3's names.
 
     Attributes: n_ranks; vocab_size (ranks, specials and added words); specials (name to id) and
-    special_names (id to name); bos_id, eos_id, eot_id; eom_id and pad_id (None in 3.0); stop_ids;
-    id_to_bytes (tuple of bytes, a special's being its name in UTF-8).
+    special_names (id to name); bos_id, eos_id, eot_id, eom_id and pad_id, each None where the
+    vocabulary has no such token (3.0 has no eom and no pad); stop_ids; id_to_bytes (tuple of bytes,
+    a special's being its name in UTF-8).
     """
 
     def __init__(
@@ -49,6 +64,8 @@ class Tokenizer:
         *,
         specials: str | Mapping[str, int] = "3.1",
         added: Mapping[str, int] | None = None,
+        bos: str | None = None,
+        eos: str | None = None,
     ):
         ranks = {token: rank for rank, token in enumerate(tokens)}
         if len(ranks) < len(tokens):
@@ -65,20 +82,20 @@ class Tokenizer:
             specials = special_ids(specials, self.n_ranks)
         self.specials = dict(specials)
         self.special_names = {id_: name for name, id_ in self.specials.items()}
-        absent = [name for name in (BOS, EOS, EOT) if name not in self.specials]
-        if absent:
-            raise TokenizerError(f"not a Llama 3 vocabulary: it has no {', '.join(absent)}")
         self._added = dict(added or {})
-        self.bos_id, self.eos_id, self.eot_id = (self.specials[n] for n in (BOS, EOS, EOT))
-        self.eom_id, self.pad_id = self.specials.get(EOM), self.specials.get(PAD)
-        self.stop_ids = frozenset({self.eos_id, self.eot_id, self.eom_id} - {None})
+        named = self.specials | self._added
+        self.bos_id = named.get(BOS, named.get(bos))
+        self.eos_id = named.get(EOS, named.get(eos))
+        self.eot_id, self.eom_id, self.pad_id = (named.get(name) for name in (EOT, EOM, PAD))
+        ends = {self.eos_id, self.eot_id, self.eom_id, named.get(eos)}
+        self.stop_ids = frozenset(ends - {None})
 
-        words = {id_: name.encode() for name, id_ in (self.specials | self._added).items()}
+        words = {id_: name.encode() for name, id_ in named.items()}
         if len(words) < len(self.specials) + len(self._added):
             raise TokenizerError("two special tokens or added words have the same name or id")
-        self.vocab_size = max(self.n_ranks, 1 + max(words))
+        self.vocab_size = max(self.n_ranks, 1 + max(words, default=-1))
         beyond = sum(id_ >= self.n_ranks for id_ in words)
-        if min(words) < 0 or self.n_ranks + beyond < self.vocab_size:
+        if min(words, default=0) < 0 or self.n_ranks + beyond < self.vocab_size:
             raise TokenizerError(
                 f"the ids of special tokens and added words leave gaps after {self.n_ranks - 1}, "
                 "the last rank: the vocabulary is incomplete"
@@ -99,39 +116,22 @@ class Tokenizer:
         there it means "3.1"; give "3.0" for the original Llama 3, or name to id. Raises
         TokenizerError.
         """
-        path = Path(path)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise TokenizerError(
-                f"{path} cannot be read ({error.strerror}); give a tokenizer.model or .json"
-            ) from error
-        try:
-            if data.lstrip().startswith(b"{") or path.suffix == ".json":
-                tokens, found, added = parse_json(data)
-                if specials != "auto":
-                    named = isinstance(specials, str)
-                    wanted = special_ids(specials, len(tokens)) if named else dict(specials)
-                    taken = set(wanted.values())
-                    found = {n: i for n, i in found.items() if i not in taken} | wanted
-                return cls(tokens, specials=found, added=added)
-            return cls(parse_ranks(data), specials="3.1" if specials == "auto" else specials)
-        except TokenizerError as error:
-            raise TokenizerError(f"{path}: {error}") from error
+        return cls._read(given_path(path, _FILE, TokenizerError), specials)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, specials: str = "auto") -> Tokenizer:
-        """Reads a folder's `tokenizer.model`, or else its `tokenizer.json`; what its other files
-        say ends a text is among the stop_ids too.
+        """Reads a folder's `tokenizer.json`, as transformers does, or else its `tokenizer.model`;
+        what its other files say ends a text is among the stop_ids too.
 
-        With Meta's file and a `params.json` beside it, "auto" is "3.1" where `use_scaled_rope` is
-        true and "3.0" where it is not; and the vocabulary must then be of the model's size, which
-        finds a file that was cut off at the end of a line. With a `tokenizer_config.json` instead,
-        "auto" is the special tokens that it lists, if any. Raises TokenizerError.
+        With Meta's file "auto" is the tokens that a `tokenizer_config.json` beside it lists; where
+        it lists none and there is a `params.json`, "3.1" where `use_scaled_rope` is true and "3.0"
+        where it is not. Such a vocabulary must then be of the model's size, which finds a file that
+        was cut off at the end of a line. `tokenizer_config.json` or `special_tokens_map.json` name
+        the begin and the end of a text where they have not Llama 3's names. Raises TokenizerError.
         """
-        tokenizer = cls._from_folder(Path(folder), specials)
-        words = tokenizer.specials | tokenizer._added
-        tokenizer.stop_ids |= folder_stop_ids(Path(folder), words)
+        folder = given_path(folder, "the folder of a model", TokenizerError)
+        tokenizer = cls._from_folder(folder, specials)
+        tokenizer.stop_ids |= folder_stop_ids(folder)
         return tokenizer
 
     @classmethod
@@ -139,26 +139,25 @@ class Tokenizer:
         if not folder.is_dir():
             raise TokenizerError(f"{folder} is not a folder; give one with a tokenizer.model in it")
         model, params = folder / "tokenizer.model", folder / "params.json"
-        listed = folder / TOKENIZER_CONFIG
-        if not model.exists():
-            if not (folder / "tokenizer.json").exists():
-                raise TokenizerError(f"{folder} has neither tokenizer.model nor tokenizer.json")
-            return cls.from_file(folder / "tokenizer.json", specials=specials)
-        if not params.exists():
-            if specials != "auto" or not listed.exists():
-                return cls.from_file(model, specials=specials)
-            try:
-                found = listed_specials(listed.read_bytes())
-            except (TokenizerError, OSError) as error:
-                raise TokenizerError(f"{listed}: {error}") from error
-            return cls.from_file(model, specials=found or specials)
+        if not (folder / "tokenizer.json").exists() and not model.exists():
+            hint = snapshot_hint(folder)
+            raise TokenizerError(
+                f"{folder} has neither tokenizer.model nor tokenizer.json{hint and f': {hint}'}"
+            )
+        settings = json_beside(folder / TOKENIZER_CONFIG)
+        ends = named_ends(json_beside(folder / SPECIAL_TOKENS_MAP)) | named_ends(settings)
+        if (folder / "tokenizer.json").exists():
+            return cls._read(folder / "tokenizer.json", specials, **ends)
         try:
-            config = load_json(params.read_bytes())
-        except (TokenizerError, OSError) as error:
-            raise TokenizerError(f"{params}: {error}") from error
-        if specials == "auto":
+            listed, added = listed_tokens(settings) if specials == "auto" else ({}, {})
+        except TokenizerError as error:
+            raise TokenizerError(f"{folder / TOKENIZER_CONFIG}: {error}") from error
+        if listed or added:
+            return cls._read(model, listed, added=added, **ends)
+        config = json_beside(params)
+        if specials == "auto" and params.exists():
             specials = "3.1" if config.get("use_scaled_rope") else "3.0"
-        tokenizer = cls.from_file(model, specials=specials)
+        tokenizer = cls._read(model, specials, **ends)
         rows = config.get("vocab_size")  # -1 where the file leaves it to the tokenizer
         padding = rows - tokenizer.vocab_size if isinstance(rows, int) and rows > 0 else 0
         if not 0 <= padding < 64:
@@ -167,6 +166,36 @@ class Tokenizer:
                 f"{rows} (params.json): the file is cut off or belongs to another model"
             )
         return tokenizer
+
+    @classmethod
+    def _read(
+        cls,
+        path: Path,
+        specials: str | Mapping[str, int],
+        *,
+        added: Mapping[str, int] | None = None,
+        bos: str | None = None,
+        eos: str | None = None,
+    ) -> Tokenizer:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise TokenizerError(
+                f"{path} cannot be read ({error.strerror}); give {_FILE}"
+            ) from error
+        try:
+            if is_json(path, data):
+                tokens, found, added, begin = parse_json(data)
+                if specials != "auto":
+                    named = isinstance(specials, str)
+                    wanted = special_ids(specials, len(tokens)) if named else dict(specials)
+                    taken = set(wanted.values())
+                    found = {n: i for n, i in found.items() if i not in taken} | wanted
+                return cls(tokens, specials=found, added=added, bos=bos or begin, eos=eos)
+            specials = "3.1" if specials == "auto" else specials
+            return cls(parse_ranks(data), specials=specials, added=added, bos=bos, eos=eos)
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Writes the ranks in Meta's format, which does not say which table of specials it is for.
@@ -205,7 +234,8 @@ class Tokenizer:
         splits it anyway; only a single piece longer than 25,000 characters is cut inside.
 
         Raises TokenizerError for anything but a str, a lone surrogate (which no UTF-8 holds; decode
-        the input with errors="replace" to be rid of them), a refused or an unknown special.
+        the input with errors="replace" to be rid of them), a refused or an unknown special, and a
+        begin or end that the vocabulary does not have.
         """
         if not isinstance(text, str):
             raise TokenizerError(f"encode takes a str, not {type(text).__name__}")
@@ -223,6 +253,16 @@ class Tokenizer:
                 raise TokenizerError(
                     f"the text holds {name}, which disallowed_special refuses; put it into "
                     "allowed_special, or leave both empty to encode it as ordinary text"
+                )
+        for end, asked, id_, name in (
+            ("bos", bos, self.bos_id, BOS),
+            ("eos", eos, self.eos_id, EOS),
+        ):
+            if asked and id_ is None:
+                raise TokenizerError(
+                    f"{end}=True, and this vocabulary has no token for it ({name}); "
+                    f"leave it out, or name the token: Tokenizer(…, {end}=NAME), in a folder "
+                    f'"{end}_token" of {TOKENIZER_CONFIG}'
                 )
         whole = self._added | {name: self.specials[name] for name in allowed}
         ids = [self.bos_id] if bos else []

@@ -12,6 +12,13 @@ from pathlib import Path
 from ..errors import LlamaFastError
 
 
+def given_path(path: object, needed: str, error: type[LlamaFastError] = LlamaFastError) -> Path:
+    """Returns a caller's path as one. Raises `error` for what names no file and no folder."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise error(f"the path is {path!r}; give {needed}")
+    return Path(path)
+
+
 def _beside(target: Path) -> Path:
     """A new name in the target's own folder, so that the rename stays within one filesystem."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +37,7 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
 
     An existing target is replaced in one step. Raises LlamaFastError if it is a folder.
     """
-    target = Path(target).absolute()
+    target = given_path(target, "the name of a file").absolute()
     if target.is_dir():
         raise LlamaFastError(f"{target} is a folder; give the name of a file")
     partial = _beside(target)
@@ -49,8 +56,8 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
     Raises LlamaFastError if `target` exists, unless it is an empty folder.
     """
-    target = Path(target).absolute()
     refuse_existing(target)
+    target = Path(target).absolute()
     partial = _beside(target)
     partial.mkdir()
     try:
@@ -68,7 +75,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 def refuse_existing(target: str | Path) -> None:
     """Raise LlamaFastError if there is something at `target` other than an empty folder."""
-    target = Path(target)
+    target = given_path(target, "a new folder")
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists():
