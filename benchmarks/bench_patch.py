@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_patch                       # Llama 3.2 1B's shape, random weights
     python -m benchmarks.bench_patch --layers 2 --rows training
-    python -m benchmarks.bench_patch --contenders transformers llama_fast --rows decode
+    python -m benchmarks.bench_patch --baselines transformers llama_fast --rows decode
 
-Each contender lives in a process of its own, and they take turns; before that, what each computes
+Each baseline lives in a process of its own, and they take turns; before that, what each computes
 is compared with what transformers does. The rows go to the results file of this machine, for
 `llama-fast report`: tokens per second, and the memory that a call holds at its peak beyond what was
 held before, such as the weights.
@@ -28,8 +28,7 @@ import torch
 
 from benchmarks.models import PAUSE, missing, shape, with_layers
 from benchmarks.worker import Worker, WorkerError, run_apart
-from llama_fast.bench import machine, results
-from llama_fast.bench import roofline as ceilings
+from llama_fast.bench import machine, results, roofline
 from llama_fast.bench.memory import extra_memory
 from llama_fast.bench.results import OURS, Goal, Row
 from llama_fast.bench.timing import OtherPrograms, interleaved
@@ -37,7 +36,7 @@ from llama_fast.errors import LlamaFastError
 from llama_fast.utils.compare import relative_rms
 
 TRANSFORMERS, COMPILED, LIGER = "transformers", "torch.compile", "liger-kernel"
-CONTENDERS = (OURS, TRANSFORMERS, COMPILED, LIGER)
+BASELINES = (OURS, TRANSFORMERS, COMPILED, LIGER)
 # Layers of the 1B shape that a row has, where --layers does not say.
 ROWS = {"prefill": 16, "decode": 16, "training": 4}
 WHAT = {"prefill": "prefill", "decode": "decode", "training": "training step"}
@@ -51,7 +50,7 @@ GOALS = {
     "cuda": {"training": {COMPILED: 1.10, LIGER: 1.10}},
 }
 MEMORY = {"cuda": {"training": 0.5}}
-# How far a contender may be from transformers, both in bfloat16, in units of the size of what it
+# How far a baseline may be from transformers, both in bfloat16, in units of the size of what it
 # computes: logits, and of a training step the gradient of the first norm. Unrelated: 1.4.
 TOLERANCE = {"prefill": 0.1, "decode": 0.1, "training": 0.3}
 # Calls before the clock: a compiled model compiles again when it has seen a second length.
@@ -72,14 +71,14 @@ class Options:
     rounds: int = 5
     threads: int = os.cpu_count() or 1
     device: str = "cpu"
-    contenders: tuple[str, ...] = CONTENDERS
+    baselines: tuple[str, ...] = BASELINES
     backend: str | None = None
 
     def layers_of(self, row: str) -> int:
         return self.layers or ROWS[row]
 
 
-class Contender:
+class Baseline:
     """One way to run a model, in bfloat16, with the same random weights in every process."""
 
     def __init__(self, kind: str, options: Options, layers: int) -> None:
@@ -158,7 +157,7 @@ class Contender:
 
 
 def why_not(kind: str, device: str) -> str | None:
-    """Why a contender cannot take part, or None."""
+    """Why a baseline cannot take part, or None."""
     if kind == LIGER and importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed: pip install -c constraints.txt '.[peers]'"
     if kind == LIGER and device == "cpu":
@@ -173,7 +172,7 @@ def name_of(row: str, options: Options) -> str:
 
 
 def measure(row: str, options: Options) -> Row:
-    """A row of ROWS. Raises WorkerError where our own contender does."""
+    """A row of ROWS. Raises WorkerError where our own baseline does."""
     name = name_of(row, options)
     work = options.steps if row == "decode" else options.batch * options.tokens
     found = Row(name, f"{name}, beside transformers as it is", "tok/s", work)
@@ -192,17 +191,17 @@ def measure(row: str, options: Options) -> Row:
     finally:
         for worker in workers.values():
             worker.close()
-    found.goals = _goals(row, found, options.device, options.contenders)
+    found.goals = _goals(row, found, options.device, options.baselines)
     return found
 
 
 def _start_all(row: str, options: Options, workers: dict[str, Worker], found: Row) -> None:
     """Fills `workers`, or `found.missing`. On a GPU they start side by side: much of it is the
     host's work."""
-    for kind in options.contenders:
+    for kind in options.baselines:
         if why := why_not(kind, options.device):
             found.missing[kind] = why
-    kinds = [kind for kind in options.contenders if kind not in found.missing]
+    kinds = [kind for kind in options.baselines if kind not in found.missing]
     with ThreadPoolExecutor(max(1, len(kinds)) if options.device == "cuda" else 1) as pool:
         started = {kind: pool.submit(_start, kind, row, options) for kind in kinds}
     failed: dict[str, WorkerError] = {}
@@ -219,7 +218,7 @@ def _start_all(row: str, options: Options, workers: dict[str, Worker], found: Ro
 def _start(kind: str, row: str, options: Options) -> Worker:
     """A worker that has run the row, so that it is warm. Raises WorkerError."""
     layers = options.layers_of(row)
-    worker = Worker(Contender, kind, options, layers, threads=options.threads)
+    worker = Worker(Baseline, kind, options, layers, threads=options.threads)
     try:
         for _ in range(WARM_UPS):
             for call in ("prefill", "decode") if row == "decode" else (row,):
@@ -247,11 +246,11 @@ def compare(row: str, workers: dict[str, Worker], found: Row) -> None:
             found.notes.append(f"{kind}: {error:.2g} away from transformers")
 
 
-def _goals(row: str, found: Row, device: str, contenders: tuple[str, ...]) -> list[Goal]:
+def _goals(row: str, found: Row, device: str, baselines: tuple[str, ...]) -> list[Goal]:
     goals = [
         Goal(f"× {rival}", needed, found.times(rival, OURS))
         for rival, needed in GOALS[device].get(row, {}).items()
-        if rival in contenders
+        if rival in baselines
     ]
     needed = MEMORY.get(device, {}).get(row)
     if needed is not None:
@@ -270,11 +269,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="of a prompt or a step")
     parser.add_argument("--batch", type=int, default=1, help="sequences of a prompt or a step")
     parser.add_argument("--steps", type=int, default=4, help="tokens of a sample of decode")
-    parser.add_argument("--rounds", type=int, default=5, help="samples of each contender")
+    parser.add_argument("--rounds", type=int, default=5, help="samples of each baseline")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument(
+        "--baselines", "--contenders", nargs="+", choices=BASELINES, default=BASELINES
+    )
     parser.add_argument("--json", type=Path, help="results file; else one named by the machine")
     return parser.parse_args(arguments)
 
@@ -286,10 +287,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     given = vars(parse(arguments))
     rows, path = given.pop("rows"), given.pop("json")
-    options = Options(**{**given, "contenders": tuple(given["contenders"])})
+    options = Options(**{**given, "baselines": tuple(given["baselines"])})
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     try:
-        found = run_apart(ceilings.measure, options.device, threads=options.threads)
+        found = run_apart(roofline.measure, options.device, threads=options.threads)
         where = machine.describe(found.isa)
         stem = machine.file_name(where, options.threads, options.device)
         path = path or Path(__file__).parent / "results" / f"{stem}.json"
@@ -299,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "date": results.today(),
                 "shape": options.shape,
                 "threads": found.threads,
-                "ceilings": dataclasses.asdict(found),
+                "roofline": dataclasses.asdict(found),
                 "versions": machine.versions("transformers", "triton", "liger-kernel"),
             }
             results.save(path, where, [row])

@@ -1,10 +1,10 @@
-"""The regression guard: is each kernel as near the ceiling and as far ahead of eager as it was?
+"""The regression guard: is each kernel as near the peak rate and as far ahead of eager as it was?
 
     make bench-check                        # python -m benchmarks.check [--rows WORD ...] [--help]
     python -m benchmarks.check --record     # makes what the next ones compare with
 
 A quick run of the ops is compared with the committed results of the same class of machine. Only
-ratios of one run are: the part of the measured ceiling, and how many times faster than the eager
+ratios of one run are: the part of the measured peak rate, and how many times faster than the eager
 reference. A kernel has slowed down when both have fallen, beyond the tolerance and what the samples
 spread, in each of three attempts: what slows the whole machine leaves one of them as it was. A
 kernel whose result is wrong is refused before it is timed.
@@ -21,12 +21,10 @@ from pathlib import Path
 
 import torch
 
-from llama_fast.bench import baselines as contenders
-from llama_fast.bench import machine, results
+from llama_fast.bench import baselines, machine, results, roofline
 from llama_fast.bench import measure as speed
-from llama_fast.bench import roofline as ceilings
 from llama_fast.bench.results import Row
-from llama_fast.bench.shapes import Work, workloads
+from llama_fast.bench.shapes import Work, problem_shapes
 from llama_fast.config import LlamaConfig
 from llama_fast.dispatch import OPS, ORDER
 from llama_fast.errors import LlamaFastError, WrongResultError
@@ -60,7 +58,7 @@ RECORDED = [
 
 @dataclass(frozen=True)
 class Verdict:
-    """ratios  the fresh part of the ceiling, and the fresh lead over eager, over the committed"""
+    """ratios  the fresh part of the peak rate, and the fresh lead over eager, over the committed"""
 
     row: str
     ratios: dict[str, float]
@@ -88,7 +86,7 @@ def compare(committed: Row, fresh: Row) -> Verdict:
     if own and was:
         found = fresh.share(own), committed.share(was)
         if None not in found:
-            ratios["the part of the ceiling"] = found[0] / found[1]
+            ratios["the part of the peak rate"] = found[0] / found[1]
         found = fresh.times("eager", own), committed.times("eager", was)
         if None not in found:
             ratios["the lead over eager"] = found[0] / found[1]
@@ -120,32 +118,32 @@ def measured(
     wanted: list[tuple[str, Work]], rounds: int, everybody: bool
 ) -> Iterator[tuple[str, Callable[[], Row]]]:
     """(name of the row, what measures it), of our backend beside eager or beside everybody. The
-    ceilings are measured with each row: on a machine that others use too they drift."""
-    for workload, work in wanted:
-        op, training = OPS[workload.split()[0]], work.name == "training"
+    peak rates are measured with each row: on a machine that others use too they drift."""
+    for problem, work in wanted:
+        op, training = OPS[problem.split()[0]], work.name == "training"
         which = speed.passes(op)[-1] if training else speed.FORWARD
-        make = workloads(op.name, LlamaConfig.preset(SHAPE), work, gradient=training)[workload]
+        make = problem_shapes(op.name, LlamaConfig.preset(SHAPE), work, gradient=training)[problem]
 
         def measure(
-            workload=workload, make=make, op=op, work=work, which=which, training=training
+            problem=problem, make=make, op=op, work=work, which=which, training=training
         ) -> Row:
-            args, names = make(0), [*ORDER["cpu"], *(contenders.peers(op) if everybody else ())]
-            able = [n for n in names if not contenders.why_not(n, op, args, gradient=training)]
-            ceilings.forget()
-            found = ceilings.measure("cpu")
+            args, names = make(0), [*ORDER["cpu"], *(baselines.peers(op) if everybody else ())]
+            able = [n for n in names if not baselines.why_not(n, op, args, gradient=training)]
+            roofline.forget()
+            found = roofline.measure("cpu")
             row = speed.measure(
-                workload, make, able, shape=SHAPE, work=work, ceilings=found, which=which,
+                problem, make, able, shape=SHAPE, work=work, roofline=found, which=which,
                 rounds=rounds, thorough=everybody,
             )  # fmt: skip
             row.measured_with = {
                 "date": results.today(),
                 "threads": found.threads,
-                "ceilings": dataclasses.asdict(found),
+                "roofline": dataclasses.asdict(found),
                 "versions": machine.versions("triton"),
             }
             return row
 
-        yield f"{workload}, {SHAPE}, {work}, bfloat16, {which}", measure
+        yield f"{problem}, {SHAPE}, {work}, bfloat16, {which}", measure
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -159,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    where = machine.describe(ceilings.measure("cpu").isa)
+    where = machine.describe(roofline.measure("cpu").isa)
     path = given.against or RESULTS / f"{machine.file_name(where, given.threads)}.json"
     words = given.rows or []
     try:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.cpu [--rows NAME ...] [--shape 1b] [--threads N] [--rounds 5] [--8b]
 
-First the machine's own ceilings, then a row for each line of the table: decode and prefill of a
+First the machine's own peak rates, then a row for each line of the table: decode and prefill of a
 whole model, ours beside transformers and llama.cpp on the same random weights, attention beside
-SDPA, the memory-bound ops beside torch.compile, the cost of a call, and memory. All contenders of a
+SDPA, the memory-bound ops beside torch.compile, the cost of a call, and memory. All baselines of a
 row take turns, round by round, with the same number of threads, and so does what the machine can do
 at most, a plain read or copy of as many bytes or as many multiply-adds: a figure is the median over
 the rounds. Everything goes to benchmarks/results/<machine>.json; the rows that were not
@@ -31,10 +31,9 @@ from benchmarks import elementwise, kernels, memory, models
 from benchmarks.models import PART_OF
 from benchmarks.table import show, table_of
 from benchmarks.worker import Worker, WorkerError, run_apart
-from llama_fast.bench import machine, results
-from llama_fast.bench import roofline as ceilings
+from llama_fast.bench import machine, results, roofline
 from llama_fast.bench.results import COPY, MULTIPLY_ADDS, OURS, READ, Goal, Row
-from llama_fast.bench.roofline import Ceilings
+from llama_fast.bench.roofline import Roofline
 from llama_fast.bench.shapes import Work
 from llama_fast.bench.timing import ratio
 from llama_fast.config import LlamaConfig
@@ -43,7 +42,7 @@ from llama_fast.errors import LlamaFastError
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("transformers", "llama-cpp-python", "gguf", "numpy")
 
-# What each row must reach: times as fast as a peer, or the part of a ceiling.
+# What each row must reach: times as fast as a peer, or the part of a peak rate.
 DECODE = {
     "bf16": {"transformers": 4.0, "llama.cpp bf16": 1.6, READ: 0.90},
     "int8": {"llama.cpp q8_0": 1.6, READ: 0.85},
@@ -146,16 +145,16 @@ def cost_of_calls(threads: int, rounds: int) -> Row:
     return row
 
 
-class CeilingsProbe:
-    """Measures the ceilings again and again, in a process of its own, and keeps the highest: other
+class RooflineProbe:
+    """Measures the peak rates again and again, in a process of its own, and keeps the best: other
     programs can only make one look lower."""
 
     def __init__(self) -> None:
         self.highest: dict[str, float] = {}
 
-    def measure(self) -> Ceilings:
-        ceilings.forget()
-        found = ceilings.measure("cpu")
+    def measure(self) -> Roofline:
+        roofline.forget()
+        found = roofline.measure("cpu")
         for name in RATES:
             if (rate := getattr(found, name)) is not None:
                 self.highest[name] = max(rate, self.highest.get(name, 0.0))
@@ -181,7 +180,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="the rows' names, and nothing else")
     parser.add_argument("--shape", default="1b", help="a preset, or demo for a quick try")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=5, help="samples of each contender")
+    parser.add_argument("--rounds", type=int, default=5, help="samples of each baseline")
     parser.add_argument("--steps", type=int, default=8, help="tokens of one sample of decode")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of one prefill")
     large = "also the memory of the 8B shape: needs 17 GB of disk and of memory"
@@ -235,11 +234,11 @@ def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
     installed = importlib.util.find_spec("llama_cpp") is not None
     facts = run_apart(llama_cpp_says, threads=given.threads) if installed else None
     versions = {**machine.versions(*PEERS), "llama.cpp": facts}
-    with Worker(CeilingsProbe, threads=given.threads) as probe:
-        say("measuring the ceilings")
-        found: Ceilings = probe.ask("measure")
+    with Worker(RooflineProbe, threads=given.threads) as probe:
+        say("measuring the peak rates")
+        found: Roofline = probe.ask("measure")
         where = machine.describe(found.isa)
-        console.print(_ceilings_line(where, found), markup=False)
+        console.print(_roofline_line(where, found), markup=False)
         path = given.json or RESULTS / f"{machine.file_name(where, given.threads)}.json"
         done: list[Row] = []
         for name in names:
@@ -250,7 +249,7 @@ def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
                 "date": results.today(),
                 "shape": given.shape,
                 "threads": given.threads,
-                "ceilings": dataclasses.asdict(found),
+                "roofline": dataclasses.asdict(found),
                 "versions": versions,
             }
             done.append(row)
@@ -266,10 +265,10 @@ def say(text: str) -> None:
     print(f"… {text}", file=sys.stderr, flush=True)
 
 
-def _ceilings_line(where: dict[str, Any], ceilings: Ceilings) -> str:
-    said = [f"{where['cpu']}, {ceilings.threads} threads, {ceilings.isa or 'no C++ kernels'}"]
+def _roofline_line(where: dict[str, Any], roofline: Roofline) -> str:
+    said = [f"{where['cpu']}, {roofline.threads} threads, {roofline.isa or 'no C++ kernels'}"]
     for name, unit in RATES.items():
-        rate = getattr(ceilings, name)
+        rate = getattr(roofline, name)
         said.append(f"{name} {rate / 1e9:.1f} {unit}" if rate else f"{name} not measured")
     return " · ".join(said)
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.elementwise [OP ...] [--dtype bfloat16] [--threads 2] [--rounds 15]
 
-Shapes of Llama 3.1 8B at N = 2048 tokens. A line is the median time of each contender, and how many
+Shapes of Llama 3.1 8B at N = 2048 tokens. A line is the median time of each baseline, and how many
 times faster ours is than it: `compile`, and `copy`, which moves as many bytes between two buffers
 that exist already. `call` is the processor time of a call whose tensors are tiny.
 """
@@ -18,7 +18,7 @@ from time import process_time
 import torch
 
 import llama_fast.ops  # noqa: F401  registers the ops
-from llama_fast.bench.shapes import Work, workloads
+from llama_fast.bench.shapes import Work, problem_shapes
 from llama_fast.bench.timing import interleaved, ratio
 from llama_fast.config import LlamaConfig
 from llama_fast.dispatch import OPS, Op, use_backend
@@ -37,7 +37,7 @@ SMALL: Size = (
 def arguments(name: str, dtype: torch.dtype, size: Size) -> tuple:
     """The op's arguments, as the model gives them; of its first layer where there are several."""
     config, tokens = size
-    return next(iter(workloads(name, config, Work.prefill(tokens), dtype=dtype).values()))(0)
+    return next(iter(problem_shapes(name, config, Work.prefill(tokens), dtype=dtype).values()))(0)
 
 
 def call_costs(op: Op, dtype: torch.dtype, repeat: int = 7) -> list[float]:
@@ -47,7 +47,7 @@ def call_costs(op: Op, dtype: torch.dtype, repeat: int = 7) -> list[float]:
     return [total / 2000 for total in seconds]
 
 
-def contenders(op: Op, dtype: torch.dtype, size: Size = LARGE) -> dict[str, Callable[[], None]]:
+def baselines(op: Op, dtype: torch.dtype, size: Size = LARGE) -> dict[str, Callable[[], None]]:
     args = arguments(op.name, dtype, size)
     source = torch.ones(op.cost(*args).bytes // 2, dtype=torch.uint8)
     target = torch.ones_like(source)
@@ -73,7 +73,7 @@ def main() -> None:
     dtype = getattr(torch, given.dtype)
     for name in given.ops:
         with torch.no_grad(), use_backend("cpu", strict=True):
-            seconds = interleaved(contenders(OPS[name], dtype), given.rounds)
+            seconds = interleaved(baselines(OPS[name], dtype), given.rounds)
             call = min(call_costs(OPS[name], dtype))
         said = [f"ours {statistics.median(seconds['ours']) * 1e3:.2f} ms"]
         for other in ("compile", "copy"):

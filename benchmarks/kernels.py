@@ -17,7 +17,7 @@ from llama_fast.bench.measure import TOLERANCE
 from llama_fast.bench.oracle import distance, outputs
 from llama_fast.bench.results import COPY, MULTIPLY_ADDS, OURS, READ
 from llama_fast.bench.roofline import multiply_adds, plain_read
-from llama_fast.bench.shapes import Work, workloads
+from llama_fast.bench.shapes import Work, problem_shapes
 from llama_fast.bench.timing import OtherPrograms, interleaved
 from llama_fast.config import LlamaConfig
 from llama_fast.dispatch import OPS, Op, use_backend
@@ -28,7 +28,7 @@ LAYERS = 16
 
 
 class Found(NamedTuple):
-    """samples  seconds of each contender
+    """samples  seconds of each baseline
     others   part of the processors' time that other programs took meanwhile
     bytes, flops  of one sample of ours"""
 
@@ -60,7 +60,7 @@ def attention(rounds: int, config: LlamaConfig, work: Work, layers: int) -> Foun
     as many bytes, a prompt with as many multiply-adds."""
     op = OPS["attention"]
     with _ours_only():
-        make = workloads("attention", config, work)["attention"]
+        make = problem_shapes("attention", config, work)["attention"]
         inputs = [make(layer) for layer in range(layers)]
 
         def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -104,7 +104,7 @@ def memory_bound(rounds: int, name: str, size: elementwise.Size, repeat: int) ->
 
             return run
 
-        each = elementwise.contenders(op, torch.bfloat16, size)
+        each = elementwise.baselines(op, torch.bfloat16, size)
         calls = {named[key]: repeated(call) for key, call in each.items()}
         for call in calls.values():  # compiling is left out of what is watched
             call()

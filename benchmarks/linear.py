@@ -1,4 +1,4 @@
-"""linear and its gradients against torch's products, and against the machine's ceilings.
+"""linear and its gradients against torch's products, and against the machine's peak rates.
 
     python -m benchmarks.linear [WAY ...] [--dtype bfloat16] [--rows 1 16 17 32 128 512]
                                 [--shape C_out C_in] [--threads 2] [--rounds 9]
@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from llama_fast.bench import roofline as ceilings
+from llama_fast.bench import roofline
 from llama_fast.bench.timing import interleaved
 from llama_fast.dispatch import Op, use_backend
 from llama_fast.ops.linear import BACKWARD_WEIGHT, BACKWARD_X, OP
@@ -28,7 +28,7 @@ WAYS = {
 }
 
 
-def contenders(op: Op, args: tuple, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+def baselines(op: Op, args: tuple, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     own = tuple(a.to(dtype) for a in args)
     return {
         "ours": lambda: op(*own),
@@ -50,15 +50,15 @@ def main() -> None:
         parser.error(f"no way {', '.join(sorted(unknown))}; there are {', '.join(WAYS)}")
     torch.set_num_threads(given.threads)
     dtype, (C_out, C_in) = getattr(torch, given.dtype), given.shape
-    peak = ceilings.multiply_add_rate(pairs=dtype is torch.bfloat16)
-    read = ceilings.read_bandwidth()
-    print(f"ceilings: {peak / 1e9:.0f} GFLOP/s, read {read / 1e9:.1f} GB/s")
+    peak = roofline.multiply_add_rate(pairs=dtype is torch.bfloat16)
+    read = roofline.read_bandwidth()
+    print(f"peak rates: {peak / 1e9:.0f} GFLOP/s, read {read / 1e9:.1f} GB/s")
     for way in given.ways:
         op, of = WAYS[way]
         for M in given.rows:
             args = of(torch.randn(M, C_in), torch.randn(C_out, C_in), torch.randn(M, C_out))
             with torch.no_grad(), use_backend("cpu", strict=True):
-                seconds = interleaved(contenders(op, args, dtype), given.rounds)
+                seconds = interleaved(baselines(op, args, dtype), given.rounds)
                 how = op.explain(*(a.to(dtype) for a in args)).how
             median = {name: statistics.median(times) for name, times in seconds.items()}
             flops, weight = 2 * M * C_out * C_in, C_out * C_in * dtype.itemsize

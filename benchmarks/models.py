@@ -1,6 +1,6 @@
 """Rows of whole models: decode and prefill of one sequence, ours beside the peers.
 
-All contenders run the same checkpoint of random weights, each in its own process, and the logits of
+All baselines run the same checkpoint of random weights, each in its own process, and the logits of
 each are compared with those of the ops' eager definitions before it is timed.
 """
 
@@ -55,7 +55,7 @@ class Weights:
     """A form of the weights: how `Llama.from_pretrained` names it, and the peers that have it.
 
     tolerance  largest error of the logits against the unquantised definition, in units of their
-               own root mean square. Sound contenders show 0.03, 0.09 and up to 0.75 at the 1B shape
+               own root mean square. Sound baselines show 0.03, 0.09 and up to 0.75 at the 1B shape
                (random weights forgive little), unrelated logits 1.4
     """
 
@@ -122,7 +122,7 @@ class Models:
         return self.references[key]
 
     def start(self, name: str, weights: Weights, context: int) -> Worker:
-        """A worker with the contender of that name. Raises WorkerError, OSError."""
+        """A worker with the baseline of that name. Raises WorkerError, OSError."""
         if name == OURS:
             arguments = (_ours, self.checkpoint(), context, weights.quantize)
         elif name == "transformers":
@@ -149,7 +149,7 @@ def _write_gguf(kind: str, source: Path, path: Path, threads: int) -> None:
             gguf_file.quantize(source, partial, kind, threads, pure=PURE[kind])
 
 
-# Contenders import their libraries in their own process.
+# Baselines import their libraries in their own process.
 def _ours(*arguments: Any) -> Any:
     from benchmarks.peers.ours import Ours
 
@@ -178,8 +178,8 @@ def missing(name: str) -> str | None:
 
 
 @contextlib.contextmanager
-def contenders(models: Models, row: Row, form: str, context: int) -> Iterator[dict[str, Worker]]:
-    """A worker for each contender that can take part; the others go to `row.missing`."""
+def baselines(models: Models, row: Row, form: str, context: int) -> Iterator[dict[str, Worker]]:
+    """A worker for each baseline that can take part; the others go to `row.missing`."""
     weights = WEIGHTS[form]
     with contextlib.ExitStack() as stack:
         workers = {}
@@ -199,7 +199,7 @@ def contenders(models: Models, row: Row, form: str, context: int) -> Iterator[di
 
 
 def check(models: Models, row: Row, form: str, worker: Worker, name: str, tokens, steps) -> None:
-    """Raises WrongResultError unless the contender's logits are those of the eager definition."""
+    """Raises WrongResultError unless the baseline's logits are those of the eager definition."""
     expected = models.reference(tokens)
     found = worker.ask("logits_after", tokens, steps)
     error = float(np.sqrt(np.square(found - expected).mean() / np.square(expected).mean()))
@@ -248,7 +248,7 @@ def decode(models: Models, form: str, goals: dict[str, float]) -> Row:
     )
     context = CONTEXT_TOKENS + steps * (rounds + 2)
     tokens = prompt_of(models, CONTEXT_TOKENS)
-    with contenders(models, row, form, context) as workers:
+    with baselines(models, row, form, context) as workers:
         for name, worker in workers.items():
             if name.startswith("llama.cpp"):
                 chosen = worker.ask("choose_flash_attention", tokens, steps)
@@ -274,7 +274,7 @@ def prefill(models: Models, form: str, goals: dict[str, float]) -> Row:
         work=length,
     )
     tokens = prompt_of(models, length)
-    with contenders(models, row, form, length) as workers:
+    with baselines(models, row, form, length) as workers:
         for name, worker in workers.items():
             if name.startswith("llama.cpp"):
                 chosen = worker.ask("choose_flash_attention", tokens[:TRIAL], 0)

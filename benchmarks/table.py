@@ -18,7 +18,7 @@ def show(console: Console, row: Row) -> None:
 
 
 def table_of(rows: list[Row]) -> Table:
-    table = Table("row", "contender", "median", "spread", "goal", "measured", box=box.SIMPLE_HEAD)
+    table = Table("row", "baseline", "median", "spread", "goal", "measured", box=box.SIMPLE_HEAD)
     for row in rows:
         medians, spreads = row.medians(), row.spreads()
         left = [

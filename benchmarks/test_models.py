@@ -2,7 +2,7 @@
 
     pytest benchmarks/test_models.py --layers 0 --benchmark-json out.json      # all layers
 
-Random weights of a model's shape, of which the quick run takes two layers; all contenders run the
+Random weights of a model's shape, of which the quick run takes two layers; all baselines run the
 same checkpoint in one process, in turn. Each one's logits (of a training step the loss and a
 gradient that all layers had a part in) are compared with the eager definition's in float64 first.
 `python -m benchmarks.cpu` measures whole models beside llama.cpp, too, each in its own process.
@@ -29,7 +29,7 @@ from benchmarks.models import shape as shape_of
 from llama_fast.bench.memory import extra_memory
 from llama_fast.bench.oracle import EXACT_BYTES
 from llama_fast.bench.results import OURS, Row
-from llama_fast.bench.roofline import Ceilings
+from llama_fast.bench.roofline import Roofline
 from llama_fast.bench.timing import OtherPrograms, interleaved, interleaved_on_gpu
 from llama_fast.checkpoint import write_random
 from llama_fast.cli.measure import bytes_per_token
@@ -42,7 +42,7 @@ LONG, ROUNDS_OF_LONG = ("load", "training step"), 3  # seconds each
 STEPS = 4  # tokens of a sample of decode
 EAGER, PATCHED, HUGGING_FACE = "eager", f"{OURS}.patch of transformers", "transformers"
 INT8, INT4 = f"{OURS} int8", f"{OURS} int4"
-CONTENDERS = {
+BASELINES = {
     "decode": (OURS, INT8, INT4, EAGER, HUGGING_FACE, PATCHED),
     "prefill": (OURS, INT8, INT4, EAGER, HUGGING_FACE, PATCHED),
     "load": (OURS, HUGGING_FACE),
@@ -56,23 +56,23 @@ GRADIENT_TOLERANCE = 0.3
 class Case:
     work: str
     shape: str
-    contender: str
+    baseline: str
 
     @property
     def group(self) -> str:
         return f"{self.work}, {self.shape}, whole model"
 
     def __str__(self) -> str:
-        return "-".join((*self.work.split(), self.shape, *self.contender.replace(".", " ").split()))
+        return "-".join((*self.work.split(), self.shape, *self.baseline.replace(".", " ").split()))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     shapes = chosen(metafunc.config, "--shapes", "1b", SHAPES)
     cases = [
-        Case(work, shape, contender)
+        Case(work, shape, baseline)
         for shape in shapes
-        for work, names in CONTENDERS.items()
-        for contender in names
+        for work, names in BASELINES.items()
+        for baseline in names
     ]
     metafunc.parametrize("case", cases, ids=str)
 
@@ -144,7 +144,7 @@ def _gradient(model: torch.nn.Module, loss: Tensor, name: str) -> Tensor:
 
 
 def form_of(name: str) -> str:
-    """Of the weights that a contender has, as `benchmarks.models` names it."""
+    """Of the weights that a baseline has, as `benchmarks.models` names it."""
     return {INT8: "int8", INT4: "int4"}.get(name, "bf16")
 
 
@@ -198,7 +198,7 @@ class Setting:
         return self.expected[work]
 
     def check(self, work: str, name: str) -> float | None:
-        """How far the contender is from the reference. Raises WrongResultError."""
+        """How far the baseline is from the reference. Raises WrongResultError."""
         if work == "load":
             return None
         model, expected = self.model(name), self.reference(work)
@@ -218,7 +218,7 @@ class Setting:
             )
         return error
 
-    def row(self, work: str, shape: str, ceilings: Ceilings) -> Row:
+    def row(self, work: str, shape: str, roofline: Roofline) -> Row:
         c = self.config
         length = self.given(work).shape[1]
         samples = {"decode": STEPS, "load": 2 * c.n_params / 1e9}.get(work, length)
@@ -228,15 +228,15 @@ class Setting:
         row = Row(what, what, "GB/s" if work == "load" else "tok/s", samples)
         if work == "decode":
             row.bytes = int(STEPS * bytes_per_token(self.model(OURS).model, CONTEXT_TOKENS))
-            row.ceiling = "read"
-            row.at_best = row.bytes / ceilings.read if ceilings.read else None
+            row.bound = "read"
+            row.at_best = row.bytes / roofline.read if roofline.read else None
         elif work != "load":
             row.flops = prefill_flops(c, length)
             if work == "training step":  # the head for every token; two products more for each
                 head = 2 * (length - 1) * c.dim * c.vocab_size
                 row.flops = 3 * (row.flops + head)
-            row.ceiling = "bfloat16"
-            row.at_best = row.flops / ceilings.bfloat16 if ceilings.bfloat16 else None
+            row.bound = "bfloat16"
+            row.at_best = row.flops / roofline.bfloat16 if roofline.bfloat16 else None
         return row
 
 
@@ -281,7 +281,7 @@ def settings(
 _measured: dict[str, Measured] = {}
 
 
-def measured(case: Case, setting: Setting, request, limits: Ceilings) -> Measured:
+def measured(case: Case, setting: Setting, request, limits: Roofline) -> Measured:
     """The group's, which its first test makes."""
     if case.group in _measured:
         return _measured[case.group]
@@ -320,8 +320,8 @@ def measured(case: Case, setting: Setting, request, limits: Ceilings) -> Measure
 def test_model(benchmark, case, settings, limits, request) -> None:
     setting = settings(case.shape, request)
     found = measured(case, setting, request, limits)
-    if case.contender in found.failed:
-        raise found.failed[case.contender]
-    if why := found.refused.get(case.contender):
+    if case.baseline in found.failed:
+        raise found.failed[case.baseline]
+    if why := found.refused.get(case.baseline):
         pytest.skip(why)
-    play(benchmark, found.row, case.contender, case.group)
+    play(benchmark, found.row, case.baseline, case.group)

@@ -2,8 +2,8 @@
 
     pytest benchmarks/ -k "swiglu and prefill" --shapes 1b,8b --benchmark-json out.json
 
-A benchmark is a contender; its group is a call of an op: the workload, the model's shape, what the
-model is asked for, the dtype and the pass. A contender that cannot serve the call is skipped, with
+A benchmark is a baseline; its group is a call of an op: the problem, the model's shape, what the
+model is asked for, the dtype and the pass. A baseline that cannot serve the call is skipped, with
 the reason; one whose result is wrong fails.
 """
 
@@ -18,11 +18,11 @@ import torch
 
 from benchmarks.conftest import DTYPES, MEASURED, SHAPES, WORK, chosen, play, rivals
 from benchmarks.models import shape as shape_of
-from llama_fast.bench import baselines as contenders
+from llama_fast.bench import baselines
 from llama_fast.bench import measure as speed
 from llama_fast.bench.results import Row
-from llama_fast.bench.roofline import Ceilings
-from llama_fast.bench.shapes import NAMES, Work, workloads
+from llama_fast.bench.roofline import Roofline
+from llama_fast.bench.shapes import NAMES, Work, problem_shapes
 from llama_fast.config.quantization import NAMED
 from llama_fast.dispatch import BACKENDS, OPS, Op
 
@@ -36,24 +36,24 @@ IN_TRAINING_ALONE = ("linear_cross_entropy",)
 
 @dataclass(frozen=True)
 class Case:
-    workload: str
+    problem: str
     shape: str
     work: Work
     dtype: str
     which: str  # the pass
-    contender: str
+    baseline: str
 
     @property
     def op(self) -> Op:
-        return OPS[self.workload.split()[0]]
+        return OPS[self.problem.split()[0]]
 
     @property
     def group(self) -> str:
-        return f"{self.workload}, {self.shape}, {self.work}, {self.dtype}, {self.which}"
+        return f"{self.problem}, {self.shape}, {self.work}, {self.dtype}, {self.which}"
 
     def __str__(self) -> str:
-        words = (*self.workload.split(), self.shape, self.work.name, self.dtype)
-        return "-".join((*words, self.which.replace(" ", "-"), self.contender.replace(" ", "-")))
+        words = (*self.problem.split(), self.shape, self.work.name, self.dtype)
+        return "-".join((*words, self.which.replace(" ", "-"), self.baseline.replace(" ", "-")))
 
 
 def cases(config: pytest.Config) -> Iterator[Case]:
@@ -75,14 +75,14 @@ def cases(config: pytest.Config) -> Iterator[Case]:
         if kind != "training" and name in IN_TRAINING_ALONE:
             continue
         which = speed.passes(op)[-1] if kind == "training" else speed.FORWARD
-        for workload in workloads(name, shape_of(shape), work):
-            if full or _quick(workload, kind):
-                for contender in (*BACKENDS, *contenders.peers(op)):
-                    yield Case(workload, shape, work, dtype, which, contender)
+        for problem in problem_shapes(name, shape_of(shape), work):
+            if full or _quick(problem, kind):
+                for baseline in (*BACKENDS, *baselines.peers(op)):
+                    yield Case(problem, shape, work, dtype, which, baseline)
 
 
-def _quick(workload: str, kind: str) -> bool:
-    op, *words = workload.split()
+def _quick(problem: str, kind: str) -> bool:
+    op, *words = problem.split()
     if op != "linear":
         return kind != "training" or not set(words) & set(OPS[op].forward_only)
     matrix, quantized = words[0], words[-1] in NAMED
@@ -100,7 +100,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @dataclass
 class Measured:
-    """Of a group: its row, why some contenders cannot take part, and what others raised."""
+    """Of a group: its row, why some baselines cannot take part, and what others raised."""
 
     row: Row
     refused: dict[str, list[str]]
@@ -110,31 +110,31 @@ class Measured:
 _measured: dict[str, Measured] = {}
 
 
-def measured(case: Case, request: pytest.FixtureRequest, limits: Ceilings) -> Measured:
+def measured(case: Case, request: pytest.FixtureRequest, limits: Roofline) -> Measured:
     """The group's, which its first test makes."""
     if case.group in _measured:
         return _measured[case.group]
     option, gradient = request.config.getoption, case.which != speed.FORWARD
-    make = workloads(
+    make = problem_shapes(
         case.op.name,
         shape_of(case.shape),
         case.work,
         dtype=getattr(torch, case.dtype),
         device=option("--device"),
         gradient=gradient,
-    )[case.workload]
+    )[case.problem]
     args = make(0)
     refused = {
-        name: contenders.why_not(name, case.op, args, gradient=gradient) for name in rivals(request)
+        name: baselines.why_not(name, case.op, args, gradient=gradient) for name in rivals(request)
     }
     failed: dict[str, Exception] = {}
     row = speed.measure(
-        case.workload,
+        case.problem,
         make,
         [name for name, why in refused.items() if not why],
         shape=case.shape,
         work=case.work,
-        ceilings=limits,
+        roofline=limits,
         which=case.which,
         rounds=option("--rounds"),
         thorough=True,
@@ -148,8 +148,8 @@ def measured(case: Case, request: pytest.FixtureRequest, limits: Ceilings) -> Me
 @MEASURED
 def test_op(benchmark, case, limits, request) -> None:
     found = measured(case, request, limits)
-    if case.contender in found.failed:
-        raise found.failed[case.contender]
-    if why := found.refused[case.contender]:
-        pytest.skip(f"{case.contender} cannot serve {case.group}: {'; '.join(why)}")
-    play(benchmark, found.row, case.contender, case.group)
+    if case.baseline in found.failed:
+        raise found.failed[case.baseline]
+    if why := found.refused[case.baseline]:
+        pytest.skip(f"{case.baseline} cannot serve {case.group}: {'; '.join(why)}")
+    play(benchmark, found.row, case.baseline, case.group)

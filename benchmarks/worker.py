@@ -1,4 +1,4 @@
-"""A process for each contender, asked through a pipe: while one computes, the others sleep.
+"""A process for each baseline, asked through a pipe: while one computes, the others sleep.
 
 In one process the thread pools of torch and llama.cpp would spin against each other, and what one
 of them allocates would be the other's memory.
@@ -106,10 +106,10 @@ def _serve(pipe: Connection, threads: int, make: Callable[..., Any], args: tuple
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
     torch.set_num_threads(threads)
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has closed the pipe
-        contender = _send_result(pipe, make, args, keep=True)
-        while contender is not None:
+        baseline = _send_result(pipe, make, args, keep=True)
+        while baseline is not None:
             method, args = pipe.recv()
-            _send_result(pipe, getattr(contender, method), args)
+            _send_result(pipe, getattr(baseline, method), args)
 
 
 def _send_result(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import check
-from llama_fast.bench import machine, results
-from llama_fast.bench import roofline as ceilings
+from llama_fast.bench import machine, results, roofline
 from llama_fast.bench.results import Row
 from llama_fast.bench.shapes import Work
 from llama_fast.dispatch import OPS, Implementation, backends
@@ -22,13 +21,13 @@ def row(cpu: float, eager: float = 10.0, at_best: float | None = 0.5, spread: fl
 def test_what_has_slowed_down_is_seen():
     verdict = check.compare(row(1.0), row(1.5))
     assert verdict.slower and list(verdict.ratios.values()) == pytest.approx([1 / 1.5] * 2)
-    assert "SLOWER: 0.67 × the part of the ceiling, 0.67 × the lead over eager" in str(verdict)
+    assert "SLOWER: 0.67 × the part of the peak rate, 0.67 × the lead over eager" in str(verdict)
     assert not check.compare(row(1.0), row(1.2)).slower  # within the tolerance
     assert not check.compare(row(1.5), row(1.0)).slower
 
 
 def test_absolute_times_are_not_looked_at():
-    """A machine of half the speed has half the ceilings, too."""
+    """A machine of half the speed has half the peak rates, too."""
     slow = row(2.0, eager=20.0, at_best=1.0)
     verdict = check.compare(row(1.0), slow)
     assert verdict.judged and not verdict.slower
@@ -36,9 +35,9 @@ def test_absolute_times_are_not_looked_at():
 
 
 def test_what_slows_the_machine_is_forgiven():
-    """A neighbour that takes half of it, after the ceilings were measured: eager is as slow."""
+    """A neighbour that takes half of it, after the peak rates were measured: eager is as slow."""
     assert not check.compare(row(1.0), row(2.0, eager=20.0)).slower
-    # A ceiling that came out too high, with a lead as it was.
+    # A peak rate that came out too high, with a lead as it was.
     assert not check.compare(row(1.0), row(1.0, at_best=0.2)).slower
 
 
@@ -74,10 +73,10 @@ def recorded(tmp_path, monkeypatch):
     """Results of rms_norm as it is, on this machine."""
     monkeypatch.setattr(check, "CHECKED", [("rms_norm", Work.prefill(64))])
     path = tmp_path / "results.json"
-    found = ceilings.measure("cpu")
+    found = roofline.measure("cpu")
     ((_, measure),) = check.measured(check.CHECKED, 3, False)
     row = measure()
-    assert row.measured_with["ceilings"]["isa"] == found.isa
+    assert row.measured_with["roofline"]["isa"] == found.isa
     results.save(path, machine.describe(found.isa), [row])
     return path
 

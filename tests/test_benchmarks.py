@@ -40,7 +40,7 @@ ALONE = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Some rows of a run of two rounds, with every contender that is installed."""
+    """Some rows of a run of two rounds, with every baseline that is installed."""
     path = tmp_path_factory.mktemp("bench") / "results.json"
     code = cpu.main(
         [
@@ -67,9 +67,9 @@ def test_the_results_hold_every_sample_and_what_they_were_measured_with(measured
     assert list(found["rows"]) == ["decode bf16", "attention query", "call"]
     assert set(found["rows"]["attention query"]["samples"]) == {"llama_fast", "SDPA", "plain read"}
     row = found["rows"]["decode bf16"]
-    contenders = {"llama_fast", "transformers"} | ({"llama.cpp bf16"} if PEER else set())
-    assert set(row["samples"]) == contenders | {"plain read"}
-    assert set(row.get("missing", {})) == {"llama.cpp bf16"} - contenders
+    baselines = {"llama_fast", "transformers"} | ({"llama.cpp bf16"} if PEER else set())
+    assert set(row["samples"]) == baselines | {"plain read"}
+    assert set(row.get("missing", {})) == {"llama.cpp bf16"} - baselines
     for name, seconds in row["samples"].items():
         assert len(seconds) == 2 and min(seconds) > 0
         assert row["medians"][name] == pytest.approx(2 / statistics.median(seconds), rel=1e-4)
@@ -84,7 +84,7 @@ def test_the_results_hold_every_sample_and_what_they_were_measured_with(measured
     used = found["runs"][row["run"]]
     assert used["shape"] == "demo" and used["threads"] == 1
     assert used["versions"]["torch"] == metadata.version("torch")
-    assert used["ceilings"]["read"] > 1e8 and used["ceilings"]["bfloat16"] > 1e8
+    assert used["roofline"]["read"] > 1e8 and used["roofline"]["bfloat16"] > 1e8
     assert min(found["rows"]["call"]["medians"].values()) > 0
 
 
@@ -100,7 +100,7 @@ def test_peers_that_are_missing_are_named(monkeypatch):
     assert models.missing("llama_fast") is None
 
 
-# --- a wrong contender is refused -------------------------------------------------------------
+# --- a wrong baseline is refused -------------------------------------------------------------
 
 TINY = LlamaConfig(
     dim=64,
@@ -123,7 +123,7 @@ def tiny(tmp_path_factory):
 
 
 class Fixed:
-    """Stands for a worker whose contender gives these logits."""
+    """Stands for a worker whose baseline gives these logits."""
 
     def __init__(self, logits):
         self.logits = logits
@@ -171,7 +171,7 @@ class Calculator:
         os._exit(3)
 
 
-def test_a_worker_keeps_its_contender():
+def test_a_worker_keeps_its_baseline():
     with Worker(Calculator, 1, threads=1) as worker:
         assert worker.ask("add", 2) == 3 and worker.ask("add", 2) == 5
         with pytest.raises(WorkerError, match="unsupported operand"):
@@ -187,7 +187,7 @@ def test_a_worker_keeps_its_contender():
 # --- figures ----------------------------------------------------------------------------------
 
 
-def test_every_contender_takes_its_turn():
+def test_every_baseline_takes_its_turn():
     turns = []
     calls = {name: lambda name=name: turns.append(name) for name in "ab"}
     seconds = interleaved(calls, rounds=3)
@@ -255,10 +255,10 @@ def test_the_pytest_suite_writes_its_fields(tmp_path):
     content = json.loads(path.read_text())
     assert content["machine_info"]["llama_fast"]["isa"] == _cpu.isa()
     run = content["llama_fast"]
-    assert run["ceilings"]["read"] > 1e8 and run["versions"]["torch"] and run["threads"] == 1
+    assert run["roofline"]["read"] > 1e8 and run["versions"]["torch"] and run["threads"] == 1
     groups: dict[str, dict] = {}
     for entry in content["benchmarks"]:
-        groups.setdefault(entry["group"], {})[entry["extra_info"]["contender"]] = entry
+        groups.setdefault(entry["group"], {})[entry["extra_info"]["baseline"]] = entry
     rows = results.load(path).rows
     assert set(rows) == set(groups)
     for group, entries in groups.items():
@@ -273,12 +273,12 @@ def test_the_pytest_suite_writes_its_fields(tmp_path):
             if info["flops"]:
                 assert info["teraflops"] == pytest.approx(info["flops"] / median / 1e12)
             if "load" not in group:
-                assert info["ceiling"] and 0 < info["part_of_ceiling"] < 5
+                assert info["bound"] and 0 < info["part_of_peak"] < 5
                 assert 0 < info["error_against_float64"] < 1
     norm = groups.pop("rms_norm, demo, decode, 1 token, 8192 keys, bfloat16, forward")
     assert set(norm) == {"cpu", "eager"}
     info = norm["cpu"]["extra_info"]
-    assert info["bytes"] == 3 * models.shape("demo").dim * 2 and info["ceiling"] == "copy"
+    assert info["bytes"] == 3 * models.shape("demo").dim * 2 and info["bound"] == "copy"
     assert info["host_seconds"] > 0 and info["times_eager"] > 0
     assert info["error_against_float64"] < 0.02
     kinds = {group.partition(",")[0] for group in groups}
@@ -309,7 +309,7 @@ def test_runs_are_compared_by_the_plugin(tmp_path):
     (path,) = tmp_path.glob("*/0001_*.json")
     content = json.loads(path.read_text())
     for entry in content["benchmarks"]:  # one was a thousand times slower, one faster
-        factor = 1e3 if entry["extra_info"]["contender"] == "cpu" else 1e-3
+        factor = 1e3 if entry["extra_info"]["baseline"] == "cpu" else 1e-3
         entry["stats"]["median"] *= factor
     path.write_text(json.dumps(content))
     found = run(
@@ -354,7 +354,7 @@ def test_a_patched_model_beside_transformers(tmp_path, capsys):
         assert "liger-kernel" in row.missing and len(row.samples["llama_fast"]) == 2
         (goal,) = row.goals
         assert (goal.what, goal.needed) == ("× transformers", needed) and goal.value > 0
-        assert row.measured_with["ceilings"]["read"] > 1e8
+        assert row.measured_with["roofline"]["read"] > 1e8
     assert bench_patch.why_not("liger-kernel", "cpu")
     page = write([results.load(path)], tmp_path / "report", figures=False).page.read_text()
     assert "| patched decode, demo with 1 layer, beside transformers as it is |" in page

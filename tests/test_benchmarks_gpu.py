@@ -17,17 +17,17 @@ from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.run import Ended
 from benchmarks.gpu.setting import LARGE, TINY, Setting
 from llama_fast.bench.results import Row
-from llama_fast.bench.roofline import Ceilings
+from llama_fast.bench.roofline import Roofline
 from llama_fast.dispatch import OPS
 
 pytest.importorskip("triton", reason="Triton is not installed: its kernels take part")
-CEILINGS = Ceilings("cpu", 1, None, 1e9, 1e9, 1e9, 1e9)
+ROOFLINE = Roofline("cpu", 1, None, 1e9, 1e9, 1e9, 1e9)
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
 def setting(tmp_path):
-    return Setting("cpu", tmp_path / "lines.jsonl", tmp_path, CEILINGS)
+    return Setting("cpu", tmp_path / "lines.jsonl", tmp_path, ROOFLINE)
 
 
 # --- what a part survives ---------------------------------------------------------------------

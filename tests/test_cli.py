@@ -790,11 +790,11 @@ def test_doctor_says_what_is_wrong(run, monkeypatch):
     assert "is usable" not in out
 
 
-def test_bench_shows_the_ceilings(run, monkeypatch):
-    from llama_fast.bench import roofline as ceilings
+def test_bench_shows_the_roofline(run, monkeypatch):
+    from llama_fast.bench import roofline
 
-    found = ceilings.Ceilings("cpu", 3, "avx9", 1.5e9, 2.5e9, 3.5e9, None)
-    monkeypatch.setattr(ceilings, "measure", lambda device: found)
+    found = roofline.Roofline("cpu", 3, "avx9", 1.5e9, 2.5e9, 3.5e9, None)
+    monkeypatch.setattr(roofline, "measure", lambda device: found)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     code, out, _ = run("bench", "--ceilings")
     assert code == 0 and "CPU, 3 threads, avx9" in out
@@ -805,10 +805,10 @@ def test_bench_shows_the_ceilings(run, monkeypatch):
 
 def test_bench_times_the_ops(run, monkeypatch, tmp_path):
     from llama_fast.bench import measure as speed
-    from llama_fast.bench import roofline as ceilings
+    from llama_fast.bench import roofline
 
-    found = ceilings.Ceilings("cpu", 1, "avx9", 1e9, 2e9, 3e9, None)
-    monkeypatch.setattr(ceilings, "measure", lambda device: found)
+    found = roofline.Roofline("cpu", 1, "avx9", 1e9, 2e9, 3e9, None)
+    monkeypatch.setattr(roofline, "measure", lambda device: found)
     monkeypatch.setattr(config.LlamaConfig, "preset", lambda name: TINY)
     monkeypatch.setattr(speed, "SAMPLE", 1e-4)
     file = tmp_path / "speed.json"
@@ -837,16 +837,15 @@ def test_bench_times_the_ops(run, monkeypatch, tmp_path):
 
 
 def test_bench_times_gradients_peers_and_several_lengths(run, monkeypatch, tmp_path):
-    from llama_fast.bench import baselines as contenders
+    from llama_fast.bench import baselines, roofline
     from llama_fast.bench import measure as speed
-    from llama_fast.bench import roofline as ceilings
 
-    found = ceilings.Ceilings("cpu", 1, "avx9", 1e9, 2e9, 3e9, None)
-    monkeypatch.setattr(ceilings, "measure", lambda device: found)
+    found = roofline.Roofline("cpu", 1, "avx9", 1e9, 2e9, 3e9, None)
+    monkeypatch.setattr(roofline, "measure", lambda device: found)
     monkeypatch.setattr(config.LlamaConfig, "preset", lambda name: TINY)
     monkeypatch.setattr(speed, "SAMPLE", 1e-4)
-    monkeypatch.setattr(contenders, "COMPILED", "none")  # compiling takes long
-    monkeypatch.setattr(contenders, "PEERS", (*contenders.TORCH, *contenders.LIBRARIES))
+    monkeypatch.setattr(baselines, "COMPILED", "none")  # compiling takes long
+    monkeypatch.setattr(baselines, "PEERS", (*baselines.TORCH, *baselines.LIBRARIES))
     file = tmp_path / "speed.json"
     code, _, err = run(
         *("bench", "attention", "kv_append", "--work", "decode,training", "--tokens", "3,5"),
@@ -856,12 +855,12 @@ def test_bench_times_gradients_peers_and_several_lengths(run, monkeypatch, tmp_p
     assert "kv_append has no gradient: training does not call it" in err
     assert "attention: flash-attn cannot serve it" in err
     rows = results.load(file).rows
-    attention = [row.call for row in rows.values() if row.call["workload"] == "attention"]
+    attention = [row.call for row in rows.values() if row.call["problem"] == "attention"]
     assert sorted((call["work"], call["keys"]) for call in attention) == [
         ("decode", 9), ("decode", 17), ("training", 3), ("training", 5),
     ]  # fmt: skip
     for row in rows.values():
-        if row.call["workload"] == "attention":
+        if row.call["problem"] == "attention":
             assert {"eager", "torch", "torch math"} <= set(row.samples)
     code, _, err = run("bench", "--tokens", "many")
     assert code == 2 and "Write for example: --tokens 512,2048" in err
@@ -871,9 +870,7 @@ def test_bench_times_gradients_peers_and_several_lengths(run, monkeypatch, tmp_p
 def test_bench_says_which_figures_are_noisy_and_why(run, monkeypatch, noise):
     from llama_fast.bench import measure as speed
 
-    row = results.Row(
-        "swiglu", "swiglu", "GB/s", 1.0, call={"workload": "swiglu", "work": "decode"}
-    )
+    row = results.Row("swiglu", "swiglu", "GB/s", 1.0, call={"problem": "swiglu", "work": "decode"})
     row.call |= {"pass": "forward", "batch": 1, "tokens": 1, "keys": 9}
     row.samples = {"cpu": [1.0, 1.0, 1.0], "eager": [2.0, 2.0, 2.0]}
     row.bytes, row.flops, row.others = 1000, 1000, 0.01
@@ -925,11 +922,11 @@ def test_explain_says_it_of_every_backend(run):
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_profile_shows_where_a_step_s_time_goes(run, monkeypatch, tmp_path, width):
-    from llama_fast.bench import roofline as ceilings
+    from llama_fast.bench import roofline
     from llama_fast.cli import terminal
 
-    found = ceilings.Ceilings("cpu", 1, "avx9", 1e9, 2e9, 3e9, None)
-    monkeypatch.setattr(ceilings, "measure", lambda device: found)
+    found = roofline.Roofline("cpu", 1, "avx9", 1e9, 2e9, 3e9, None)
+    monkeypatch.setattr(roofline, "measure", lambda device: found)
     monkeypatch.setattr(config.LlamaConfig, "preset", lambda name: TINY)
     monkeypatch.setattr(terminal, "WIDTH", width)
     trace, file = tmp_path / "trace.json", tmp_path / "profile.json"

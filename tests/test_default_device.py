@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import llama_fast
-from llama_fast.bench import roofline as ceilings
+from llama_fast.bench import roofline
 from llama_fast.checkpoint import write_random
 from llama_fast.cli.options import DEMO
 from llama_fast.dispatch import OPS
@@ -138,5 +138,5 @@ def test_patching():
     under_each(call)
 
 
-def test_ceilings():
-    under_each(lambda: [ceilings._sink(2), ceilings._memory(4096)])
+def test_roofline():
+    under_each(lambda: [roofline._sink(2), roofline._memory(4096)])

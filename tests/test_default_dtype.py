@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llama_fast
-from llama_fast.bench import roofline as ceilings
+from llama_fast.bench import roofline
 from llama_fast.cli.options import DEMO
 from llama_fast.dispatch import OPS
 
@@ -90,7 +90,7 @@ def test_patching():
         pass
 
 
-def test_ceilings(monkeypatch):
+def test_roofline(monkeypatch):
     """The kernels write a float for each thread."""
     with default(torch.float16):
-        assert ceilings._sink(2).nbytes == 8
+        assert roofline._sink(2).nbytes == 8

@@ -14,7 +14,7 @@ from llama_fast import ops, use_backend
 from llama_fast.bench.profile import calls, counters, steps
 from llama_fast.bench.profile.calls import Call, Profile, no_section
 from llama_fast.bench.profile.trace import write_trace
-from llama_fast.bench.roofline import Ceilings
+from llama_fast.bench.roofline import Roofline
 from llama_fast.bench.shapes import Work
 from llama_fast.config import LlamaConfig
 from llama_fast.dispatch import OPS, wrapped_launches
@@ -23,7 +23,7 @@ from llama_fast.ops import QuantizedWeight
 TINY = LlamaConfig(
     dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, vocab_size=160
 )
-CEILINGS = Ceilings("cpu", 1, "avx9", read=1e9, copy=2e9, float32=4e9, bfloat16=8e9)
+ROOFLINE = Roofline("cpu", 1, "avx9", read=1e9, copy=2e9, float32=4e9, bfloat16=8e9)
 CPU = torch.device("cpu")
 # The ops of a layer, with how often each is called; the first norm has no residual.
 LAYER = {"add_rms_norm": 2, "linear": 3, "linear swiglu": 1, "attention": 1}
@@ -35,7 +35,7 @@ def model(quantize=None, dtype=torch.bfloat16):
 
 def counted(step) -> dict[str, int]:
     found: dict[str, int] = {}
-    for call in calls.count(step, CEILINGS):
+    for call in calls.count(step, ROOFLINE):
         found[call.op] = found.get(call.op, 0) + 1
     return found
 
@@ -82,8 +82,8 @@ def test_a_launch_within_another_is_not_counted_twice(monkeypatch):
         ops.rms_norm(x, weight)
 
     with use_backend("eager"):
-        found = [call.op for call in calls.count(step, CEILINGS)]
-        assert len(calls.profile(step, 1, CEILINGS, CPU).parts[0]) == 2
+        found = [call.op for call in calls.count(step, ROOFLINE)]
+        assert len(calls.profile(step, 1, ROOFLINE, CPU).parts[0]) == 2
     assert found == ["add_rms_norm", "rms_norm"]
 
 
@@ -103,7 +103,7 @@ def test_a_decoding_step_calls_every_op_of_the_model(quantize):
 
 def test_decoding_reads_the_whole_context():
     short, long = (
-        [c for c in calls.count(steps.decode_step(model(), 1, n), CEILINGS) if c.op == "attention"]
+        [c for c in calls.count(steps.decode_step(model(), 1, n), ROOFLINE) if c.op == "attention"]
         for n in (4, 400)
     )
     assert long[0].bytes > 50 * short[0].bytes
@@ -136,10 +136,10 @@ def test_an_op_is_called_for_each_matrix_of_the_model(monkeypatch):
     monkeypatch.setattr(steps, "SETS", 3)
     config, work = TINY, Work.decode(9)
     step = steps.op_step("linear", config, work, dtype=torch.float32, device="cpu")
-    found = calls.count(step, CEILINGS)
+    found = calls.count(step, ROOFLINE)
     assert len(found) == 6 * 3 and len({call.shapes for call in found}) == 5
     step = steps.op_step("linear", config, work, dtype=torch.float32, device="cpu", quantize="int4")
-    found = calls.count(step, CEILINGS)
+    found = calls.count(step, ROOFLINE)
     assert len(found) == 6 * 3
     assert {call.op for call in found} == {"linear int4", "linear swiglu int4"}
 
@@ -153,7 +153,7 @@ GRADIENTS = [
 
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_a_gradient_moves_its_tensors_once(name, monkeypatch):
-    """What a backward op costs: every tensor that it reads or writes, of its dense workloads."""
+    """What a backward op costs: every tensor that it reads or writes, of its dense inputs."""
     monkeypatch.setattr(steps, "SETS", 1)
     seen = []
 
@@ -183,7 +183,7 @@ def test_a_gradient_moves_its_tensors_once(name, monkeypatch):
 
 @pytest.mark.parametrize("by_shape", [False, True])
 def test_rows_and_the_rest_add_up_to_the_step(by_shape):
-    found = calls.profile(steps.prefill_step(model(), 1, 7), 3, CEILINGS, CPU)
+    found = calls.profile(steps.prefill_step(model(), 1, 7), 3, ROOFLINE, CPU)
     rows = found.rows(by_shape)
     assert sum(row.seconds for row in rows) + found.rest == pytest.approx(found.step)
     assert found.rest > 0 and len(found.seconds) == 3
@@ -192,17 +192,17 @@ def test_rows_and_the_rest_add_up_to_the_step(by_shape):
     assert {row.backend for row in rows} <= {"cpu", "eager"}
 
 
-def test_a_row_is_judged_by_the_ceilings():
+def test_a_row_is_judged_by_the_roofline():
     made = [
-        Call("a", "cpu", "8×8", bytes=10, flops=3, ceiling="read", least=0.25),
-        Call("b", "cpu", "9×9", bytes=1, flops=1, ceiling="int8", least=None),
-        Call("a", "cpu", "4×4", bytes=20, flops=5, ceiling="copy", least=0.5),
+        Call("a", "cpu", "8×8", bytes=10, flops=3, bound="read", least=0.25),
+        Call("b", "cpu", "9×9", bytes=1, flops=1, bound="int8", least=None),
+        Call("a", "cpu", "4×4", bytes=20, flops=5, bound="copy", least=0.5),
     ]
     found = Profile(made, [9.0, 5.0, 2.0], [[0, 0, 0], [1.0, 2.0, 0.5], [0, 0, 0]])
     b, a = found.rows()
     assert (a.op, a.calls, a.seconds, a.bytes, a.flops) == ("a", 2, 1.5, 30, 8)
-    assert (a.ceiling, a.share_of_ceiling) == ("copy, read", 0.5)
-    assert (b.share_of_ceiling, found.rest) == (None, 1.5)
+    assert (a.bound, a.share_of_peak) == ("copy, read", 0.5)
+    assert (b.share_of_peak, found.rest) == (None, 1.5)
     assert [row.shapes for row in found.rows(by_shape=True)] == ["9×9", "8×8", "4×4"]
 
 
@@ -226,7 +226,7 @@ def test_a_device_is_timed_by_its_events(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
     step = steps.decode_step(model(), batch=1, context=3)
-    found = calls.profile(step, 1, CEILINGS, torch.device("cuda"))
+    found = calls.profile(step, 1, ROOFLINE, torch.device("cuda"))
     n = len(found.calls)
     assert found.parts == [[1e-3] * n]
     assert found.step == pytest.approx((2 * n + 1) * 1e-3)

@@ -16,7 +16,7 @@ import torch
 from llama_fast.bench.profile import calls, code, cuda_code, instructions, limits, ncu, steps
 from llama_fast.bench.profile.code import chip_named, record_calls
 from llama_fast.bench.profile.instructions import amd_class, mix, parse_amd, parse_sass, sass_class
-from llama_fast.bench.roofline import Ceilings
+from llama_fast.bench.roofline import Roofline
 from llama_fast.bench.shapes import Work
 from llama_fast.config import LlamaConfig
 from llama_fast.dispatch import Cost
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 TINY = LlamaConfig(
     dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, vocab_size=160
 )
-CEILINGS = Ceilings("cpu", 1, None, 1e9, 1e9, 1e9, None)
+ROOFLINE = Roofline("cpu", 1, None, 1e9, 1e9, 1e9, None)
 NVCC = cuda_code._setup().find_nvcc()
 needs_nvcc = pytest.mark.skipif(
     NVCC is None or find_tool("cuobjdump") is None, reason="this needs nvcc and cuobjdump"
@@ -208,7 +208,7 @@ def test_a_step_recorded_without_contents_costs_what_it_costs(name, quantize):
         if device == "meta":
             found = [(c.label, c.count, c.cost) for c in record_calls(STEPS[name](model))]
         else:
-            ran = calls.count(STEPS[name](model), CEILINGS)
+            ran = calls.count(STEPS[name](model), ROOFLINE)
             found = [(c.op, 1, c) for c in ran if c.op != "AdamW"]
         total: dict[str, list[int]] = {}
         for op, count, cost in found:

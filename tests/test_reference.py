@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llama_fast.bench import oracle as reference
-from llama_fast.bench.shapes import Work, workloads
+from llama_fast.bench.shapes import Work, problem_shapes
 from llama_fast.config import LlamaConfig
 from llama_fast.dispatch import OPS
 
@@ -39,7 +39,7 @@ def in_parts(monkeypatch):
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_by_heads_and_queries(work, causal, in_parts):
     op = OPS["attention"]
-    args = workloads("attention", TINY, work)["attention"](0)
+    args = problem_shapes("attention", TINY, work)["attention"](0)
     args = (*args[:3], causal, *args[4:])
     passes = (reference.FORWARD, reference.BACKWARD)
     for which in passes if work.name == "training" else passes[:1]:
@@ -52,7 +52,7 @@ def test_attention_by_heads_and_queries(work, causal, in_parts):
 @pytest.mark.parametrize("mean", [True, False])
 def test_a_cross_entropy_by_rows(mean, in_parts):
     op = OPS["linear_cross_entropy"]
-    x, weight, targets, *_ = workloads(op.name, TINY, Work.training(7))[op.name](0)
+    x, weight, targets, *_ = problem_shapes(op.name, TINY, Work.training(7))[op.name](0)
     targets[2] = -100
     for need in (True, False):
         args = (x, weight, targets, -100, need, need, mean)

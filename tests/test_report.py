@@ -15,16 +15,16 @@ from llama_fast.cli import main
 from llama_fast.errors import LlamaFastError, ResultsError
 
 WHERE = {"cpu": "Some CPU", "isa": "avx2", "flags": [], "cores": 2}
-CEILINGS = {"device": "cpu", "threads": 2, "isa": "avx2", "read": 2e10, "copy": 1.8e10,
+ROOFLINE = {"device": "cpu", "threads": 2, "isa": "avx2", "read": 2e10, "copy": 1.8e10,
             "float32": 2e11, "bfloat16": 2e11}  # fmt: skip
-RUN = {"date": "2026-01-02", "threads": 2, "ceilings": CEILINGS, "versions": {"torch": "9.9"}}
+RUN = {"date": "2026-01-02", "threads": 2, "roofline": ROOFLINE, "versions": {"torch": "9.9"}}
 
 
 def a_call(op: str, work: str, seconds: dict[str, float], keys: int = 64, **more) -> Row:
     name = f"{op}, 1b, {work}, {keys}"
-    call = {"op": op, "workload": op, "shape": "1b", "work": work, "batch": 1, "tokens": 1,
+    call = {"op": op, "problem": op, "shape": "1b", "work": work, "batch": 1, "tokens": 1,
             "keys": keys, "dtype": "bfloat16", "pass": "forward", "warm": False}  # fmt: skip
-    given = {"bytes": 10**6, "flops": 10**7, "ceiling": "read", "at_best": 5e-5, **more}
+    given = {"bytes": 10**6, "flops": 10**7, "bound": "read", "at_best": 5e-5, **more}
     samples = {who: [s, s, s * 1.001] for who, s in seconds.items()}
     return Row(name, name, "GB/s", 1e-3, samples, call=call, measured_with=RUN, **given)
 
@@ -52,7 +52,7 @@ def test_the_page_says_what_was_measured(found, tmp_path):
     text = made.page.read_text()
     assert "## Some CPU, avx2, 2 threads, 2026-01-02" in text and "torch 9.9" in text
     assert "read 20 GB/s" in text and "float32 200 GFLOP/s" in text
-    # 1 MB in 100 µs is 10 GB/s, half of the read ceiling, five times eager.
+    # 1 MB in 100 µs is 10 GB/s, half of the read peak rate, five times eager.
     line = "| rms_norm, 1b, prefill, 64 | cpu | 100.0 µs | 0% | 10.0 | 100.0 | 50% read | 5.00 |"
     assert line in text
     goals = "2.00 × peer (goal ≥ 1.5), 0.50 of read (goal ≥ 0.9: missed)"
@@ -75,7 +75,7 @@ def test_a_later_file_replaces_rows_and_machines_are_apart(found, tmp_path):
 
 
 def test_a_gpu_is_named_and_words_are_no_rows(found, tmp_path):
-    run = {"date": "2026-01-02", "ceilings": {**CEILINGS, "device": "cuda", "threads": 0}}
+    run = {"date": "2026-01-02", "roofline": {**ROOFLINE, "device": "cuda", "threads": 0}}
     row = a_call("rms_norm", "training", {"triton": 1e-4, "eager": 5e-4})
     row.measured_with = run
     said = Row("part graph", "part graph", "", notes=["done"], measured_with={"date": "2026-01-02"})
@@ -192,7 +192,7 @@ def test_without_matplotlib_the_tables_are_still_to_be_had(found, tmp_path, monk
     assert write([found], tmp_path, figures=False).figures == []
 
 
-def test_no_two_contenders_look_alike():
+def test_no_two_baselines_look_alike():
     names = ["triton", "cuda", "llama_fast cuda overlap", "transformers", "eager", "llama.cpp q4_0"]
     found = figures.colours_of(names)
     assert len(set(found.values())) == len(names)

@@ -24,7 +24,7 @@ def test_a_row_comes_back_from_its_file(tmp_path):
     row = Row(
         "decode", "decode of one sequence", "tok/s", 8.0, {"llama_fast": [0.5, 0.25], "x": [1.0]},
         others=0.01, goals=[Goal("× x", 1.6, 2.5), Goal("× y", 1.0, None)], missing={"y": "gone"},
-        notes=["said"], call={"op": "linear"}, bytes=100, flops=7, ceiling="read", at_best=0.125,
+        notes=["said"], call={"op": "linear"}, bytes=100, flops=7, bound="read", at_best=0.125,
         errors={"x": 0.5}, host={"x": 1e-6}, memory={"x": 9}, measured_with={"threads": 2},
     )  # fmt: skip
     path = tmp_path / "results.json"

@@ -86,9 +86,9 @@ def test_a_gpu_s_read_is_a_read(clock, monkeypatch):
         roofline.forget()
 
 
-@pytest.mark.parametrize(("ceiling", "name"), [("copy", COPY), ("read", READ)])
-def test_a_call_is_timed_in_turn_with_what_moves_as_many_bytes(ceiling, name, monkeypatch):
-    """A ceiling of a large copy would say that the memory allows less than that."""
+@pytest.mark.parametrize(("bound", "name"), [("copy", COPY), ("read", READ)])
+def test_a_call_is_timed_in_turn_with_what_moves_as_many_bytes(bound, name, monkeypatch):
+    """A peak rate of a large copy would say that the memory allows less than that."""
     asked = []
 
     def yardstick(nbytes, device):
@@ -98,10 +98,10 @@ def test_a_call_is_timed_in_turn_with_what_moves_as_many_bytes(ceiling, name, mo
     def on_gpu(calls, rounds, *, warm):
         return DeviceTimes(interleaved(calls, rounds), {who: [1e-6] for who in calls})
 
-    monkeypatch.setitem(measure.YARDSTICKS_ON_GPU, ceiling, (name, yardstick))
+    monkeypatch.setitem(measure.YARDSTICKS_ON_GPU, bound, (name, yardstick))
     monkeypatch.setattr(measure, "interleaved_on_gpu", on_gpu)
     monkeypatch.setattr(measure, "_rounds_on_gpu", lambda calls, rounds: rounds)
-    row = Row("x", "x", "GB/s", 1.0, bytes=12345, ceiling=ceiling, at_best=1.0)
+    row = Row("x", "x", "GB/s", 1.0, bytes=12345, bound=bound, at_best=1.0)
     calls = {"cuda": lambda: None}
     measure._time_on_gpu(row, calls, 3, False, torch.device("cuda"))
     assert asked == [12345] and row.samples.keys() == {"cuda", name} and row.own() == "cuda"
@@ -109,6 +109,6 @@ def test_a_call_is_timed_in_turn_with_what_moves_as_many_bytes(ceiling, name, mo
     row.at_best = 1.0
     measure._time_on_gpu(row, calls, 3, True, torch.device("cuda"))  # what is in a cache
     assert row.samples.keys() == {"cuda"} and row.at_best == 1.0
-    row.ceiling = "bfloat16"
+    row.bound = "bfloat16"
     measure._time_on_gpu(row, calls, 3, False, torch.device("cuda"))
     assert row.samples.keys() == {"cuda"}

@@ -1,4 +1,4 @@
-"""What is timed is what the op defines, and its shares are those of the ceiling that bounds it."""
+"""What is timed is what the op defines, and its shares are of the peak rate that bounds it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fast.bench import baselines as contenders
+from llama_fast.bench import baselines
 from llama_fast.bench import measure as speed
 from llama_fast.bench.memory import extra_memory, resident_peak
-from llama_fast.bench.roofline import Ceilings
-from llama_fast.bench.shapes import NAMES, Work, workloads
+from llama_fast.bench.roofline import Roofline
+from llama_fast.bench.shapes import NAMES, Work, problem_shapes
 from llama_fast.config import LlamaConfig
 from llama_fast.dispatch import OPS, Cost, Implementation, backends
 from llama_fast.errors import BackendError, WrongResultError
@@ -23,7 +23,7 @@ pytest.importorskip("llama_fast._cpu", reason="the C++ kernels are not built")
 TINY = LlamaConfig(
     dim=64, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, vocab_size=160
 )
-CEILINGS = Ceilings("cpu", 1, "avx9", read=1e9, copy=2e9, float32=4e9, bfloat16=8e9)
+ROOFLINE = Roofline("cpu", 1, "avx9", read=1e9, copy=2e9, float32=4e9, bfloat16=8e9)
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +33,9 @@ def short(monkeypatch):
 
 def measure(op: str, names=("cpu", "eager"), work=None, **more):
     work = work or Work.prefill(6)
-    make = workloads(op, TINY, work, gradient=work.name == "training")[op]
+    make = problem_shapes(op, TINY, work, gradient=work.name == "training")[op]
     return speed.measure(
-        op, make, names, shape="tiny", work=work, ceilings=CEILINGS, rounds=2, **more
+        op, make, names, shape="tiny", work=work, roofline=ROOFLINE, rounds=2, **more
     )
 
 
@@ -72,12 +72,12 @@ def test_a_right_kernel_has_its_error():
 
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("op", ["swiglu", "kv_append", "attention", "linear_cross_entropy"])
-def test_shares_are_those_of_the_ceiling(op, warm):
+def test_shares_are_those_of_the_peak(op, warm):
     row = measure(op, warm=warm)
     for name, samples in row.samples.items():
         assert len(samples) == 2 and min(samples) > 0
-        limit = getattr(CEILINGS, row.ceiling)
-        amount = row.bytes if row.ceiling in ("read", "copy") else row.flops
+        limit = getattr(ROOFLINE, row.bound)
+        amount = row.bytes if row.bound in ("read", "copy") else row.flops
         assert row.share(name) == pytest.approx(amount / limit / row.seconds(name))
         assert row.times("eager", name) > 0
     assert row.times("eager", "eager") == 1.0 and row.times("eager", "nobody") is None
@@ -85,19 +85,18 @@ def test_shares_are_those_of_the_ceiling(op, warm):
 
 @pytest.mark.parametrize("op", [name for name in NAMES if OPS[name].gradient is not None])
 def test_gradients_are_timed_and_right(op):
-    """All float inputs, in every contender that has them here; linear by its first matrix."""
+    """All float inputs, in every baseline that has them here; linear by its first matrix."""
     work = Work.training(6)
-    made = workloads(op, TINY, work, gradient=True)
-    workload, make = next(iter(made.items()))
+    made = problem_shapes(op, TINY, work, gradient=True)
+    problem, make = next(iter(made.items()))
     args, which = make(0), speed.passes(OPS[op])[-1]
     names = [
         name
-        for name in ("eager", *contenders.peers(OPS[op]))
-        if name != contenders.COMPILED
-        and not contenders.why_not(name, OPS[op], args, gradient=True)
+        for name in ("eager", *baselines.peers(OPS[op]))
+        if name != baselines.COMPILED and not baselines.why_not(name, OPS[op], args, gradient=True)
     ]
     row = speed.measure(
-        workload, make, names, shape="tiny", work=work, ceilings=CEILINGS, which=which, rounds=2
+        problem, make, names, shape="tiny", work=work, roofline=ROOFLINE, which=which, rounds=2
     )
     assert set(row.samples) == set(names) and row.call["pass"] == which
     assert max(row.errors.values()) < speed.TOLERANCE[torch.bfloat16]
@@ -148,41 +147,41 @@ def test_memory_of_a_call_is_seen():
 def test_what_bounds_a_call():
     out = (torch.empty(100, dtype=torch.bfloat16),)  # 200 bytes
     half, args = torch.bfloat16, (torch.empty(1, 8), torch.empty(8, 8))
-    assert speed.at_best(args, Cost(400, 100), out, half, CEILINGS) == ("copy", 400 / 2e9)
-    assert speed.at_best(args, Cost(4000, 100), out, half, CEILINGS) == ("read", 4000 / 1e9)
-    assert speed.at_best(args, Cost(400, 9000), out, half, CEILINGS) == ("bfloat16", 9000 / 8e9)
-    assert speed.at_best(args, Cost(400, 9000), out, torch.float32, CEILINGS)[0] == "float32"
+    assert speed.at_best(args, Cost(400, 100), out, half, ROOFLINE) == ("copy", 400 / 2e9)
+    assert speed.at_best(args, Cost(4000, 100), out, half, ROOFLINE) == ("read", 4000 / 1e9)
+    assert speed.at_best(args, Cost(400, 9000), out, half, ROOFLINE) == ("bfloat16", 9000 / 8e9)
+    assert speed.at_best(args, Cost(400, 9000), out, torch.float32, ROOFLINE)[0] == "float32"
     quantized = torch.empty(1, 16, 16, 4, dtype=torch.uint8)
-    assert speed.at_best((args[0], quantized), Cost(400, 9000), out, half, CEILINGS) == (
+    assert speed.at_best((args[0], quantized), Cost(400, 9000), out, half, ROOFLINE) == (
         "int8",
         None,
     )
 
 
 def test_reasons_name_what_cannot_serve():
-    op, args = OPS["rms_norm"], workloads("rms_norm", TINY, Work.decode(8))["rms_norm"](0)
-    assert contenders.why_not("cpu", op, args) == []
-    assert contenders.why_not("eager", op, args) == []
-    assert contenders.why_not("torch", op, args) == []
-    assert contenders.why_not("cuda", op, args)
-    assert contenders.why_not("torch", OPS["swiglu"], args) == [
+    op, args = OPS["rms_norm"], problem_shapes("rms_norm", TINY, Work.decode(8))["rms_norm"](0)
+    assert baselines.why_not("cpu", op, args) == []
+    assert baselines.why_not("eager", op, args) == []
+    assert baselines.why_not("torch", op, args) == []
+    assert baselines.why_not("cuda", op, args)
+    assert baselines.why_not("torch", OPS["swiglu"], args) == [
         "torch has no swiglu in one function"
     ]
-    (why,) = contenders.why_not("flash-attn", OPS["attention"], args)
+    (why,) = baselines.why_not("flash-attn", OPS["attention"], args)
     assert "not installed" in why or "needs a GPU" in why
-    kv = workloads("kv_append", TINY, Work.decode(8))["kv_append"](0)
-    assert contenders.why_not("cpu", OPS["kv_append"], kv, gradient=True) == [
+    kv = problem_shapes("kv_append", TINY, Work.decode(8))["kv_append"](0)
+    assert baselines.why_not("cpu", OPS["kv_append"], kv, gradient=True) == [
         "kv_append has no gradient"
     ]
-    with pytest.raises(BackendError, match="no contender is named 'cublas'; there are cpu, "):
-        contenders.why_not("cublas", op, args)
+    with pytest.raises(BackendError, match="no baseline is named 'cublas'; there are cpu, "):
+        baselines.why_not("cublas", op, args)
 
 
 def test_sdpa_is_asked_for_what_it_means_as_we_do():
     """Its causal mask is aligned at the first key: a prompt after others is not the same there."""
     op, work = OPS["attention"], Work("prefill", 1, 3, 9)
-    args = workloads("attention", TINY, work)["attention"](0)
-    (why,) = contenders.why_not("torch", op, args)
+    args = problem_shapes("attention", TINY, work)["attention"](0)
+    (why,) = baselines.why_not("torch", op, args)
     assert "aligned at the first key" in why
 
 
@@ -196,16 +195,16 @@ def test_what_torch_has_agrees(op):
 LIGER = """
 import torch
 import llama_fast.ops
-from llama_fast.bench import baselines as contenders
+from llama_fast.bench import baselines
 from llama_fast.bench import oracle as reference
 from llama_fast.dispatch import OPS
-from llama_fast.bench.shapes import NAMES, Work, workloads
+from llama_fast.bench.shapes import NAMES, Work, problem_shapes
 from tests.test_speed import TINY
 
 for name in ("rope", "linear_cross_entropy"):
     op = OPS[name]
-    args = workloads(name, TINY, Work.prefill(6), dtype=torch.float32)[name](0)
-    found = reference.outputs(op, contenders.call("liger-kernel", op)(*args))
+    args = problem_shapes(name, TINY, Work.prefill(6), dtype=torch.float32)[name](0)
+    found = reference.outputs(op, baselines.call("liger-kernel", op)(*args))
     expected = reference.outputs(op, op.eager(*args))
     print(name, reference.distance(found, expected))
 """

@@ -75,7 +75,7 @@ class Kernel:
         self.device.cached = True
 
 
-def test_the_cache_is_cold_and_contenders_take_turns(device):
+def test_the_cache_is_cold_and_baselines_take_turns(device):
     calls = {name: Kernel(device, name) for name in "ab"}
     times = interleaved_on_gpu(calls, 3, cuda=device, flush=flush_of(device))
     for name in "ab":

@@ -1,5 +1,5 @@
 """The project's targets on GPUs, as what a row must reach: ratios of one run, to the measured
-ceilings or to somebody else's time."""
+peak rates or to somebody else's time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CUDNN, COMPILED = "torch cudnn", "torch.compile"
 
 @dataclass(frozen=True)
 class Target:
-    """A goal that has not been measured: `of` takes the row and our contender of it."""
+    """A goal that has not been measured: `of` takes the row and our baseline of it."""
 
     what: str
     needed: float

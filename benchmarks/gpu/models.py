@@ -64,7 +64,7 @@ def _decode(form: str, what: str, setting: Setting, failed: dict[str, Exception]
         expected = _engine(model, sizes.context).step(token).clone()
     steps: dict[str, Callable[[], Any]] = {}
     kept = []  # a replay writes to the memory of its step
-    for who, backend, name in _contenders():
+    for who, backend, name in _baselines():
         if {who, backend} & setting.without.keys():
             continue
         if backend != EAGER and (why := backends()[backend].unavailable):
@@ -85,7 +85,7 @@ def _decode(form: str, what: str, setting: Setting, failed: dict[str, Exception]
         kept.append(engine)
         steps[who] = replay or _in_python(engine, token, backend, name)
     row.bytes = int(bytes_per_token(model, sizes.context))
-    row.ceiling = "read"
+    row.bound = "read"
     if setting.gpu:
         steps[READ] = plain_read(row.bytes, setting.device)
         row.samples, _ = interleaved_on_gpu(steps, ROUNDS)
@@ -94,12 +94,12 @@ def _decode(form: str, what: str, setting: Setting, failed: dict[str, Exception]
         with OtherPrograms([os.getpid()]) as others:
             row.samples = interleaved(steps, 3)
         row.others = others.share
-        row.at_best = row.bytes / setting.ceilings.read if setting.ceilings.read else None
+        row.at_best = row.bytes / setting.roofline.read if setting.roofline.read else None
     row.goals = [bandwidth(DECODE[form]).measured(row)]
     return row
 
 
-def _contenders() -> list[tuple[str, str, str]]:
+def _baselines() -> list[tuple[str, str, str]]:
     """(name, backend, the constant of backends.cuda that is set for it)"""
     rows = [(name, name, "") for name in (*KERNELS, EAGER)]
     if hasattr(cuda, "OVERLAP"):
@@ -153,7 +153,7 @@ def training(setting: Setting) -> list[str]:
         groups.append((f", beside {P.COMPILED}", (OURS, P.TRANSFORMERS, P.COMPILED)))
     rows = {
         name + more: lambda failed, kinds=kinds: P.measure(
-            "training", dataclasses.replace(options, contenders=kinds)
+            "training", dataclasses.replace(options, baselines=kinds)
         )
         for more, kinds in groups
     }

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from llama_fast.backends import cuda
-from llama_fast.bench import baselines as contenders
+from llama_fast.bench import baselines
 from llama_fast.bench import measure as speed
 from llama_fast.bench.oracle import BACKWARD, BOTH, FORWARD
 from llama_fast.bench.results import OURS, Row
-from llama_fast.bench.shapes import Work, workloads
+from llama_fast.bench.shapes import Work, problem_shapes
 from llama_fast.dispatch import OPS
 
 from .goals import (
@@ -44,7 +44,7 @@ class Call:
             kernel: it is timed too, where there is a constant of that name
     """
 
-    workload: str
+    problem: str
     work: Work
     which: str = FORWARD
     targets: tuple[Target, ...] = ()
@@ -53,7 +53,7 @@ class Call:
 
     @property
     def op(self) -> str:
-        return self.workload.split()[0]
+        return self.problem.split()[0]
 
 
 def memory_bound(s: Sizes) -> list[Call]:
@@ -126,25 +126,25 @@ def measure(setting: Setting, part: str) -> list[str]:
 
 
 def name_of(call: Call, sizes: Sizes) -> str:
-    return f"{call.workload}, {sizes.shape}, {call.work}, bfloat16, {call.which}"
+    return f"{call.problem}, {sizes.shape}, {call.work}, bfloat16, {call.which}"
 
 
 def row(call: Call, setting: Setting, failed: dict[str, Exception]) -> Row:
-    """Measures one call; contenders that fail go to `failed`, those that cannot take part to the
+    """Measures one call; baselines that fail go to `failed`, those that cannot take part to the
     row's `missing`."""
     op, sizes, gradient = OPS[call.op], setting.sizes, call.which != FORWARD
-    make = workloads(
+    make = problem_shapes(
         call.op, sizes.config, call.work, device=setting.device, gradient=gradient
-    )[call.workload]  # fmt: skip
+    )[call.problem]  # fmt: skip
     missing, able = dict(setting.without), []
     if not setting.gpu:
         missing[COMPILED] = "compiling would be most of a rehearsal"
-    rivals = (EAGER, *contenders.peers(op)) if call.rivals is None else call.rivals
+    rivals = (EAGER, *baselines.peers(op)) if call.rivals is None else call.rivals
     args = make(0)
     for name in (*KERNELS, *rivals):
         if name in missing:
             continue
-        if why := contenders.why_not(name, op, args, gradient=gradient):
+        if why := baselines.why_not(name, op, args, gradient=gradient):
             missing[name] = "; ".join(why)
         else:
             able.append(name)
@@ -156,7 +156,7 @@ def row(call: Call, setting: Setting, failed: dict[str, Exception]) -> Row:
         if who not in missing and hasattr(cuda, name)
     }
     found = speed.measure(
-        call.workload, make, able, shape=sizes.shape, work=call.work, ceilings=setting.ceilings,
+        call.problem, make, able, shape=sizes.shape, work=call.work, roofline=setting.roofline,
         which=call.which, rounds=sizes.rounds, thorough=True, failed=failed, others=others,
     )  # fmt: skip
     for name, error in failed.items():
@@ -169,7 +169,7 @@ def row(call: Call, setting: Setting, failed: dict[str, Exception]) -> Row:
 
 def with_setting(name: str, op: str) -> Callable[..., Any]:
     """The CUDA C++ kernel of an op, with a constant of llama_fast.backends.cuda set to True."""
-    call = contenders.call("cuda", OPS[op])
+    call = baselines.call("cuda", OPS[op])
 
     def set_and_call(*args: Any) -> Any:
         with constant(name):

@@ -53,8 +53,8 @@ def measured(
 ) -> list[str]:
     """Measures the rows, by name, that are not done; returns what failed, in sentences.
 
-    A row is a function that takes a dict for the exceptions of contenders that it leaves out, of
-    which those of our own fail. Where the GPU is lost, the contender that failed first is named,
+    A row is a function that takes a dict for the exceptions of baselines that it leaves out, of
+    which those of our own fail. Where the GPU is lost, the baseline that failed first is named,
     and the process ends; so it does, with a traceback, where a row takes more seconds than
     `patience`.
     """

@@ -34,7 +34,7 @@ VERSIONS = ("triton", "transformers", "liger-kernel", "flash-attn", "flashinfer-
 @dataclass
 class Ended:
     """How a part's process ended: why it failed, or nothing; and when it was killed by what it ran,
-    the contender that is to blame, as far as that is known."""
+    the baseline that is to blame, as far as that is known."""
 
     why: str = ""
     died: bool = False
@@ -199,7 +199,7 @@ class Keeper:
     """Says rows and writes them to the results file, each as it comes."""
 
     def __init__(
-        self, device: str, found: roofline.Ceilings, folder: Path, say: Callable[[str], None]
+        self, device: str, found: roofline.Roofline, folder: Path, say: Callable[[str], None]
     ) -> None:
         self.machine = machine.describe(found.isa)
         self.rows: dict[str, Row] = {}
@@ -207,7 +207,7 @@ class Keeper:
         self.run = {
             "date": results.today(),
             "threads": found.threads,
-            "ceilings": dataclasses.asdict(found),
+            "roofline": dataclasses.asdict(found),
             "versions": machine.versions(*VERSIONS),
         }
         name = machine.file_name(self.machine, 0, device) if device == "cuda" else "rehearsal"
@@ -233,7 +233,7 @@ class Keeper:
 
 
 def line(row: Row) -> str:
-    """The row in one line: times, the part of the ceiling, and how many times faster our fastest
+    """The row in one line: times, the part of the peak rate, and how many times faster our fastest
     is than the others."""
     if not row.samples:
         return f"== {row.what}: {'; '.join(row.notes)}"
@@ -243,7 +243,7 @@ def line(row: Row) -> str:
         seconds, share, times = row.seconds(name), row.share(name), row.times(name, own or name)
         words = [f"{name} {1e6 * seconds:,.1f} µs"]
         if share is not None:
-            words.append(f"{share:.0%} {row.ceiling}")
+            words.append(f"{share:.0%} {row.bound}")
         if own is not None and name != own:
             words.append(f"{times:.2f} ×")
         cells.append(" ".join(words))

@@ -13,7 +13,7 @@ from typing import Any
 
 from llama_fast.backends import cuda
 from llama_fast.bench.results import Row
-from llama_fast.bench.roofline import Ceilings
+from llama_fast.bench.roofline import Roofline
 from llama_fast.config import LlamaConfig
 from llama_fast.dispatch import ORDER
 
@@ -31,7 +31,7 @@ class Sizes:
     caches    (B,S) of attention that decodes a token
     batches   rows of the products of decoding; matrices: of the model's, by `bench.shapes`
     context   tokens before a model's decoded one; layers: of that model
-    rounds    samples of each contender, on a GPU times speed.ROUNDS_ON_GPU
+    rounds    samples of each baseline, on a GPU times speed.ROUNDS_ON_GPU
     """
 
     shape: str
@@ -91,14 +91,14 @@ class Setting:
     lines    where it writes what it finds, a line of JSON each, so that what was measured before it
              fails or is stopped is kept
     folder   where all that is to be kept goes
-    without  contenders that are left out, and why: they ended a process of this part before
+    without  baselines that are left out, and why: they ended a process of this part before
     done     rows that such a process has measured
     """
 
     device: str
     lines: Path
     folder: Path
-    ceilings: Ceilings
+    roofline: Roofline
     without: dict[str, str] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
 
@@ -132,7 +132,7 @@ class Setting:
         found = json.loads(path.read_text(encoding="utf-8"))
         part = found.pop("part")
         paths = {name: Path(found.pop(name)) for name in ("lines", "folder")}
-        found["ceilings"] = Ceilings(**found["ceilings"])
+        found["roofline"] = Roofline(**found["roofline"])
         return cls(**found, **paths), part
 
 

@@ -1,1 +1,1 @@
-"""Whole models with one set of weights, ours and the peers', behind one interface: `Contender`."""
+"""Whole models with one set of weights, ours and the peers', behind one interface: `Baseline`."""

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import transformers
 
-from .contender import Contender
+from .baseline import Baseline
 
 
-class HuggingFace(Contender):
+class HuggingFace(Baseline):
     def __init__(self, folder: Path) -> None:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()

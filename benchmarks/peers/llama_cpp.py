@@ -9,7 +9,7 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from .contender import Contender
+from .baseline import Baseline
 
 # llama.cpp's own choice first, then each of the other two.
 FLASH_ATTENTION = {
@@ -34,7 +34,7 @@ def system_info() -> str:
     return llama_cpp.llama_print_system_info().decode().strip().rstrip("|").strip()
 
 
-class LlamaCpp(Contender):
+class LlamaCpp(Baseline):
     """Keeps llama.cpp's defaults: memory-mapped weights, repacked where it has a faster form for
     this CPU, a float16 KV cache, micro-batches of 512 tokens."""
 

@@ -12,10 +12,10 @@ from llama_fast.dispatch import use_backend
 from llama_fast.generation.engine import Engine
 from llama_fast.model import Llama
 
-from .contender import Contender
+from .baseline import Baseline
 
 
-class Ours(Contender):
+class Ours(Baseline):
     """quantize  as `Llama.from_pretrained` takes it, which raises ConfigError for what it lacks
     backend   None: the device's usual order, as a user gets it"""
 

@@ -1,6 +1,6 @@
 """Who is timed beside our backends: eager, torch.compile, torch's own function, other libraries.
 
-A contender is a name and, for an op, a function of the op's own arguments that returns the op's own
+A baseline is a name and, for an op, a function of the op's own arguments that returns the op's own
 outputs, laid out as that library likes them: turning a result back into the op's layout is a view.
 """
 
@@ -146,7 +146,7 @@ def _whole_logits(
 # What a user would compile, where the eager reference makes its own gradients.
 _WRITTEN_OUT: dict[str, Call] = {"linear_cross_entropy": _whole_logits}
 
-# Contenders besides the backends and torch.compile, and the ops that each has in one function.
+# Baselines besides the backends and torch.compile, and the ops that each has in one function.
 TORCH: dict[str, dict[str, Call]] = {
     "torch": {
         "rms_norm": _torch_rms_norm,
@@ -188,10 +188,10 @@ def peers(op: Op) -> list[str]:
 
 
 def why_not(name: str, op: Op, args: tuple, *, gradient: bool = False) -> list[str]:
-    """Why a contender cannot be timed on this call, in sentences; nothing where it can.
+    """Why a baseline cannot be timed on this call, in sentences; nothing where it can.
 
     gradient  its backward pass, too
-    Raises BackendError for a name that is no contender.
+    Raises BackendError for a name that is no baseline.
     """
     if gradient and not op.has_gradient(*args):
         return [f"{op.label(*args)} has no gradient"]
@@ -200,7 +200,7 @@ def why_not(name: str, op: Op, args: tuple, *, gradient: bool = False) -> list[s
             return op.explain(*args).reasons[name]
     if name not in PEERS:
         raise BackendError(
-            f"no contender is named {name!r}; there are {', '.join((*BACKENDS, *PEERS))}"
+            f"no baseline is named {name!r}; there are {', '.join((*BACKENDS, *PEERS))}"
         )
     if name != COMPILED and op.name not in _FUNCTIONS[name]:
         return [f"{name} has no {op.name} in one function"]
@@ -247,7 +247,7 @@ _OTHER_LIMITS: dict[str, Callable[..., list[str]]] = {
 
 
 def call(name: str, op: Op) -> Call:
-    """The contender's function of the op's arguments. Our backends run strictly, and raise
+    """The baseline's function of the op's arguments. Our backends run strictly, and raise
     BackendError for what they cannot serve."""
     if name in BACKENDS:
 

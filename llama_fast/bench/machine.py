@@ -16,7 +16,7 @@ import torch
 def describe(isa: str | None) -> dict[str, Any]:
     """The machine as results files name it: JSON values only.
 
-    isa  the instruction set that our kernels use, as the ceilings name it
+    isa  the instruction set that our kernels use, as the peak rates name it
     """
     cpu, flags = platform.processor() or platform.machine(), ""
     info = Path("/proc/cpuinfo")

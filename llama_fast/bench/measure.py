@@ -1,6 +1,6 @@
-"""How fast each contender serves an op, beside the eager reference and the machine's ceilings.
+"""How fast each baseline serves an op, beside the eager reference and the machine's peak rates.
 
-The contenders take turns, round by round. On the CPU the arguments change from call to call, so
+The baselines take turns, round by round. On the CPU the arguments change from call to call, so
 that they come from memory as they do in a model, unless they are to be warm; on a GPU its cache is
 emptied between calls. An output that is not the reference's is an error, not a time.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..config import LlamaConfig
 from ..dispatch import OPS, Cost, Op, wrapped_launches
 from ..errors import BackendError, FallbackWarning, WrongResultError
-from . import baselines as contenders
+from . import baselines
 from .memory import extra_memory
 from .oracle import (
     BACKWARD,
@@ -35,9 +35,9 @@ from .oracle import (
     with_leaves,
 )
 from .results import COPY, READ, Row
-from .roofline import BYTES, Ceilings
+from .roofline import BYTES, Roofline
 from .roofline_gpu import plain_copy, plain_read
-from .shapes import Work, workloads
+from .shapes import Work, problem_shapes
 from .timing import OtherPrograms, interleaved, interleaved_on_gpu
 
 SAMPLE = 0.02  # seconds that one sample takes at least on a CPU, in as many calls as that needs
@@ -45,7 +45,7 @@ ROUNDS_ON_GPU = 6  # of one call each, for every sample asked for
 PATIENCE = 10.0  # seconds of all rounds together: of what takes longer there are fewer,
 FEWEST_ROUNDS = 3  # but not fewer than these
 SETS = 64  # of arguments, at most
-# On a GPU, what stands for a ceiling of memory: a contender's name, and what makes its call.
+# On a GPU, what stands for a peak rate of memory: a baseline's name, and what makes its call.
 YARDSTICKS_ON_GPU = {"read": (READ, plain_read), "copy": (COPY, plain_copy)}
 # Of an output's own root mean square, by the dtype: rounding, not another result.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -63,32 +63,32 @@ def passes(op: Op) -> tuple[str, ...]:
 
 
 def measure(
-    workload: str,
+    problem: str,
     make: Callable[[int], tuple],
     names: Sequence[str],
     *,
     shape: str,
     work: Work,
-    ceilings: Ceilings,
+    roofline: Roofline,
     which: str = FORWARD,
     rounds: int = 5,
     warm: bool = False,
     thorough: bool = False,
     failed: dict[str, Exception] | None = None,
-    others: Mapping[str, contenders.Call] | None = None,
+    others: Mapping[str, baselines.Call] | None = None,
 ) -> Row:
-    """Times contenders (`llama_fast.bench.baselines`) on one of `llama_fast.bench.shapes`.
+    """Times baselines (`llama_fast.bench.baselines`) on one of `llama_fast.bench.shapes`.
 
     which     one of `passes(op)`; backward is the gradients of random gradients of the outputs
     warm      the same arguments in every call, so that they may lie in a cache
     thorough  also the host's time of a call, and the memory that it takes
-    failed    takes the exceptions of contenders that fail or are wrong; the others are timed
-    others    more contenders: functions of the op's arguments
+    failed    takes the exceptions of baselines that fail or are wrong; the others are timed
+    others    more baselines: functions of the op's arguments
     A backend that cannot serve the pass goes to the row's `missing`.
     Raises WrongResultError for an output that is not the eager reference's, and whatever else a
-    contender raises, where there is no `failed` to take it.
+    baseline raises, where there is no `failed` to take it.
     """
-    op = OPS[workload.split()[0]]
+    op = OPS[problem.split()[0]]
     first = make(0)
 
     def untouched() -> tuple:
@@ -98,14 +98,14 @@ def measure(
     dtype, device = floats.dtype, floats.device
     results = outputs(op, op.fake(*first))  # memory of their shapes, not what is in it
     least = cost(op, untouched(), which)
-    row = _row(workload, shape, work, dtype, which, warm, least)
+    row = _row(problem, shape, work, dtype, which, warm, least)
     expected = reference(op, untouched(), which)
     once: dict[str, _Call] = {}
     others = others or {}
     for name in (*names, *others):
         try:
             # The first call compiles, where there is something to compile.
-            found = _Call(op, others.get(name) or contenders.call(name, op), [untouched()], which)
+            found = _Call(op, others.get(name) or baselines.call(name, op), [untouched()], which)
             row.errors[name] = _error(found, name, expected, dtype)
             once[name] = found
         except BackendError as error:  # such as one without a kernel for the backward pass
@@ -117,7 +117,7 @@ def measure(
                 error = error.with_traceback(None)  # whose frames would hold the memory
             failed[name] = error
     del expected
-    row.ceiling, row.at_best = at_best(first, least, results, dtype, ceilings)
+    row.bound, row.at_best = at_best(first, least, results, dtype, roofline)
     if not once:
         return row
     if device.type == "cuda":
@@ -129,9 +129,9 @@ def measure(
         if thorough and which == FORWARD:
             for name in once:
                 # torch.compile would compile anew for the small shape.
-                if name == contenders.COMPILED or name in others:
+                if name == baselines.COMPILED or name in others:
                     continue
-                if host := host_seconds(workload, name, dtype):
+                if host := host_seconds(problem, name, dtype):
                     row.host[name] = host
     if thorough:
         for name, call in once.items():
@@ -142,7 +142,7 @@ def measure(
 
 
 def _row(
-    workload: str,
+    problem: str,
     shape: str,
     work: Work,
     dtype: torch.dtype,
@@ -151,15 +151,15 @@ def _row(
     least: Cost,
 ) -> Row:
     kind = str(dtype).removeprefix("torch.")
-    words = [workload, shape, str(work), kind, which, *(["warm"] if warm else [])]
+    words = [problem, shape, str(work), kind, which, *(["warm"] if warm else [])]
     return Row(
         name=", ".join(words),
         what=", ".join(words),
         unit="GB/s",
         work=least.bytes / 1e9,
         call={
-            "op": workload.split()[0],
-            "workload": workload,
+            "op": problem.split()[0],
+            "problem": problem,
             "shape": shape,
             "work": work.name,
             **{key: value for key, value in dataclasses.asdict(work).items() if key != "name"},
@@ -176,10 +176,10 @@ def _time_on_gpu(
     row: Row, once: dict[str, _Call], rounds: int, warm: bool, device: torch.device
 ) -> None:
     """What moves as many bytes takes turns with them, and says what the memory allows: starting and
-    ending are a part of a short call, and none of a ceiling's."""
+    ending are a part of a short call, and none of a peak rate's."""
     rounds = _rounds_on_gpu(once, rounds)
     calls: dict[str, Callable[[], object]] = dict(once)
-    name, yardstick = YARDSTICKS_ON_GPU.get(row.ceiling, ("", None))
+    name, yardstick = YARDSTICKS_ON_GPU.get(row.bound, ("", None))
     if yardstick is not None and row.at_best is not None and not warm:
         calls[name] = yardstick(row.bytes, device)
     times = interleaved_on_gpu(calls, rounds, warm=warm)
@@ -225,7 +225,7 @@ def _time_on_cpu(
 
 
 class _Call:
-    """`count` calls of a contender, each with the next arguments; what a backward pass needs is
+    """`count` calls of a baseline, each with the next arguments; what a backward pass needs is
     made by `prepare`, outside of the time."""
 
     def __init__(self, op: Op, call: Callable[..., Any], inputs: list[tuple], which: str) -> None:
@@ -314,19 +314,19 @@ def at_best(
     least: Cost,
     results: tuple[Tensor, ...],
     dtype: torch.dtype,
-    ceilings: Ceilings,
+    roofline: Roofline,
 ) -> tuple[str, float | None]:
-    """The ceiling that bounds a call, and the seconds that it takes there.
+    """The peak rate that bounds a call, and the seconds that it takes there.
 
     What writes much is bounded by a copy, what hardly writes by a read. The rate of 8-bit
-    multiply-adds is not among the ceilings: a call of quantised weights that it would bound has
+    multiply-adds is not among the peak rates: a call of quantised weights that it would bound has
     none.
     """
     written = sum(result.numel() for result in results) * dtype.itemsize
     memory = "copy" if written > least.bytes / 4 else "read"
     halves = (torch.bfloat16, torch.float16) if results[0].is_cuda else (torch.bfloat16,)
     arithmetic = "bfloat16" if dtype in halves else "float32"
-    bandwidth, rate = getattr(ceilings, memory), getattr(ceilings, arithmetic)
+    bandwidth, rate = getattr(roofline, memory), getattr(roofline, arithmetic)
     moving = least.bytes / bandwidth if bandwidth else None
     computing = least.flops / rate if rate else None
     if computing is None or moving is None or moving >= computing:
@@ -336,14 +336,14 @@ def at_best(
     return arithmetic, computing
 
 
-def host_seconds(workload: str, name: str, dtype: torch.dtype, most: int = 200) -> float | None:
+def host_seconds(problem: str, name: str, dtype: torch.dtype, most: int = 200) -> float | None:
     """Processor time of a call with next to nothing to compute, the least of some batches; None
-    where the contender does not serve a shape so small."""
-    op = OPS[workload.split()[0]]
-    args = workloads(op.name, SMALL, Work.decode(8), dtype=dtype)[workload](0)
-    if contenders.why_not(name, op, args):
+    where the baseline does not serve a shape so small."""
+    op = OPS[problem.split()[0]]
+    args = problem_shapes(op.name, SMALL, Work.decode(8), dtype=dtype)[problem](0)
+    if baselines.why_not(name, op, args):
         return None
-    call = contenders.call(name, op)
+    call = baselines.call(name, op)
     best = float("inf")
     with torch.no_grad():
         start = time.process_time()

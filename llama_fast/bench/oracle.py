@@ -67,7 +67,7 @@ def with_leaves(op: Op, args: tuple) -> tuple[tuple, list[Tensor]]:
 
 
 def gradients_of(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Normal numbers, the same for every contender in every dtype."""
+    """Normal numbers, the same for every baseline in every dtype."""
     generator = torch.Generator(found[0].device).manual_seed(0)
     return tuple(
         torch.empty(x.shape, dtype=torch.float32, device=x.device)

@@ -1,8 +1,8 @@
 """What a measurement leaves behind: rows with every sample, and the files that keep them.
 
-A row is some piece of work and the contenders that took turns at it. A results file is of one
+A row is some piece of work and the baselines that took turns at it. A results file is of one
 machine, {"machine", "runs", "rows"}: each row names the run that it was measured in (date, threads,
-ceilings, versions), so a later run of some rows may update those and keep the others.
+peak rates, versions), so a later run of some rows may update those and keep the others.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..utils.files import atomic_file
 from .timing import TOO_BUSY, TOO_NOISY, ratio, spread
 
 OURS = "llama_fast"
-# Contenders that are this package: as a whole, or a backend of its own by its name.
+# Baselines that are this package: as a whole, or a backend of its own by its name.
 OWN = (OURS, "cpu", "cuda", "triton")
-# Contenders that are no rivals: the machine itself, at as many bytes or FLOPs as the work takes.
+# Baselines that are no rivals: the machine itself, at as many bytes or FLOPs as the work takes.
 COPY, READ, MULTIPLY_ADDS = "copy", "plain read", "multiply-adds"
 YARDSTICKS = (COPY, READ, MULTIPLY_ADDS)
 
@@ -49,23 +49,23 @@ class Goal:
 
 @dataclass
 class Row:
-    """One piece of work, and how long each contender took for it.
+    """One piece of work, and how long each baseline took for it.
 
     name     unique in a file; what: the same for a reader
     unit     of the rates: work per second, such as tokens; or of the samples where work is None
-    work     what one sample does, the same for all contenders
-    samples  of each contender: seconds, or already in `unit`
+    work     what one sample does, the same for all baselines
+    samples  of each baseline: seconds, or already in `unit`
     others   part of the processors' time that other programs took meanwhile; None: not known
     missing  who could not take part, and why
-    call     of a single op: its "op", "workload", "shape", "work", "dtype" and "pass", and the
+    call     of a single op: its "op", "problem", "shape", "work", "dtype" and "pass", and the
              numbers of "tokens" and "keys"; empty for anything else
     bytes, flops  what one sample must move and compute at least; None: not known
-    ceiling  "read", "copy", "float32", "bfloat16" or "int8": what bounds the work
-    at_best  seconds that one sample takes at that ceiling; None where it was not measured
-    errors   of each contender, against a float64 reference: the root mean square of the difference
+    bound    "read", "copy", "float32", "bfloat16" or "int8": what bounds the work
+    at_best  seconds that one sample takes at that peak rate; None where it was not measured
+    errors   of each baseline, against a float64 reference: the root mean square of the difference
              over that of the reference
-    host     seconds of the host that a call costs each contender, its kernel apart
-    memory   bytes that a call of each contender holds at its peak beyond what was held before
+    host     seconds of the host that a call costs each baseline, its kernel apart
+    memory   bytes that a call of each baseline holds at its peak beyond what was held before
     """
 
     name: str
@@ -80,7 +80,7 @@ class Row:
     call: dict[str, Any] = field(default_factory=dict)
     bytes: int | None = None
     flops: int | None = None
-    ceiling: str = ""
+    bound: str = ""
     at_best: float | None = None
     errors: dict[str, float] = field(default_factory=dict)
     host: dict[str, float] = field(default_factory=dict)
@@ -88,33 +88,33 @@ class Row:
     measured_with: dict[str, Any] = field(default_factory=dict)
 
     def medians(self) -> dict[str, float]:
-        """Of each contender, in `unit`."""
+        """Of each baseline, in `unit`."""
         found = {name: statistics.median(samples) for name, samples in self.samples.items()}
         return found if self.work is None else {n: self.work / x for n, x in found.items()}
 
-    def figures(self, contender: str) -> list[str]:
-        """For a line of a table: time, spread, GB/s, GFLOP/s, part of the ceiling, × eager."""
-        seconds, share = self.seconds(contender), self.share(contender)
-        eager = self.times("eager", contender)
+    def figures(self, baseline: str) -> list[str]:
+        """For a line of a table: time, spread, GB/s, GFLOP/s, part of the peak rate, × eager."""
+        seconds, share = self.seconds(baseline), self.share(baseline)
+        eager = self.times("eager", baseline)
         return [
             f"{seconds * 1e6:,.1f} µs" if seconds < 1e-2 else f"{seconds * 1e3:,.1f} ms",
-            f"{self.spreads()[contender]:.0%}",
+            f"{self.spreads()[baseline]:.0%}",
             f"{self.bytes / seconds / 1e9:,.1f}",
             f"{self.flops / seconds / 1e9:,.1f}",
-            "" if share is None else f"{share:.0%} {self.ceiling}",
+            "" if share is None else f"{share:.0%} {self.bound}",
             "" if eager is None else f"{eager:.2f}",
         ]
 
-    def seconds(self, contender: str) -> float:
+    def seconds(self, baseline: str) -> float:
         """The median of its samples; they must be seconds."""
-        return statistics.median(self.samples[contender])
+        return statistics.median(self.samples[baseline])
 
     def spreads(self) -> dict[str, float]:
         return {name: spread(samples) for name, samples in self.samples.items()}
 
-    def share(self, contender: str) -> float | None:
-        """How near it comes to the ceiling that bounds the work; None where that is not known."""
-        return None if self.at_best is None else self.at_best / self.seconds(contender)
+    def share(self, baseline: str) -> float | None:
+        """How near it comes to the peak rate that bounds the work; None where that is not known."""
+        return None if self.at_best is None else self.at_best / self.seconds(baseline)
 
     def times(self, slow: str, fast: str) -> float | None:
         """How many times faster `fast` is than `slow`; None where one of them took no part."""
@@ -123,15 +123,15 @@ class Row:
         return ratio(self.samples, slow, fast)
 
     def own(self) -> str | None:
-        """The fastest contender that is this package; None where there is none."""
+        """The fastest baseline that is this package; None where there is none."""
         mine = [name for name in OWN if name in self.samples]
         return min(mine, key=self.seconds, default=None)
 
-    def noisy(self, *contenders: str) -> bool:
-        """Whether figures of these contenders say little."""
+    def noisy(self, *baselines: str) -> bool:
+        """Whether figures of these baselines say little."""
         spreads = self.spreads()
         busy = self.others is not None and self.others > TOO_BUSY
-        return busy or any(spreads[name] > TOO_NOISY for name in contenders)
+        return busy or any(spreads[name] > TOO_NOISY for name in baselines)
 
     @property
     def too_noisy(self) -> list[str]:
@@ -251,7 +251,7 @@ def load(path: Path) -> Results:
 
 
 def _from_pytest(content: dict[str, Any]) -> Results:
-    """A group of pytest-benchmark is a row, each of its benchmarks a contender."""
+    """A group of pytest-benchmark is a row, each of its benchmarks a baseline."""
     where = content["machine_info"]["llama_fast"]
     run = {**content["llama_fast"], "date": content["datetime"][:10]}
     rows: dict[str, Row] = {}
@@ -262,7 +262,7 @@ def _from_pytest(content: dict[str, Any]) -> Results:
         row = rows.setdefault(
             benchmark["group"], Row.from_record({**info["row"], "measured_with": run})
         )
-        who = info["contender"]
+        who = info["baseline"]
         row.samples[who] = stats.get("data") or [stats["q1"], stats["median"], stats["q3"]]
         for key, into in (
             ("error_against_float64", row.errors),

@@ -1,8 +1,8 @@
 """What this machine can do at most, measured: the yardstick of every kernel's speed.
 
 Each is measured once a process, in about 0.2 s, as the best of repetitions after a warm-up, with
-torch's number of threads: other programs can only make a ceiling look lower than it is. What must
-be compared with a ceiling closely takes turns with it: `plain_read` and `multiply_adds` are that
+torch's number of threads: other programs can only make a peak rate look lower than it is. What must
+be compared with a peak rate closely takes turns with it: `plain_read` and `multiply_adds` are that
 work as calls. Those of a GPU are in `llama_fast.bench.roofline_gpu`.
 """
 
@@ -29,7 +29,7 @@ SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Ceilings:
+class Roofline:
     """Bytes a second of a plain read and of a copy (both directions counted), FLOP/s of float32
     multiply-adds and of the fastest bf16 instruction, on a GPU those of torch's largest products;
     None where that cannot be measured."""
@@ -43,7 +43,7 @@ class Ceilings:
     bfloat16: float | None
 
 
-def measure(device: str = "cpu") -> Ceilings:
+def measure(device: str = "cpu") -> Roofline:
     """All of them; about a second."""
     on_cpu = torch.device(device).type == "cpu"
 
@@ -52,7 +52,7 @@ def measure(device: str = "cpu") -> Ceilings:
             return multiply_add_rate(pairs=dtype is torch.bfloat16)
         return _of_gpu(roofline_gpu.product_rate, torch.device(device), dtype)
 
-    return Ceilings(
+    return Roofline(
         device=device,
         threads=torch.get_num_threads() if on_cpu else 0,
         isa=_cpu.isa() if on_cpu and _cpu is not None else None,
@@ -150,7 +150,7 @@ def _of_gpu(what: Callable[..., float], *args: object) -> float:
 
 
 def forget() -> None:
-    """Lets the next calls measure anew: on a machine that others use too, ceilings change."""
+    """Lets the next calls measure anew: on a machine that others use too, peak rates change."""
     for measured in (_cpu_read, _cpu_copy, _cpu_multiply_add, _of_gpu):
         measured.cache_clear()
 

@@ -14,12 +14,12 @@ from ..errors import ConfigError
 from ..nn.rope import rope_tables
 from ..ops.model_inputs import ModelInputs, Work
 
-__all__ = ["NAMES", "Work", "workloads"]
+__all__ = ["NAMES", "Work", "problem_shapes"]
 
 NAMES = tuple(name for name, op in OPS.items() if op.at_model_size is not None)
 
 
-def workloads(
+def problem_shapes(
     op: str,
     config: LlamaConfig,
     work: Work,

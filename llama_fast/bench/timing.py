@@ -1,4 +1,4 @@
-"""Interleaved timing: every contender once a round, so a machine whose speed drifts is fair.
+"""Interleaved timing: every baseline once a round, so a machine whose speed drifts is fair.
 
 On a GPU a call is timed between two events, with nothing of its tensors left in the L2 cache, and
 the time that the host takes to launch it is measured apart. A run that is too noisy says so: by the
@@ -24,7 +24,7 @@ MOST_FLUSHES = 50  # what takes the host longer than these is no launch
 
 
 def interleaved(
-    contenders: dict[str, Callable[[], object]],
+    baselines: dict[str, Callable[[], object]],
     rounds: int = 5,
     pause: float = 0.0,
     *,
@@ -32,17 +32,17 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each call by name: one warm-up, then `rounds` rounds of all in turn.
 
-    A contender with a method `prepare` has it called before each of its turns, untimed.
+    A baseline with a method `prepare` has it called before each of its turns, untimed.
 
     pause    seconds of rest before each call, in which the threads of the one before go to sleep
     warm_up  False where the calls have run just now
     """
-    for call in contenders.values() if warm_up else ():
+    for call in baselines.values() if warm_up else ():
         _prepare(call)
         call()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in baselines}
     for _ in range(rounds):
-        for name, call in contenders.items():
+        for name, call in baselines.items():
             _prepare(call)
             time.sleep(pause)
             start = time.perf_counter()
@@ -52,7 +52,7 @@ def interleaved(
 
 
 class DeviceTimes(NamedTuple):
-    """Of each contender by name: seconds of a call on the device, and what launching it cost the
+    """Of each baseline by name: seconds of a call on the device, and what launching it cost the
     host."""
 
     seconds: dict[str, list[float]]
@@ -60,7 +60,7 @@ class DeviceTimes(NamedTuple):
 
 
 def interleaved_on_gpu(
-    contenders: dict[str, Callable[[], object]],
+    baselines: dict[str, Callable[[], object]],
     rounds: int = 30,
     *,
     warm: bool = False,
@@ -72,7 +72,7 @@ def interleaved_on_gpu(
     Before each call the L2 cache is emptied, so its tensors come from memory, and as often as it
     takes for the host to queue the call meanwhile: its time is then no part of the device's.
 
-    warm   the contender is called once more, untimed, after the flush: its tensors may be in L2
+    warm   the baseline is called once more, untimed, after the flush: its tensors may be in L2
     cuda   torch.cuda, or what stands for it
     flush  what empties the cache; else it is made on the current device
     """
@@ -82,14 +82,14 @@ def interleaved_on_gpu(
         cuda = torch.cuda
     flush = flush or _flush()
     flushes: dict[str, int] = {}
-    for name, call in contenders.items():
+    for name, call in baselines.items():
         _prepare(call)
         call()  # the next one finds what this one has compiled and allocated
         flushes[name] = _flushes_for(call, cuda, flush)
-    events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in contenders}
-    host: dict[str, list[float]] = {name: [] for name in contenders}
+    events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in baselines}
+    host: dict[str, list[float]] = {name: [] for name in baselines}
     for _ in range(rounds):
-        for name, call in contenders.items():
+        for name, call in baselines.items():
             before, after = (cuda.Event(enable_timing=True) for _ in range(2))
             _prepare(call)
             cuda.synchronize()  # what was prepared is no part of the time, and the queue is empty

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..bench.results import Row
-    from ..bench.roofline import Ceilings
+    from ..bench.roofline import Roofline
 
 NARROW = 100  # columns of a terminal, below which GB/s and GFLOP/s are left out
 WORK = ("decode", "prefill", "training")
@@ -30,7 +30,7 @@ def bench(
     ops: Annotated[
         list[str] | None, typer.Argument(metavar="[OP]...", help="Ops to time; all when none is.")
     ] = None,
-    ceilings: Annotated[
+    roofline: Annotated[
         bool,
         typer.Option(
             "--ceilings",
@@ -97,7 +97,7 @@ def bench(
     """Time the ops at the shapes of real models, every backend beside the eager reference.
 
     The time of a call is the median of the samples, with their spread (between the quartiles). "of
-    ceiling" is the part that the call reaches of this machine's own peak bandwidth (read, copy) or
+    peak" is the part that the call reaches of this machine's own peak bandwidth (read, copy) or
     peak FLOP/s (float32, bfloat16), whichever bounds it.
     """
     from ..bench import machine, results
@@ -105,8 +105,8 @@ def bench(
     from ..dispatch import BACKENDS, ORDER
 
     set_threads(threads)
-    if ceilings:
-        _show_ceilings()
+    if roofline:
+        _show_roofline()
         return
     wanted = _wanted(ops, shapes, work, _numbers("--tokens", tokens), _numbers("--keys", keys))
     if tune:
@@ -124,7 +124,7 @@ def bench(
     measured_with = {
         "date": results.today(),
         "threads": found.threads,
-        "ceilings": vars(found),
+        "roofline": vars(found),
         "versions": machine.versions("triton"),
     }
     thorough = json_file is not None
@@ -138,8 +138,8 @@ def bench(
             ):
                 row.measured_with = measured_with
                 done.append(row)
-                for contender in row.samples:
-                    lines.add_row(*_cells(row, contender))
+                for baseline in row.samples:
+                    lines.add_row(*_cells(row, baseline))
     _say_missing(missing)
     if not done:
         raise BackendError(_nothing_measured(backends, where.type))
@@ -159,7 +159,7 @@ def _nothing_measured(backends: str | None, device: str) -> str:
 
 
 def _say_missing(missing: dict[tuple[str, str], list[str]]) -> None:
-    """Says of each contender why it took no part, once for all of its calls."""
+    """Says of each baseline why it took no part, once for all of its calls."""
     for (name, why), calls in missing.items():
         of = ", ".join(calls[:3]) + (f" and {len(calls) - 3} others" if len(calls) > 3 else "")
         note(f"{of}: {name} cannot serve it: {why}")
@@ -220,7 +220,7 @@ def _wanted(
 
 def _rows(
     wanted: list[tuple[str, str, Any, Any]],
-    ceilings: Ceilings,
+    roofline: Roofline,
     names: Sequence[str],
     peers: bool,
     dtype: DType,
@@ -230,11 +230,11 @@ def _rows(
     thorough: bool,
     missing: dict[tuple[str, str], list[str]],
 ) -> Iterator[Row]:
-    """Yields each measurement when it is there. `missing` takes (contender, why it cannot take
+    """Yields each measurement when it is there. `missing` takes (baseline, why it cannot take
     part) → calls."""
-    from ..bench import baselines as contenders
+    from ..bench import baselines
     from ..bench.measure import FORWARD, measure, passes
-    from ..bench.shapes import workloads
+    from ..bench.shapes import problem_shapes
     from ..dispatch import OPS
 
     for op, shape, config, work in wanted:
@@ -243,51 +243,51 @@ def _rows(
         if training and which == FORWARD:
             note(f"{op} has no gradient: training does not call it")
             continue
-        made = workloads(op, config, work, dtype=dtype.torch, device=device, gradient=training)
-        for workload, make in made.items():
+        made = problem_shapes(op, config, work, dtype=dtype.torch, device=device, gradient=training)
+        for problem, make in made.items():
             args = make(0)
             if training and not OPS[op].has_gradient(*args):
                 continue
             able = []
-            for name in [*names, *(contenders.peers(OPS[op]) if peers else ())]:
-                why = contenders.why_not(name, OPS[op], args, gradient=training)
+            for name in [*names, *(baselines.peers(OPS[op]) if peers else ())]:
+                why = baselines.why_not(name, OPS[op], args, gradient=training)
                 if why:
                     calls = missing.setdefault((name, "; ".join(why)), [])
-                    calls += [workload] * (workload not in calls)
+                    calls += [problem] * (problem not in calls)
                 else:
                     able.append(name)
             if not able:
                 continue
             row = measure(
-                workload,
+                problem,
                 make,
                 able,
                 shape=shape,
                 work=work,
-                ceilings=ceilings,
+                roofline=roofline,
                 which=which,
                 rounds=rounds,
                 warm=warm,
                 thorough=thorough,
             )
             for name, why in row.missing.items():
-                missing.setdefault((name, why), []).append(f"{workload}, {which}")
+                missing.setdefault((name, why), []).append(f"{problem}, {which}")
             if row.samples:
                 yield row
 
 
-def _heading(shape: str, work: Any, dtype: str, device: str, ceilings: Ceilings) -> str:
+def _heading(shape: str, work: Any, dtype: str, device: str, roofline: Roofline) -> str:
     """Returns what all calls of a table have in common."""
     where = device
     if device == "cpu":
-        where += f" ({_threads_and_isa(ceilings)})"
+        where += f" ({_threads_and_isa(roofline)})"
     gradients = " (gradients)" if work.name == "training" else ""
     return f"{work}{gradients} of {shape}, {dtype}, on {where}"
 
 
-def _threads_and_isa(ceilings: Ceilings) -> str:
-    threads = f"{ceilings.threads} thread{'s' * (ceilings.threads != 1)}"
-    return f"{threads}, {ceilings.isa or 'C++ kernels not built'}"
+def _threads_and_isa(roofline: Roofline) -> str:
+    threads = f"{roofline.threads} thread{'s' * (roofline.threads != 1)}"
+    return f"{threads}, {roofline.isa or 'C++ kernels not built'}"
 
 
 def _narrow() -> bool:
@@ -296,27 +296,27 @@ def _narrow() -> bool:
 
 def _table() -> Table:
     rates = () if _narrow() else ("GB/s", "GFLOP/s")
-    header = ("op", "by", "time", "spread", *rates, "of ceiling", "× eager")
+    header = ("op", "by", "time", "spread", *rates, "of peak", "× eager")
     return table(*header, numbers=True, texts=2)
 
 
-def _cells(row: Row, contender: str) -> list[str]:
+def _cells(row: Row, baseline: str) -> list[str]:
     from ..bench.measure import BOTH
     from ..bench.timing import TOO_NOISY
 
-    time, spread, bandwidth, flops, share, eager = row.figures(contender)
+    time, spread, bandwidth, flops, share, eager = row.figures(baseline)
     return [
-        row.call["workload"] + " and forward" * (row.call["pass"] == BOTH),
-        contender,
+        row.call["problem"] + " and forward" * (row.call["pass"] == BOTH),
+        baseline,
         time,
-        spread + (" ~" if row.spreads()[contender] > TOO_NOISY else ""),
+        spread + (" ~" if row.spreads()[baseline] > TOO_NOISY else ""),
         *([] if _narrow() else [bandwidth, flops]),
         share,
         eager,
     ]
 
 
-def _show_ceilings() -> None:
+def _show_roofline() -> None:
     import torch
 
     from ..bench.roofline import measure

@@ -43,17 +43,17 @@ def explain(
     `llama_fast.explain("attention", q, k, v)` says it of your own tensors.
     """
     from .. import dispatch as registry
-    from ..bench import shapes as workloads
+    from ..bench import shapes
 
-    if op not in workloads.NAMES:
-        raise BackendError(f"there is no op {op!r}; write one of {', '.join(workloads.NAMES)}")
+    if op not in shapes.NAMES:
+        raise BackendError(f"there is no op {op!r}; write one of {', '.join(shapes.NAMES)}")
     config, where = sized(shape), str(device_named(device))
     if work is Work.decode:
-        asked = workloads.Work.decode(keys)
+        asked = shapes.Work.decode(keys)
     else:
-        asked = getattr(workloads.Work, work.value)(tokens)
+        asked = getattr(shapes.Work, work.value)(tokens)
     training = work is Work.training
-    made = workloads.workloads(
+    made = shapes.problem_shapes(
         op, config, asked, dtype=dtype.torch, device=where, gradient=training
     )
     said: dict[str, list[str]] = {}

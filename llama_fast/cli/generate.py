@@ -207,11 +207,11 @@ def _summary(
     loaded: float,
     ended: str | None,
 ) -> None:
-    from ..bench import roofline as ceilings
+    from ..bench import roofline
     from ..model.quantized import quantization_of
     from . import measure
 
-    peak = measure.peak_memory(llama.device)  # before the ceilings take memory of their own
+    peak = measure.peak_memory(llama.device)  # before the peak rates take memory of their own
     served = measure.who_served(llama, prompt, kv_cache)
     new = len(times) - 1
     dtype = str(llama.dtype).removeprefix("torch.")
@@ -227,11 +227,11 @@ def _summary(
         rate = (new - 1) / (times[-1] - times[1])
         decode += f", {rate:.1f} tokens/s"
         bytes_read = measure.bytes_per_token(llama, len(prompt) + new / 2, kv_cache)
-        ceiling = ceilings.read_bandwidth(llama.device)
-        if ceiling is not None:
+        bandwidth = roofline.read_bandwidth(llama.device)
+        if bandwidth is not None:
             decode += (
-                f", {rate * bytes_read / ceiling:.0%} of the memory bandwidth "
-                f"({size(rate * bytes_read)}/s of {size(ceiling)}/s)"
+                f", {rate * bytes_read / bandwidth:.0%} of the memory bandwidth "
+                f"({size(rate * bytes_read)}/s of {size(bandwidth)}/s)"
             )
     lines += [
         ("decode", decode),

@@ -165,7 +165,7 @@ def profile(
     """Show where the time of a step goes.
 
     A table says of each op how often it was called, its time and its share of the step, what it had
-    to move and compute at least, and how near that comes to the ceilings measured on this machine.
+    to move and compute at least, and how near that comes to the peak rates measured here.
     The rest is torch's own ops and Python. Without --model the weights are random, and of few
     layers. A trace for ui.perfetto.dev or chrome://tracing is written.
 

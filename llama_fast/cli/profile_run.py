@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..bench.profile.calls import Profile, Step
     from ..bench.profile.counters import Counters
     from ..bench.profile.trace import TorchOp
-    from ..bench.roofline import Ceilings
+    from ..bench.roofline import Roofline
     from ..bench.shapes import Work
     from ..config import LlamaConfig
 
@@ -242,10 +242,10 @@ def run(
         from ..bench.timing import OtherPrograms
 
         note(f"Measuring this machine's peak rates, then {repeats} steps, then a trace …")
-        ceilings = measure(str(device))
+        roofline = measure(str(device))
         counters = Counters() if device.type == "cpu" else None
         with OtherPrograms([os.getpid()]) as others:
-            found = profile(step, repeats, ceilings, device, around=counters)
+            found = profile(step, repeats, roofline, device, around=counters)
         again = None if replayed is None else seconds_of(replayed, repeats, device)
         path = trace or Path(f"{wanted.stem}.trace.json")
         with warnings.catch_warnings():
@@ -253,7 +253,7 @@ def run(
             between = write_trace(step, path, device)
     show(title)
     _show_rows(found, by_shape or wanted.is_op)
-    _show_step(found, wanted, ceilings, others.share)
+    _show_step(found, wanted, roofline, others.share)
     if again is not None:
         middle = statistics.median(again)
         show(
@@ -265,16 +265,16 @@ def run(
         _show_counters(counters, repeats)
     show(f"Trace: {path}, for ui.perfetto.dev or chrome://tracing")
     if json_file is not None:
-        _write(json_file, title, found, again, between, ceilings, counters, others.share)
+        _write(json_file, title, found, again, between, roofline, counters, others.share)
 
 
 def _show_rows(found: Profile, by_shape: bool) -> None:
     wide = columns() >= 110
     header = ["op", "backend", "calls", "time", "share"]
     header += ["bytes", "FLOPs"] * wide
-    rows = table(*header, "GB/s", "GFLOP/s", "of ceiling", numbers=True, texts=2)
+    rows = table(*header, "GB/s", "GFLOP/s", "of peak", numbers=True, texts=2)
     for row in found.rows(by_shape):
-        share = "" if row.share_of_ceiling is None else f"{row.share_of_ceiling:.0%} {row.ceiling}"
+        share = "" if row.share_of_peak is None else f"{row.share_of_peak:.0%} {row.bound}"
         rows.add_row(
             f"{row.op} {row.shapes}".rstrip() if by_shape else row.op,
             row.backend,
@@ -303,7 +303,7 @@ def _show_rows(found: Profile, by_shape: bool) -> None:
     show(rows)
 
 
-def _show_step(found: Profile, wanted: Wanted, ceilings: Ceilings, others: float | None) -> None:
+def _show_step(found: Profile, wanted: Wanted, roofline: Roofline, others: float | None) -> None:
     from ..bench.timing import TOO_BUSY, TOO_NOISY
 
     steps = len(found.seconds)
@@ -315,10 +315,10 @@ def _show_step(found: Profile, wanted: Wanted, ceilings: Ceilings, others: float
     limits = [
         f"{name} {value / 1e9:,.1f} {unit}"
         for name, value, unit in (
-            ("read", ceilings.read, "GB/s"),
-            ("copy", ceilings.copy, "GB/s"),
-            ("float32", ceilings.float32, "GFLOP/s"),
-            ("bfloat16", ceilings.bfloat16, "GFLOP/s"),
+            ("read", roofline.read, "GB/s"),
+            ("copy", roofline.copy, "GB/s"),
+            ("float32", roofline.float32, "GFLOP/s"),
+            ("bfloat16", roofline.bfloat16, "GFLOP/s"),
         )
         if value
     ]
@@ -367,16 +367,16 @@ def _write(
     found: Profile,
     replayed: list[float] | None,
     between: list[TorchOp],
-    ceilings: Ceilings,
+    roofline: Roofline,
     counters: Counters | None,
     others: float | None,
 ) -> None:
     from ..bench import machine
 
     content: dict[str, Any] = {
-        "machine": machine.describe(ceilings.isa),
+        "machine": machine.describe(roofline.isa),
         "versions": machine.versions("triton"),
-        "ceilings": vars(ceilings),
+        "roofline": vars(roofline),
         "profile": title,
         "seconds": found.seconds,
         "replayed": replayed,

@@ -81,7 +81,7 @@ def calls(
     import torch
 
     from ..bench.oracle import outputs
-    from ..bench.shapes import workloads
+    from ..bench.shapes import problem_shapes
     from ..dispatch import OPS, use_backend
 
     def forward(op: Op, args: tuple) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -111,13 +111,13 @@ def calls(
 
     for name, shape, config, work in wanted:
         op = OPS[name]
-        for workload, make in workloads(
+        for problem, make in problem_shapes(
             name, config, work, dtype=dtype, device=device, gradient=work.tokens > 1
         ).items():
             args = make(0)
-            yield f"{workload}, {shape} {work.name}", forward(op, args)
+            yield f"{problem}, {shape} {work.name}", forward(op, args)
             if work.tokens > 1 and op.has_gradient(*args):
-                yield f"{workload} gradient, {shape} {work.name}", backward(op, args)
+                yield f"{problem} gradient, {shape} {work.name}", backward(op, args)
 
 
 def spills(chip: Any, launches: list[Launch]) -> str:

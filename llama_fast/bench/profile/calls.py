@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...dispatch import Cost, Op, wrapped_launches
 from ..measure import at_best
-from ..roofline import Ceilings
+from ..roofline import Roofline
 from ..timing import spread
 
 # A part of a step that is no op of ours, in a `with`: its name, and what it must move and compute.
@@ -30,8 +30,8 @@ Step = Callable[[Section], None]
 @dataclass(frozen=True)
 class Call:
     """shapes   of the tensors that it was given, those of one dim left out
-    ceiling  what bounds it: "read", "copy", "float32", "bfloat16" or "int8"
-    least    seconds that it takes at that ceiling; None where that was not measured
+    bound    what bounds it: "read", "copy", "float32", "bfloat16" or "int8"
+    least    seconds that it takes at that peak rate; None where that was not measured
     """
 
     op: str
@@ -39,13 +39,13 @@ class Call:
     shapes: str
     bytes: int
     flops: int
-    ceiling: str
+    bound: str
     least: float | None
 
 
 @dataclass
 class Row:
-    """The calls of one kind together. share_of_ceiling: None where the ceiling is not known."""
+    """The calls of one kind together. share_of_peak: None where the peak rate is not known."""
 
     op: str
     backend: str
@@ -54,8 +54,8 @@ class Row:
     seconds: float
     bytes: int
     flops: int
-    ceiling: str
-    share_of_ceiling: float | None
+    bound: str
+    share_of_peak: float | None
 
 
 @dataclass
@@ -109,8 +109,8 @@ class Profile:
                     seconds=seconds,
                     bytes=sum(call.bytes for call, _ in found),
                     flops=sum(call.flops for call, _ in found),
-                    ceiling=", ".join(sorted({call.ceiling for call, _ in found})),
-                    share_of_ceiling=None if None in least else sum(least) / seconds,
+                    bound=", ".join(sorted({call.bound for call, _ in found})),
+                    share_of_peak=None if None in least else sum(least) / seconds,
                 )
             )
         return sorted(rows, key=lambda row: -row.seconds)
@@ -119,7 +119,7 @@ class Profile:
 def profile(
     step: Step,
     repeats: int,
-    ceilings: Ceilings,
+    roofline: Roofline,
     device: torch.device,
     around: AbstractContextManager | None = None,
 ) -> Profile:
@@ -128,7 +128,7 @@ def profile(
     around  entered before the timed steps and left after them, as `Counters`
     """
     step(no_section)
-    calls = count(step, ceilings)
+    calls = count(step, roofline)
     clock = DeviceClock(device) if device.type == "cuda" else HostClock()
     watch = _Watch(clock)
     steps = []
@@ -159,9 +159,9 @@ def seconds_of(call: Callable[[], None], repeats: int, device: torch.device) -> 
     return [clock.seconds(start, end) for start, end in itertools.pairwise(stamps)]
 
 
-def count(step: Step, ceilings: Ceilings) -> list[Call]:
+def count(step: Step, roofline: Roofline) -> list[Call]:
     """The calls of one step, with what each must move and compute."""
-    counter = _Counter(ceilings)
+    counter = _Counter(roofline)
     with wrapped_launches(counter.launch):
         step(counter.section)
     return counter.calls
@@ -241,8 +241,8 @@ class _Watch(_Observer):
 
 
 class _Counter(_Observer):
-    def __init__(self, ceilings: Ceilings) -> None:
-        self.ceilings = ceilings
+    def __init__(self, roofline: Roofline) -> None:
+        self.roofline = roofline
         self.calls: list[Call] = []
 
     def see(self, op: Op, backend: str, launch: Callable[..., Any], args: tuple) -> Any:
@@ -251,15 +251,15 @@ class _Counter(_Observer):
         tensors = [x for x in args if isinstance(x, Tensor)]
         dtype = next(x.dtype for x in tensors if x.is_floating_point())
         written = (results,) if isinstance(results, Tensor) else tuple(results)
-        ceiling, seconds = at_best(args, least, written, dtype, self.ceilings)
+        bound, seconds = at_best(args, least, written, dtype, self.roofline)
         shapes = ", ".join("×".join(map(str, x.shape)) for x in tensors if x.ndim > 1)
-        self.calls.append(Call(op.label(*args), backend, shapes, *least, ceiling, seconds))
+        self.calls.append(Call(op.label(*args), backend, shapes, *least, bound, seconds))
         return results
 
     @contextmanager
     def section(self, name: str, cost: Cost) -> Iterator[None]:
         yield
-        copy = self.ceilings.copy
+        copy = self.roofline.copy
         self.calls.append(
             Call(name, "torch", "", *cost, "copy", cost.bytes / copy if copy else None)
         )

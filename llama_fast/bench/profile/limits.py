@@ -1,4 +1,4 @@
-"""What chips can do at most, as their makers publish it: the ceilings of estimates without one."""
+"""What chips can do at most, as their makers publish it: peak rates for estimates without one."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from ...model import Llama
 from ...nn.kv_cache import KVCache
 from ...ops import QuantizedWeight
 from ...training.loop import TrainConfig, make_optimizer
-from ..shapes import Work, workloads
+from ..shapes import Work, problem_shapes
 from .calls import Section, Step
 
 MODEL_STEPS = ("decode", "prefill", "train")
@@ -196,8 +196,8 @@ def op_step(
     quantize: str | None = None,
     backward: bool = False,
 ) -> Step:
-    """Calls an op once with each of its workloads' arguments: for the linear layers, one for each
-    matrix of the model. As many calls with other arguments as make the data come from memory.
+    """Calls an op once with the arguments of each of its problems: for linear, one for each matrix
+    of the model. As many calls with other arguments as make the data come from memory.
 
     quantize  of an op of quantised weights or caches, these forms; those of floats when None
     backward  its gradient too
@@ -210,7 +210,7 @@ def op_step(
             + (f", or take {op.grad_alternative}" if op.grad_alternative else "")
         )
     calls: list[Callable[[], None]] = []
-    made = workloads(name, config, work, dtype=dtype, device=device, gradient=backward)
+    made = problem_shapes(name, config, work, dtype=dtype, device=device, gradient=backward)
     for label, make in made.items():
         if quantize == next((word for word in label.split() if word in NAMED), None):
             first = make(0)

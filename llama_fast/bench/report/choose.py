@@ -15,7 +15,7 @@ def calls(rows: list[Row]) -> list[Row]:
     for row in rows:
         if not row.call or row.own() is None or not row.bytes or row.call.get("warm"):
             continue
-        key = tuple(row.call[k] for k in ("workload", "shape", "work", "dtype", "pass"))
+        key = tuple(row.call[k] for k in ("problem", "shape", "work", "dtype", "pass"))
         if key not in largest or size(row) > size(largest[key]):
             largest[key] = row
     return list(largest.values())
@@ -56,9 +56,9 @@ def mark(row: Row) -> str:
     return NOISY if row.noisy(row.own()) else ""
 
 
-def said(contender: str) -> str:
-    """A contender as a reader knows it."""
-    return f"{OURS} ({contender})" if contender in OWN and contender != OURS else contender
+def said(baseline: str) -> str:
+    """A baseline as a reader knows it."""
+    return f"{OURS} ({baseline})" if baseline in OWN and baseline != OURS else baseline
 
 
 def labels(rows: list[Row]) -> dict[str, str]:
@@ -70,7 +70,7 @@ def labels(rows: list[Row]) -> dict[str, str]:
 
 def _label(row: Row, with_shape: bool) -> str:
     call = row.call
-    words = [call["workload"], *([call["shape"]] if with_shape else [])]
+    words = [call["problem"], *([call["shape"]] if with_shape else [])]
     if call["work"] == "training":
         words.append("" if call["pass"] == "backward" else f"({call['pass']})")
     return " ".join(filter(None, words)) + mark(row)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C8C00",
            "#000000", "#999999", "#6B4226", "#F0E442")  # fmt: skip
 MARKERS = {"decode": "o", "prefill": "^", "training": "s"}
-# The same contender has the same colour in every figure.
-CONTENDERS = {
+# The same baseline has the same colour in every figure.
+BASELINES = {
     "eager": COLOURS[1], "torch": COLOURS[2], "torch flash": COLOURS[3], "torch math": COLOURS[4],
     "torch.compile": COLOURS[5], "torch cudnn": COLOURS[6], "torch efficient": COLOURS[7],
     "liger-kernel": COLOURS[8], "flash-attn": COLOURS[9], **dict.fromkeys(OWN, COLOURS[0]),
@@ -50,30 +50,30 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def ceilings_of(rows: list[Row]) -> dict[str, float]:
+def peaks_of(rows: list[Row]) -> dict[str, float]:
     """The highest that was measured of each: other programs can only make one look lower."""
     found: dict[str, float] = {}
     for row in rows:
-        measured = row.measured_with.get("ceilings") or {}
+        measured = row.measured_with.get("roofline") or {}
         for name in ("read", "copy", "float32", "bfloat16"):
             if measured.get(name):
                 found[name] = max(measured[name], found.get(name, 0.0))
     return found
 
 
-def colours_of(contenders: list[str]) -> dict[str, str]:
-    """Ours are blue, and two contenders have one colour only where there are more than colours."""
-    found = {name: CONTENDERS[name] for name in contenders if name in CONTENDERS}
-    found |= {n: OTHER_WAYS for n in contenders if n not in found and n.startswith(OURS)}
+def colours_of(baselines: list[str]) -> dict[str, str]:
+    """Ours are blue, and two baselines have one colour only where there are more than colours."""
+    found = {name: BASELINES[name] for name in baselines if name in BASELINES}
+    found |= {n: OTHER_WAYS for n in baselines if n not in found and n.startswith(OURS)}
     free = [colour for colour in COLOURS[1:] if colour not in found.values()]
     others = itertools.cycle(free or COLOURS[1:])
-    return {name: found.get(name) or next(others) for name in contenders}
+    return {name: found.get(name) or next(others) for name in baselines}
 
 
 def roofline(rows: list[Row], title: str) -> Figure | None:
-    """FLOP/s over FLOPs a byte, below the machine's own ceilings; from eager's speed to ours."""
-    rows, ceilings = calls(rows), ceilings_of(rows)
-    if not rows or "read" not in ceilings:
+    """FLOP/s over FLOPs a byte, below the machine's own peak rates; from eager's speed to ours."""
+    rows, peaks = calls(rows), peaks_of(rows)
+    if not rows or "read" not in peaks:
         return None
     figure = new_figure(8.6, 5.4)
     axes = figure.add_subplot()
@@ -93,7 +93,7 @@ def roofline(rows: list[Row], title: str) -> Figure | None:
         )  # fmt: skip
     low = min(row.flops / row.bytes for row in rows) / 2
     high = max(max(row.flops / row.bytes for row in rows) * 2, 64)
-    _draw_ceilings(axes, ceilings, low, high, {row.call["dtype"] for row in rows})
+    _draw_peaks(axes, peaks, low, high, {row.call["dtype"] for row in rows})
     axes.set(
         xscale="log", yscale="log", xlim=(low, high),
         xlabel="FLOPs for each byte that must be moved", ylabel="GFLOP/s",
@@ -104,28 +104,28 @@ def roofline(rows: list[Row], title: str) -> Figure | None:
     return figure
 
 
-def _draw_ceilings(
-    axes: Axes, ceilings: dict[str, float], low: float, high: float, dtypes: set[str]
+def _draw_peaks(
+    axes: Axes, peaks: dict[str, float], low: float, high: float, dtypes: set[str]
 ) -> None:
     flat = {
-        name: ceilings[name]
+        name: peaks[name]
         for name in ("float32", "bfloat16")
-        if name in ceilings and (name in dtypes or name == "float32")
+        if name in peaks and (name in dtypes or name == "float32")
     }
     peak = max(flat.values(), default=0.0)
     if len(flat) == 2 and min(flat.values()) > 0.9 * peak:  # one line, or their names overlap
         flat = {"float32 and bfloat16": peak}
-    knee = peak / ceilings["read"] if peak else high
+    knee = peak / peaks["read"] if peak else high
     xs = [low, min(knee, high)]
-    axes.plot(xs, [x * ceilings["read"] / 1e9 for x in xs], color="#444444", linewidth=1.4)
+    axes.plot(xs, [x * peaks["read"] / 1e9 for x in xs], color="#444444", linewidth=1.4)
     x = low * (xs[1] / low) ** 0.75
     axes.annotate(
-        f"memory read {ceilings['read'] / 1e9:.3g} GB/s",
-        (x, x * ceilings["read"] / 1e9), xytext=(-6, 6), textcoords="offset points",
+        f"memory read {peaks['read'] / 1e9:.3g} GB/s",
+        (x, x * peaks["read"] / 1e9), xytext=(-6, 6), textcoords="offset points",
         ha="right", fontsize=8, color="#444444",
     )  # fmt: skip
     for name, rate in flat.items():
-        start = rate / ceilings["read"]
+        start = rate / peaks["read"]
         if start < high:
             axes.plot([start, high], [rate / 1e9] * 2, color="#444444", linewidth=1.4)
         # At the knee, where no kernel is: those that arithmetic bounds are further right.
@@ -252,7 +252,7 @@ def _plain_ticks(axes: Axes, panels: Any) -> None:
 
 
 def attention_lengths(rows: list[Row], title: str) -> Figure | None:
-    """Attention's rate over the length of the sequence, for each contender."""
+    """Attention's rate over the length of the sequence, for each baseline."""
     groups = sweeps(rows)
     if not groups:
         return None
@@ -272,12 +272,12 @@ def attention_lengths(rows: list[Row], title: str) -> Figure | None:
             for row, x, y in zip(some, xs, ys, strict=True):
                 face = "white" if row.noisy(name) else colours[name]
                 axes.plot(x, y, "o", color=colours[name], markersize=4.5, markerfacecolor=face)
-        ceiling = ceilings_of(group).get("read" if decode else call["dtype"])
-        if ceiling:
-            axes.axhline(ceiling / 1e9, color="#444444", linewidth=1.2, linestyle="--")
+        peak = peaks_of(group).get("read" if decode else call["dtype"])
+        if peak:
+            axes.axhline(peak / 1e9, color="#444444", linewidth=1.2, linestyle="--")
             axes.annotate(
                 "memory read" if decode else f"{call['dtype']} multiply-add",
-                (1, ceiling / 1e9), xycoords=("axes fraction", "data"), xytext=(-3, 3),
+                (1, peak / 1e9), xycoords=("axes fraction", "data"), xytext=(-3, 3),
                 textcoords="offset points", ha="right", fontsize=8, color="#444444",
             )  # fmt: skip
         what = "decode: one query" if decode else f"{call['work']}, {call['pass']}"
@@ -305,7 +305,7 @@ def _powers_of_two(axes: Axes, lengths: list[int]) -> None:
 
 
 def memory(rows: list[Row], title: str) -> Figure | None:
-    """What a call of each contender holds at its peak beyond what was held before."""
+    """What a call of each baseline holds at its peak beyond what was held before."""
     rows = [row for row in calls(rows) if max(row.memory.values(), default=0) >= LEAST_MEMORY]
     rows = sorted(rows, key=lambda row: -max(row.memory.values()))[:MOST_CALLS]
     if not rows:

@@ -26,7 +26,7 @@ def filled(page: str, results: Mapping[str, Mapping[str, Row]]) -> str:
     results  by the machine, as its results file is named, the rows by their names; figures of
              another machine stay as they are
     Raises ResultsError for a page without such a place, a row that the machine's results do not
-    have, and a contender that the row does not have.
+    have, and a baseline that the row does not have.
     """
     machine, found = "", 0
 
@@ -59,7 +59,7 @@ def figure(row: Row, wanted: str) -> str:
     """Returns what is wanted of a row, in words.
 
     wanted  "ours": this package's median with its unit; "× NAME": how many times as fast ours is;
-            "NAME": that contender's median
+            "NAME": that baseline's median
     """
     medians, own = row.medians(), row.own()
     name = wanted.removeprefix("× ")

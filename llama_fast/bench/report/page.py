@@ -10,7 +10,7 @@ from ...utils.files import atomic_file
 from ..machine import file_name
 from ..results import OURS, Goal, Results, Row
 from .choose import NOISY
-from .figures import FIGURES, ceilings_of
+from .figures import FIGURES, peaks_of
 from .marks import filled
 
 UNITS = {"read": "GB/s", "copy": "GB/s", "float32": "GFLOP/s", "bfloat16": "GFLOP/s"}
@@ -44,7 +44,7 @@ def write(results: list[Results], folder: Path, *, figures: bool = True) -> Writ
         links = [f"![{said}]({path.name})" for said, path in drawn.items()]
         tables = filter(
             None,
-            (_ceilings(rows), targets(rows), _calls(rows), _checks(rows), _versions(rows)),
+            (_peaks(rows), targets(rows), _calls(rows), _checks(rows), _versions(rows)),
         )
         parts.append("\n\n".join([f"## {about}", *links, *tables]))
     page = folder / "report.md"
@@ -88,9 +88,9 @@ def _by_machine(results: list[Results]) -> list[tuple[dict[str, Any], list[Row]]
 
 def _device(rows: list[Row]) -> tuple[str, int]:
     """(device, threads) of the last run that says so."""
-    runs = [row.measured_with for row in rows if row.measured_with.get("ceilings")]
+    runs = [row.measured_with for row in rows if row.measured_with.get("roofline")]
     run = runs[-1] if runs else {}
-    return run.get("ceilings", {}).get("device", "cpu"), run.get("threads", 1)
+    return run.get("roofline", {}).get("device", "cpu"), run.get("threads", 1)
 
 
 def _stem(where: dict[str, Any], rows: list[Row]) -> str:
@@ -133,8 +133,8 @@ def _sizes(rows: list[Row]) -> str:
     return f", at the sizes of Llama {', '.join(shapes)}" if shapes else ""
 
 
-def _ceilings(rows: list[Row]) -> str:
-    found = ceilings_of(rows)
+def _peaks(rows: list[Row]) -> str:
+    found = peaks_of(rows)
     if not found:
         return ""
     said = (
@@ -155,7 +155,7 @@ def targets(rows: list[Row]) -> str:
 def _target(row: Row) -> str:
     medians, own = row.medians(), row.own()
     others = [name for name in medians if name != own]
-    if own is None:  # the contenders are our own ops
+    if own is None:  # the baselines are our own ops
         own, others = max(medians, key=medians.__getitem__), []
     ours = f"{medians[own]:.3g} {row.unit}{_held(row, own)}"
     ours += f" ({own})" if own != OURS else ""
@@ -169,11 +169,11 @@ def _target(row: Row) -> str:
     return f"| {row.what} | {ours} | {beside} | {goals}{noisy} |"
 
 
-def _held(row: Row, contender: str) -> str:
+def _held(row: Row, baseline: str) -> str:
     """A model's memory; that of a single call is in a table of its own."""
-    if row.call or contender not in row.memory:
+    if row.call or baseline not in row.memory:
         return ""
-    return f", {row.memory[contender] / 1e9:.2g} GB"
+    return f", {row.memory[baseline] / 1e9:.2g} GB"
 
 
 def _verdict(goal: Goal) -> str:
@@ -182,8 +182,8 @@ def _verdict(goal: Goal) -> str:
 
 
 def _calls(rows: list[Row]) -> str:
-    """A line for each contender of each call of an op."""
-    columns = ("call", "contender", "time", "spread", "GB/s", "GFLOP/s", "of ceiling", "× eager",
+    """A line for each baseline of each call of an op."""
+    columns = ("call", "baseline", "time", "spread", "GB/s", "GFLOP/s", "of peak", "× eager",
                "host", "memory", "error")  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|---|---|" + "--:|" * 9]
     for row in rows:
@@ -205,7 +205,7 @@ def _call(row: Row, name: str) -> str:
 
 
 def _checks(rows: list[Row]) -> str:
-    """Results in words: rows that no contender took part in."""
+    """Results in words: rows that no baseline took part in."""
     return "\n".join(f"- {row.what}: {'; '.join(row.notes)}" for row in rows
                      if row.notes and not row.samples)  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What every contender of the model benchmark can do."""
+"""What every baseline of the model benchmark can do."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 
-class Contender(ABC):
-    """A model that decodes one sequence; the weights are random, and the same for all contenders.
+class Baseline(ABC):
+    """A model that decodes one sequence; the weights are random, and the same for all baselines.
 
     Each lives in a process of its own, in which torch has been told its number of threads.
     """

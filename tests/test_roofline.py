@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llama_fast.backends import cpu
-from llama_fast.bench import roofline as ceilings
+from llama_fast.bench import roofline
 
 _cpu = pytest.importorskip("llama_fast._cpu", reason="the C++ kernels are not built")
 LINE = 64
@@ -71,9 +71,9 @@ class Counter:
 
 def test_a_plain_read_goes_on_where_the_last_one_ended(monkeypatch):
     kernels = Counter()
-    monkeypatch.setattr(ceilings, "_cpu", kernels)
-    monkeypatch.setattr(ceilings, "BYTES", 4096)
-    read = ceilings.plain_read(5000)  # 79 lines
+    monkeypatch.setattr(roofline, "_cpu", kernels)
+    monkeypatch.setattr(roofline, "BYTES", 4096)
+    read = roofline.plain_read(5000)  # 79 lines
     read()
     read()
     first = kernels.read[0][0]
@@ -85,26 +85,26 @@ def test_a_plain_read_goes_on_where_the_last_one_ended(monkeypatch):
 
 def test_multiply_adds_are_as_many_as_asked_for(monkeypatch):
     kernels = Counter()
-    monkeypatch.setattr(ceilings, "_cpu", kernels)
+    monkeypatch.setattr(roofline, "_cpu", kernels)
     flops = 48 * torch.get_num_threads() * 12345
-    ceilings.multiply_adds(flops, True)()
-    ceilings.multiply_adds(flops, False)()
+    roofline.multiply_adds(flops, True)()
+    roofline.multiply_adds(flops, False)()
     assert kernels.steps[1::2] == [12345, 2 * 12345]
 
 
 def test_measure_gives_rates_that_a_machine_can_have(monkeypatch):
-    monkeypatch.setattr(ceilings, "BYTES", 2**24)
-    monkeypatch.setattr(ceilings, "SECONDS", 0.01)
-    ceilings.forget()
+    monkeypatch.setattr(roofline, "BYTES", 2**24)
+    monkeypatch.setattr(roofline, "SECONDS", 0.01)
+    roofline.forget()
     try:
-        found = ceilings.measure("cpu")
-    finally:  # the real ceilings are those of larger memory
-        ceilings.forget()
+        found = roofline.measure("cpu")
+    finally:  # the real peak rates are those of larger memory
+        roofline.forget()
     assert found.threads == torch.get_num_threads() and found.isa == _cpu.isa()
     for rate in (found.read, found.copy, found.float32, found.bfloat16):
         assert 1e7 < rate < 1e14
-    assert ceilings.read_bandwidth("cpu") != found.read
+    assert roofline.read_bandwidth("cpu") != found.read
 
 
-def test_a_ceiling_is_measured_once():
-    assert ceilings.read_bandwidth("cpu") == ceilings.read_bandwidth("cpu")
+def test_a_peak_is_measured_once():
+    assert roofline.read_bandwidth("cpu") == roofline.read_bandwidth("cpu")

@@ -1,4 +1,4 @@
-"""Every op can be called with what the registry of workloads makes for it."""
+"""Every op can be called with what the registry of problem shapes makes for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 import llama_fast.ops  # noqa: F401  declares the ops
 from llama_fast.bench import shapes
-from llama_fast.bench.shapes import NAMES, Work, workloads
+from llama_fast.bench.shapes import NAMES, Work, problem_shapes
 from llama_fast.config import LlamaConfig
 from llama_fast.dispatch import OPS
 from llama_fast.errors import ConfigError
@@ -20,14 +20,14 @@ TINY = LlamaConfig(
 WORK = [Work.decode(24), Work.prefill(5)]
 
 
-def test_every_op_of_a_model_has_workloads():
+def test_every_op_of_a_model_has_problem_shapes():
     assert set(NAMES) == {name for name, op in OPS.items() if op.cases is not None}
 
 
-def test_a_workload_is_named_after_what_it_asks_for():
+def test_a_problem_is_named_after_what_it_asks_for():
     for name in NAMES:
-        for workload, make in workloads(name, TINY, Work.prefill(5), device="meta").items():
-            assert set(OPS[name].label(*make(0)).split()) <= set(workload.split())
+        for problem, make in problem_shapes(name, TINY, Work.prefill(5), device="meta").items():
+            assert set(OPS[name].label(*make(0)).split()) <= set(problem.split())
 
 
 @pytest.mark.parametrize("work", WORK, ids=str)
@@ -35,7 +35,7 @@ def test_a_workload_is_named_after_what_it_asks_for():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_op_takes_them(name, dtype, work):
     op = OPS[name]
-    for make in workloads(name, TINY, work, dtype=dtype).values():
+    for make in problem_shapes(name, TINY, work, dtype=dtype).values():
         args = make(0)
         schema = getattr(torch.ops.llama_fast, name).default._schema
         assert len(args) == len(schema.arguments)
@@ -77,13 +77,13 @@ def test_on_a_gpu_all_is_drawn_there(name, monkeypatch):
     monkeypatch.setattr(shapes.torch, "Generator", Generator)
     with WithoutGPU():
         for work in (Work.decode(24), Work.training(5)):
-            for make in workloads(name, TINY, work, device="cuda", gradient=True).values():
+            for make in problem_shapes(name, TINY, work, device="cuda", gradient=True).values():
                 tensors = [x for x in make(0) if isinstance(x, torch.Tensor)]
                 assert tensors and all(x.is_meta for x in tensors)
 
 
 def test_seeds_give_other_numbers_in_the_same_layout():
-    make = workloads("attention", TINY, Work.prefill(7))["attention"]
+    make = problem_shapes("attention", TINY, Work.prefill(7))["attention"]
     one, same, other = make(0), make(0), make(1)
     assert torch.equal(one[0], same[0]) and not torch.equal(one[0], other[0])
     assert one[1].stride() == other[1].stride()
@@ -92,7 +92,7 @@ def test_seeds_give_other_numbers_in_the_same_layout():
 
 
 def test_matrices_are_those_of_the_model():
-    found = workloads("linear", TINY, Work.decode(8))
+    found = problem_shapes("linear", TINY, Work.decode(8))
     shapes = {name: tuple(make(0)[1].shape) for name, make in found.items()}
     floats = {name: shape for name, shape in shapes.items() if len(shape) == 2}
     assert shapes.keys() == {f"{name}{form}" for name in floats for form in ("", " int8", " int4")}
@@ -108,7 +108,7 @@ def test_matrices_are_those_of_the_model():
 
 def test_other_ops_are_named():
     with pytest.raises(ConfigError, match="no model calls an op named 'conv'"):
-        workloads("conv", TINY, Work.decode(8))
+        problem_shapes("conv", TINY, Work.decode(8))
 
 
 def test_work_says_what_it_is():
