@@ -59,8 +59,8 @@ def test_of_independent_inputs_the_nearest_codes_are_the_best(form):
 
 @pytest.mark.parametrize("size", [32, 128])
 def test_large_inputs_are_rounded_first_and_stored_in_their_place(size):
-    """A channel that stands out is rounded before the others have changed it; so its codes are the
-    nearest ones of its own weights, wherever in the matrix it lies."""
+    """A channel that stands out is rounded before the others have changed it; so its quantised
+    values are the nearest ones of its own weights, wherever in the matrix it lies."""
     weight, x = weight_and_inputs()
     x[:, 140] = 100 * x[:, 140:].sum(1) + x[:, 0]
     form = WeightFormat(4, size)
@@ -118,7 +118,7 @@ def test_calibration_brings_the_model_closer(calibrated, held_out):
     for name, tensor in state.items():
         if name.endswith("norm.weight"):
             assert torch.equal(tensor, floats[name])
-    assert torch.equal(state["embed.weight.codes"], nearest.state_dict()["embed.weight.codes"])
+    assert torch.equal(state["embed.weight.qdata"], nearest.state_dict()["embed.weight.qdata"])
 
 
 def test_calibration_gives_the_same_again(calibrated, calibration, tmp_path):
@@ -136,7 +136,7 @@ def test_an_untied_model_and_kinds_that_stay(tmp_path):
     floats = Llama.from_pretrained(tmp_path / "hf", device="cpu")
     assert torch.equal(model.embed.weight, floats.embed.weight)
     head = round_weight(floats.head.weight, WeightFormat(8, 64))
-    assert torch.equal(model.head.weight.codes, head.codes)
+    assert torch.equal(model.head.weight.qdata, head.qdata)
 
 
 @pytest.mark.parametrize(

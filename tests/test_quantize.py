@@ -42,7 +42,7 @@ def test_names_give_settings():
 def test_settings_say_what_they_are():
     mixed = Quantization(FOUR, WeightFormat(4, 64, symmetric=False), None, None)
     assert str(mixed) == (
-        "attention: 4 bits in groups of 32; mlp: 4 bits in groups of 64 with offsets; "
+        "attention: 4 bits in groups of 32; mlp: 4 bits in groups of 64 with minima; "
         "embedding, head: as stored"
     )
     assert str(Quantization(FOUR, FOUR, FOUR, FOUR)) == "4 bits in groups of 32"
@@ -76,8 +76,8 @@ def test_wrong_settings_are_refused(make, says):
 
 
 def rounding_error(groups: torch.Tensor, scales: torch.Tensor) -> float:
-    codes = encode(groups, scales, None, 4).float() - 8
-    return float((groups - codes * scales.float().unsqueeze(-1)).square().mean().sqrt())
+    qdata = encode(groups, scales, None, 4).float() - 8
+    return float((groups - qdata * scales.float().unsqueeze(-1)).square().mean().sqrt())
 
 
 @pytest.mark.parametrize("group_size", [32, 128])
@@ -151,7 +151,7 @@ def test_a_model_is_quantised_in_place(model):
         assert name.endswith("norm.weight") and torch.equal(parameter, floats[name])
     qkv = model.layers[1].attention.qkv.weight
     expected = round_weight(floats["layers.1.attention.qkv.weight"], FOUR)
-    assert torch.equal(qkv.codes, expected.codes) and torch.equal(qkv.scales, expected.scales)
+    assert torch.equal(qkv.qdata, expected.qdata) and torch.equal(qkv.scales, expected.scales)
     assert model.head.weight is not model.embed.weight
     assert model.head.weight.bits == model.embed.weight.bits == 8
 
@@ -162,7 +162,7 @@ def test_kinds_are_chosen_one_by_one(model):
     assert quantization_of(model) == settings
     block = model.layers[0]
     assert not isinstance(block.attention.output.weight, QuantizedWeight)
-    assert block.mlp.down.weight.offsets is not None
+    assert block.mlp.down.weight.minima is not None
     assert torch.isfinite(model(torch.zeros(1, 3, dtype=torch.int64))).all()
 
 
@@ -298,5 +298,5 @@ def test_weights_are_rounded_into_memory_that_suits_them(monkeypatch):
     monkeypatch.setattr("llama_fast.ops.quantized_weight.reserve", reserve)
     weight = QuantizedWeight.from_float(torch.randn(40, 70), 4, 32, symmetric=False)
     buffers = dict(weight.named_buffers())
-    assert list(buffers) == ["codes", "scales", "offsets"]
+    assert list(buffers) == ["qdata", "scales", "minima"]
     assert [buffer.data_ptr() for buffer in buffers.values()] == reserved

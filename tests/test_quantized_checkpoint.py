@@ -168,9 +168,9 @@ DAMAGE = [
         "bias is unknown",
     ),
     (
-        "signed codes",
-        lambda f: edit_weights(f, change(QKV + ".codes", lambda t: t.view(torch.int8))),
-        r"qkv\.weight\.codes is I8",
+        "signed quantised values",
+        lambda f: edit_weights(f, change(QKV + ".qdata", lambda t: t.view(torch.int8))),
+        r"qkv\.weight\.qdata is I8",
     ),
     (
         "float32 scales",
@@ -184,8 +184,8 @@ DAMAGE = [
     ),
     (
         "other rows",
-        lambda f: edit_weights(f, change(QKV + ".codes", lambda t: t[1:])),
-        r"codes is torch\.uint8 \(7, 8, 16, 4\), but config\.json needs .*\(8, 8, 16, 4\)",
+        lambda f: edit_weights(f, change(QKV + ".qdata", lambda t: t[1:])),
+        r"qdata is torch\.uint8 \(7, 8, 16, 4\), but config\.json needs .*\(8, 8, 16, 4\)",
     ),
     ("NaN", lambda f: edit_weights(f, set_nan), r"qkv\.weight\.scales has values .*not finite"),
     ("infinity", lambda f: edit_weights(f, set_infinity), r"norm\.weight has values .*not finite"),
@@ -196,7 +196,7 @@ DAMAGE = [
         ),
         "belongs to another model",
     ),
-    ("a later version", lambda f: edit_config(f, version=2), "version is 2.*reads version 1"),
+    ("a later version", lambda f: edit_config(f, version=3), "version is 3.*reads version 2"),
     ("no forms", lambda f: edit_config(f, weights=None), "attention, mlp, embedding, head"),
     (
         "wrong bits",
@@ -206,7 +206,7 @@ DAMAGE = [
     (
         "other bits",
         lambda f: edit_config(f, weights=NAMED["int8"].to_dict()),
-        r"codes is torch\.uint8 .*needs",
+        r"qdata is torch\.uint8 .*needs",
     ),
 ]
 

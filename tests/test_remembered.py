@@ -323,7 +323,7 @@ def test_a_changed_model_goes_on_as_itself_in_every_form(form, kv_cache, change)
     check_change(change, form=form, kv_cache=kv_cache)
 
 
-@pytest.mark.parametrize("part", ["codes", "scales"])
+@pytest.mark.parametrize("part", ["qdata", "scales"])
 def test_parts_of_a_quantized_weight_are_watched(part):
     def change(model):
         weight = model.layers[1].mlp.down.weight

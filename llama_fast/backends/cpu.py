@@ -272,9 +272,9 @@ def _gradient_how(grad: torch.Tensor, other: torch.Tensor) -> str:
 
 def _linear_quantized(
     x: torch.Tensor,
-    codes: torch.Tensor,
+    qdata: torch.Tensor,
     scales: torch.Tensor,
-    offsets: torch.Tensor | None,
+    minima: torch.Tensor | None,
     C_out: int,
     bits: int,
     group_size: int,

@@ -345,9 +345,9 @@ def _gemv_quantized(
     launch: Callable[..., torch.Tensor],
     x: torch.Tensor,
     outputs: int,
-    codes: torch.Tensor,
+    qdata: torch.Tensor,
     scales: torch.Tensor,
-    offsets: torch.Tensor | None,
+    minima: torch.Tensor | None,
     C_out: int,
     bits: int,
     group_size: int,
@@ -355,14 +355,14 @@ def _gemv_quantized(
     """The same of a quantised weight; y has `outputs` columns."""
     x = _whole_vectors(x)
     y = x.new_empty((*x.shape[:-1], outputs))
-    return launch(_place(x), x, codes, scales, offsets, bits, group_size, y)
+    return launch(_place(x), x, qdata, scales, minima, bits, group_size, y)
 
 
 def _linear_quantized_unsupported(
     x: torch.Tensor,
-    codes: torch.Tensor,
+    qdata: torch.Tensor,
     scales: torch.Tensor,
-    offsets: torch.Tensor | None,
+    minima: torch.Tensor | None,
     C_out: int,
     bits: int,
     group_size: int,

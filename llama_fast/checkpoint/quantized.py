@@ -2,7 +2,7 @@
 
 config.json is that of Hugging Face's format, and its entry "quantization_config" says how each kind
 of weight is stored. model.safetensors holds our fused tensors under our own names: of a quantised
-one "<name>.codes", "<name>.scales" and perhaps "<name>.offsets", in the layout of the op
+one "<name>.qdata", "<name>.scales" and perhaps "<name>.minima", in the layout of the op
 `linear`, otherwise the tensor. So a model is mapped and not read: a page of it takes
 memory when it is first used, and is shared between processes.
 """
@@ -26,7 +26,7 @@ from .names import state_shapes
 from .pieces import refuse_few_tensors
 from .stored import SafetensorsFile, open_files, read_json
 
-ENTRY, METHOD, VERSION = "quantization_config", "llama_fast", 1
+ENTRY, METHOD, VERSION = "quantization_config", "llama_fast", 2
 
 
 def quantized_contents(
@@ -92,7 +92,7 @@ class QuantizedCheckpoint:
         """By our names: a tensor, or the buffers of a QuantizedWeight by theirs. All of them are
         views of the mapped file.
 
-        Raises CheckpointError for scales, offsets and floats that are not finite
+        Raises CheckpointError for scales, minima and floats that are not finite
         (`check_finite=False` skips that, and then no page is read).
         """
         file, found = self._file, {}

@@ -38,9 +38,13 @@ def quantize(
             show_default="32 for 4 bits, 64 for 8",
         ),
     ] = None,
-    offsets: Annotated[
+    minima: Annotated[
         bool,
-        typer.Option("--offsets", help="Store an offset beside each scale: closer, and larger."),
+        typer.Option(
+            "--minima",
+            "--offsets",
+            help="Store the minimum of a group beside its scale: closer, and larger.",
+        ),
     ] = False,
     head_bits: Annotated[
         int,
@@ -106,12 +110,12 @@ def quantize(
             f"{head_bits} is not 4, 8 or 16. Write: --head-bits 8", param_hint="--head-bits"
         )
     size = default[bits].group_size if group_size is None else group_size
-    form = WeightFormat(bits, size, not offsets)
+    form = WeightFormat(bits, size, not minima)
     of_head = None
     if head_bits == bits:
         of_head = form
     elif head_bits != 16:
-        of_head = WeightFormat(head_bits, default[head_bits].group_size, not offsets)
+        of_head = WeightFormat(head_bits, default[head_bits].group_size, not minima)
     settings = Quantization(form, form, of_head, of_head)
 
     checkpoint = open_float_checkpoint(source)

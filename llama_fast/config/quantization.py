@@ -30,7 +30,7 @@ KINDS = {
 def packed_shapes(
     C_out: int, C_in: int, bits: int, group_size: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of the codes and of the scales of a (C_out, C_in) weight."""
+    """The shapes of the quantised values and of the scales of a (C_out, C_in) weight."""
     if bits not in BITS:
         raise ShapeError(f"bits is {bits}; it must be 8 or 4")
     if group_size not in GROUP_SIZES:
@@ -46,7 +46,7 @@ class WeightFormat:
 
     bits        8 or 4
     group_size  32, 64 or 128 columns share a scale: smaller is closer to the weights, and larger
-    symmetric   without offsets: smaller; with them closer to the weights
+    symmetric   without minima: smaller; with them closer to the weights
     """
 
     bits: int
@@ -66,15 +66,15 @@ class WeightFormat:
 
     def buffers(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each buffer of a QuantizedWeight of `shape`, by name."""
-        codes, scales = packed_shapes(*shape, self.bits, self.group_size)
-        found = {"codes": (codes, torch.uint8), "scales": (scales, torch.float16)}
+        qdata, scales = packed_shapes(*shape, self.bits, self.group_size)
+        found = {"qdata": (qdata, torch.uint8), "scales": (scales, torch.float16)}
         if not self.symmetric:
-            found["offsets"] = found["scales"]
+            found["minima"] = found["scales"]
         return found
 
     def __str__(self) -> str:
-        offsets = "" if self.symmetric else " with offsets"
-        return f"{self.bits} bits in groups of {self.group_size}{offsets}"
+        minima = "" if self.symmetric else " with minima"
+        return f"{self.bits} bits in groups of {self.group_size}{minima}"
 
 
 @dataclass(frozen=True)

@@ -25,18 +25,18 @@ ROUNDED = 1 << 18
 class QuantizedWeight(nn.Module):
     """A (C_out, C_in) matrix of integers, with a float16 scale for each group of a row.
 
-    codes, scales, offsets   buffers, in the layout of `quantized_layout`; offsets is None for a
-                             symmetric weight. They keep their dtypes whatever a model is cast to
-    shape                    (C_out, C_in), as of the matrix that it stands for
-    bits, group_size         8 or 4; 32, 64 or 128
+    qdata, scales, minima   buffers, in the layout of `quantized_layout`; minima is None for a
+                            symmetric weight. They keep their dtypes whatever a model is cast to
+    shape                   (C_out, C_in), as of the matrix that it stands for
+    bits, group_size        8 or 4; 32, 64 or 128
 
     A new one is empty, as `torch.empty` is: fill it with `set_rows`, from a state dict, or make it
     with `from_float`. It is frozen: no gradient reaches it, and one passes through to x.
     """
 
-    codes: Tensor
+    qdata: Tensor
     scales: Tensor
-    offsets: Tensor | None
+    minima: Tensor | None
 
     def __init__(
         self,
@@ -50,10 +50,10 @@ class QuantizedWeight(nn.Module):
         super().__init__()
         self.shape = (C_out, C_in)
         self.bits, self.group_size = bits, group_size
-        codes, scales = packed_shapes(C_out, C_in, bits, group_size)
-        offsets = None if symmetric else scales
-        kinds = (codes, torch.uint8), (scales, torch.float16), (offsets, torch.float16)
-        for name, (shape, dtype) in zip(("codes", "scales", "offsets"), kinds, strict=True):
+        qdata, scales = packed_shapes(C_out, C_in, bits, group_size)
+        minima = None if symmetric else scales
+        kinds = (qdata, torch.uint8), (scales, torch.float16), (minima, torch.float16)
+        for name, (shape, dtype) in zip(("qdata", "scales", "minima"), kinds, strict=True):
             made = shape and reserve(torch.empty(shape, dtype=dtype, device=device))
             self.register_buffer(name, made)
 
@@ -67,9 +67,10 @@ class QuantizedWeight(nn.Module):
         *,
         fit: Fit | None = None,
     ) -> QuantizedWeight:
-        """Rounds `weight` (C_out, C_in), of any float dtype, to the nearest codes, on its device.
+        """Rounds `weight` (C_out, C_in), of any float dtype, to nearest quantised values, on its
+        device.
 
-        fit  what finds scales and offsets; by default those that take in every number of a group
+        fit  what finds scales and minima; by default those that take in every number of a group
 
         Takes some blocks of rows at a time. Raises ShapeError for a weight that is no matrix of
         finite floats in float16's range.
@@ -100,10 +101,10 @@ class QuantizedWeight(nn.Module):
         made, start = cls(*shape, bits, group_size, symmetric, device), 0
         for part in _whole_blocks(rows):
             for offset, groups in made.row_blocks(part):
-                scales, offsets = (fit or enclosing)(groups, bits, symmetric)
-                refuse_non_finite(groups, scales, offsets)
-                codes = encode(groups, scales, offsets, bits)
-                made.set_rows(start + offset, codes, scales, offsets)
+                scales, minima = (fit or enclosing)(groups, bits, symmetric)
+                refuse_non_finite(groups, scales, minima)
+                qdata = encode(groups, scales, minima, bits)
+                made.set_rows(start + offset, qdata, scales, minima)
             start += len(part)
         if start != shape[0]:
             raise ShapeError(
@@ -128,11 +129,11 @@ class QuantizedWeight(nn.Module):
 
     @property
     def symmetric(self) -> bool:
-        return self.offsets is None
+        return self.minima is None
 
     @property
     def device(self) -> torch.device:
-        return self.codes.device
+        return self.qdata.device
 
     @property
     def nbytes(self) -> int:
@@ -159,14 +160,14 @@ class QuantizedWeight(nn.Module):
 
     @torch.no_grad()
     def set_rows(
-        self, start: int, codes: Tensor, scales: Tensor, offsets: Tensor | None = None
+        self, start: int, qdata: Tensor, scales: Tensor, minima: Tensor | None = None
     ) -> None:
         """Stores rows from `start` on: whole blocks of 16, or all that follow.
 
-        codes            uint8 (n, groups, group_size), as of `row_blocks`
-        scales, offsets  float16 (n, groups)
+        qdata           uint8 (n, groups, group_size), as of `row_blocks`
+        scales, minima  float16 (n, groups)
         """
-        n, groups, _ = codes.shape
+        n, groups, _ = qdata.shape
         if start % ROWS or (n % ROWS and start + n != self.shape[0]):
             raise ShapeError(
                 f"QuantizedWeight: rows {start} to {start + n} of {self.shape[0]} were given; they "
@@ -174,23 +175,23 @@ class QuantizedWeight(nn.Module):
             )
         C_in = self.shape[1]
         fill = centre(self.bits) if self.symmetric else 0
-        rows = codes.reshape(n, groups * self.group_size)[:, :C_in]
+        rows = qdata.reshape(n, groups * self.group_size)[:, :C_in]
         rows = F.pad(rows, (0, self._padding, 0, -n % ROWS), value=fill)
-        count, runs = len(rows) // ROWS, self.codes.shape[1]
+        count, runs = len(rows) // ROWS, self.qdata.shape[1]
         if self.bits == 8:
             packed = rows.view(count, ROWS, runs, 4)
         else:
             low, high = rows.view(count, ROWS, runs, 2, 4).unbind(3)
             packed = low | high << 4
         blocks = slice(start // ROWS, start // ROWS + count)
-        self.codes[blocks] = packed.transpose(1, 2)
-        for buffer, values in ((self.scales, scales), (self.offsets, offsets)):
+        self.qdata[blocks] = packed.transpose(1, 2)
+        for buffer, values in ((self.scales, scales), (self.minima, minima)):
             if buffer is not None:
                 values = F.pad(values, (0, 0, 0, -n % ROWS))
                 buffer[blocks] = values.view(count, ROWS, groups).transpose(1, 2)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The (C_out, C_in) matrix that the codes stand for."""
+        """The (C_out, C_in) matrix that the quantised values stand for."""
         C_out, C_in = self.shape
         made = torch.empty(C_out, C_in, dtype=dtype, device=self.device)
         start = 0
@@ -227,7 +228,7 @@ class QuantizedWeight(nn.Module):
         return super()._apply(keep, recurse)
 
     def extra_repr(self) -> str:
-        kind = "symmetric" if self.symmetric else "with offsets"
+        kind = "symmetric" if self.symmetric else "with minima"
         return f"{self.shape}, bits={self.bits}, group_size={self.group_size}, {kind}"
 
 
@@ -246,7 +247,8 @@ def _whole_blocks(parts: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def round_weight(weight: Tensor, form: WeightFormat) -> QuantizedWeight:
-    """`weight` (C_out, C_in), of any float dtype, rounded to the nearest codes, on its device.
+    """`weight` (C_out, C_in), of any float dtype, rounded to the nearest quantised values, on its
+    device.
 
     Scales of four symmetric bits are searched for (see `search_scales`), others take in the largest
     number of a group. Raises ShapeError for a weight that cannot be stored so.

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import ShapeError
 from .quantized_layout import centre
 
-# (groups (..., group_size), bits, symmetric) → (scales, offsets or None), float16 (...)
+# (groups (..., group_size), bits, symmetric) → (scales, minima or None), float16 (...)
 Fit = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
 # Weights that are rounded at a time on a GPU, where each time is some hundred launches: several
 # float32 tensors of as many take 0.7 GB.
@@ -18,7 +18,7 @@ AT_ONCE_ON_GPU = 1 << 25
 
 
 def enclosing(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
-    """Scales and offsets, float16 (...), that take in all numbers of `groups` (..., group_size)."""
+    """Scales and minima, float16 (...), that take in all numbers of `groups` (..., group_size)."""
     if symmetric:
         low, high = groups.aminmax(dim=-1)
         if bits == 8:
@@ -29,21 +29,22 @@ def enclosing(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tenso
     return ((high - low) / (2**bits - 1)).half(), low.half()
 
 
-def encode(groups: Tensor, scales: Tensor, offsets: Tensor | None, bits: int) -> Tensor:
-    """The codes, uint8, nearest to `groups` (..., group_size) under scales and offsets (...)."""
+def encode(groups: Tensor, scales: Tensor, minima: Tensor | None, bits: int) -> Tensor:
+    """The quantised values, uint8, nearest to `groups` (..., group_size) under scales and minima
+    (...)."""
     scale = scales.float().unsqueeze(-1)
-    if offsets is None:
+    if minima is None:
         low, high, zero = (1 if bits == 8 else 0), 2**bits - 1, float(centre(bits))
     else:
         low, high, zero = 0, 2**bits - 1, 0.0
-        groups = groups - offsets.float().unsqueeze(-1)
-    codes = torch.where(scale == 0, zero, groups / scale + zero)
-    return codes.round_().clamp_(low, high).to(torch.uint8)
+        groups = groups - minima.float().unsqueeze(-1)
+    qdata = torch.where(scale == 0, zero, groups / scale + zero)
+    return qdata.round_().clamp_(low, high).to(torch.uint8)
 
 
-def refuse_non_finite(groups: Tensor, scales: Tensor, offsets: Tensor | None) -> None:
+def refuse_non_finite(groups: Tensor, scales: Tensor, minima: Tensor | None) -> None:
     """Raises ShapeError where weights are not finite, or too large for float16 scales."""
-    if torch.isfinite(scales).all() and (offsets is None or torch.isfinite(offsets).all()):
+    if torch.isfinite(scales).all() and (minima is None or torch.isfinite(minima).all()):
         return
     if torch.isfinite(groups).all():
         raise ShapeError(
@@ -54,24 +55,24 @@ def refuse_non_finite(groups: Tensor, scales: Tensor, offsets: Tensor | None) ->
 
 
 def best_fit(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
-    """Scales and offsets as of `enclosing`; where they are coarse, the scales of least squares."""
+    """Scales and minima as of `enclosing`; where they are coarse, the scales of least squares."""
     if bits == 4 and symmetric:
         return search_scales(groups), None
     return enclosing(groups, bits, symmetric)
 
 
-# Shares of the scale that takes in the largest number. Below 1 it is stretched beyond the codes,
-# so that the others fall closer together; more of them than these gain less than 0.2% of error.
+# Shares of the scale that takes in the largest number. Below 1 it is stretched beyond the quantised
+# values, so that the others fall closer together; more shares gain less than 0.2% of error.
 _SHARES = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
 _CHUNK = 1 << 17  # numbers that go through a CPU's caches together
 
 
 def search_scales(groups: Tensor) -> Tensor:
-    """The scales, float16 (...), that leave symmetric four-bit codes of `groups` (..., group_size)
-    the least squared error, among some.
+    """The scales, float16 (...), that leave symmetric four-bit values of `groups`
+    (..., group_size) the least squared error, among some.
 
-    For codes q, the scale of least error is s = Σ wq / Σ q² and the error Σ w² - s Σ wq. Codes are
-    made for each of _SHARES, and the scale of the best of them is taken.
+    For quantised values q, the scale of least error is s = Σ wq / Σ q² and the error
+    Σ w² - s Σ wq. They are made for each of _SHARES, and the scale of the best of them is taken.
     """
     rows = groups.reshape(-1, groups.shape[-1])
     found = torch.empty(len(rows), dtype=torch.float16, device=rows.device)

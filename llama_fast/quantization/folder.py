@@ -43,7 +43,7 @@ def quantize_folder(
 
     quantization  "int8", "int4" or a Quantization
     calibration   tokens (B,T) int64 of a text: the weights of the layers are rounded so that their
-                  outputs on it change least (`.gptq`). None: to the nearest codes
+                  outputs on it change least (`.gptq`). None: to the nearest quantised values
     dtype         of the weights that stay floats, and so of the activations; None: as stored
     progress      called as progress(bytes done, bytes in all, name) while weights are read
 

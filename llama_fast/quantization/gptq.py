@@ -3,9 +3,9 @@
 Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative
 Pre-trained Transformers" (2023).
 
-A linear is to change its outputs on a text as little as it can: minimise ‖X (W - Ŵ)ᵀ‖² over codes,
-where X (N, C_in) are its inputs there. With H = XᵀX, columns are rounded one after another, and the
-error of each is spread over those that are still to come:
+A linear is to change its outputs on a text as little as it can: minimise ‖X (W - Ŵ)ᵀ‖² over
+quantised values, where X (N, C_in) are its inputs there. With H = XᵀX, columns are rounded one
+after another, and the error of each is spread over those that are still to come:
 
     U      the upper Cholesky factor of H⁻¹
     e      = (w_i - ŵ_i) / U_ii            of the column i that was rounded, for every row
@@ -60,9 +60,9 @@ def round_compensated(weight: Tensor, H: Tensor, form: WeightFormat) -> Quantize
     order = torch.cat(groups)
     U = _inverse_factor(H[order[:, None], order])
     w = weight.t().float()[order]  # (C_in, C_out): a column of the weight is contiguous
-    codes = torch.empty(len(groups) * size, C_out, dtype=torch.uint8, device=weight.device)
+    qdata = torch.empty(len(groups) * size, C_out, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(C_out, len(groups), dtype=torch.float16, device=weight.device)
-    offsets = None if form.symmetric else torch.empty_like(scales)
+    minima = None if form.symmetric else torch.empty_like(scales)
     start = 0
     for columns in groups:
         end = start + len(columns)
@@ -70,19 +70,19 @@ def round_compensated(weight: Tensor, H: Tensor, form: WeightFormat) -> Quantize
         padded = F.pad(group.t(), (0, size - len(group)))  # (C_out, size)
         scale, offset = best_fit(padded, form.bits, form.symmetric)
         scales[:, of_group] = scale
-        if offsets is not None:
-            offsets[:, of_group] = offset
+        if minima is not None:
+            minima[:, of_group] = offset
         exact = scale.float(), None if offset is None else offset.float()
         errors = torch.empty_like(group)
         for i, column in enumerate(columns.tolist()):
             row, at = group[i], start + i
             code = encode(row.unsqueeze(-1), scale, offset, form.bits).squeeze(-1)
-            codes[column] = code
+            qdata[column] = code
             errors[i] = (row - numbers(code.float(), *exact, form.bits)) / U[at, at]
             group[i + 1 :].addr_(U[at, at + 1 : end], errors[i], alpha=-1)
         w[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
         start = end
-    made.set_rows(0, codes.t().reshape(C_out, len(groups), size), scales, offsets)
+    made.set_rows(0, qdata.t().reshape(C_out, len(groups), size), scales, minima)
     return made
 
 

@@ -35,13 +35,13 @@ def by_formula(weight: QuantizedWeight, row: int, column: int) -> float:
     """One element, as the op's page says where it lies."""
     b, r, scales = row // 16, row % 16, weight.scales[row // 16, column // weight.group_size]
     if weight.bits == 8:
-        code = int(weight.codes[b, column // 4, r, column % 4])
+        code = int(weight.qdata[b, column // 4, r, column % 4])
     else:
-        code = int(weight.codes[b, column // 8, r, column % 4])
+        code = int(weight.qdata[b, column // 8, r, column % 4])
         code = code & 15 if column % 8 < 4 else code >> 4
     if weight.symmetric:
         return (code - (128 if weight.bits == 8 else 8)) * float(scales[r])
-    return code * float(scales[r]) + float(weight.offsets[b, column // weight.group_size, r])
+    return code * float(scales[r]) + float(weight.minima[b, column // weight.group_size, r])
 
 
 def test_elements_lie_where_the_page_says(quantized):
@@ -146,7 +146,7 @@ def test_it_moves_between_devices(quantized):
     assert quantized.device.type == "meta"
     assert quantized.scales.dtype == torch.float16
     quantized.to_empty(device="cpu")
-    assert quantized.device.type == "cpu" and quantized.codes.dtype == torch.uint8
+    assert quantized.device.type == "cpu" and quantized.qdata.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -182,13 +182,13 @@ BAD = [
     ("values", call(C_out=33), r"weight has shape \(2, 16, 16, 4\).*\(33, 64\).*\(3, 16, 16, 4\)"),
     ("other bits", call(bits=4), r"weight has shape.*bits=4.*needs \(2, 8, 16, 4\)"),
     ("scales", call(group_size=64), r"scales has shape \(2, 2, 16\).*needs \(2, 1, 16\)"),
-    ("minima", call(minima=WEIGHT.offsets[:1]), r"minima has shape \(1, 2, 16\)"),
-    ("signed values", call(weight=WEIGHT.codes.char()), "weight is torch.int8; it must be .*uint8"),
+    ("minima", call(minima=WEIGHT.minima[:1]), r"minima has shape \(1, 2, 16\)"),
+    ("signed values", call(weight=WEIGHT.qdata.char()), "weight is torch.int8; it must be .*uint8"),
     ("float32 scales", call(scales=WEIGHT.scales.float()), "scales is torch.float32.*float16"),
     ("device", call(scales=WEIGHT.scales.to(meta)), "scales is on meta"),
     (
         "strides",
-        call(weight=WEIGHT.codes.transpose(2, 3).contiguous().transpose(2, 3)),
+        call(weight=WEIGHT.qdata.transpose(2, 3).contiguous().transpose(2, 3)),
         "weight has strides.*contiguous",
     ),
     ("x", call(X[:, :20]), "weight has shape"),
@@ -203,9 +203,9 @@ BAD = [
 
 
 def set_rows(start: int, count: int) -> None:
-    codes = torch.zeros(count, 2, 32, dtype=torch.uint8)
+    qdata = torch.zeros(count, 2, 32, dtype=torch.uint8)
     scales = torch.zeros(count, 2, dtype=torch.float16)
-    WEIGHT.set_rows(start, codes, scales, scales)
+    WEIGHT.set_rows(start, qdata, scales, scales)
 
 
 @pytest.mark.parametrize(("bad", "says"), [pytest.param(*b[1:], id=b[0]) for b in BAD])

@@ -72,10 +72,10 @@ def random_quantized(
     """Returns a weight whose quantised values are uniform, with a scale that gives it that standard
     deviation."""
     weight = QuantizedWeight.empty(shape, form).to_empty(device=device)
-    fill(weight.codes)
+    fill(weight.qdata)
     weight.scales.fill_(std * 12**0.5 / 2**form.bits)
-    if weight.offsets is not None:
-        weight.offsets.fill_(-std * 3**0.5)
+    if weight.minima is not None:
+        weight.minima.fill_(-std * 3**0.5)
     return weight
 
 
