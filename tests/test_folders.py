@@ -111,6 +111,9 @@ def test_what_a_vocabulary_lacks_is_none(tmp_path, tokens):
     chat = Tokenizer.from_pretrained(fine_tune(tmp_path / "chat", tokens, "chat words"))
     assert chat.eos_id == RANKS + 1 and chat.stop_ids == {RANKS + 1, RANKS + 3}
 
+    config = tmp_path / "renamed" / "tokenizer_config.json"
+    config.write_text(json.dumps({"bos_token": "<s>"}))  # which it has not
+    assert Tokenizer.from_pretrained(config.parent).bos_id == RANKS
     alone = Tokenizer.from_file(tmp_path / "renamed" / "tokenizer.json")
     assert (alone.bos_id, alone.eos_id) == (RANKS, None)  # the begin is what it puts first
     with pytest.raises(TokenizerError, match=r"eos=True, .* no token for it \(<\|end_of_text\|>\)"):
@@ -237,6 +240,7 @@ OTHERS = {
     ),
     "shards": (shards("model"), rf"2 of 4 shards but no {INDEX}.*model-00001-of-00004"),
     "gpt-fast": (file("model.pth"), r"model\.pth .*gpt-fast"),
+    "gpt-fast int4": (file("model_int4.g32.pth"), r"model_int4\.g32\.pth .*gpt-fast"),
     "litgpt": (file("lit_model.pth"), r"lit_model\.pth .*LitGPT"),
     "llama.cpp": (file("llama-3.Q4_K_M.gguf"), r"Q4_K_M\.gguf .*llama\.cpp"),
 }

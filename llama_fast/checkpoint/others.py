@@ -31,6 +31,11 @@ _KINDS = (
     ),
     ("model.pth", "gpt-fast's own format", "give the folder that it was converted from"),
     (
+        "model_int[48]*.pth",
+        "gpt-fast's own format of quantised weights",
+        "give the folder that it was converted from, and quantise it with llama-fast quantize",
+    ),
+    (
         "lit_model.pth",
         "LitGPT's own format",
         "write Hugging Face's with litgpt convert_from_litgpt, or give the folder that it was "

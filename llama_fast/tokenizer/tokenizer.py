@@ -191,7 +191,9 @@ class Tokenizer:
                     wanted = special_ids(specials, len(tokens)) if named else dict(specials)
                     taken = set(wanted.values())
                     found = {n: i for n, i in found.items() if i not in taken} | wanted
-                return cls(tokens, specials=found, added=added, bos=bos or begin, eos=eos)
+                if bos not in found | added:
+                    bos = begin
+                return cls(tokens, specials=found, added=added, bos=bos, eos=eos)
             specials = "3.1" if specials == "auto" else specials
             return cls(parse_ranks(data), specials=specials, added=added, bos=bos, eos=eos)
         except TokenizerError as error:
