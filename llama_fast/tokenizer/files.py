@@ -49,7 +49,8 @@ def parse_ranks(data: bytes) -> list[bytes]:
             token, rank = base64.b64decode(encoded, validate=True), int(rank)
         except ValueError:
             raise TokenizerError(
-                f"line {number} is not `base64 rank`: {line[:40]!r}; the file is cut off or damaged"
+                f"line {number} is not `base64 rank`: {line[:40]!r}; the file is cut off, "
+                "damaged or no tokenizer"
             ) from None
         if rank != len(tokens):
             raise TokenizerError(
