@@ -6,6 +6,7 @@
 #pragma once
 
 #ifdef __linux__
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -69,6 +70,9 @@ class Blocks {
     free_down_to(IDLE_BYTES);
   }
 
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
   void free_idle() {
     const std::lock_guard<std::mutex> lock(mutex_);
     free_down_to(0);
@@ -88,9 +92,15 @@ class Blocks {
   std::vector<Block> idle_;  // the oldest first
 };
 
-// Never destroyed: tensors may go when the process is about to end.
+// Never destroyed: tensors may go when the process is about to end. No other thread holds the lock
+// where the process forks: the child would wait for it for ever.
 inline Blocks& blocks() {
-  static Blocks* const all = new Blocks;
+  static Blocks* const all = [] {
+#ifdef __linux__
+    pthread_atfork([] { blocks().lock(); }, [] { blocks().unlock(); }, [] { blocks().unlock(); });
+#endif
+    return new Blocks;
+  }();
   return *all;
 }
 

@@ -12,6 +12,7 @@
 
 #include "bindings/allocator.h"
 #include "bindings/arguments.h"
+#include "bindings/fork.h"
 #include "bindings/signature.h"
 #include "bindings/function.h"
 #include "bindings/tensor.h"
@@ -156,6 +157,7 @@ template <class Args> void launch(void (*KernelTable::*kernel)(const Args&), con
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "llama_fast's CPU kernels; called by llama_fast.backends.cpu only";
+  stop_threads_at_fork();
 
   m.def("isas", [] {
     std::vector<std::string> names;

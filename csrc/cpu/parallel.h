@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernel_choice.h"
+#include "threads_lost.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -14,13 +15,22 @@
 namespace llama_fast {
 namespace ISA {
 
+// The threads that a parallel section would get here.
+static inline int64_t max_threads() {
+#ifdef _OPENMP
+  return omp_in_parallel() || threads_lost ? 1 : omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
 // Calls f(begin, end) on contiguous parts of [0, n), one a thread; a part is at least `grain`
 // items, so that work too small to share stays on the calling thread.
 template <class F> static inline void parallel_for(int64_t n, int64_t grain, F&& f) {
   if (n <= 0) return;
 #ifdef _OPENMP
   const int64_t parts = (n + grain - 1) / grain;
-  const int64_t threads = omp_in_parallel() ? 1 : omp_get_max_threads();
+  const int64_t threads = max_threads();
   if (parts > 1 && threads > 1) {
 #pragma omp parallel num_threads(int(parts < threads ? parts : threads))
     {
@@ -41,7 +51,7 @@ static inline void parallel_for_then_pieces(int64_t n, int64_t grain, int64_t pi
   if (n <= 0) return;
 #ifdef _OPENMP
   const int64_t parts = (n + grain - 1) / grain;
-  const int64_t threads = omp_in_parallel() ? 1 : omp_get_max_threads();
+  const int64_t threads = max_threads();
   if (parts > 1 && threads > 1) {
     const int64_t even = n / 8 * 7;
     std::atomic<int64_t> taken{even};
@@ -63,15 +73,6 @@ static inline void parallel_for_then_pieces(int64_t n, int64_t grain, int64_t pi
 // The grain of a product: so many rows of the weight, of `each` multiply-adds.
 static inline int64_t product_grain(int64_t rows, int64_t each) {
   return rows * each < PRODUCT_ON_ONE_THREAD ? rows : 1 + PRODUCT_SHARE / each;
-}
-
-// The threads that a parallel section would get here.
-static inline int64_t max_threads() {
-#ifdef _OPENMP
-  return omp_in_parallel() ? 1 : omp_get_max_threads();
-#else
-  return 1;
-#endif
 }
 
 // For tasks of unequal cost: calls f(next) once on each of at most `threads` threads; next() gives
