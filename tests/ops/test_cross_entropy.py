@@ -17,7 +17,7 @@ from llama_fast import QuantizedWeight, linear, linear_cross_entropy
 from llama_fast.errors import ShapeError
 from llama_fast.ops import cross_entropy, logits
 
-from .backends import on
+from .backends import BACKENDS, device, name_of, on
 from .oracle import assert_accurate, expected
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -147,6 +147,30 @@ def test_gradients_are_exact():
     total.backward()
     torch.testing.assert_close(a.grad, 2 * actual[1])
     torch.testing.assert_close(b.grad, 2 * actual[2])
+
+
+@pytest.mark.parametrize(
+    "backend", [b for b in BACKENDS if name_of(b) in ("eager", "cpu-avx2", "triton")]
+)
+@pytest.mark.parametrize("offset", [0, 100, 3000])
+def test_the_gradient_of_each_row_is_as_exact_as_its_logits(backend, offset):
+    """The logits here are exact, far from 0, and the target of every other row is its likeliest. An
+    error of lse, at most half a unit in its last place, would be one of all weights of the row."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randint(-64, 65, (300, 8), generator=g) / 16.0
+    weight[:, 0] = offset
+    x = torch.ones(16, 8)
+    x[:, 1:] = torch.randint(-2, 3, (16, 7), generator=g) / 2.0
+    targets = torch.randint(300, (16,), generator=g)
+    targets[::2] = (x @ weight.t()).argmax(-1)[::2]
+    args = (x, weight, targets)
+    with on(backend):
+        found = with_gradients(linear_cross_entropy, *(a.to(device(backend)) for a in args))
+    loss, dx, dw = exact(*args)
+    assert abs(found[0] - loss) <= 1e-6 * (1 + loss)
+    eps = torch.finfo(torch.float32).eps / len(x)  # of a row's share in the mean
+    assert ((found[1].cpu() - dx).abs() <= 12 * eps * weight.abs().amax(0).clamp(min=1)).all()
+    assert ((found[2].cpu() - dw).abs() <= eps * len(x) * x.abs().amax(0)).all()
 
 
 MEASURE = """
