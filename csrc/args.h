@@ -125,6 +125,16 @@ struct KvAppendArgs {
   bool interleaved;
 };
 
+// A scale of scores, |scale| = |unit| · factor, so that an exponent is as exact as its score. A score times
+// `unit` is not rounded, so the largest of them less itself is 0, and the difference times `rest` is an
+// exponent of two. Of scores times the whole scale the largest would be rounded, and beyond 2^30 by so
+// much that its own exponent is more than a float holds.
+struct ScoreScale {
+  float unit;    // a power of two with the scale's sign, or 0
+  float factor;  // in [1, 2)
+  float rest;    // factor · log2 e
+};
+
 struct AttentionArgs {
   DType dtype;
   Heads q;                        // (B, T, H, D)
@@ -136,7 +146,7 @@ struct AttentionArgs {
   const int64_t* lengths;         // (B,), each at most S, or null for S
   int64_t B, T, S, H, K, D;
   bool causal;
-  float scale;
+  ScoreScale scale;
 };
 
 struct LinearArgs {

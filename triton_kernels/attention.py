@@ -6,8 +6,10 @@ score so far (`top`), the sum of the weights (`total`) and the weighted sum of v
     p = exp(s - top')        top' = max(top, max s)        c = exp(top - top')
     total' = c · total + Σ p                               acc' = c · acc + p v
 
-and ends with o = acc / total. Exponents are of two: exp(scale · s) = 2^(s · factor), with factor
-= scale · log2 e, is one multiply-add and one instruction.
+and ends with o = acc / total. The scale is in two factors, a power of two (`unit`), which rounds no
+score, and `factor` in [1, 2): p = 2^((unit · s - top') · factor · log2 e). So the largest exponent
+is 0 however large the scores are. Of scores times the whole scale the largest would be rounded, and
+the multiply-add that subtracts it from the product would leave an exponent beyond a float.
 
 **Rows.** The G query heads of a KV head see the same keys, so they share a tile: row r of the T·G
 rows of a KV head is token r // G and query head r % G of the group. Keys and values are then read
@@ -28,7 +30,9 @@ so the keys are cut into parts, one program each, and `attention_combine_kernel`
 **Keys and values in 8 bits** have a scale for each key, a and b, that leaves the inner sums:
 s = a · (q · k) and acc' = c · acc + (p · b) v. The values are whole numbers that every dtype of q
 holds exactly, so a tile is read once, as bytes, and multiplied as numbers of it; no memory is taken
-for keys and values in q's dtype. What differs is how large a tile is best.
+for keys and values in q's dtype. Float16 has few exponents, and a key that a query attends to may
+have a b far below the others', so there acc is in parts of the query's largest p · b so far
+(`part_size`). What differs besides is how large a tile is best.
 
 **Backward.** P = exp(s - lse) is made again from the lse of the forward pass, tile by tile:
 
@@ -117,15 +121,22 @@ def load_queries(ptr, row, d, row_count, D, stride_t, stride_h, G: tl.constexpr)
 
 
 @triton.jit
-def load_lse(ptr, inside):
-    """lse · log2 e as a sum of two float32. Where q is float32, lse is float64: its error is one of
+def load_lse(ptr, inside, factor):
+    """lse / factor as a sum of two float32. Where q is float32, lse is float64: its error is one of
     every weight of the row, and one rounding at the size of an exponent would exceed theirs."""
-    lse = tl.load(ptr, mask=inside, other=1e30) * LOG2_E  # weights of zero for the rows outside
+    lse = tl.load(ptr, mask=inside, other=1e30) / factor  # weights of zero for the rows outside
     high = lse.to(tl.float32)
     if lse.dtype == tl.float64:
         return high, (lse - high).to(tl.float32)
     else:
         return high, tl.zeros_like(high)
+
+
+@triton.jit
+def remake_weights(s, lse, lse_low, unit, factor):
+    """P of a tile. No weight is above 1, though a score that is large, and rounded in another order
+    than in the forward pass, may be above its lse."""
+    return tl.exp2(tl.minimum((s * unit - lse - lse_low) * (factor * LOG2_E), 0.0))
 
 
 @triton.jit(do_not_specialize=["T", "S", "part"])
@@ -140,6 +151,7 @@ def attention_fwd_kernel(
     lengths_ptr,  # (B,) int64
     o_ptr,  # (B, T, H, D) contiguous; where SPLIT, (parts, B, T, H, D) float32
     lse_ptr,  # (B, H, T); where SPLIT, (parts, B, H, T)
+    unit,
     factor,
     T,
     S,
@@ -202,7 +214,8 @@ def attention_fwd_kernel(
     # As exact as lse: beside float32, the roundings of a sum over thousands of tiles would show.
     total = tl.zeros((BLOCK_M,), lse_ptr.dtype.element_ty)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    unit = 0.0
+    part_size = tl.zeros((BLOCK_M,), tl.float32)
+    rest = factor * LOG2_E
     n = tl.arange(0, BLOCK_N)
     for masked in tl.static_range(2):  # the tiles that every query sees whole, then the others
         end = most if masked else whole
@@ -216,21 +229,19 @@ def attention_fwd_kernel(
                 s *= load_scales(k_scales_row, start, n, end, stride_kss, masked)[None, :]
             if masked:
                 s = tl.where(start + n[None, :] < seen[:, None], s, float("-inf"))
-            new_top = tl.maximum(top, tl.max(s, axis=1) * factor)
-            # A query that has seen no key yet: -inf - -inf would be NaN.
-            base = tl.where(new_top == float("-inf"), 0.0, new_top) if masked else new_top
-            p = tl.exp2(s * factor - base[:, None])
-            correction = tl.exp2(top - base)
+            new_top = tl.maximum(top, tl.max(s, axis=1) * unit)
+            # A query that has seen no key yet, or none with a weight: -inf - -inf would be NaN.
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            p = tl.exp2((s * unit - base[:, None]) * rest)
+            correction = tl.exp2((top - base) * rest)
             total = total * correction + tl.sum(p, axis=1)
             if CODED:
-                v_scale = load_scales(v_scales_row, start, n, end, stride_vss, masked)
-                if q.dtype == tl.float16:  # has few exponents: acc is in units of the largest scale
-                    new_unit = tl.maximum(unit, tl.max(v_scale, axis=0))
-                    divisor = tl.where(new_unit == 0.0, 1.0, new_unit)
-                    v_scale /= divisor
-                    correction *= unit / divisor
-                    unit = new_unit
-                p *= v_scale[None, :]
+                p *= load_scales(v_scales_row, start, n, end, stride_vss, masked)[None, :]
+                if q.dtype == tl.float16:  # a product is at most 2^15 parts; parts have an inverse
+                    old_size = part_size * correction
+                    part_size = tl.maximum(tl.maximum(old_size, tl.max(p, axis=1) / 32768.0), 1e-37)
+                    correction = old_size / part_size
+                    p *= (1.0 / part_size)[:, None]
             acc = acc * correction[:, None]
             if TMA and not masked:
                 v = load_by_tma(v_tiles, b, start, kv_head, BLOCK_N, BLOCK_D)
@@ -241,7 +252,7 @@ def attention_fwd_kernel(
 
     o = acc / tl.where(total == 0.0, 1.0, total).to(tl.float32)[:, None]
     if CODED and q.dtype == tl.float16:
-        o *= unit
+        o *= part_size[:, None]
     H = K * G
     h = kv_head * G + row % G
     batch = b
@@ -252,7 +263,8 @@ def attention_fwd_kernel(
     tl.store(o_ptr + o_at[:, None] + d[None, :], o.to(o_ptr.dtype.element_ty), mask=inside)
     if NEED_LSE or SPLIT:
         dtype = lse_ptr.dtype.element_ty
-        lse = (top.to(dtype) + tl.log2(total.to(dtype))) * LN_2  # -inf without a key, as log 0 is
+        # -inf without a key, as log 0 is.
+        lse = top.to(dtype) * factor + tl.log2(total.to(dtype)) * LN_2
         tl.store(lse_ptr + (batch * H + h) * T + t, lse, mask=row < rows)
 
 
@@ -328,7 +340,8 @@ def attention_bwd_dk_dv_kernel(
     lengths_ptr,  # (B,) int64
     dk_ptr,  # (B, S, K, D) contiguous
     dv_ptr,  # (B, S, K, D) contiguous
-    scale,
+    unit,
+    factor,
     T,
     S,
     K,
@@ -387,10 +400,10 @@ def attention_bwd_dk_dv_kernel(
             q = load_queries(q_row, row, d, rows, D, stride_qt, stride_qh, G)
             g = load_queries(g_row, row, d, rows, D, stride_gt, stride_gh, G)
             at = of_heads + (row % G) * T + row // G
-            lse, lse_low = load_lse(lse_ptr + at, row < rows)
+            lse, lse_low = load_lse(lse_ptr + at, row < rows, factor)
             delta = tl.load(delta_ptr + at, mask=row < rows, other=0.0)
             s = tl.dot(k, tl.trans(q), input_precision="ieee")
-            p = tl.exp2(s * (scale * LOG2_E) - lse[None, :] - lse_low[None, :])
+            p = remake_weights(s, lse[None, :], lse_low[None, :], unit, factor)
             if masked:
                 seen = tl.minimum(visible(row // G, length, T, CAUSAL), length)
                 p = tl.where(n[:, None] < seen[None, :], p, 0.0)
@@ -400,9 +413,8 @@ def attention_bwd_dk_dv_kernel(
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     inside = (n[:, None] < S) & (d[None, :] < D)
     at = ((b * S + n.to(tl.int64)) * K + kv_head) * D
-    tl.store(
-        dk_ptr + at[:, None] + d[None, :], (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside
-    )
+    dk = (dk * (unit * factor)).to(dk_ptr.dtype.element_ty)
+    tl.store(dk_ptr + at[:, None] + d[None, :], dk, mask=inside)
     tl.store(dv_ptr + at[:, None] + d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
@@ -416,7 +428,8 @@ def attention_bwd_dq_kernel(
     delta_ptr,  # (B, H, T)
     lengths_ptr,  # (B,) int64
     dq_ptr,  # (B, T, H, D) contiguous
-    scale,
+    unit,
+    factor,
     T,
     S,
     K,
@@ -458,7 +471,7 @@ def attention_bwd_dq_kernel(
     q = load_queries(q_row, row, d, rows, D, stride_qt, stride_qh, G)
     g = load_queries(g_row, row, d, rows, D, stride_gt, stride_gh, G)
     at = (b * K + kv_head) * G * T + (row % G) * T + t
-    lse, lse_low = load_lse(lse_ptr + at, row < rows)
+    lse, lse_low = load_lse(lse_ptr + at, row < rows, factor)
     delta = tl.zeros((BLOCK_M,), tl.float32)
     if not SUM_DELTA:
         delta = tl.load(delta_ptr + at, mask=row < rows, other=0.0)
@@ -472,7 +485,7 @@ def attention_bwd_dq_kernel(
             k = load_tile(k_row, start, n, d, end, D, stride_ks, masked, ODD_D)
             v = load_tile(v_row, start, n, d, end, D, stride_vs, masked, ODD_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            p = tl.exp2(s * (scale * LOG2_E) - lse[:, None] - lse_low[:, None])
+            p = remake_weights(s, lse[:, None], lse_low[:, None], unit, factor)
             if masked:
                 p = tl.where(start + n[None, :] < seen[:, None], p, 0.0)
             dp = tl.dot(g, tl.trans(v), input_precision="ieee")
@@ -487,7 +500,7 @@ def attention_bwd_dq_kernel(
     else:
         at = ((b * T + t) * (K * G) + kv_head * G + row % G) * D
         inside = (row[:, None] < rows) & (d[None, :] < D)
-        dq = (dq * scale).to(dq_ptr.dtype.element_ty)
+        dq = (dq * (unit * factor)).to(dq_ptr.dtype.element_ty)
         tl.store(dq_ptr + at[:, None] + d[None, :], dq, mask=inside)
 
 
@@ -588,6 +601,13 @@ def parts_for(chip: Chip, programs: int, S: int, block_n: int) -> tuple[int, int
     return (-(-S // part) if part else 1), part
 
 
+def split_scale(scale: float | None, D: int) -> tuple[float, float]:
+    """(unit, factor): scale, or 1/√D without one, is their product, unit a power of two and factor
+    in [1, 2)."""
+    mantissa, exponent = math.frexp(D**-0.5 if scale is None else scale)
+    return math.ldexp(1.0, exponent - 1), 2 * mantissa
+
+
 def fits_tma(x: torch.Tensor) -> bool:
     """Whether TMA can copy tiles of x: rows begin at multiples of 16 bytes."""
     bytes_ = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])]
@@ -614,7 +634,6 @@ def attention(
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     exact = torch.float64 if q.dtype == torch.float32 else torch.float32
     lse = torch.empty((B, H, T) if need_lse else 0, dtype=exact, device=q.device)
-    scale = D**-0.5 if scale is None else scale
     block_d = max(16, next_power_of_2(D))
     config = chosen(
         "attention",
@@ -647,7 +666,7 @@ def attention(
         lengths,
         part_o if split else o,
         part_lse if split else lse,
-        scale * LOG2_E.value,
+        *split_scale(scale, D),
         T,
         S,
         K,
@@ -711,7 +730,6 @@ def attention_backward(
     B, T, H, D = q.shape
     _, S, K, _ = k.shape
     G, chip = H // K, chip_of(q)
-    scale = D**-0.5 if scale is None else scale
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     block_d = max(16, next_power_of_2(D))
@@ -738,7 +756,7 @@ def attention_backward(
             num_warps=config.num_warps,
         )
     given = (q, k, v, grad, lse, delta, lengths)
-    sizes = (scale, T, S, K, D)
+    sizes = (*split_scale(scale, D), T, S, K, D)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     same = {"G": G, "CAUSAL": causal, "HAS_LENGTHS": lengths is not None, "BLOCK_D": block_d}
     of_keys, of_queries = (

@@ -118,6 +118,13 @@ inline KvAppendArgs kv_append_args(const Tensor& q, const Tensor& k, const Tenso
           .interleaved = interleaved};
 }
 
+inline ScoreScale score_scale(float scale) {
+  if (scale == 0.f) return {0.f, 1.f, 1.f};
+  int exponent;
+  const float mantissa = std::frexp(scale, &exponent), factor = 2 * std::fabs(mantissa);
+  return {std::ldexp(std::copysign(1.f, mantissa), exponent - 1), factor, factor * 1.44269504f};
+}
+
 // Without a scale it is 1 / sqrt(D). No lse, or an empty one, is not written.
 inline AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
                                     std::optional<double> scale, const OptionalTensor& lengths,
@@ -140,7 +147,7 @@ inline AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tens
           .K = k.size(2),
           .D = D,
           .causal = causal,
-          .scale = float(scale ? *scale : 1 / std::sqrt(double(D)))};
+          .scale = score_scale(float(scale ? *scale : 1 / std::sqrt(double(D))))};
 }
 
 // x and y give the sizes: a gated weight has twice as many rows as y has columns.

@@ -199,6 +199,47 @@ def test_small_values_lose_nothing_in_float16(backend, T, growth):
         assert_accurate(op(*args), of_op(op, args), f"small values, T {T}")
 
 
+@pytest.mark.parametrize(("backend", "dtype"), SERVED)
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("ratio", [1, 300, 1e3, 1e5, 1e7])
+def test_a_row_that_attends_to_a_small_value_has_it(backend, dtype, T, ratio):
+    """An attention sink: the scale of its value is far below that of all other keys."""
+    q = made(1, T, 4, 64, dtype=dtype)
+    k = torch.zeros(1, 150, 2, 64)
+    k[:, 37] = 3
+    v = made(1, 150, 2, 64, seed=8) * 64
+    v[:, 37] /= ratio
+    q, k, v = q.abs() * 4 + 2, quantize(k), quantize(v)
+    args = (q, k.values, v.values, False, None, None, False, k.scales, v.scales)
+    op = OPS["attention"]
+    wanted = of_op(op, args)
+    assert wanted[0].exact.abs().max() < 300 / ratio  # no other key has a part in it
+    with on(backend):
+        assert_accurate(op(*args), wanted, f"a value {ratio} times smaller")
+
+
+@pytest.mark.parametrize(("backend", "dtype"), SERVED)
+@pytest.mark.parametrize("T", [1, 3, 40])
+@pytest.mark.parametrize("scale", [1.3e8, 1e30])
+def test_scores_of_any_finite_size(backend, dtype, T, scale):
+    """Equal ones, of which each has the same weight, and one that is above all others."""
+    if backend == "eager" and dtype == torch.float16:
+        pytest.skip("its scores are rounded to float16, which has no such numbers")
+    _, _, v = inputs(1, T, 150, 4, 2, 64, dtype)
+    q, ones = torch.ones(1, T, 4, 64, dtype=dtype), torch.ones(1, 150, 2, 64)
+    mean = dequantize(*v, dtype).double().mean(1)
+    with on(backend):
+        o = attention(q, quantize(-ones), v, causal=False, scale=scale)
+        for h in range(4):
+            error = (o[0, :, h].double() - mean[0, h // 2]).abs().max()
+            assert error <= torch.finfo(dtype).eps
+        ones[:, 70] = 2
+        o = attention(q, quantize(ones), v, causal=False, scale=scale)
+        for h in range(4):
+            one = dequantize(*v, dtype)[0, 70, h // 2].double()
+            assert (o[0, :, h].double() - one).abs().max() <= torch.finfo(dtype).eps * 4
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_length_beyond_the_cache_is_refused(backend):
     q, k, v = inputs(2, 1, 9, 4, 2, 64)

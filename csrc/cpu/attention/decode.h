@@ -26,7 +26,7 @@ constexpr int DECODE_TILE = 16;            // keys: a vector of scores for each 
 constexpr int SECTIONS = 2;             // of a part's keys, whose tiles take turns
 constexpr int STREAMS = 2 * SECTIONS;   // that are fetched: k and v of each section
 constexpr int64_t FETCH_BYTES = 2048;   // of a stream, how long before it is needed
-constexpr float SLACK = 4.f;            // weights are at most 2^SLACK
+constexpr float SLACK = 2.f;            // weights are at most 2^(3 · SLACK), see ScoreScale
 
 // A run of `size` elements of a row as V vectors, in an order that `restore` turns into memory's.
 template <class T> struct Run {
@@ -180,12 +180,12 @@ static void score_tile(const float* q, int64_t q_stride, Tile<T> k, int64_t D, f
   }
 }
 
-// Turns a query's scores s of a tile into weights 2^(factor · s - m), in units of T, zeros behind
-// the first `count`, and adds them to the lanes of `l`. `m` stays the largest exponent, but for
+// Turns a query's scores s of a tile into weights 2^((unit · s - m) · rest), in units of T, zeros
+// behind the first `count`, and adds them to the lanes of `l`. `m` stays the largest unit · s, but for
 // SLACK: where it grows, what was summed under the old one is rescaled (l, and the
 // `stride` elements of sums_of).
 template <class T>
-static void weigh_tile(float* s, int64_t count, float factor, float& m, float* l,
+static void weigh_tile(float* s, int64_t count, const ScoreScale& scale, float& m, float* l,
                        float* sums_of, int64_t stride, float* weights_of) {
   using Weight = typename std::conditional<Unit<T>::size == 2, T, float>::type;
   Weight* weights = reinterpret_cast<Weight*>(weights_of);
@@ -193,19 +193,21 @@ static void weigh_tile(float* s, int64_t count, float factor, float& m, float* l
   for (int64_t i = std::max<int64_t>(count, 0); i < DECODE_TILE; ++i)
     s[i] = count > 0 ? s[count - 1] : 0.f;
   if (count > 0) {
-    vf largest = load(s) * set(factor);
-    for (int i = W; i < DECODE_TILE; i += W) largest = max(largest, load(s + i) * set(factor));
+    const vf unit = set(scale.unit);
+    vf largest = load(s) * unit;
+    for (int i = W; i < DECODE_TILE; i += W) largest = max(largest, load(s + i) * unit);
     if (any_above(largest, set(m + SLACK))) {
       const float before = m;
       m = max_of(largest);
-      const vf correction = set(exp2_of(before - m));
+      const vf correction = set(correction_of(before, scale, m));
       store(l, load(l) * correction);
       for (int64_t d = 0; d < stride; d += W) store(sums_of + d, load(sums_of + d) * correction);
     }
   }
+  const float base = base_of(m);
   vf sum_of = zero();
   for (int i = 0; i < DECODE_TILE; i += W) {
-    vf x = exp2(fma(load(s + i), set(factor), set(-m)));
+    vf x = weight_of(load(s + i), scale, base);
     if (i + W > count) {
       float lanes[W];
       store(lanes, x);
@@ -327,7 +329,6 @@ static void decode(const AttentionArgs& a, const Row& row, int64_t b, int64_t he
     for (int64_t d = 0; d < result.stride; d += W) store(result.sums_of + r * result.stride + d, zero());
   }
 
-  const float factor = a.scale * 1.44269504f;  // weights are powers of two
   // Calls f(r, number) for groups of queries; the keys of a tile that the last of them sees.
   auto for_each_group = [&](auto&& f) {
     int64_t r = 0;
@@ -375,7 +376,7 @@ static void decode(const AttentionArgs& a, const Row& row, int64_t b, int64_t he
   auto weigh = [&](int64_t i) {
     const int64_t tile = span.tile(i);
     for (int64_t r = 0; r < rows; ++r)
-      weigh_tile<T>(s + r * DECODE_TILE, seen(r, tile), factor, result.m[r], total + r * W,
+      weigh_tile<T>(s + r * DECODE_TILE, seen(r, tile), a.scale, result.m[r], total + r * W,
                     result.sums_of + r * result.stride, result.stride, weights + r * DECODE_TILE);
   };
   auto add = [&](int64_t i) {
@@ -423,18 +424,21 @@ static void decode(const AttentionArgs& a, const Row& row, int64_t b, int64_t he
 }
 
 // Merges the partials of a row's splits into the first of them.
-static inline void merge_states(float* partials, int64_t count, int64_t rows, int64_t D) {
+static inline void merge_states(float* partials, int64_t count, int64_t rows, int64_t D,
+                                const ScoreScale& scale) {
   const Partial first(partials, rows, D);
   for (int64_t r = 0; r < rows; ++r) {
     float m = first.m[r];
     for (int64_t i = 1; i < count; ++i)
       m = std::max(m, Partial(partials + i * Partial::floats(rows, D), rows, D).m[r]);
+    const float base = base_of(m);
     float l = 0.f;
     for (int64_t i = 0; i < count; ++i) {
       const Partial split(partials + i * Partial::floats(rows, D), rows, D);
       if (split.l[r] == 0.f) continue;  // all its keys lie behind this query
-      const vf factor = set(exp2_of(split.m[r] - m));
-      l += split.l[r] * exp2_of(split.m[r] - m);
+      const float weight = correction_of(split.m[r], scale, base);
+      const vf factor = set(weight);
+      l += split.l[r] * weight;
       float* to = first.sums_of + r * first.stride;
       const float* from = split.sums_of + r * split.stride;
       for (int64_t d = 0; d < D; d += vf::W)
@@ -454,7 +458,7 @@ static void end_split(const AttentionArgs& a, const Row& row, int64_t b, int64_t
   if (count > 1) {
     // Whoever finishes last sees the others' partials.
     if (__atomic_add_fetch(&done[b * a.K + head], 1, __ATOMIC_ACQ_REL) < count) return;
-    merge_states(first, count, rows, a.D);
+    merge_states(first, count, rows, a.D, a.scale);
   }
   const Partial result(first, rows, a.D);
   for (int64_t r = 0; r < rows; ++r) {

@@ -4,7 +4,8 @@
 // products with the quantised values are summed exactly: an element of k or v then takes a quarter of the
 // instructions that its conversion to float would. Their scales stay outside of the sums: the
 // keys' multiply the scores, the values' multiply the weights before these become words. A word is
-// within 2^-16 of the largest, less than what the half types round by; a float takes two words.
+// within 2^-16 of the largest of these products, less than what the half types round by; a float takes
+// two words.
 #pragma once
 
 #include <algorithm>
@@ -85,12 +86,11 @@ static void score_words(const int16_t* q, int64_t q_stride, Tile<int8_t> k, int6
   }
 }
 
-// The scales of a tile's keys or values, zeros behind the last of them, and the largest; NaN where
-// one is not finite.
+// The scales of a tile's keys or values, zeros behind the last of them.
 struct TileScales {
   float kept[QUANTIZED_TILE];
   const float* of;
-  float largest;
+  float bad;  // 0, or NaN where one is not finite
 
   TileScales(const HeadScales& x, int64_t b, int64_t head, int64_t tile, int64_t count) {
     const int64_t stride = x.stride.t;
@@ -99,45 +99,44 @@ struct TileScales {
       for (int64_t j = 0; j < QUANTIZED_TILE; ++j) kept[j] = j < count ? of[j * stride] : 0.f;
       of = kept;
     }
-    vf top = zero(), bad = zero();
-    for (int64_t j = 0; j < QUANTIZED_TILE; j += vf::W) {
-      const vf scale = load(of + j);
-      top = max(top, scale);
-      bad = bad + (scale - scale);
-    }
-    largest = max_of(top) + sum(bad);
+    vf differences = zero();
+    for (int64_t j = 0; j < QUANTIZED_TILE; j += vf::W)
+      differences = differences + (load(of + j) - load(of + j));
+    bad = sum(differences);
   }
 };
 
 // Softmax over a part of the keys of a tile, count[i] of them, for R queries: sums of products s
-// become weights, times the values' scales, as words. `m` is the largest exponent of a query so
-// far, and its W lanes of `l` add up to the sum of the weights without those scales. What was
-// summed under an older m has to be multiplied by the correction. Each step is taken for all
-// queries before the next, so that none waits for the one before.
+// become weights, times the values' scales, as words. These are parts of the largest product of a
+// weight and a scale: a key that a row attends to may have a scale far below the others'. `m` is the
+// largest score of a query so far, and its W lanes of `l` add up to the sum of the weights without
+// those scales. What was summed under an older m has to be multiplied by the correction. Each step is
+// taken for all queries before the next, so that none waits for the one before.
 template <int R, int NUMBER>
 static void weigh(float* s, const float* q_steps, const TileScales& k, const TileScales& v,
-                  const int64_t (&count)[R], float factor, float* m, float* l,
+                  const int64_t (&count)[R], const ScoreScale& scale, float* m, float* l,
                   int16_t* words, float* steps, float* correction) {
   constexpr int W = vf::W, LANES = (R + W - 1) / W * W;
   float tile_m[R], smaller[LANES] = {};
   for (int i = 0; i < R; ++i) {
     float* scores = s + i * NUMBER * QUANTIZED_TILE;
+    const vf q_step = set(q_steps[i * NUMBER] * scale.unit);
     for (int64_t j = 0; j < count[i]; j += W) {
-      vf x = load(scores + j) * set(q_steps[i * NUMBER] * factor);
+      vf x = load(scores + j);
       if constexpr (NUMBER == 2)
-        x = fma(load(scores + QUANTIZED_TILE + j), set(q_steps[i * NUMBER + 1] * factor), x);
-      store(scores + j, x * load(k.of + j));
+        x = fma(load(scores + QUANTIZED_TILE + j), set(0.5f / WORD_MAX), x);
+      store(scores + j, x * (load(k.of + j) * q_step));
     }
     for (int64_t j = std::max<int64_t>(count[i], 0); j < QUANTIZED_TILE; ++j)
       scores[j] = -std::numeric_limits<float>::infinity();
     vf largest = load(scores);
     for (int64_t j = W; j < QUANTIZED_TILE; j += W) largest = max(largest, load(scores + j));
     tile_m[i] = count[i] > 0 ? max_of(largest) : m[i];
-    smaller[i] = std::min(m[i], tile_m[i]) - std::max(m[i], tile_m[i]);
+    smaller[i] = (std::min(m[i], tile_m[i]) - base_of(std::max(m[i], tile_m[i]))) * scale.rest;
   }
   for (int i = 0; i < LANES; i += W) store(smaller + i, exp2(load(smaller + i)));
   for (int i = 0; i < R; ++i) {
-    const float* scores = s + i * NUMBER * QUANTIZED_TILE;
+    float* scores = s + i * NUMBER * QUANTIZED_TILE;
     int16_t* to = words + i * NUMBER * QUANTIZED_TILE;
     if (count[i] <= 0) {
       std::memset(to, 0, NUMBER * QUANTIZED_TILE * sizeof(int16_t));
@@ -145,24 +144,28 @@ static void weigh(float* s, const float* q_steps, const TileScales& k, const Til
       correction[i] = 1.f;
       continue;
     }
-    // One of both is 1: what was summed before, or the largest weight of this tile.
-    const bool raised = tile_m[i] > m[i];
-    correction[i] = raised ? smaller[i] : 1.f;
-    const float bound = (raised ? 1.f : smaller[i]) * v.largest;
+    correction[i] = tile_m[i] > m[i] ? smaller[i] : 1.f;
     m[i] = std::max(m[i], tile_m[i]);
-    const vf to_word = set(bound > 1e-30f ? WORD_MAX / bound : 0.f);  // none that is infinite
+    const vf base = set(base_of(m[i]));
+    vf sum_of = load(l + i * W) * set(correction[i]), largest = zero();
+    for (int64_t j = 0; j < QUANTIZED_TILE; j += W) {
+      const vf p = exp2((load(scores + j) - base) * set(scale.rest));
+      sum_of = sum_of + p;
+      const vf product = p * load(v.of + j);
+      largest = max(largest, product);
+      store(scores + j, product);
+    }
+    store(l + i * W, sum_of);
+    const float bound = max_of(largest) + v.bad;
+    const vf to_word = set(bound > 1e-33f ? WORD_MAX / bound : 0.f);  // none that is infinite
     steps[i * NUMBER] = bound / WORD_MAX;
     if constexpr (NUMBER == 2) steps[i * NUMBER + 1] = steps[i * NUMBER] / (2 * WORD_MAX);
-    vf sum_of = load(l + i * W) * set(correction[i]);
     for (int64_t j = 0; j < QUANTIZED_TILE; j += W) {
-      const vf p = exp2(load(scores + j) - set(m[i]));
-      sum_of = sum_of + p;
-      const vf x = p * load(v.of + j) * to_word, high = whole_word(x);
+      const vf x = load(scores + j) * to_word, high = whole_word(x);
       store_words(to + j, high);
       if constexpr (NUMBER == 2)
         store_words(to + QUANTIZED_TILE + j, whole_word((x - high) * set(2 * WORD_MAX)));
     }
-    store(l + i * W, sum_of);
   }
 }
 
@@ -250,7 +253,6 @@ static void decode_quantized(const AttentionArgs& a, const Row& row, int64_t b,
     for (int64_t d = 0; d < result.stride; d += W) store(result.sums_of + r * result.stride + d, zero());
   }
 
-  const float factor = a.scale * 1.44269504f;  // weights are powers of two
   const auto of_head = [&](const Heads& x) {
     return x.at<const int8_t>(b, 0) + head * x.stride.h;
   };
@@ -278,7 +280,7 @@ static void decode_quantized(const AttentionArgs& a, const Row& row, int64_t b,
       int64_t own[R];
       for (int i = 0; i < R; ++i)
         own[i] = std::min(count, row.visible(a, row.first + (r + i) / G) - tile);
-      weigh<R, NUMBER>(s, q_steps + r * NUMBER, k_scales, v_scales, own, factor, result.m + r,
+      weigh<R, NUMBER>(s, q_steps + r * NUMBER, k_scales, v_scales, own, a.scale, result.m + r,
                        total + r * W, weights, steps, correction);
       constexpr int VECTORS = vf::W == 16 ? 16 : 8;  // sums that leave registers for the rest
       constexpr int C = std::min(4, std::max(1, VECTORS / (R * NUMBER * 2)));

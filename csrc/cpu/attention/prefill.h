@@ -150,7 +150,6 @@ static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t h
   const int64_t G = a.H / a.K, D = a.D, rows = (t_end - t_begin) * G, units = D / SIZE;
   const int64_t padded = round_up(rows, MR);
   const PrefillMemory m(memory, rows, D);
-  const float factor = a.scale * 1.44269504f;  // weights are powers of two
 
   for (int64_t r = 0; r < padded; ++r) {
     const T* from = static_cast<const T*>(a.q.data) + b * a.q.stride.b +
@@ -191,7 +190,7 @@ static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t h
         const int64_t own = r < rows ? std::min(count, visible(r) - tile) : 0;
         const int64_t needed = round_up(std::max<int64_t>(0, seen(r / MR * MR)), SIZE);
         m.correction[r - strip] = softmax_part<T>(m.s + (r - strip) * PREFILL_TILE, own, needed,
-                                                  factor, m.m[r], m.l[r]);
+                                                  a.scale, m.m[r], m.l[r]);
       }
       for (int64_t d = 0; d < m.o_stride; d += PANEL) {
         for (int64_t r = strip; r < strip_end; r += MR) {

@@ -53,13 +53,27 @@ static inline float exp2_of(float x) {
   return lanes[0];
 }
 
+// What is subtracted from scores: their largest, or 0 where that is -infinity.
+static inline float base_of(float m) {
+  return m == -std::numeric_limits<float>::infinity() ? 0.f : m;
+}
+
+// 2^((unit · s - base) · rest), the weight of a score.
+static inline vf weight_of(vf s, const ScoreScale& scale, float base) {
+  return exp2(fma(s, set(scale.unit), set(-base)) * set(scale.rest));
+}
+// The same of an older maximum, which `unit` has multiplied already.
+static inline float correction_of(float m, const ScoreScale& scale, float base) {
+  return exp2_of((m - base) * scale.rest);
+}
+
 // Softmax over a part of a query's keys. Turns the scores s[0 … count) into weights
-// 2^(factor · s - m), in units of T and in place, with zeros up to `padded` elements. `m` is
-// the largest exponent so far and `l` the sum of the weights; what was summed under an older
+// 2^((unit · s - m) · rest), in units of T and in place, with zeros up to `padded` elements. `m` is
+// the largest unit · s so far and `l` the sum of the weights; what was summed under an older
 // m has to be multiplied by the result. s has room for whole vectors.
 template <class T>
-static float softmax_part(float* s, int64_t count, int64_t padded, float factor, float& m,
-                          float& l) {
+static float softmax_part(float* s, int64_t count, int64_t padded, const ScoreScale& scale,
+                          float& m, float& l) {
   using Weight = typename std::conditional<Unit<T>::size == 2, T, float>::type;
   Weight* weights = reinterpret_cast<Weight*>(s);  // never ahead of the scores that are left
   constexpr int W = vf::W;
@@ -68,19 +82,20 @@ static float softmax_part(float* s, int64_t count, int64_t padded, float factor,
   if (count > 0) {
     for (int64_t j = count; j % W; ++j) s[j] = s[count - 1];
     vf largest = set(-std::numeric_limits<float>::infinity());
-    for (int64_t j = 0; j < count; j += W) largest = max(largest, load(s + j) * set(factor));
+    for (int64_t j = 0; j < count; j += W) largest = max(largest, load(s + j) * set(scale.unit));
     const float before = m;
     m = std::max(m, max_of(largest));
-    if (m != before) correction = exp2_of(before - m);
+    const float base = base_of(m);
+    if (m != before) correction = correction_of(before, scale, base);
     vf sum_of = zero();
     for (; i + W <= count; i += W) {
-      const vf x = exp2(fma(load(s + i), set(factor), set(-m)));
+      const vf x = weight_of(load(s + i), scale, base);
       sum_of = sum_of + x;
       store(weights + i, x);
     }
     if (i < count) {
       float last[W];
-      store(last, exp2(fma(load(s + i), set(factor), set(-m))));
+      store(last, weight_of(load(s + i), scale, base));
       const vf x = load(last, int(count - i));
       sum_of = sum_of + x;
       store(weights + i, x);
@@ -100,15 +115,17 @@ static void write_lse(const AttentionArgs& a, int64_t b, int64_t t, int64_t h, d
 }
 
 // The result of query head h of token t: what was accumulated over the sum of its weights, or zeros
-// without keys; and where asked for, the logarithm of that sum. Exponents are of two.
+// without keys; and where asked for, the logarithm of that sum.
 template <class T>
 static void write_result(const AttentionArgs& a, int64_t b, int64_t t, int64_t h,
                          const float* sums_of, float m, float l) {
   const int64_t D = a.D;
   T* o = static_cast<T*>(a.o) + ((b * a.T + t) * a.H + h) * D;
   // log 0 is -infinity.
-  if (a.lse) write_lse<T>(a, b, t, h, (m + std::log2(double(l))) * 0.6931471805599453);
-  const vf inverse = set(l == 0.f ? 0.f : 1.f / l);
+  if (a.lse)
+    write_lse<T>(a, b, t, h, double(m) * a.scale.factor + std::log(double(l)));
+  // Of scores that are all -infinity there is no softmax: m - m is NaN.
+  const vf inverse = set(l == 0.f ? 0.f : 1.f / l + (m - m));
   for_each_vector(D, [&](int64_t d, auto width) {
     store(o + d, load(sums_of + d, width) * inverse, width);
   });

@@ -33,7 +33,7 @@ static bool fits_warpgroups(const AttentionArgs& a) {
   const auto fits = [&](const HeadStrides& stride) {
     return (a.S == 1 || stride.t > 0) && (a.K == 1 || stride.h > 0) && (a.B == 1 || stride.b > 0);
   };
-  return a.S > 0 && a.scale > 0.0f && fits(a.k.stride) && fits(a.v.stride);
+  return a.S > 0 && a.scale.unit > 0.0f && fits(a.k.stride) && fits(a.v.stride);
 }
 
 template <class T, int D>

@@ -49,7 +49,6 @@ attention_decode_kernel(AttentionArgs a, AttentionScratch scratch) {
   for (int round = 0; round < DECODE_STAGES - 1; ++round) copy(round);
 
   const Queries<D> q = load_queries<D, T>({problem.query(g), problem.query(g + 8)}, t);
-  const float scale = a.scale * LOG2_E;
   Softmax softmax;
   float o[D / 8][4] = {};
   for (int round = 0; split.has(round); ++round) {
@@ -58,8 +57,8 @@ attention_decode_kernel(AttentionArgs a, AttentionScratch scratch) {
     copy(round + DECODE_STAGES - 1);
     float scores[DECODE_KEYS / 8][4];
     multiply_keys<T, D, DECODE_KEYS>(scores, q, pipeline.k[round % DECODE_STAGES], lane);
-    scale_and_mask(scores, scale, split.first_key(round), limit, t);
-    take_scores(softmax, scores, o);
+    scale_and_mask(scores, a.scale.unit, split.first_key(round), limit, t);
+    take_scores(softmax, scores, a.scale.rest, o);
     multiply_values<T, D, DECODE_KEYS>(o, scores, pipeline.v[round % DECODE_STAGES], lane);
   }
   finish(softmax);

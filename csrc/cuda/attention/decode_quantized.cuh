@@ -1,10 +1,9 @@
 // Decode against keys and values in 8 bits: decode.cuh with integers in the tiles, 32 keys each.
 //
 // The codes themselves are multiplied. The scales of the keys multiply the scores, those of the values
-// the weights, so neither stands inside of a sum. Weights times scales must fit float16, so the softmax
-// subtracts from a row's scores the largest of what they and their values' scales make together:
-//     base = max(score + log2 scale) - 15    weight = 2^(score - base)    weight · scale < 2^15
-// Any base is right, as long as sums and output have the same.
+// the weights, so neither stands inside of a sum. Weights times scales must fit float16, and a key that a
+// row attends to may have a scale far below the others', so the output of a row is summed in parts of
+// its largest product of a weight and a scale so far.
 #pragma once
 
 #include <common/pdl.cuh>
@@ -15,6 +14,8 @@
 namespace llama_fast::cuda {
 
 constexpr int CODED_STAGES = 2;
+constexpr float MOST_UNITS = 32768.0f;  // in a product, so that float16 holds small ones beside it
+constexpr float LEAST_UNIT = 1e-37f;    // whose inverse is finite
 
 template <int D> struct DecodeQuantizedShared {
   union {
@@ -24,41 +25,43 @@ template <int D> struct DecodeQuantizedShared {
   bool last;
 };
 
-// What a value's scale adds to a score. Scales that no model has are taken as 2^-80, so that neither the
-// sum of weights nor a 0 among the scales makes an infinity.
-__device__ __forceinline__ float log2_bounded(float scale) {
-  return fminf(fmaxf(log2_fast(scale), -80.0f), 126.0f);
-}
-
-// take_scores, with weights that are multiplied by the scales of their values.
+// take_scores, with weights that are multiplied by the scales of their values. The output of row g + 8i is
+// in units of unit[i].
 template <int D>
-__device__ __forceinline__ void take_coded_scores(Softmax& softmax,
-                                                  float (&scores)[CODED_KEYS / 8][4],
+__device__ __forceinline__ void take_coded_scores(Softmax& softmax, float (&unit)[2],
+                                                  float (&scores)[CODED_KEYS / 8][4], float rest,
                                                   const float* v_scales, float (&o)[D / 8][4],
                                                   int t) {
   constexpr int N = CODED_KEYS / 8;
-  float2 scale[N];
-  float max[2] = {MINUS_INFINITY, MINUS_INFINITY};
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    scale[n] = *reinterpret_cast<const float2*>(v_scales + n * 8 + 2 * t);
-    const float more[2] = {log2_bounded(scale[n].x), log2_bounded(scale[n].y)};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) max[j / 2] = fmaxf(max[j / 2], scores[n][j] + more[j % 2]);
-  }
   float correction[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    correction[i] = rescale(softmax, i, max[i] - 15.0f);
-    const float base = base_of(softmax.m[i]);
+    float max = MINUS_INFINITY;
 #pragma unroll
-    for (int n = 0; n < N; ++n)
+    for (int n = 0; n < N; ++n) max = fmaxf(max, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
+    correction[i] = rescale(softmax, i, max, rest);
+    const float base = base_of(softmax.m[i]);
+    float largest = unit[i] * correction[i] * MOST_UNITS;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float2 scale = *reinterpret_cast<const float2*>(v_scales + n * 8 + 2 * t);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const float weight = exp2_fast(scores[n][2 * i + j] - base);
+        const float weight = exp2_fast((scores[n][2 * i + j] - base) * rest);
         softmax.l[i] += weight;
-        scores[n][2 * i + j] = weight * (j ? scale[n].y : scale[n].x);
+        scores[n][2 * i + j] = weight * (j ? scale.y : scale.x);
+        largest = fmaxf(largest, scores[n][2 * i + j]);
       }
+    }
+    const float before = unit[i];
+    unit[i] = fmaxf(quad_max(largest) / MOST_UNITS, LEAST_UNIT);
+    correction[i] *= before / unit[i];
+    const float inverse = 1.0f / unit[i];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      scores[n][2 * i] *= inverse;
+      scores[n][2 * i + 1] *= inverse;
+    }
   }
   // Soon no score is the largest of all so far.
   if (!__any_sync(WHOLE_WARP, correction[0] != 1.0f || correction[1] != 1.0f)) return;
@@ -101,9 +104,9 @@ attention_decode_quantized_kernel(const __grid_constant__ AttentionArgs a,
 
   const CodedQueries<D> q =
       load_coded_queries<D, T>({problem.query(g), problem.query(g + 8)}, t);
-  const float factor[2] = {q.step[0] * a.scale * LOG2_E, q.step[1] * a.scale * LOG2_E};
+  const float step[2] = {q.step[0] * a.scale.unit, q.step[1] * a.scale.unit};
   Softmax softmax;
-  float o[D / 8][4] = {};
+  float o[D / 8][4] = {}, unit[2] = {};
   for (int round = 0; split.has(round); ++round) {
     cp_async_wait<CODED_STAGES - 2>();
     __syncwarp();  // other lanes' copies are here, and nobody reads the stage that is filled next
@@ -115,12 +118,16 @@ attention_decode_quantized_kernel(const __grid_constant__ AttentionArgs a,
     for (int n = 0; n < CODED_KEYS / 8; ++n) {
       const float2 scale = *reinterpret_cast<const float2*>(tile.k_scales + n * 8 + 2 * t);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) scores[n][j] *= factor[j / 2] * (j % 2 ? scale.y : scale.x);
+      for (int j = 0; j < 4; ++j) scores[n][j] *= step[j / 2] * (j % 2 ? scale.y : scale.x);
     }
     mask(scores, split.first_key(round), limit, t);
-    take_coded_scores<D>(softmax, scores, tile.v_scales, o, t);
+    take_coded_scores<D>(softmax, unit, scores, a.scale.rest, tile.v_scales, o, t);
     multiply_coded_values<D>(o, scores, tile.v, lane);
   }
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) o[n][j] *= unit[j / 2];
   finish(softmax);
   cp_async_wait<0>();
   merge_splits<T, D>(a, scratch, problem, shared.partials, shared.last, softmax, o,

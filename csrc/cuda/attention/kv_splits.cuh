@@ -32,7 +32,7 @@ template <int KEYS> struct Split {
   }
 };
 
-// What a split of the keys leaves of a row: Σ weight · v with weights of 2^(score - max), and their
+// What a split of the keys leaves of a row: Σ weight · v with weights of 2^((score - m) · rest), and their
 // sum.
 template <int D> struct Partial {
   float o[D];
@@ -42,7 +42,7 @@ template <int D> struct Partial {
 // Element d of a row from its `count` partials, `stride` of them apart, and the row's m and l.
 template <int D>
 __device__ __forceinline__ float merge_state(const Partial<D>* partials, int count, int64_t stride,
-                                             int d, float& m, float& l) {
+                                             int d, float rest, float& m, float& l) {
   m = MINUS_INFINITY;
   for (int i = 0; i < count; ++i) m = fmaxf(m, partials[i * stride].m);
   const float base = base_of(m);
@@ -50,7 +50,7 @@ __device__ __forceinline__ float merge_state(const Partial<D>* partials, int cou
   l = 0.0f;
   for (int i = 0; i < count; ++i) {
     const Partial<D>& part = partials[i * stride];
-    const float factor = exp2_fast(part.m - base);
+    const float factor = exp2_fast((part.m - base) * rest);
     o += part.o[d] * factor;
     l += part.l * factor;
   }
@@ -89,12 +89,14 @@ __device__ __forceinline__ void merge_splits(const AttentionArgs& a, const Atten
   const auto write = [&](int r, int d, float value, float max, float sum) {
     static_cast<T*>(a.o)[problem.out_row(r, kv, b) * D + d] =
         from_float<T>(sum == 0.0f ? 0.0f : value / sum);
-    if (a.lse && d == 0) static_cast<float*>(a.lse)[problem.lse_at(r, kv, b)] = log_sum(max, sum);
+    if (a.lse && d == 0) static_cast<float*>(a.lse)[problem.lse_at(r, kv, b)] =
+          log_sum(max, sum, a.scale);
   };
   for (int i = threadIdx.x; i < rows * D; i += DECODE_WARPS * WARP) {
     const int r = i / D, d = i % D;
     float max, sum;
-    const float value = merge_state<D>(&partials[0][r], DECODE_WARPS, DECODE_ROWS, d, max, sum);
+    const float value = merge_state<D>(&partials[0][r], DECODE_WARPS, DECODE_ROWS, d, a.scale.rest, max,
+                                       sum);
     if (splits == 1) {
       write(r, d, value, max, sum);
     } else {
@@ -120,7 +122,7 @@ __device__ __forceinline__ void merge_splits(const AttentionArgs& a, const Atten
   for (int i = threadIdx.x; i < rows * D; i += DECODE_WARPS * WARP) {
     const int r = i / D, d = i % D;
     float max, sum;
-    const float value = merge_state<D>(all_partials + r, splits, rows, d, max, sum);
+    const float value = merge_state<D>(all_partials + r, splits, rows, d, a.scale.rest, max, sum);
     write(r, d, value, max, sum);
   }
 }

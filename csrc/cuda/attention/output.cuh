@@ -25,7 +25,8 @@ __device__ __forceinline__ void write_rows(const AttentionArgs& a, const Problem
           pack<T>(o[n][2 * i] * r, o[n][2 * i + 1] * r);
     }
     if (a.lse && t == 0)
-      static_cast<float*>(a.lse)[problem.lse_at(row[i], kv, b)] = log_sum(softmax.m[i], softmax.l[i]);
+      static_cast<float*>(a.lse)[problem.lse_at(row[i], kv, b)] = 
+          log_sum(softmax.m[i], softmax.l[i], a.scale);
   }
 }
 

@@ -35,7 +35,6 @@ attention_prefill_kernel(AttentionArgs a) {
   };
 
   const Queries<D> q = load_queries<D, T>({problem.query(row[0]), problem.query(row[1])}, t);
-  const float scale = a.scale * LOG2_E;
   Softmax softmax;
   float o[D / 8][4] = {};
   if (end > 0) copy(0, 0);
@@ -49,8 +48,8 @@ attention_prefill_kernel(AttentionArgs a) {
     __syncthreads();
     float scores[TILE / 8][4];
     multiply_keys<T, D, TILE>(scores, q, shared.k[stage], lane);
-    scale_and_mask(scores, scale, first, limit, t);
-    take_scores(softmax, scores, o);
+    scale_and_mask(scores, a.scale.unit, first, limit, t);
+    take_scores(softmax, scores, a.scale.rest, o);
     multiply_values<T, D, TILE>(o, scores, shared.v[stage], lane);
     __syncthreads();  // the next copy overwrites this stage
   }

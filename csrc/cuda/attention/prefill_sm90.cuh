@@ -181,7 +181,6 @@ __device__ __forceinline__ void consume(WarpgroupsShared<T, D>& shared, const At
       for (int j = 0; j < 4; ++j)
         if (first + 8 * n + 2 * t + j % 2 >= limit[j / 2]) scores[n][j] = MINUS_INFINITY;
   };
-  const float scale = a.scale * LOG2_E;
   Softmax softmax;
   float o[D / 8][4] = {}, correction[2];
   uint32_t weights[WIDE_TILE / 16][4];
@@ -193,7 +192,7 @@ __device__ __forceinline__ void consume(WarpgroupsShared<T, D>& shared, const At
     warpgroup_wait<0>(scores);
     release(shared.k_empty[0]);
     hide(scores, 0);
-    take_unscaled(softmax, scores, scale, correction);  // o is 0 yet
+    take_unscaled(softmax, scores, a.scale, correction);  // o is 0 yet
     pack_weights<T>(weights, scores);
   }
   if (consumer == 1 && tiles > 1) named_barrier_arrive(TURN, CONSUMERS * WARPGROUP);  // 0 begins
@@ -211,7 +210,7 @@ __device__ __forceinline__ void consume(WarpgroupsShared<T, D>& shared, const At
     warpgroup_wait<1>(scores);
     release(shared.k_empty[stage]);
     hide(scores, i * WIDE_TILE);
-    take_unscaled(softmax, scores, scale, correction);
+    take_unscaled(softmax, scores, a.scale, correction);
     warpgroup_wait<0>(o);
     release(shared.v_empty[before]);
 #pragma unroll
@@ -228,7 +227,7 @@ __device__ __forceinline__ void consume(WarpgroupsShared<T, D>& shared, const At
   }
   finish(softmax);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) softmax.m[i] *= scale;
+  for (int i = 0; i < 2; ++i) softmax.m[i] *= a.scale.unit;
   write_rows<T, D>(a, problem, kv, b, row, softmax, o, t);
 }
 

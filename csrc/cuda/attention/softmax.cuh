@@ -8,11 +8,10 @@
 
 namespace llama_fast::cuda {
 
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 constexpr float MINUS_INFINITY = -__builtin_inff();
 
 struct Softmax {
-  float m[2] = {MINUS_INFINITY, MINUS_INFINITY};  // the largest score
+  float m[2] = {MINUS_INFINITY, MINUS_INFINITY};  // the largest score, times the scale's unit
   float l[2] = {0.0f, 0.0f};  // the sum of the weights; of the lane's columns only, until finish()
 };
 
@@ -44,39 +43,39 @@ __device__ __forceinline__ void mask(float (&scores)[N][4], int first, const int
 }
 
 template <int N>
-__device__ __forceinline__ void scale_and_mask(float (&scores)[N][4], float scale, int first,
+__device__ __forceinline__ void scale_and_mask(float (&scores)[N][4], float unit, int first,
                                                const int (&limit)[2], int t) {
 #pragma unroll
   for (int n = 0; n < N; ++n)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) scores[n][j] *= scale;
+    for (int j = 0; j < 4; ++j) scores[n][j] *= unit;
   mask(scores, first, limit, t);
 }
 
 // A larger score has come to row g + 8i, or none: what was summed is to be multiplied by the result.
-__device__ __forceinline__ float rescale(Softmax& softmax, int i, float max) {
+__device__ __forceinline__ float rescale(Softmax& softmax, int i, float max, float rest) {
   max = quad_max(fmaxf(softmax.m[i], max));
-  const float correction = exp2_fast(softmax.m[i] - base_of(max));
+  const float correction = exp2_fast((softmax.m[i] - base_of(max)) * rest);
   softmax.m[i] = max;
   softmax.l[i] *= correction;
   return correction;
 }
 
-// Turns scores into weights, and brings `softmax` and the output up to date.
+// Turns scores, times the scale's unit, into weights, and brings `softmax` and the output up to date.
 template <int N, int COLUMNS>
 __device__ __forceinline__ void take_scores(Softmax& softmax, float (&scores)[N][4],
-                                            float (&o)[COLUMNS][4]) {
+                                            float rest, float (&o)[COLUMNS][4]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float max = MINUS_INFINITY;
 #pragma unroll
     for (int n = 0; n < N; ++n) max = fmaxf(max, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
-    const float correction = rescale(softmax, i, max), base = base_of(softmax.m[i]);
+    const float correction = rescale(softmax, i, max, rest), base = base_of(softmax.m[i]);
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
       for (int j = 2 * i; j < 2 * i + 2; ++j) {
-        scores[n][j] = exp2_fast(scores[n][j] - base);
+        scores[n][j] = exp2_fast((scores[n][j] - base) * rest);
         softmax.l[i] += scores[n][j];
       }
 #pragma unroll
@@ -87,26 +86,27 @@ __device__ __forceinline__ void take_scores(Softmax& softmax, float (&scores)[N]
   }
 }
 
-// The same for scores that are not scaled yet, `scale` > 0: each takes one multiply-add instead of two
-// operations. The caller brings the output up to date with `correction`, one for each row.
+// The same for scores that are not scaled yet, with a unit above 0: each takes one multiply-add instead of
+// two operations. `softmax.m` is without the unit, too. The caller brings the output up to date with
+// `correction`, one for each row.
 template <int N>
-__device__ __forceinline__ void take_unscaled(Softmax& softmax, float (&scores)[N][4], float scale,
-                                              float (&correction)[2]) {
+__device__ __forceinline__ void take_unscaled(Softmax& softmax, float (&scores)[N][4],
+                                              const ScoreScale& scale, float (&correction)[2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float max = softmax.m[i];
 #pragma unroll
     for (int n = 0; n < N; ++n) max = fmaxf(max, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
     max = quad_max(max);
-    const float base = base_of(max * scale);
-    correction[i] = exp2_fast(fmaf(softmax.m[i], scale, -base));
+    const float base = base_of(max * scale.unit);
+    correction[i] = exp2_fast(fmaf(softmax.m[i], scale.unit, -base) * scale.rest);
     softmax.m[i] = max;
     softmax.l[i] *= correction[i];
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
       for (int j = 2 * i; j < 2 * i + 2; ++j) {
-        scores[n][j] = exp2_fast(fmaf(scores[n][j], scale, -base));
+        scores[n][j] = exp2_fast(fmaf(scores[n][j], scale.unit, -base) * scale.rest);
         softmax.l[i] += scores[n][j];
       }
   }
@@ -117,9 +117,9 @@ __device__ __forceinline__ void finish(Softmax& softmax) {
   softmax.l[1] = quad_sum(softmax.l[1]);
 }
 
-// log Σ exp(score), to base e; -infinity where there was no key.
-__device__ __forceinline__ float log_sum(float max, float sum) {
-  return sum == 0.0f ? MINUS_INFINITY : (max + log2f(sum)) * LN_2;
+// log Σ exp(score); -infinity where there was no key.
+__device__ __forceinline__ float log_sum(float max, float sum, const ScoreScale& scale) {
+  return sum == 0.0f ? MINUS_INFINITY : fmaf(max, scale.factor, logf(sum));
 }
 
 }  // namespace llama_fast::cuda

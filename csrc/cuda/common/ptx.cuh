@@ -121,13 +121,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// log2 x, within 2^-22 or so of it; minus infinity for x below 2^-126.
-__device__ __forceinline__ float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Two floats rounded to a pair, `first` in the lower half.
 template <class T> __device__ __forceinline__ uint32_t pack(float first, float second);
 template <> __device__ __forceinline__ uint32_t pack<__half>(float first, float second) {

@@ -120,7 +120,6 @@ inline void cp_async_commit() { cuda_host::close_group(); }
 template <int OPEN> void cp_async_wait() { cuda_host::wait_for_groups(OPEN); }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
-inline float log2_fast(float x) { return std::log2(x); }
 
 inline uint4 load_once(const void* p) { return *static_cast<const uint4*>(p); }
 inline uint32_t load_once(const uint32_t* p) { return *p; }
