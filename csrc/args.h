@@ -149,6 +149,11 @@ struct AttentionArgs {
   ScoreScale scale;
 };
 
+// How GEMV on the CPU goes through a weight that few rows of x meet: some rows of it in step, fetched
+// by software; or one row after the other, a single stream, which the hardware foresees. Both sum in
+// the same order.
+enum class Walk { tiles, rows };
+
 struct LinearArgs {
   DType dtype;
   const void* x;       // M rows of C_in
@@ -156,6 +161,7 @@ struct LinearArgs {
   void* y;             // (M, C_out) contiguous
   Rows rows;
   int64_t C_in, C_out;
+  Walk walk = Walk::tiles;
 };
 
 // The layout of a quantised weight is drawn in docs/ops/linear.md.

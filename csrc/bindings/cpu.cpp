@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -121,6 +122,27 @@ bool own_gemm(DType dtype, bool onednn) {
   return dtype == DType::f16 || !(onednn && chosen.first == "avx512_bf16");
 }
 
+std::optional<Walk> asked_walk;
+
+// Fetching by software, without which older CPUs do not reach what memory gives, costs Zen 4 and Zen 5,
+// AMD's with AVX-512, a fifth and more of it; see docs/log.md.
+Walk gemv_walk() {
+  bool rows = false;
+#ifdef __x86_64__
+  rows = __builtin_cpu_is("amd") && chosen.second->lanes == 16;
+#endif
+  return asked_walk.value_or(rows ? Walk::rows : Walk::tiles);
+}
+
+const char* name_of(Walk walk) { return walk == Walk::rows ? "rows" : "tiles"; }
+
+void set_gemv_walk(const std::optional<std::string>& name) {
+  asked_walk.reset();
+  for (const Walk walk : {Walk::tiles, Walk::rows})
+    if (name && *name == name_of(walk)) asked_walk = walk;
+  if (name && !asked_walk) throw std::invalid_argument("no walk is named '" + *name + "'");
+}
+
 const char* name_of(Product product) {
   return product == Product::gemv ? "gemv" : product == Product::gemm ? "gemm" : "torch";
 }
@@ -167,6 +189,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("built_isas", &built_isas, "The instruction sets of this build, best first.");
   m.def("isa", [] { return chosen.first; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("name"));
+  m.def("gemv_walk", [] { return name_of(gemv_walk()); },
+        "How GEMV goes through a weight, tiles or rows: by this CPU, unless it was set.");
+  m.def("set_gemv_walk", &set_gemv_walk, py::arg("name"));
   m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("address"), py::arg("bytes"));
   m.def("large_tensor", &large_tensor, py::arg("bfloat16"), py::arg("itemsize"), py::arg("shape"),
         "An uninitialised tensor of floats, as a DLPack capsule, in memory that is used again.");
@@ -270,7 +295,9 @@ PYBIND11_MODULE(_cpu, m) {
   }, "The same of the gradients of a linear, from that of its result.");
 
   def(m, "gemv", [](const Tensor& x, const Tensor& weight, const Tensor& y) {
-    launch(&KernelTable::gemv, linear_args(x, weight, y));
+    LinearArgs args = linear_args(x, weight, y);
+    args.walk = gemv_walk();
+    launch(&KernelTable::gemv, args);
     return y;
   });
 

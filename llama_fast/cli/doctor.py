@@ -145,7 +145,8 @@ def _isas(name: str) -> str:
 
     built, usable = _cpu.built_isas(), _cpu.isas()
     missing = [isa for isa in built if isa not in usable]
-    text = f": C++ kernels, {_cpu.isa()} in use; built for {', '.join(built)}"
+    walk = f"GEMV by {_cpu.gemv_walk()}, which suits this CPU"
+    text = f": C++ kernels, {_cpu.isa()} in use ({walk}); built for {', '.join(built)}"
     return text + (f" (this CPU lacks {', '.join(missing)})" if missing else "")
 
 

@@ -150,6 +150,23 @@ def test_many_rows_of_odd_sizes(backend, dtype, way, shape):
 
 
 @pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [1, 2, 3, 6, 7])
+def test_both_walks_of_gemv_sum_in_one_order(backend, dtype, M):
+    x, weight, _ = operands(M, 2 * 2048 + 77, 45, dtype)
+    with on(backend):
+        usual = cpu._cpu.gemv_walk()
+        found = []
+        for walk in ("tiles", "rows"):
+            cpu._cpu.set_gemv_walk(walk)
+            assert cpu._cpu.gemv_walk() == walk
+            found.append(linear(x, weight))
+            cpu._cpu.set_gemv_walk(None)
+        assert cpu._cpu.gemv_walk() == usual
+    assert same_bits(*found)
+
+
+@pytest.mark.parametrize("backend", CPU)
 @pytest.mark.parametrize("dtype", HALF)
 def test_strides_of_many_rows(backend, dtype):
     x, weight, _ = operands(2 * 5 * 7, 64, 30, dtype)

@@ -3,7 +3,8 @@
 //
 // x is packed first, to the form that the products take. A thread then owns a contiguous block of
 // W's rows and walks it in chunks; a chunk meets all rows of x while it is in L1. A tile of MT rows
-// of x by NT rows of W stays in registers.
+// of x by NT rows of W stays in registers. Few rows of x may meet one row of W after the other
+// instead, by CPU: see Walk in args.h.
 //
 // Order of a sum, the same for any M, tile and thread count: lane by lane along a chunk, chunk
 // after chunk, then across the lanes. The two levels keep the rounding error of a long row small.
@@ -44,7 +45,7 @@ template <class T> struct Chunk {
   int rows;
   const typename Dot<T>::Packed* x;  // group after group, each (steps, MT, STEP)
   int64_t M, steps;
-  int64_t ahead;  // elements from this chunk to the one that comes next
+  int64_t ahead;  // elements from this chunk to the one that comes next, to fetch; or 0
   vf* total;
 };
 
@@ -61,7 +62,8 @@ static inline void add_products(const T* w, int64_t stride, const typename Dot<T
   }
 }
 
-template <class T, int MT, int NT> static inline void tile(const Chunk<T>& c, int m0, int n0) {
+template <class T, int MT, int NT, bool FETCH = true>
+static inline void tile(const Chunk<T>& c, int m0, int n0) {
   using D = Dot<T>;
   vf acc[MT][NT];
   for (auto& row : acc)
@@ -69,7 +71,7 @@ template <class T, int MT, int NT> static inline void tile(const Chunk<T>& c, in
   const T* w = c.w + n0 * c.stride;
   auto x = c.x + m0 * c.steps * D::STEP;
   for (int64_t step = 0; step < c.steps; ++step, w += D::STEP, x += MT * D::STEP) {
-    for (int n = 0; n < NT; ++n)
+    for (int n = 0; FETCH && n < NT; ++n)
       prefetch(w + n * c.stride + c.ahead, D::STEP * sizeof(T));
     add_products<0>(w, c.stride, x, acc);
     if constexpr (D::PARTS == 2) add_products<1>(anew(w), c.stride, x, acc);
@@ -88,6 +90,8 @@ template <class T, int MT, int NT> static inline void tile(const Chunk<T>& c, in
 template <class T, int MT> static void tiles(const Chunk<T>& c, int m0) {
   constexpr int NT = tile_width(MT);
   int n = 0;
+  if (!c.ahead)
+    for (; n < c.rows; ++n) tile<T, MT, 1, false>(c, m0, n);
   for (; n + NT <= c.rows; n += NT) tile<T, MT, NT>(c, m0, n);
   for (; n < c.rows; ++n) tile<T, MT, 1>(c, m0, n);
 }
@@ -141,7 +145,8 @@ template <class T> static void multiply_rows(const LinearArgs& a) {
 
   // One group of rows of x: whole rows of W are read through. Several: each chunk stays in L1 for
   // all of them.
-  const int block = M <= MAX_MT ? tile_width(int(M)) : BLOCK;
+  const bool one_by_one = a.walk == Walk::rows && M <= MAX_MT;
+  const int block = one_by_one ? 1 : M <= MAX_MT ? tile_width(int(M)) : BLOCK;
   parallel_for(a.C_out, product_grain(a.C_out, a.C_in * M), [&](int64_t begin, int64_t end) {
     for (int64_t n0 = begin; n0 < end; n0 += block) {
       const int rows = int(std::min<int64_t>(block, end - n0));
@@ -151,7 +156,7 @@ template <class T> static void multiply_rows(const LinearArgs& a) {
       for (int64_t s = 0; s < steps; s += CHUNK_STEPS) {
         const int64_t count = std::min<int64_t>(CHUNK_STEPS, steps - s);
         const bool last = s + count >= steps;
-        const int64_t ahead = last ? rows * a.C_in - s * D::STEP : count * D::STEP;
+        const int64_t ahead = one_by_one ? 0 : last ? rows * a.C_in - s * D::STEP : count * D::STEP;
         add_chunk<T>({w + s * D::STEP, a.C_in, rows, packed + s * M * D::STEP, M, count, ahead,
                       total});
       }
