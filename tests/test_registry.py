@@ -1,4 +1,4 @@
-"""What the registry remembers of calls changes no answer."""
+"""What an op remembers of calls changes no answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 
 import llama_fast
 from llama_fast import attention, explain, rms_norm, use_backend
-from llama_fast.dispatch import op as registry
+from llama_fast.dispatch import BACKENDS, choice
+from llama_fast.dispatch import op as op_module
 from llama_fast.errors import FallbackWarning, ShapeError
 from llama_fast.ops.attention import OP as ATTENTION
 from llama_fast.ops.rms_norm import OP as RMS_NORM
@@ -72,24 +73,24 @@ def test_a_gradient_is_recorded_after_the_call_is_known():
 
 
 def test_the_memory_of_calls_is_bounded(monkeypatch):
-    monkeypatch.setattr(registry, "KNOWN_CALLS", 3)
+    monkeypatch.setattr(op_module, "MAX_PLANS", 3)
     for rows in range(1, 9):
         rms_norm(torch.ones(rows, 8), torch.ones(8))
-        assert 1 <= len(RMS_NORM._known) <= 3
+        assert 1 <= len(RMS_NORM._plans) <= 3
 
 
 def test_a_fallback_is_not_remembered(monkeypatch):
     q = torch.ones(1, 2, 1, 12)  # a head dim that the kernels have not
     for _ in range(2):
-        monkeypatch.setattr(registry, "_warned", set())
+        monkeypatch.setattr(choice, "_warned", set())
         with pytest.warns(FallbackWarning, match="D is 12"):
             attention(q, q, q)
-    assert not ATTENTION._known
+    assert not ATTENTION._plans
 
 
 def test_explain_has_every_backend_and_why_the_others_do_not_serve():
     decision = explain("rms_norm", torch.ones(3, 64), torch.ones(64), 1e-5)
-    assert set(decision.reasons) == set(registry.BACKENDS)
+    assert set(decision.reasons) == set(BACKENDS)
     assert decision.reasons[decision.chosen] == decision.reasons["eager"] == []
     for name in ("cuda", "triton"):
         assert decision.reasons[name] == ["it serves tensors on cuda; these are on cpu"]

@@ -56,7 +56,7 @@ def test_opcheck(form):
     """Of what Triton has: schema, fake and gradient are what torch.library asks for."""
     op, args, with_gradient = FORMS[form]
     args = tuple(a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in args)
-    torch.library.opcheck(op._torch_op, leaves(op, args) if with_gradient else args)
+    torch.library.opcheck(op.torch_op, leaves(op, args) if with_gradient else args)
 
 
 def test_training_compiles_once_for_all_lengths():

@@ -84,14 +84,14 @@ void set_isa(const std::string& name) {
 
 template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
-// What makes the kinds of calls with tensors of these types, or None where their library does not
-// offer DLPack's C functions.
-py::object kinds_of_calls(py::type tensor, py::type parameter, py::function fallback) {
+// What makes the signatures of calls with tensors of these types, or None where their library does
+// not offer DLPack's C functions.
+py::object call_signatures(py::type tensor, py::type parameter, py::function fallback) {
   const auto* api = exchange_api(tensor);
   if (!api) return py::none();
   return py::cpp_function(
-      [kind = CallSignature(std::move(tensor), std::move(parameter), api, std::move(fallback))](
-          const py::tuple& args, bool grad) { return kind(args, grad); });
+      [of = CallSignature(std::move(tensor), std::move(parameter), api, std::move(fallback))](
+          const py::tuple& args, bool grad) { return of(args, grad); });
 }
 
 // What says whether these are unchanged, or None without `exchange_api`.
@@ -199,7 +199,7 @@ PYBIND11_MODULE(_cpu, m) {
         "Frees what is kept for the next `large_tensor`.");
 
   m.def("lowest_address", &lowest_address, "Below it no tensor has memory.");
-  m.def("kinds_of_calls", &kinds_of_calls, py::arg("tensor"), py::arg("parameter"),
+  m.def("call_signatures", &call_signatures, py::arg("tensor"), py::arg("parameter"),
         py::arg("fallback"));
   m.def("unchanged", &unchanged, py::arg("tensor"), py::arg("dicts"), py::arg("tensors"));
 

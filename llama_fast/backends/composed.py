@@ -17,10 +17,10 @@ def one_of(pick: Callable[..., tuple[Implementation, int]]) -> Implementation:
     """The row of an op of which `pick` says, for the arguments of a call, the kernels' row and how
     many of the arguments that one takes."""
 
-    def prepare(*args: Any) -> Callable[..., Any]:
+    def plan(*args: Any) -> Callable[..., Any]:
         row, takes = pick(*args)
-        prepared = row.launch if row.prepare is None else row.prepare(*args[:takes])
-        return prepared if len(args) <= takes else lambda *given: prepared(*given[:takes])
+        planned = row.launch if row.plan is None else row.plan(*args[:takes])
+        return planned if len(args) <= takes else lambda *given: planned(*given[:takes])
 
     def ask(question: str, otherwise: Any) -> Callable[..., Any]:
         def asked(*args: Any) -> Any:
@@ -30,7 +30,7 @@ def one_of(pick: Callable[..., tuple[Implementation, int]]) -> Implementation:
 
         return asked
 
-    return Implementation(ask("launch", None), ask("unsupported", []), ask("how", ""), prepare)
+    return Implementation(ask("launch", None), ask("unsupported", []), ask("how", ""), plan)
 
 
 def first(count: int, row: Implementation) -> Implementation:
@@ -82,10 +82,10 @@ def then_swiglu(linear: Implementation, swiglu: Implementation, takes: int) -> I
     def launch(*args: Any) -> Tensor:
         return swiglu.launch(*linear.launch(*args[:takes]).chunk(2, dim=-1))
 
-    def prepare(x: Tensor, *weight: Any) -> Callable[..., Tensor]:
-        multiply = linear.prepare(x, *weight[: takes - 1])
+    def plan(x: Tensor, *weight: Any) -> Callable[..., Tensor]:
+        multiply = linear.plan(x, *weight[: takes - 1])
         gate_up = OPS["linear"].fake(x.to("meta"), *weight[:-1])
-        activate = swiglu.prepare(*gate_up.chunk(2, dim=-1))
+        activate = swiglu.plan(*gate_up.chunk(2, dim=-1))
         if takes == 2:
             return lambda x, weight, *_: activate(*multiply(x, weight).chunk(2, -1))
         return lambda *args: activate(*multiply(*args[:takes]).chunk(2, -1))
@@ -94,5 +94,5 @@ def then_swiglu(linear: Implementation, swiglu: Implementation, takes: int) -> I
         launch,
         lambda *args: linear.unsupported(*args[:takes]),
         lambda *args: "by linear and swiglu, one after the other",
-        prepare if linear.prepare and swiglu.prepare else None,
+        plan if linear.plan and swiglu.plan else None,
     )

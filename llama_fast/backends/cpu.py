@@ -287,17 +287,17 @@ def _linear_quantized(
     )
 
 
-def _prepared(
-    prepare: Callable[..., Launcher],
+def _planned(
+    plan: Callable[..., Launcher],
     unsupported: Callable[..., list[str]],
     how: Callable[..., str] | None = None,
 ) -> Implementation:
-    return Implementation(lambda *args: prepare(*args)(*args), unsupported, how, prepare)
+    return Implementation(lambda *args: plan(*args)(*args), unsupported, how, plan)
 
 
-LINEAR = _prepared(_linear, limits.linear, _linear_how)
-LINEAR_QUANTIZED = _prepared(_linear_quantized, limits.linear)
-SWIGLU = _prepared(_swiglu, limits.swiglu)
+LINEAR = _planned(_linear, limits.linear, _linear_how)
+LINEAR_QUANTIZED = _planned(_linear_quantized, limits.linear)
+SWIGLU = _planned(_swiglu, limits.swiglu)
 IN_BLOCKS = Implementation(
     cross_entropy.chunked, nothing, lambda *args: "by linear, a block of rows at a time"
 )
@@ -311,7 +311,7 @@ register_backend(
         settings=None if _cpu is None else lambda: (isa(),),
         reserve=_reserve,
         implementations={
-            "attention": _prepared(_attention, _attention_unsupported),
+            "attention": _planned(_attention, _attention_unsupported),
             "linear": composed.linear(
                 LINEAR,
                 LINEAR_QUANTIZED,
@@ -327,11 +327,11 @@ register_backend(
             "linear_cross_entropy": composed.linear_cross_entropy(
                 IN_BLOCKS, IN_BLOCKS._replace(unsupported=limits.linear)
             ),
-            "rms_norm": _prepared(_rms_norm, limits.rms_norm),
-            "add_rms_norm": _prepared(_add_rms_norm, limits.add_rms_norm),
+            "rms_norm": _planned(_rms_norm, limits.rms_norm),
+            "add_rms_norm": _planned(_add_rms_norm, limits.add_rms_norm),
             "swiglu": SWIGLU,
-            "rope": _prepared(_rope, limits.rope),
-            "kv_append": _prepared(_kv_append, limits.kv_append),
+            "rope": _planned(_rope, limits.rope),
+            "kv_append": _planned(_kv_append, limits.kv_append),
         },
     )
 )

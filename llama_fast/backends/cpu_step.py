@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from ..dispatch import OPS, DispatchMode
+from ..dispatch.torch_private import is_composite, tree_leaves
 
 
 class CpuRecorder(DispatchMode):
@@ -65,8 +65,8 @@ class CpuRecorder(DispatchMode):
         kwargs = kwargs or {}
         if function.namespace == "llama_fast":
             op = OPS[function._opname]
-            return self._run_op(op.run, op._complete(args))
-        if _is_composite(function):
+            return self._run_op(op.run, op.complete(args))
+        if is_composite(function):
             with self:
                 return function.decompose(*args, **kwargs)
         if _depends_on_values(function, args):
@@ -144,7 +144,7 @@ class _Watch(DispatchMode):
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _is_composite(function):
+        if is_composite(function):
             with self:
                 return function.decompose(*args, **kwargs)
         result = function(*args, **kwargs)
@@ -161,13 +161,6 @@ _ALLOCATIONS = {
     _aten.empty_strided.default,
     _aten.new_empty.default,
 }
-
-
-def _is_composite(function: Any) -> bool:
-    """Whether it only calls other functions. In inference mode such come here whole."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        function.name(), "CompositeImplicitAutograd"
-    )
 
 
 def _is_view(function: Any, given: Any, result: Any) -> bool:

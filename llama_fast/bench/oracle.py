@@ -50,13 +50,13 @@ def outputs(op: Op, found: Any) -> tuple[Tensor, ...]:
     if isinstance(found, Tensor):
         return (found,)
     found = tuple(found)
-    declared = len(op._torch_op._schema.returns)
+    declared = len(op.torch_op._schema.returns)
     return found[: declared - op.non_differentiable] if len(found) == declared else found
 
 
 def with_leaves(op: Op, args: tuple) -> tuple[tuple, list[Tensor]]:
     """The arguments, of which those that have a gradient are leaves that ask for it; and these."""
-    names = [argument.name for argument in op._torch_op._schema.arguments]
+    names = [argument.name for argument in op.arguments.schema]
     args = tuple(
         x.detach().requires_grad_()
         if isinstance(x, Tensor) and x.is_floating_point() and name not in op.constants

@@ -92,7 +92,7 @@ def calls(
         return call
 
     def backward(op: Op, args: tuple) -> Callable[[], tuple[torch.Tensor, ...]]:
-        schema = op._torch_op._schema.arguments
+        schema = op.arguments.schema
         leaves = [
             a.detach().requires_grad_()
             if isinstance(a, torch.Tensor) and a.is_floating_point() and s.name not in op.constants

@@ -1,29 +1,23 @@
 """Which implementation serves a call of an op, and why."""
 
-from .op import (
+from .backends import (
     BACKENDS,
-    OPS,
     ORDER,
-    Backend,
-    Case,
-    Cost,
-    Decision,
-    DispatchMode,
-    Implementation,
-    Op,
     backends,
-    explain,
     launch_settings,
-    needs_dispatcher,
-    nothing,
     observed,
-    record_decisions,
     recorder,
     register_backend,
     reserve,
     use_backend,
     wrapped_launches,
 )
+from .choice import refuse_strict
+from .explain import explain, record_decisions
+from .op import OPS, Op
+from .overrides import needs_dispatcher
+from .torch_private import DispatchMode
+from .types import Backend, Case, Cost, Decision, Implementation, nothing
 
 __all__ = [
     "BACKENDS",
@@ -44,6 +38,7 @@ __all__ = [
     "observed",
     "record_decisions",
     "recorder",
+    "refuse_strict",
     "register_backend",
     "reserve",
     "use_backend",

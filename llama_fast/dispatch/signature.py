@@ -1,7 +1,7 @@
-"""The kind of a call of an op: all that checks, limits and launchers depend on.
+"""The signature of a call of an op: all that checks, limits and launchers depend on.
 
 That is the dtypes, devices, shapes and strides of its tensors and its other arguments, but neither
-addresses nor values. A model repeats few kinds of calls, so an op keeps a launcher for each.
+addresses nor values. A model repeats few signatures, so an op keeps a plan for each.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def has_memory(x: Tensor) -> bool:
 
 
 def read_by_python(args: tuple, grad: bool) -> Hashable | None:
-    """The kind of the call, or None where it is torch's dispatcher that must see it: `grad` is set
-    and a tensor requires a gradient, or one is of a class with ways of its own, is negated (as
+    """The signature of the call, or None where it is torch's dispatcher that must see it: `grad` is
+    set and a tensor requires a gradient, or one is of a class with ways of its own, is negated (as
     x.conj().imag is in the memory of x) or has no memory."""
-    kind: list[Any] = []
+    signature: list[Any] = []
     for arg in args:
         its_type = type(arg)
         if its_type is Tensor or its_type is Parameter:
@@ -41,18 +41,18 @@ def read_by_python(args: tuple, grad: bool) -> Hashable | None:
                 return None
             if not has_memory(arg):
                 return None
-            kind += (arg.is_cpu or arg.device, arg.dtype, arg.shape, arg.stride())
+            signature += (arg.is_cpu or arg.device, arg.dtype, arg.shape, arg.stride())
         elif isinstance(arg, Tensor):
             return None
         else:
-            kind += (its_type, arg)
-    return tuple(kind)
+            signature += (its_type, arg)
+    return tuple(signature)
 
 
 def _reader() -> Callable[[tuple, bool], Hashable | None]:
     """Does as `read_by_python` does, in C++ where torch and the build allow it."""
-    found = None if _cpu is None else _cpu.kinds_of_calls(Tensor, Parameter, read_by_python)
+    found = None if _cpu is None else _cpu.call_signatures(Tensor, Parameter, read_by_python)
     return read_by_python if found is None else found
 
 
-kind_of_call = _reader()
+call_signature = _reader()

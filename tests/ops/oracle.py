@@ -53,7 +53,7 @@ def run_poisoned(op: Op, args: tuple) -> tuple[torch.Tensor, ...]:
     Arguments that the schema declares as written may change, but not outside their elements; they
     are returned behind the outputs.
     """
-    schema, args = op._torch_op._schema.arguments, op._complete(args)
+    schema, args = op.arguments.schema, op.complete(args)
     fenced = [fence(a) if isinstance(a, torch.Tensor) else (a, None) for a in args]
     before = [None if buffer is None else buffer.clone() for _, buffer in fenced]
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -120,14 +120,14 @@ def of_op(op: Op, args: tuple) -> list[Expected]:
     def run(*given: Any) -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
             outputs = as_tuple(op.eager(*given))
-        schema = op._torch_op._schema.arguments
+        schema = op.arguments.schema
         return *outputs, *(
             a
             for argument, a in zip(schema, given, strict=True)
             if argument.alias_info is not None and argument.alias_info.is_write and a is not None
         )
 
-    return expected(run, op._complete(args))
+    return expected(run, op.complete(args))
 
 
 def assert_accurate(actual: tuple, wanted: list[Expected], what: str) -> None:

@@ -53,14 +53,14 @@ def leaves(op, args: tuple) -> tuple:
         and a.is_floating_point()
         and argument.name not in op.constants
         else a
-        for a, argument in zip(copies(args), op._torch_op._schema.arguments, strict=True)
+        for a, argument in zip(copies(args), op.arguments.schema, strict=True)
     )
 
 
 @pytest.mark.parametrize(("op", "args", "with_gradient"), SMALL)
 def test_opcheck(op, args, with_gradient):
     given = leaves(op, args) if with_gradient else copies(args)
-    torch.library.opcheck(op._torch_op, given)
+    torch.library.opcheck(op.torch_op, given)
 
 
 @pytest.mark.parametrize(("op", "args", "with_gradient"), SMALL)

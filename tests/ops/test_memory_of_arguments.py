@@ -8,7 +8,7 @@ import torch
 
 from llama_fast import rms_norm, swiglu
 from llama_fast.dispatch import OPS
-from llama_fast.dispatch.signature import kind_of_call, read_by_python
+from llama_fast.dispatch.signature import call_signature, read_by_python
 from llama_fast.errors import ShapeError
 from llama_fast.ops import linear
 
@@ -73,7 +73,7 @@ def test_a_weight_whose_storage_was_freed(start):
         rms_norm(torch.ones(1, 64, requires_grad=True), row)
 
 
-@pytest.mark.parametrize("read", [kind_of_call, read_by_python])
+@pytest.mark.parametrize("read", [call_signature, read_by_python])
 def test_what_torchs_dispatcher_must_see(read):
     x = torch.ones(2, 8)
     freed = torch.ones(2, 8)

@@ -52,7 +52,7 @@ def calls():
     for op in OPS.values():
         if op.cases is None:
             continue
-        arguments = op._torch_op._schema.arguments
+        arguments = op.arguments.schema
         for index in op._numbers:
             if arguments[index].name not in ("C_out", "V", "bits", "group_size"):
                 yield pytest.param(op, index, id=f"{op.name}-{arguments[index].name}")

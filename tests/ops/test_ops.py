@@ -85,7 +85,7 @@ def gradients(op, function, args, grads) -> tuple[torch.Tensor, ...]:
         a.detach().requires_grad_()
         if isinstance(a, torch.Tensor) and a.is_floating_point() and x.name not in op.constants
         else a
-        for a, x in zip(copies(args), op._torch_op._schema.arguments, strict=True)
+        for a, x in zip(copies(args), op.arguments.schema, strict=True)
     ]
     wanted = [a for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad]
     results = differentiable(op, function(*leaves))

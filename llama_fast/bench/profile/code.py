@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...dispatch import OPS, Cost, backends
+from ...dispatch import OPS, Cost, DispatchMode, backends
 from ...triton_kernels.chips import CHIPS, Chip, assume
 from ...triton_kernels.cubin import most_threads, sass, usages
 from . import cuda_code
@@ -59,7 +58,7 @@ class MetaCall:
         return (moving, "memory") if moving >= computing else (computing, arithmetic)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(DispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, tuple]] = []
@@ -69,7 +68,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         if function.namespace == "llama_fast":
             op = OPS[function._opname]
-            self.calls.append((op.name, op._complete(args)))
+            self.calls.append((op.name, op.complete(args)))
         return function(*args, **(kwargs or {}))
 
 

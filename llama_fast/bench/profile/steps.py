@@ -252,7 +252,7 @@ def _call(op: Op, args: tuple, backward: bool) -> Callable[[], None]:
 
 def differentiable(op: Op, args: tuple[Any, ...]) -> list[Tensor]:
     """The arguments that may have a gradient, which are told to record one."""
-    names = [argument.name for argument in op._torch_op._schema.arguments]
+    names = [argument.name for argument in op.arguments.schema]
     return [
         x.requires_grad_()
         for name, x in zip(names, args, strict=True)

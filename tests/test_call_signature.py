@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from llama_fast.dispatch.signature import _cpu, kind_of_call, read_by_python
+from llama_fast.dispatch.signature import _cpu, call_signature, read_by_python
 
 
 class Subclass(torch.Tensor):
@@ -17,7 +17,7 @@ class Subclass(torch.Tensor):
 
 def test_the_fast_reader_serves_where_torch_has_dlpacks_functions():
     offered = _cpu is not None and hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
-    assert (kind_of_call is not read_by_python) == offered
+    assert (call_signature is not read_by_python) == offered
 
 
 def test_calls_are_told_apart_as_python_does():
@@ -65,13 +65,13 @@ def test_calls_are_told_apart_as_python_does():
         (Parameter(x, requires_grad=False),),
         (),
     ]
-    kinds = [kind_of_call(call, True) for call in calls]
+    signatures = [call_signature(call, True) for call in calls]
     expected = [read_by_python(call, True) for call in calls]
     for i, j in itertools.product(range(len(calls)), repeat=2):
-        assert (kinds[i] == kinds[j]) == (expected[i] == expected[j]), (calls[i], calls[j])
+        assert (signatures[i] == signatures[j]) == (expected[i] == expected[j]), (calls[i], calls[j])
 
 
-@pytest.mark.parametrize("read", [kind_of_call, read_by_python])
+@pytest.mark.parametrize("read", [call_signature, read_by_python])
 def test_gradients_and_subclasses_are_left_to_the_dispatcher(read):
     x, wanting = torch.zeros(3), torch.zeros(3, requires_grad=True)
     assert read((x, wanting), True) is None
@@ -86,7 +86,7 @@ def test_nothing_is_kept_of_the_arguments():
     x = torch.zeros(3, 4)
     storage = x.untyped_storage()
     address = storage.data_ptr()
-    kind_of_call((x, 1), True)
+    call_signature((x, 1), True)
     x.resize_(5, 7)
-    assert kind_of_call((x, 1), True) == kind_of_call((torch.zeros(5, 7), 1), True)
+    assert call_signature((x, 1), True) == call_signature((torch.zeros(5, 7), 1), True)
     assert address  # the first memory may have gone: the kind does not look at it
