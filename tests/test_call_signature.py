@@ -68,7 +68,10 @@ def test_calls_are_told_apart_as_python_does():
     signatures = [call_signature(call, True) for call in calls]
     expected = [read_by_python(call, True) for call in calls]
     for i, j in itertools.product(range(len(calls)), repeat=2):
-        assert (signatures[i] == signatures[j]) == (expected[i] == expected[j]), (calls[i], calls[j])
+        assert (signatures[i] == signatures[j]) == (expected[i] == expected[j]), (
+            calls[i],
+            calls[j],
+        )
 
 
 @pytest.mark.parametrize("read", [call_signature, read_by_python])

@@ -7,7 +7,8 @@ softmax, and then to put the gradient in their place,
     d_logits = (exp(logits - lse) - onehot(target)) / n        n kept rows, or 1 for a sum
 
 of which two matrix products make the block's share of dx and dw. So the logits are never whole, and
-their gradient takes no memory at all. Everything but the logits and d_logits is float32. The two
+their gradient takes no memory at all. Everything but the logits and d_logits is float32; of float16
+dx and dw too, and d_logits fill the range: n times 2¹⁵ as large, they are at most that. The two
 terms of lse, the largest logit m and log Σ exp(logit - m), are subtracted one after the other: the
 error of their rounded sum, half a unit in the last place of m, would be one of all weights.
 
@@ -33,7 +34,7 @@ def cross_entropy_kernel(
     logits_ptr,  # (R, V) contiguous; d_logits afterwards, where NEED_GRAD
     targets_ptr,  # (R,) int64
     loss_ptr,  # (R,) float32: each row's own, 0 where it is ignored
-    count_ptr,  # () float32: kept rows, at least 1; 1 for a sum
+    factor_ptr,  # () float32: of the gradients, such as 1 / n
     V,
     ignore_index,
     NEED_GRAD: tl.constexpr,
@@ -63,7 +64,7 @@ def cross_entropy_kernel(
     tl.store(loss_ptr + row, tl.where(kept > 0, largest - logit + log_sum, 0.0))
 
     if NEED_GRAD:
-        share = kept / tl.load(count_ptr)
+        share = kept * tl.load(factor_ptr)
         for begin in range(0, V, BLOCK_V):
             at = begin + column
             x = tl.load(logits_row + at, mask=at < V, other=float("-inf")).to(tl.float32)
@@ -74,6 +75,8 @@ def cross_entropy_kernel(
 # A block of rows is a 20th of them, so that its logits are 5 % of all; but enough of them for the
 # products to be worth their passes over weight.
 PART, LEAST_ROWS = 20, 256
+# What gradients of float16 logits, which are at most 1, are multiplied by.
+FLOAT16_SCALE = 2.0**15
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,12 @@ def linear_cross_entropy(
     (V, C), N = weight.shape, targets.numel()
     rows, flat = x.reshape(N, C), targets.reshape(N).contiguous()
     n = (flat != ignore_index).sum().float() if mean else x.new_ones((), dtype=torch.float32)
-    count = n.clamp(min=1)
+    share = 1 / n.clamp(min=1)
+    half = x.dtype is torch.float16
+    factor = torch.full_like(share, FLOAT16_SCALE) if half else share
+    dtype = torch.float32 if half else x.dtype
     losses = torch.empty(N, dtype=torch.float32, device=x.device)
-    dx = x.new_empty(rows.shape if need_x else 0)
+    dx = x.new_empty(rows.shape if need_x else 0, dtype=dtype)
     dw = torch.zeros(weight.shape if need_weight else 0, dtype=torch.float32, device=weight.device)
     step = max(LEAST_ROWS, N // PART // 128 * 128)
     config = chosen(
@@ -119,7 +125,7 @@ def linear_cross_entropy(
             logits,
             flat[block],
             losses[block],
-            count,
+            factor,
             V,
             ignore_index,
             NEED_GRAD=need_x or need_weight,
@@ -127,8 +133,23 @@ def linear_cross_entropy(
             num_warps=config.num_warps,
         )
         if need_x:
-            torch.mm(logits, weight, out=dx[block])
+            product(logits, weight, out=dx[block])
         if need_weight:
             # Each block's product is rounded, their sum is not: in all about the error of one.
-            dw += torch.mm(logits.t(), rows[block])
-    return losses.sum() / n, dx.view(x.shape) if need_x else dx, dw.to(weight.dtype)
+            dw += product(logits.t(), rows[block])
+    if half:
+        dx *= share / FLOAT16_SCALE
+        dw *= share / FLOAT16_SCALE
+    return losses.sum() / n, dx.view(x.shape) if need_x else dx, dw.to(dtype)
+
+
+def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The matrix product, that of float16 in float32."""
+    if a.dtype is not torch.float16:
+        return torch.mm(a, b, out=out)
+    # CUDA's libraries write float32 themselves; torch has offered it since 2.8.
+    if a.is_cuda and torch.version.cuda and hasattr(torch.ops.aten.mm, "dtype"):
+        made = torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        made = torch.mm(a.float(), b.float())
+    return made if out is None else out.copy_(made)

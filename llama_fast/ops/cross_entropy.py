@@ -9,7 +9,8 @@ rows, and n below is 1.
 Shapes    x (..., C), weight (V, C), targets (...) int64 → loss (), float32 (float64 for float64);
           a quantised weight is that of `linear` with C_out = V
 Layout    x is contiguous in C, its other dims have any stride; weight and targets are contiguous
-Rounding  logits are rounded to x's dtype, as the model's own head does; all else is in float32
+Rounding  logits are rounded to x's dtype, as the model's own head does, and so are their gradients;
+          all else is in float32
 
 Gradient, with P = softmax(logits) and Y the one-hot targets, over the n kept rows:
     dx = (P - Y) W / n        dw = (P - Y)ᵀ x / n
@@ -17,6 +18,10 @@ Both are made together with the loss, since P is at hand then: three matrix prod
 backward pass that remakes the logits costs four. So the op returns (loss, dx, dw); a gradient that
 nobody needs is an empty tensor and is not computed. A quantised weight is frozen, and its
 definition, too, takes a block of rows at a time: on no device are its logits ever whole.
+
+The loss's own gradient, which may be a loss scale, comes later. What it would have kept from being
+too small for float16 must not be lost before: dx and dw of float16 are float32 until then, and each
+row of the logits' gradients is rounded relative to its own size.
 
 Without a kept row the mean is NaN, as `torch.nn.functional.cross_entropy` has it (there is nothing
 to take a mean of), the sum is 0, and the gradients are zero.
@@ -30,11 +35,22 @@ import torch
 from torch import Tensor
 
 from ..config.quantization import NAMED
-from ..dispatch import Case, Cost, Op, needs_dispatcher
+from ..dispatch import Case, Cost, Op, needs_dispatcher, refuse_strict
 from .inputs import rand, randint, randn
 from .linear import BACKWARD_X, wrong_width
 from .linear import OP as LINEAR
-from .logits import LOGITS, ROWS, Wanted, blocks, check_reduction, check_targets, in_blocks
+from .logits import (
+    LOGITS,
+    ROWS,
+    Wanted,
+    blocks,
+    check_reduction,
+    check_targets,
+    gradient_dtype,
+    in_blocks,
+    rounded,
+    undone,
+)
 from .model_inputs import ModelInputs
 from .quantized_weight import QuantizedWeight
 from .rms_norm import accumulate
@@ -102,16 +118,19 @@ def eager(
     wanted = Wanted.of(NAME, x, V, targets, ignore_index, mean)
     rows = x.reshape(N, C)
     loss = rows[:0].sum(dtype=accumulate(x.dtype))  # 0, and to autograd a function of x
-    dx, dw = x.new_empty((N, C) if need_x else 0), x.new_empty(0)
+    dtype = gradient_dtype(x.dtype)
+    dx, dw = x.new_empty((N, C) if need_x else 0, dtype=dtype), x.new_empty(0, dtype=dtype)
     for block in blocks(N, V, quantized) if quantized else [slice(None)]:
         logits = LINEAR.eager(rows[block], weight, scales, minima, V, bits, group_size)
         some, d_logits = wanted.of_rows(block).loss(logits, need_x or need_weight)
         loss = loss + some
+        if d_logits is not None:
+            d_logits, up = rounded(d_logits, x.dtype)
         if need_x:
             form = (scales, minima, C, bits, group_size)
-            dx[block] = BACKWARD_X.eager(d_logits, weight, *form)
+            dx[block] = undone(BACKWARD_X.eager(d_logits, weight, *form), up)
         if need_weight:
-            dw = d_logits.t().mm(rows)
+            dw = undone(d_logits, up).t().mm(rows.to(dtype))
     return loss / wanted.count, dx.view(x.shape) if need_x else dx, dw
 
 
@@ -120,8 +139,8 @@ def fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty((), dtype=accumulate(x.dtype)),
-        x.new_empty(x.shape if need_x else 0),
-        x.new_empty(weight.shape if need_weight else 0),
+        x.new_empty(x.shape if need_x else 0, dtype=gradient_dtype(x.dtype)),
+        x.new_empty(weight.shape if need_weight else 0, dtype=gradient_dtype(x.dtype)),
     )
 
 
@@ -158,7 +177,7 @@ def chunked(
         add_to_dw if need_weight else None,
         quantized,
     )
-    return loss, dx, dw.to(x.dtype)
+    return loss, dx, dw.to(gradient_dtype(x.dtype))
 
 
 def save(inputs: tuple, output: tuple) -> tuple:
@@ -172,6 +191,8 @@ def gradient(
 ) -> tuple[Tensor | None, ...]:
     x, weight, targets, scales, minima = saved
     ignore_index, mean, form, made = scalars
+    if torch.is_grad_enabled():  # the gradient is to be differentiated in turn
+        return *differentiable(saved, scalars, needed, grad), *[None] * 10
     # Taken out, so that no copy of dw is held on while autograd adds it to weight.grad. A second
     # pass through the same graph makes them again.
     gradients = made.pop(needed[:2], None)
@@ -179,8 +200,25 @@ def gradient(
         args = (x, weight, targets, ignore_index, *needed[:2], mean, scales, minima, *form)
         gradients = OP(*args)[1:]
     scale = torch.mul if needs_dispatcher() else torch.Tensor.mul_  # a traced graph writes nothing
-    found = (scale(d, grad) if need else None for d, need in zip(gradients, needed, strict=False))
+    found = (
+        scale(d, grad).to(x.dtype) if need else None
+        for d, need in zip(gradients, needed, strict=False)
+    )
     return *found, *[None] * 10
+
+
+def differentiable(
+    saved: tuple, scalars: tuple, needed: tuple, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dw) as functions of x, weight and grad, for a second gradient: those of the definition,
+    whose logits are whole."""
+    x, weight, targets, scales, minima = saved
+    ignore_index, mean, form, _ = scalars
+    refuse_strict(OP, "where its gradient is to be differentiated again (create_graph=True)")
+    loss, _, _ = eager(x, weight, targets, ignore_index, False, False, mean, scales, minima, *form)
+    wanted = [t for t, need in zip((x, weight), needed, strict=False) if need]
+    found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
+    return tuple(next(found) if need else None for need in needed[:2])
 
 
 def cost(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..dispatch.torch_private import is_transformed
 from ..errors import ShapeError
 from . import checks
 from .rms_norm import accumulate
@@ -42,7 +43,7 @@ def check_targets(op: str, x: torch.Tensor, targets: torch.Tensor) -> None:
 def check_range(op: str, targets: torch.Tensor, V: int, ignore_index: int) -> None:
     """Raises ShapeError for a target that is no row of the weight. Reads the values, so only on the
     CPU: a GPU would have to be waited for, and a torch.func transform may hide them."""
-    if targets.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(targets):
+    if targets.is_cpu and not is_transformed(targets):
         wrong = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
         if wrong.any():
             at = wrong.nonzero()[0].tolist()
@@ -50,6 +51,30 @@ def check_range(op: str, targets: torch.Tensor, V: int, ignore_index: int) -> No
                 f"{op}: targets{at} is {targets[tuple(at)]}; it must be in "
                 f"[0, {V}), the rows of weight, or ignore_index = {ignore_index}"
             )
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which gradients of x's dtype wait for the loss's own, which may be a loss scale:
+    without it many of them are too small for float16, but for no other."""
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
+def rounded(d_logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of logits (N, V) rounded to x's dtype, for a matrix product, and what the product
+    is to be divided by, or None. To fill the range of float16, each row is multiplied by a power of
+    two: its largest number is then 32 to 64, so that the row's sum of products with numbers up to
+    500 stays in the range too."""
+    if dtype is not torch.float16:
+        return d_logits.to(dtype), None
+    largest = torch.linalg.vector_norm(d_logits, float("inf"), dim=-1, keepdim=True)
+    _, exponent = torch.frexp(largest)
+    up = torch.ldexp(torch.ones_like(largest), 6 - exponent.clamp(min=-100))
+    return (d_logits * up).to(dtype), up
+
+
+def undone(product: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    """The product of `rounded` gradients as it would be of the gradients themselves."""
+    return product if up is None else product / up
 
 
 class Wanted(NamedTuple):
@@ -89,14 +114,14 @@ class Wanted(NamedTuple):
     def loss(
         self, logits: torch.Tensor, need_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the sum of the losses of logits (N, V), and their gradient in their dtype."""
+        """Returns the sum of the losses of logits (N, V), and their gradient in float32 (or 64)."""
         log_p = logits.to(self.share.dtype).log_softmax(-1)
         loss = -log_p.gather(1, self.target).where(self.kept, 0.0).sum()
         if not need_gradient:
             return loss, None
         p = log_p.exp()
         d_logits = p.scatter_add(1, self.target, p.new_full(self.target.shape, -1.0))
-        return loss, (d_logits * self.share).to(logits.dtype)
+        return loss, d_logits * self.share
 
 
 def blocks(N: int, V: int, quantized: bool = False) -> Iterator[slice]:
@@ -116,7 +141,7 @@ def in_blocks(
     backward_weight: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
     quantized: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, and dx as x, or empty without `backward_x`; in place, for a backend's kernels.
+    """The loss, and dx of x's shape, or empty without `backward_x`; for a backend's kernels.
 
     multiply         rows of x → fresh logits, of x's dtype
     backward_x       their gradient, of x's dtype → that of the rows
@@ -126,7 +151,7 @@ def in_blocks(
     """
     rows = x.reshape(len(wanted.target), x.shape[-1])
     loss = x.new_zeros((), dtype=wanted.share.dtype)
-    dx = x.new_empty(rows.shape if backward_x else 0)
+    dx = x.new_empty(rows.shape if backward_x else 0, dtype=gradient_dtype(x.dtype))
     for block in blocks(len(rows), V, quantized):
         target, kept, share, _ = wanted.of_rows(block)
         # In place from here on: logits - max, then P, then (P - Y) / n.
@@ -139,7 +164,9 @@ def in_blocks(
             logits.mul_(share / total)
             logits.scatter_add_(1, target, -share)
         if backward_x:
-            dx[block] = backward_x(logits.to(x.dtype))
+            d_logits, up = rounded(logits, x.dtype)
+            dx[block] = undone(backward_x(d_logits), up)
+            del d_logits
         if backward_weight:
             backward_weight(logits, rows[block])
         del logits  # its memory is for the next block

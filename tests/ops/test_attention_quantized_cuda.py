@@ -279,7 +279,9 @@ def test_a_step_can_be_captured(backend):
     appended = (q, k, v, angles, angles, k8, v8, lengths, False, k_scale, v_scale)
     with host.use_host(), use_backend(backend, strict=True):
         for op, args in ((OP, attended), (APPEND, appended)):
-            op._specialize((), args)  # it is served before, so that nothing is looked up in the capture
+            op._specialize(
+                (), args
+            )  # it is served before, so that nothing is looked up in the capture
             if backend == "cuda":
                 with NoHostReads():
                     op.run(*args)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_fast import QuantizedWeight, linear, linear_cross_entropy
+from llama_fast.backends import triton
 from llama_fast.errors import ShapeError
 from llama_fast.ops import cross_entropy, logits
 
@@ -309,3 +310,58 @@ def test_a_quantised_weight_refuses_what_a_float_one_does(backend):
     loss = linear_cross_entropy(x.requires_grad_(), weight, torch.full_like(targets, -100))
     loss.backward()
     assert math.isnan(loss.detach()) and not x.grad.any()
+
+
+LOSS_SCALES = [1.0, 8192.0, 65536.0]
+
+
+def learnt(N: int, C: int, V: int, sure: float, quantized: bool):
+    """x, weight and targets in float16 whose loss is about V · exp(-sure) in every row."""
+    g = torch.Generator().manual_seed(3)
+    weight = torch.randn(V, C, generator=g) * C**-0.5
+    targets = torch.randint(V, (N,), generator=g)
+    x = (weight[targets] * sure / weight[targets].square().sum(-1, keepdim=True)).half()
+    return x, QuantizedWeight.from_float(weight, 8, 32) if quantized else weight.half(), targets
+
+
+@pytest.mark.parametrize("scale", LOSS_SCALES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("sure", [6.0, 14.0])
+@pytest.mark.parametrize("where", ["eager", "cpu", "triton"])
+def test_a_loss_scale_keeps_what_is_small(where, scale, reduction, quantized, sure):
+    """What comes from the loss's gradient is applied before dx and dw are rounded to float16: no
+    number vanishes that float16 has."""
+    if where == "triton" and not (triton.INTERPRETED or torch.cuda.is_available()):
+        pytest.skip("this needs a GPU, or Triton's interpreter")
+    x, weight, targets = learnt(64, 96, 300, sure, quantized)
+    given = [x.requires_grad_()] if quantized else [x.requires_grad_(), weight.requires_grad_()]
+    with on(where):
+        loss = linear_cross_entropy(x, weight, targets, reduction=reduction)
+        ours = torch.autograd.grad(loss * scale, given)
+        with torch.no_grad():
+            logits = linear(x, weight).double().requires_grad_()
+    loss = F.cross_entropy(logits, targets, reduction=reduction)
+    (d_logits,) = torch.autograd.grad(loss * scale, logits)
+    w = (weight.dequantize() if quantized else weight).detach().double()
+    for our, truth in zip(ours, (d_logits @ w, d_logits.t() @ x.detach().double()), strict=False):
+        assert our.dtype is torch.float16
+        if truth.abs().max() > 65504:
+            continue  # float16 has no such number
+        lost = (our == 0) & (truth.abs() > 1e-7)
+        # Where terms cancel, their rounding may give zero.
+        assert lost.float().mean() < 1e-3, f"{lost.float().mean():.1%} vanished"
+        quantum = 2.0**-24
+        assert (our - truth).norm() <= 2**-9 * truth.norm() + quantum * our.numel() ** 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_under_a_scaler_compile(dtype):
+    x, weight, targets = problem(20, 16, 40, dtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    eagerly = with_gradients(linear_cross_entropy, x, weight, targets, scale=8192.0)
+    for a, b in zip(
+        with_gradients(compiled, x, weight, targets, scale=8192.0), eagerly, strict=True
+    ):
+        assert torch.equal(a, b)

@@ -14,6 +14,7 @@ from llama_fast.dispatch import OPS, Op
 from llama_fast.ops.attention import valid_only, visible
 from llama_fast.ops.inputs import randn
 from llama_fast.ops.kv_append import places
+from llama_fast.ops.logits import gradient_dtype
 from llama_fast.ops.quantized_kv import dequantize, quantize
 from llama_fast.ops.quantized_layout import dequantize as dequantize_weight
 from llama_fast.ops.rope import rotate
@@ -216,7 +217,8 @@ def linear_cross_entropy(
         P = P.scatter_add(1, at, torch.full_like(P[:, :1], -1))
     d_logits = (P * share).where(kept, 0).to(x.dtype)
     dx, dw = product("", d_logits, weight), product("", d_logits.t(), rows)
-    return losses.sum() * share, dx.to(x.dtype).view(*x.shape[:-1], C), dw.to(x.dtype)
+    dtype = gradient_dtype(x.dtype)
+    return losses.sum() * share, dx.to(dtype).view(*x.shape[:-1], C), dw.to(dtype)
 
 
 def linear_quantized(fault, x, values, scales, minima, C_out, bits, group_size, *defaults):
