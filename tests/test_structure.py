@@ -166,7 +166,17 @@ OP_STEMS = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - OP_HELPERS
 HOUSEKEEPING = {
     "csrc/cpu": {"table", "roofline"},
     "csrc/cuda": {"device"},
-    "triton_kernels": {"__init__", "aot", "chips", "choice", "cubin", "launch", "rows", "tune"},
+    "triton_kernels": {
+        "__init__",
+        "aot",
+        "chips",
+        "choice",
+        "cubin",
+        "launch",
+        "rows",
+        "shapes",
+        "tune",
+    },
 }
 
 
@@ -179,6 +189,32 @@ def test_every_kernel_has_its_op(folder, suffix):
     found = {path.parts[0].removesuffix(suffix) for path in sources}
     orphans = found - OP_STEMS - HOUSEKEEPING[folder]
     assert not orphans, f"{folder}: no llama_fast/ops/<stem>.py for {sorted(orphans)}"
+
+
+def test_every_kernel_of_triton_is_compiled_ahead_of_time():
+    files = (ROOT / "triton_kernels").glob("*.py")
+    kernels = [path for path in files if path.stem in OP_STEMS]
+    assert kernels
+    missing = [path.name for path in kernels if "def aot_calls(" not in path.read_text()]
+    assert not missing, missing
+
+
+# Where names are used that torch does not promise: `dispatch/torch_private.py` says why, and what
+# stands in for them. A checkpoint is written in torch's own format; a snapshot of a model names
+# torch's modules, and uses nothing of them.
+TORCH_PRIVATE = {"dispatch/torch_private.py", "checkpoint/writers.py", "generation/snapshot.py"}
+
+
+def test_private_names_of_torch_are_used_in_one_place():
+    private = r"\btorch(\.[a-z]\w*)*\._[a-zA-Z]\w*|\b_current_level\b|\b_is_profiler_enabled\b"
+    allowed = r"(forward_ad|profiler)\._"  # as torch_private.py offers them
+    wrong = [
+        f"{path.relative_to(ROOT)}: {found.group()}"
+        for path in PACKAGE.rglob("*.py")
+        if path.relative_to(PACKAGE).as_posix() not in TORCH_PRIVATE
+        for found in re.finditer(private, re.sub(allowed + r"\w+", "", path.read_text("utf-8")))
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_every_op_has_its_page():

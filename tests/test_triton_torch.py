@@ -24,6 +24,7 @@ from llama_fast.triton_kernels import (
     kv_append,
     rms_norm,
     rope,
+    shapes,
     swiglu,
 )
 from llama_fast.triton_kernels.launch import record
@@ -182,7 +183,7 @@ def variants(T: int, S: int) -> set[str]:
     q, k, v = empty(2, T, 48, 128).split((32, 8, 8), dim=2)
     caches = [empty(2, 8, 4096, 128).transpose(1, 2) for _ in "kv"]
     (k8, k_scale), (v8, v_scale) = (
-        [part[:, :S] for part in aot.quantized(cache)] for cache in caches
+        [part[:, :S] for part in shapes.quantized(cache)] for cache in caches
     )
     caches = [cache[:, :S] for cache in caches]
     tables = [empty(T, 64, dtype=torch.float32) for _ in "cs"]

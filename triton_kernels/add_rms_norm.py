@@ -9,6 +9,8 @@ The kernel is rms_norm's, with that gradient as its addend. So is the one for ro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from .chips import chip_of
 from .choice import chosen
 from .launch import TYPES, launch, next_power_of_2
 from .rows import row_offset, rows
+from .shapes import WIDE, B, Dims, T, empty
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -108,3 +111,11 @@ def add_rms_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the op add_rms_norm_backward of llama_fast.ops.add_rms_norm."""
     return norm.backward(grad_y, grad_total, total, weight, eps)
+
+
+def aot_calls(models: list[Dims], brief: bool) -> Iterator[tuple[str, tuple]]:
+    for C, dtype in norm.row_sizes(models, brief):
+        x, weight = empty(B, T, C, dtype=dtype), empty(C, dtype=dtype)
+        yield "add_rms_norm", (x, x, weight, 1e-5)
+        if C != WIDE:
+            yield "add_rms_norm_backward", (x, x, x, weight, 1e-5)

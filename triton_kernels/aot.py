@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
@@ -25,14 +26,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .chips import CHIPS, Chip, assume
 from .cubin import sass, usages
 from .launch import TYPES, Launch, record
+from .shapes import MODELS
 
-HALF, FULL = torch.bfloat16, torch.float32
-# H, K, D, C, F of the published models whose dims differ (docs/shapes.md), by preset.
-MODELS = {
-    "1b": (32, 8, 64, 2048, 8192),
-    "8b": (32, 8, 128, 4096, 14336),
-    "405b": (128, 8, 128, 16384, 53248),
-}
 MATRIX = ("tcgen05.mma", "wgmma", "mma.sync", "v_mfma")
 
 
@@ -53,92 +48,14 @@ class Resources:
 
 
 def calls(brief: bool = False) -> Iterator[tuple[str, str, tuple]]:
-    """(stem, launcher, arguments) that cover the configurations: of the published models, training
-    and decoding, and of attention's other head dims and dtypes. `brief`: of the 8B model alone."""
-
-    def empty(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    B, T = 2, 2048
-    for H, K, D, C, F in [MODELS["8b"]] if brief else MODELS.values():
-        x, weight = empty(B, T, C), empty(C)
-        yield "rms_norm", "rms_norm", (x, weight, 1e-5)
-        yield "add_rms_norm", "add_rms_norm", (x, x, weight, 1e-5)
-        yield "rms_norm", "rms_norm_backward", (x, x, weight, 1e-5)
-        yield "add_rms_norm", "add_rms_norm_backward", (x, x, x, weight, 1e-5)
-        gate, up = empty(B, T, 2 * F).chunk(2, dim=-1)
-        yield "swiglu", "swiglu", (gate, up)
-        yield "swiglu", "swiglu_backward", (empty(B, T, F), gate, up)
-        q, k, v = empty(B, T, H + 2 * K, D).split((H, K, K), dim=2)
-        table = empty(T, D // 2, dtype=FULL)
-        for interleaved in (False, True):
-            yield "rope", "rope", (q, k, table, table, interleaved)
-        caches = [empty(B, K, T, D).transpose(1, 2) for _ in "kv"]
-        lengths = empty(B, dtype=torch.int64)
-        yield "kv_append", "kv_append", (q, k, v, table, table, *caches, lengths, False)
-        yield from attention(q, k, v)
-        step = empty(B, 1, H, D)
-        for queries in (step,) if brief else (q, q[:, :8], step):
-            yield "attention", "attention", (queries, *caches, True, None, lengths, False)
-        (k8, k_scale), (v8, v_scale) = map(quantized, caches)
-        given = (q, k, v, table, table, k8, v8, lengths)
-        for interleaved in (False, True):
-            yield "kv_append", "kv_append", (*given, interleaved, k_scale, v_scale)
-        for queries in (q, step) if brief else (q, q[:, :8], step):
-            given = (queries, k8, v8, True, None, lengths, False, k_scale, v_scale)
-            yield "attention", "attention", given
-        targets = empty(B, T, dtype=torch.int64)
-        head = empty(128256, C)
-        yield "cross_entropy", "linear_cross_entropy", (x, head, targets, -100, True, True)
-        for bits, group in ((8, 64), (4, 32)):
-            values = empty(F // 16, C * bits // 32, 16, 4, dtype=torch.uint8)
-            scales = empty(F // 16, C // group, 16, dtype=torch.float16)
-            for tokens in (1, 512):
-                given = (empty(tokens, C), values, scales, None, F, bits, group)
-                yield "linear", "linear", given
-    if brief:
-        return
-    for C in (2048, 4096, 16384):
-        x, weight = empty(B, T, C, dtype=FULL), empty(C, dtype=FULL)
-        yield "rms_norm", "rms_norm", (x, weight, 1e-5)
-        yield "add_rms_norm", "add_rms_norm", (x, x, weight, 1e-5)
-        yield "rms_norm", "rms_norm_backward", (x, x, weight, 1e-5)
-        yield "add_rms_norm", "add_rms_norm_backward", (x, x, x, weight, 1e-5)
-        yield "swiglu", "swiglu", (x, x)
-        yield "swiglu", "swiglu_backward", (x, x, x)
-    for dtype in (HALF, FULL):
-        x, weight = empty(B, T, 65536, dtype=dtype), empty(65536, dtype=dtype)
-        yield "rms_norm", "rms_norm", (x, weight, 1e-5)
-        yield "add_rms_norm", "add_rms_norm", (x, x, weight, 1e-5)
-    others = {HALF: (96, 256), torch.float16: (64, 128, 256), FULL: (64, 128, 256)}
-    for dtype, D in ((dtype, D) for dtype, dims in others.items() for D in dims):
-        q, k, v = (empty(B, T, heads, D, dtype=dtype) for heads in (8, 2, 2))
-        yield from attention(q, k, v)
-        for queries in (q[:, :8], q[:, :1]):
-            yield "attention", "attention", (queries, k, v, True, None, None, False)
-        yield from int8_attention(q, k, v)
-
-
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple]:
-    B, T, H, _ = q.shape
-    exact = torch.float64 if q.dtype == FULL else FULL
-    lse = torch.empty((B, H, T), dtype=exact, device="meta")
-    yield "attention", "attention", (q, k, v, True, None, None, True)
-    o = torch.empty_like(q, memory_format=torch.contiguous_format)
-    yield "attention", "attention_backward", (o, q, k, v, o, lse, True, None, None)
-
-
-def int8_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple]:
-    for queries in (q, q[:, :8], q[:, :1]):
-        (k8, k_scale), (v8, v_scale) = quantized(k), quantized(v)
-        yield "attention", "attention", (queries, k8, v8, True, None, None, False, k_scale, v_scale)
-
-
-def quantized(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """8-bit values and scales in the place of keys or values (B, S, K, D), laid out as they are."""
-    heads = cache.transpose(1, 2)
-    scales = torch.empty(heads.shape[:3], dtype=FULL, device="meta")
-    return torch.empty_like(heads, dtype=torch.int8).transpose(1, 2), scales.transpose(1, 2)
+    """(stem, launcher, arguments) that cover the configurations, as `shapes.py` says. `brief`: of
+    the 8B model alone."""
+    models = [MODELS["8b"]] if brief else list(MODELS.values())
+    for found in iter_modules([str(Path(__file__).parent)]):
+        module = import_module(f".{found.name}", __package__)
+        if hasattr(module, "aot_calls"):
+            for launcher, args in module.aot_calls(models, brief):
+                yield found.name, launcher, args
 
 
 def launches(chip: Chip, stems: tuple[str, ...] = (), brief: bool = False) -> list[Launch]:

@@ -50,6 +50,7 @@ delta (B, H, T) float32; scales of 8-bit k and v (B, S, K) float32; G = H / K.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,6 +61,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .chips import Chip, chip_of
 from .choice import chosen, knob
 from .launch import TYPES, launch, next_power_of_2
+from .shapes import FULL, HALF, B, Dims, T, cache, empty, heads, quantized
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -798,3 +800,34 @@ def attention_backward(
         num_stages=of_keys.num_stages,
     )
     return dq, dk, dv
+
+
+def aot_calls(models: list[Dims], brief: bool) -> Iterator[tuple[str, tuple]]:
+    for dims in models:
+        q, k, v = heads(dims)
+        caches, lengths = cache(dims), empty(B, dtype=torch.int64)
+        step = empty(B, 1, dims.H, dims.D)
+        yield from training_calls(q, k, v)
+        for queries in (step,) if brief else (q, q[:, :8], step):
+            yield "attention", (queries, *caches, True, None, lengths, False)
+        (k8, k_scale), (v8, v_scale) = map(quantized, caches)
+        for queries in (q, step) if brief else (q, q[:, :8], step):
+            yield "attention", (queries, k8, v8, True, None, lengths, False, k_scale, v_scale)
+    if brief:
+        return
+    others = {HALF: (96, 256), torch.float16: (64, 128, 256), FULL: (64, 128, 256)}
+    for dtype, D in ((dtype, D) for dtype, dims in others.items() for D in dims):
+        q, k, v = (empty(B, T, heads, D, dtype=dtype) for heads in (8, 2, 2))
+        yield from training_calls(q, k, v)
+        for queries in (q[:, :8], q[:, :1]):
+            yield "attention", (queries, k, v, True, None, None, False)
+        (k8, k_scale), (v8, v_scale) = quantized(k), quantized(v)
+        for queries in (q, q[:, :8], q[:, :1]):
+            yield "attention", (queries, k8, v8, True, None, None, False, k_scale, v_scale)
+
+
+def training_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple]:
+    lse = empty(B, q.shape[2], T, dtype=torch.float64 if q.dtype == FULL else FULL)
+    yield "attention", (q, k, v, True, None, None, True)
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    yield "attention_backward", (o, q, k, v, o, lse, True, None, None)

@@ -17,6 +17,7 @@ Shapes: x (N, C), weight (V, C), targets (N,) int64.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ import triton.language as tl
 from .chips import chip_of
 from .choice import chosen, knob
 from .launch import TYPES, launch, next_power_of_2
+from .shapes import B, Dims, T, empty
 
 
 @triton.jit
@@ -153,3 +155,10 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -
     else:
         made = torch.mm(a.float(), b.float())
     return made if out is None else out.copy_(made)
+
+
+def aot_calls(models: list[Dims], brief: bool) -> Iterator[tuple[str, tuple]]:
+    for dims in models:
+        x, head = empty(B, T, dims.C), empty(128256, dims.C)
+        targets = empty(B, T, dtype=torch.int64)
+        yield "linear_cross_entropy", (x, head, targets, -100, True, True)

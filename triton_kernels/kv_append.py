@@ -15,6 +15,8 @@ values of both are 0. Heads are kept in registers between their scale and their 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,7 @@ from .chips import chip_of
 from .choice import chosen
 from .launch import launch, next_power_of_2
 from .rope import config_for, load_pairs, rotate, rotate_heads, store_pairs
+from .shapes import FULL, B, Dims, T, cache, empty, heads, quantized
 
 # Added to a float32 below 2²², it leaves no bits for a fraction: the sum is rounded to even.
 WHOLE = tl.constexpr(1.5 * 2**23)
@@ -326,3 +329,13 @@ def kv_append(
         num_warps=config.num_warps,
     )
     return q_out
+
+
+def aot_calls(models: list[Dims], brief: bool) -> Iterator[tuple[str, tuple]]:
+    for dims in models:
+        table, lengths = empty(T, dims.D // 2, dtype=FULL), empty(B, dtype=torch.int64)
+        given, caches = (*heads(dims), table, table), cache(dims)
+        yield "kv_append", (*given, *caches, lengths, False)
+        (k8, k_scale), (v8, v_scale) = map(quantized, caches)
+        for interleaved in (False, True):
+            yield "kv_append", (*given, k8, v8, lengths, interleaved, k_scale, v_scale)

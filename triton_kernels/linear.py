@@ -15,6 +15,7 @@ float16 (NB, C_pad/group_size, 16), as llama_fast.ops.quantized_layout describes
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from .chips import Chip, chip_of
 from .choice import chosen, knob
 from .launch import launch, next_power_of_2
 from .rows import row_offset, rows
+from .shapes import Dims, empty
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -152,3 +154,12 @@ def linear(
         num_warps=config.num_warps,
     )
     return y
+
+
+def aot_calls(models: list[Dims], brief: bool) -> Iterator[tuple[str, tuple]]:
+    for _, _, _, C, F in models:
+        for bits, group in ((8, 64), (4, 32)):
+            values = empty(F // 16, C * bits // 32, 16, 4, dtype=torch.uint8)
+            scales = empty(F // 16, C // group, 16, dtype=torch.float16)
+            for tokens in (1, 512):
+                yield "linear", (empty(tokens, C), values, scales, None, F, bits, group)

@@ -17,6 +17,7 @@ N rows of C elements; x (N, C) with any strides of rows, weight (C,), y (N, C) c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ from .chips import Chip, chip_of
 from .choice import chosen, knob
 from .launch import TYPES, launch, next_power_of_2
 from .rows import row_offset, rows, sum_rows
+from .shapes import FULL, HALF, WIDE, WIDTHS, B, Dims, T, empty
 
 FORWARD_WHOLE = 32768  # elements; a row of float32 then fills half of a processor's registers
 BACKWARD_WHOLE = 8192  # where four rows are live
@@ -401,3 +403,18 @@ def backward(
     )
     sum_rows(partial, dw)
     return dx, dw
+
+
+def aot_calls(models: list[Dims], brief: bool) -> Iterator[tuple[str, tuple]]:
+    for C, dtype in row_sizes(models, brief):
+        x, weight = empty(B, T, C, dtype=dtype), empty(C, dtype=dtype)
+        yield "rms_norm", (x, weight, 1e-5)
+        if C != WIDE:
+            yield "rms_norm_backward", (x, x, weight, 1e-5)
+
+
+def row_sizes(models: list[Dims], brief: bool) -> Iterator[tuple[int, torch.dtype]]:
+    yield from ((dims.C, HALF) for dims in models)
+    if not brief:
+        yield from ((C, FULL) for C in WIDTHS)
+        yield from ((WIDE, dtype) for dtype in (HALF, FULL))

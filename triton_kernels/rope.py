@@ -9,6 +9,7 @@ heads, of q and then of k, a block of heads at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ import triton.language as tl
 from .chips import chip_of
 from .choice import chosen, knob
 from .launch import launch, next_power_of_2
+from .shapes import FULL, Dims, T, empty, heads
 
 
 @triton.jit
@@ -206,3 +208,11 @@ def rope(
         num_warps=config.num_warps,
     )
     return q_out, k_out
+
+
+def aot_calls(models: list[Dims], brief: bool) -> Iterator[tuple[str, tuple]]:
+    for dims in models:
+        q, k, _ = heads(dims)
+        table = empty(T, dims.D // 2, dtype=FULL)
+        for interleaved in (False, True):
+            yield "rope", (q, k, table, table, interleaved)

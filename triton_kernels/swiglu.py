@@ -10,6 +10,7 @@ the tensor is one long row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from .chips import chip_of
 from .choice import chosen, knob
 from .launch import TYPES, launch, next_power_of_2
 from .rows import row_offset, rows
+from .shapes import FULL, WIDTHS, B, Dims, T, empty
 
 
 @triton.jit(do_not_specialize=["N", "blocks"])
@@ -171,3 +173,14 @@ def swiglu_backward(
         num_warps=config.num_warps,
     )
     return d_gate, d_up
+
+
+def aot_calls(models: list[Dims], brief: bool) -> Iterator[tuple[str, tuple]]:
+    for dims in models:
+        gate, up = empty(B, T, 2 * dims.F).chunk(2, dim=-1)
+        yield "swiglu", (gate, up)
+        yield "swiglu_backward", (empty(B, T, dims.F), gate, up)
+    for C in () if brief else WIDTHS:
+        x = empty(B, T, C, dtype=FULL)
+        yield "swiglu", (x, x)
+        yield "swiglu_backward", (x, x, x)

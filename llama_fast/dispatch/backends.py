@@ -24,9 +24,10 @@ _MODULES = {name: f"..backends.{name}" for name in BACKENDS if name != "eager"}
 # Takes an op, a backend's name and its launcher, and returns a launcher.
 Wrapper = Callable[[Any, str, Callable[..., Any]], Callable[..., Any]]
 
+_ANY = Request()
 _backends: dict[str, Backend] = {}
 _wrapper: Wrapper | None = None
-_request: ContextVar[Request] = ContextVar("llama_fast_backend", default=Request())
+_request: ContextVar[Request] = ContextVar("llama_fast_backend", default=_ANY)
 current_request = _request.get
 # How often the implementations that there are have changed, and what is then told.
 _changes = 0

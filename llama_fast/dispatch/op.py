@@ -67,14 +67,6 @@ class Op(Definition):
             launch = self._specialize(key, args)
         return launch(*args)
 
-    def __prepare_scriptable__(self) -> None:
-        """Asked for by torch.jit.script, which would read the source of `__call__`."""
-        raise TypeError(
-            f"{self.name} cannot be compiled by torch.jit.script: call "
-            f"torch.ops.llama_fast.{self.name} in the script, or use torch.compile, torch.export "
-            "or torch.jit.trace"
-        )
-
     def run(self, *args: Any) -> Any:
         """Checks the arguments, chooses an implementation and launches it; no autograd."""
         args = self.complete(args)

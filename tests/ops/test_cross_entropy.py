@@ -217,6 +217,8 @@ print(json.dumps(step(N)))
     [
         ("float32", 16384, 0, "cpu", 0.05),
         ("bfloat16", 32768, 0, "cpu", 0.05),
+        # dx is float32 until the gradient of the loss is known.
+        ("float16", 32768, 0, "cpu", 0.05),
         # The same memory whatever N, in which parts of the weight are dequantised too.
         ("float32", 8192, 8, "cpu", 0.15),
         ("bfloat16", 16384, 4, "cpu", 0.25),
