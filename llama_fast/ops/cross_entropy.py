@@ -210,12 +210,14 @@ def gradient(
 def differentiable(
     saved: tuple, scalars: tuple, needed: tuple, grad: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dw) as functions of x, weight and grad, for a second gradient: those of the definition,
-    whose logits are whole."""
+    """(dx, dw) as functions of x, weight and grad, for a second gradient. The logits are whole."""
     x, weight, targets, scales, minima = saved
     ignore_index, mean, form, _ = scalars
     refuse_strict(OP, "where its gradient is to be differentiated again (create_graph=True)")
-    loss, _, _ = eager(x, weight, targets, ignore_index, False, False, mean, scales, minima, *form)
+    rows = x.reshape(targets.numel(), x.shape[-1])
+    logits = LINEAR(rows, weight, scales, minima, *form)
+    compared = Wanted.of(NAME, x, logits.shape[-1], targets, ignore_index, mean)
+    loss = compared.loss(logits, False)[0] / compared.count.clamp(min=1)
     wanted = [t for t, need in zip((x, weight), needed, strict=False) if need]
     found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
     return tuple(next(found) if need else None for need in needed[:2])

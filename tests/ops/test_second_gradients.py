@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from llama_fast import linear_cross_entropy, use_backend
 from llama_fast.dispatch import OPS
@@ -72,6 +73,39 @@ def test_a_first_gradient_is_still_the_kernels(op, args, with_gradient):
     close(first, watched)
     assert all(map(torch.equal, first, again))
     assert not any(f.requires_grad for f in first)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_cross_entropy"])
+def test_rounding_to_8_bits_counts_as_the_identity(name):
+    """That of x beside a quantised weight: in a gradient that is to be differentiated too."""
+    op = OPS[name]
+    made = [
+        c.make(torch.Generator().manual_seed(0), torch.bfloat16, "cpu")
+        for c in op.cases()
+        if torch.bfloat16 in c.dtypes
+    ]
+    args = next(args for args in made if op.label(*args) == f"{name} int8" and args[0].numel() > 99)
+    given = leaves(op, args)
+    first = torch.autograd.grad(as_tuple(op(*given))[0].sum(), given[0])
+    watched = torch.autograd.grad(as_tuple(op(*given))[0].sum(), given[0], create_graph=True)
+    error = (watched[0].detach() - first[0]).norm()
+    assert 0 < first[0].norm() and error <= 0.01 * first[0].norm()
+
+
+@pytest.mark.parametrize("targets", [[0, 3, 5], [-100, 3, -100], [-100] * 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_ignored_rows_of_a_loss(targets, reduction):
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    found = []
+    for function in (
+        linear_cross_entropy,
+        lambda x, w, t, **options: F.cross_entropy(F.linear(x, w), t, **options),
+    ):
+        loss = function(x, weight, torch.tensor(targets), reduction=reduction)
+        first = torch.autograd.grad(loss.nan_to_num(), (x, weight), create_graph=True)
+        total = sum(f.square().sum() for f in first)
+        found.append([*first, *torch.autograd.grad(total, (x, weight))])
+    close([f.nan_to_num() for f in found[0]], [f.nan_to_num() for f in found[1]])
 
 
 def test_gradient_ops_called_by_themselves_have_that_of_their_definition():
