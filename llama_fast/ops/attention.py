@@ -287,10 +287,10 @@ def variant(q, k, v, causal, scale, lengths, need_lse, k_scale=None, v_scale=Non
 
 def keys_and_pairs(q: Tensor, k: Tensor, causal: bool, lengths: Tensor | None) -> tuple[int, int]:
     """The valid keys of all rows, and the pairs of a query and a key that it sees. Lengths of the
-    meta device have no values: all S keys are valid then."""
+    meta device, or those of a trace, have no values: all S keys are valid then."""
     B, T, _, _ = q.shape
     S = k.shape[1]
-    known = lengths is not None and not lengths.is_meta
+    known = type(lengths) is Tensor and not lengths.is_meta
     rows = [max(0, n) for n in lengths.tolist()] if known else [S] * B
     if causal:  # query t of a row of n keys sees n - T + 1 + t of them
         pairs = sum(n * (n + 1) // 2 - max(0, n - T) * max(0, n - T + 1) // 2 for n in rows)

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import llama_fast
@@ -127,6 +128,18 @@ def test_flops_of_gradients_are_counted(op, args, with_gradient):
     forward = op.cost(*op.complete(args)).flops
     total = sum(flops(run).values())
     assert total == forward if op.gradient_in_forward else total > 1.5 * forward
+
+
+@pytest.mark.parametrize(("op", "args", "with_gradient"), SMALL)
+def test_flops_of_fake_tensors_are_counted(op, args, with_gradient):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    given = tuple(fake.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in copies(args))
+
+    def run():
+        with fake:
+            op(*given)
+
+    assert sum(flops(run).values()) > 0
 
 
 def test_every_op_has_a_cost():
