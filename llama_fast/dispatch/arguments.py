@@ -33,7 +33,7 @@ class Arguments:
         self.constants = [i for i, name in enumerate(self.names) if name in constants]
         self.written = [i for i, name in enumerate(self.names) if name in writes]
         self._defaults = tuple(argument.default_value for argument in schema)
-        self._numbers = [
+        self.numbers = [
             i for i, a in enumerate(schema) if not re.search("Tensor|str", str(a.type))
         ]
         self._writes_of: dict[int, Callable[[tuple], tuple]] = {}
@@ -107,7 +107,7 @@ class Arguments:
         given: a tensor of one element, say, or a number of numpy. It is read in every call."""
         numbers = {
             i: self._plain_number(i, args[i])
-            for i in self._numbers
+            for i in self.numbers
             if i < len(args) and type(args[i]) not in _PLAIN_NUMBERS
         }
         return tuple(numbers.get(i, arg) for i, arg in enumerate(args)) if numbers else args

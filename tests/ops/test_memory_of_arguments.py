@@ -44,7 +44,7 @@ def test_negated_tensors(backend, form):
         for i in floats(args):
             given = [*copies(args)]
             given[i] = negated(given[i])
-            if op.writes and i in op._written:
+            if op.writes and i in op.arguments.written:
                 with pytest.raises(ShapeError, match=r"the op writes it.*resolve_neg"):
                     op(*given)
                 continue

@@ -53,7 +53,7 @@ def calls():
         if op.cases is None:
             continue
         arguments = op.arguments.schema
-        for index in op._numbers:
+        for index in op.arguments.numbers:
             if arguments[index].name not in ("C_out", "V", "bits", "group_size"):
                 yield pytest.param(op, index, id=f"{op.name}-{arguments[index].name}")
 
