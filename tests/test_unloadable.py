@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llama_fast import dispatch, rms_norm, swiglu, use_backend
-from llama_fast.dispatch import op
+from llama_fast.dispatch import choice
 from llama_fast.errors import BackendError, FallbackWarning
 
 PACKAGE = Path(__file__).parent.parent / "llama_fast"
@@ -27,7 +27,7 @@ WHY = "its C++ kernels cannot be loaded: made of cheese"
 def unloadable(monkeypatch):
     """The backend of the CPU as it is registered where its module cannot be loaded."""
     before = dispatch.backends()["cpu"]
-    monkeypatch.setattr(op, "_warned", set())
+    monkeypatch.setattr(choice, "_warned", set())
     dispatch.register_backend(dataclasses.replace(before, unavailable=[WHY], recorder=None))
     yield
     dispatch.register_backend(before)
@@ -106,7 +106,7 @@ def test_python_and_the_command_line_say_it_once(tmp_path, module, content, says
         "caught = [str(one.message) for one in caught]\n"
         "print('RESULT', round(y), caught)\n"
         "from llama_fast.cli import main\n"
-        "llama_fast.dispatch.op._warned.clear()\n"
+        "llama_fast.dispatch.choice._warned.clear()\n"
         "llama_fast.dispatch.register_backend(llama_fast.dispatch.backends()['cpu'])\n"
         "main(['generate', 'Once upon', '-n', '2', '--seed', '1', '-q'])\n"
     )

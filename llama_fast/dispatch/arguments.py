@@ -33,9 +33,7 @@ class Arguments:
         self.constants = [i for i, name in enumerate(self.names) if name in constants]
         self.written = [i for i, name in enumerate(self.names) if name in writes]
         self._defaults = tuple(argument.default_value for argument in schema)
-        self.numbers = [
-            i for i, a in enumerate(schema) if not re.search("Tensor|str", str(a.type))
-        ]
+        self.numbers = [i for i, a in enumerate(schema) if not re.search("Tensor|str", str(a.type))]
         self._writes_of: dict[int, Callable[[tuple], tuple]] = {}
 
     def complete(self, args: tuple) -> tuple:

@@ -105,7 +105,7 @@ def _warn_fallback(op: Definition, passed: list, chosen: str, args: tuple[Any, .
                 f"{op.name} runs on the {chosen} backend, because {name} cannot serve this "
                 f"call: {'; '.join(found)}",
                 FallbackWarning,
-                stacklevel=5,
+                stacklevel=7,
             )
 
 
