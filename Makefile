@@ -72,5 +72,10 @@ $(VENV)/.installed-peers: $(SOURCES) | $(VENV)/bin/python
 		|| echo "Not all of the peers could be installed; the benchmark runs without them."
 	touch $@ $(VENV)/.installed
 
+# For make bench-cpu ARGS="--isa avx2" on a CPU that has more: llama.cpp held to it too.
+build/llama-cpp-avx2: | $(VENV)/.installed-peers
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" \
+		$(PIP) install --no-deps --no-binary llama-cpp-python --target $@ llama-cpp-python
+
 clean:
 	rm -rf build dist $(VENV) llama_fast/*.so *.egg-info

@@ -1,6 +1,6 @@
 """The project's targets on the CPU, measured in one run beside the peers: `make bench-cpu`.
 
-    python -m benchmarks.cpu [--rows NAME ...] [--shape 1b] [--threads N] [--rounds 5] [--8b]
+    python -m benchmarks.cpu [--rows NAME ...] [--shape 1b] [--threads N] [--isa avx2] [--8b]
 
 First the machine's own peak rates, then a row for each line of the table: decode and prefill of a
 whole model, ours beside transformers and llama.cpp on the same random weights, attention beside
@@ -27,7 +27,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import elementwise, kernels, memory, models
+from benchmarks import elementwise, isa, kernels, memory, models
 from benchmarks.models import PART_OF
 from benchmarks.table import show, table_of
 from benchmarks.worker import Worker, WorkerError, run_apart
@@ -179,6 +179,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="the rows' names, and nothing else")
     parser.add_argument("--shape", default="1b", help="a preset, or demo for a quick try")
+    older = "hold ours, torch and llama.cpp to this instruction set; see benchmarks/isa.py"
+    parser.add_argument("--isa", choices=isa.VARIABLES, help=older)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5, help="samples of each baseline")
     parser.add_argument("--steps", type=int, default=8, help="tokens of one sample of decode")
@@ -206,6 +208,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
+    if given.isa:
+        isa.hold_to(given.isa)
+
     def of_shape(name: str) -> models.Models:
         where = folder / name
         where.mkdir(parents=True, exist_ok=True)
@@ -231,7 +236,7 @@ def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
     if unknown := [name for name in names if name not in rows]:
         raise ValueError(f"no row {', '.join(unknown)}; the rows are {', '.join(rows)}")
 
-    installed = importlib.util.find_spec("llama_cpp") is not None
+    installed = importlib.util.find_spec("llama_cpp") and not isa.no_llama_cpp()
     facts = run_apart(llama_cpp_says, threads=given.threads) if installed else None
     versions = {**machine.versions(*PEERS), "llama.cpp": facts}
     with Worker(RooflineProbe, threads=given.threads) as probe:

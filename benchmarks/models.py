@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import isa
 from benchmarks.worker import Worker, WorkerError, run_apart
 from llama_fast.bench.results import MULTIPLY_ADDS, OURS, READ, Goal, Row
 from llama_fast.bench.roofline import multiply_adds, plain_read
@@ -172,6 +173,8 @@ def missing(name: str) -> str | None:
     """Why a peer cannot take part, or None."""
     needed = ["transformers"] if name == "transformers" else ["llama_cpp", "gguf"]
     absent = [module for module in needed if importlib.util.find_spec(module) is None]
+    if name.startswith("llama.cpp") and (why := isa.no_llama_cpp()):
+        return why
     if not absent or name == OURS:
         return None
     return f"{' and '.join(absent)} not installed: {HOW_TO_INSTALL}"

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import isa
+
 # Workers fork from a process that has imported torch and nothing else, and started no thread.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["torch"])
@@ -43,7 +45,7 @@ class Worker:
     def __init__(self, make: Callable[..., Any], *args: Any, threads: int) -> None:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, threads, make, args), daemon=True
+            target=_serve, args=(theirs, threads, isa.held_to(), make, args), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -101,10 +103,14 @@ class _Call:
         return function(*args)
 
 
-def _serve(pipe: Connection, threads: int, make: Callable[..., Any], args: tuple) -> None:
+def _serve(
+    pipe: Connection, threads: int, held_to: str | None, make: Callable[..., Any], args: tuple
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
     torch.set_num_threads(threads)
+    if held_to is not None:
+        isa.hold_our_kernels(held_to)
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has closed the pipe
         baseline = _send_result(pipe, make, args, keep=True)
         while baseline is not None:

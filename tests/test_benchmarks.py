@@ -223,11 +223,43 @@ def test_other_programs_are_seen():
     assert shares[1] > shares[0] and shares[1] > 0.2 / os.cpu_count()
 
 
+HELD = """
+import torch
+from benchmarks import isa, models
+from benchmarks.worker import run_apart
+def found():
+    from llama_fast.backends import cpu
+    return cpu.isa(), torch.backends.cpu.get_cpu_capability()
+if __name__ == "__main__":
+    isa.hold_to("avx2")
+    print(*run_apart(found, threads=1), "|", models.missing("llama.cpp q4_0"))
+"""
+
+
+@pytest.mark.skipif("avx2" not in _cpu.isas(), reason="this needs a CPU with AVX2")
+def test_ours_torch_and_llama_cpp_are_held_to_an_instruction_set(tmp_path):
+    program = tmp_path / "held.py"
+    program.write_text(HELD)
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, program],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found, _, why = done.stdout.strip().partition(" | ")
+    assert found == "avx2 AVX2"
+    if not (root / "build" / "llama-cpp-avx2").is_dir():
+        assert "make build/llama-cpp-avx2" in why
+
+
 def test_a_machine_has_a_name_for_its_file():
     found = {"cpu": "Intel(R) Xeon(R) Gold 6330 CPU @ 2.00GHz", "isa": "avx512"}
     found["flags"] = ["avx2", "avx512_vnni"]
     expected = "intel-xeon-gold-6330-cpu-2.00ghz-avx512-vnni-2-threads"
     assert machine.file_name(found, 2) == expected
+    assert "gold-6330-cpu-2.00ghz-avx2-2" in machine.file_name({**found, "isa": "avx2"}, 2)
     found["gpus"] = ["NVIDIA H200", "NVIDIA L4"]
     assert machine.file_name(found, 2, "cuda") == "nvidia-h200"
     assert machine.file_name(found, 2, "cuda:1") == "nvidia-l4"

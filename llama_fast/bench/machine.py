@@ -49,8 +49,11 @@ def file_name(found: dict[str, Any], threads: int, device: str = "cpu") -> str:
         index = int(device.partition(":")[2] or 0)
         return re.sub(r"[^a-z0-9.]+", "-", found["gpus"][index].lower()).strip("-")
     cpu = re.sub(r"\((?:r|tm)\)", "", found["cpu"].lower())
-    kind = next((f for f in ("amx_bf16", "avx512_bf16", "avx512_vnni") if f in found["flags"]), "")
-    words = f"{cpu} {kind or found['isa'] or ''} {threads} threads"
+    kinds = ("amx_bf16", "avx512_bf16", "avx512_vnni")
+    if not (found["isa"] or "").startswith("avx512"):
+        kinds = ()  # it may be held to less than the CPU has
+    kind = next((flag for flag in kinds if flag in found["flags"]), found["isa"] or "")
+    words = f"{cpu} {kind} {threads} threads"
     return re.sub(r"[^a-z0-9.]+", "-", words).strip("-")
 
 
