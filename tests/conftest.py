@@ -28,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if addresses := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(
+            "workers collect tests by their names, and these have an address in it; give ids: "
+            + ", ".join(addresses)
+        )
     if config.getoption("--all") or any("::" in argument for argument in config.args):
         return
     kept = short_run(items)

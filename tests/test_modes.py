@@ -19,7 +19,7 @@ from . import hf_models
 
 MODES = {"grad": nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 EACH = pytest.mark.parametrize("mode", MODES)
-PAIRS = pytest.mark.parametrize(("made_in", "used_in"), product(MODES, MODES))
+PAIRS = pytest.mark.parametrize(("made_in", "used_in"), list(product(MODES, MODES)))
 FORMS = pytest.mark.parametrize("quantize", [None, "int8"])
 TOKENS = torch.arange(1, 20)[None]
 

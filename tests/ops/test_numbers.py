@@ -69,7 +69,7 @@ def arguments(op, backend) -> tuple:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("op", "index"), calls())
+@pytest.mark.parametrize(("op", "index"), list(calls()))
 def test_the_number_of_each_call_is_read(op, index, backend):
     made = arguments(op, backend)
     first = 0.3 if made[index] is None else made[index]
