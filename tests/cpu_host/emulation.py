@@ -21,7 +21,7 @@ from llama_fast.dispatch import OPS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-# Those of AVX-512 are tested as backends; avx_vnni gives avx2's bits (test_avx_vnni.py).
+# Those of AVX-512 are tested as backends, avx_vnni where it differs from avx2 (test_avx_vnni.py).
 AVX512 = ("avx512_bf16", "avx512")
 AVX_VNNI = "avx_vnni"
 MISSING = re.compile(r"inlining failed in call to .*?(_mm\w+)\(.*target specific option mismatch")

@@ -25,8 +25,8 @@ def unless(reason: str) -> list:
 
 
 # "eager", "cpu-<instruction set>" for those of this CPU, and those that are emulated here, all but
-# avx_vnni, which has the bits of avx2 (cpu_host/test_avx_vnni.py); "triton" on the GPU, or in its
-# interpreter; "cuda" on the GPU, and its kernels on the host.
+# avx_vnni, which is tested where it differs from avx2 (cpu_host/test_avx_vnni.py); "triton" on the
+# GPU, or in its interpreter; "cuda" on the GPU, and its kernels on the host.
 BACKENDS = [
     "eager",
     *(f"cpu-{isa}" for isa in cpu.isas() if isa != emulation.AVX_VNNI),
