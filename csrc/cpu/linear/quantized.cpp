@@ -36,7 +36,7 @@ static constexpr int QDATA_AHEAD = 2048, SCALES_AHEAD = 512;
 
 // How the numbers of a line are stored, and which numbers they are.
 struct TwoNibbles {
-  using Code = Nibble;
+  using Kind = Nibble;
   static constexpr int STEPS = 2;
   static vi numbers(vi line, int step) {
     if (step == 0) return low_nibbles(line);
@@ -44,7 +44,7 @@ struct TwoNibbles {
   }
 };
 template <class C> struct Bytes {
-  using Code = C;
+  using Kind = C;
   static constexpr int STEPS = 1;
   static vi numbers(vi line, int) { return line; }
 };
@@ -95,7 +95,7 @@ template <int MT, int NT> static inline void store_totals(const Part& part, Sums
 }
 
 template <class Storage, int MT, int NT> static void add_quantized(const Part& part) {
-  using Code = typename Storage::Code;
+  using Kind = typename Storage::Kind;
   Sums<MT, NT> total = load_totals<MT, NT>(part);
   const uint8_t* qdata = part.qdata;
   const int8_t* x = part.x.bytes;
@@ -123,7 +123,7 @@ template <class Storage, int MT, int NT> static void add_quantized(const Part& p
         for (int m = 0; m < MT; ++m) {
           const vi xm = set_bytes(x + 4 * m);
           for (int n = 0; n < NT; ++n)
-            for (int v = 0; v < V; ++v) acc[m][n][v] = dot(Code{}, w[n][v], xm, acc[m][n][v]);
+            for (int v = 0; v < V; ++v) acc[m][n][v] = dot(Kind{}, w[n][v], xm, acc[m][n][v]);
         }
       }
     }

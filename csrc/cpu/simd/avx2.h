@@ -36,7 +36,7 @@ static inline void store16(void* p, __m128i x, int n) {
   std::memcpy(p, buffer, size_t(n) * 2);
 }
 
-static inline vf widen_bf16(__m128i x) {
+static inline vf from_bf16(__m128i x) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
 }
 // Rounds to bf16 in the upper half of each lane; what the lower half holds is of no use.
@@ -54,8 +54,8 @@ static inline __m128i narrow_bf16(vf x) {
 
 static inline vf load(const float* p) { return {_mm256_loadu_ps(p)}; }
 static inline vf load(const float* p, int n) { return {_mm256_maskload_ps(p, lanes(n))}; }
-static inline vf load(const bf16* p) { return widen_bf16(load16(p)); }
-static inline vf load(const bf16* p, int n) { return widen_bf16(load16(p, n)); }
+static inline vf load(const bf16* p) { return from_bf16(load16(p)); }
+static inline vf load(const bf16* p, int n) { return from_bf16(load16(p, n)); }
 static inline vf load(const f16* p) { return {_mm256_cvtph_ps(load16(p))}; }
 static inline vf load(const f16* p, int n) { return {_mm256_cvtph_ps(load16(p, n))}; }
 

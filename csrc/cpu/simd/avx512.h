@@ -18,7 +18,7 @@ static inline vf zero() { return {_mm512_setzero_ps()}; }
 
 static inline __mmask16 lanes(int n) { return __mmask16((1u << n) - 1); }
 
-static inline vf widen_bf16(__m256i x) {
+static inline vf from_bf16(__m256i x) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
 }
 #ifndef ISA_AVX512_BF16
@@ -42,9 +42,9 @@ static inline __m256i narrow_bf16(vf x) {
 
 static inline vf load(const float* p) { return {_mm512_loadu_ps(p)}; }
 static inline vf load(const float* p, int n) { return {_mm512_maskz_loadu_ps(lanes(n), p)}; }
-static inline vf load(const bf16* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
+static inline vf load(const bf16* p) { return from_bf16(_mm256_loadu_si256((const __m256i*)p)); }
 static inline vf load(const bf16* p, int n) {
-  return widen_bf16(_mm256_maskz_loadu_epi16(lanes(n), p));
+  return from_bf16(_mm256_maskz_loadu_epi16(lanes(n), p));
 }
 static inline vf load(const f16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
@@ -208,7 +208,7 @@ static inline vf load_pairs(const bf16* p, int n) { return bits(load16(p, n)); }
 static inline vf dot_pairs(vf a, vf b, vf c) {
   return {_mm512_dpbf16_ps(c.v, (__m512bh)bits(a), (__m512bh)bits(b))};
 }
-// What was widened from bf16, as pairs again: lane i holds first[i] and second[i].
+// What was converted from bf16, as pairs again: lane i holds first[i] and second[i].
 static inline vf pair_up(vf first, vf second) {
   return bits(_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(bits(first), 16), bits(second)));
 }

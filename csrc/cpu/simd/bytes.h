@@ -1,8 +1,8 @@
 // Vectors with four bytes in each 32-bit lane, and their sums of products, for quantised weights.
 //
-// A weight's code is an unsigned byte, an activation a signed one in -127 … 127. `dot` adds to lane
-// i of `acc` the four products of lane i. Not every instruction set can take codes above 127 as they
-// are: what the codes are reduced by before they are multiplied is the code kind's BIAS.
+// A quantised weight is an unsigned byte, an activation a signed one in -127 … 127. `dot` adds to lane
+// i of `acc` the four products of lane i. Not every instruction set can take weights above 127 as they
+// are: what they are reduced by before they are multiplied is the BIAS of their kind.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 namespace llama_fast {
 namespace ISA {
 
-// What a code may be: a nibble, or any byte.
+// What a quantised weight may be: a nibble, or any byte.
 struct Nibble {};
 struct Byte {};
 
@@ -44,14 +44,14 @@ static inline void store_bytes(int8_t* p, vf x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
 }
 
-template <class Code> static constexpr int BIAS = 0;
-template <class Code> static inline vi dot(Code, vi codes, vi x, vi acc) {
+template <class Kind> static constexpr int BIAS = 0;
+template <class Kind> static inline vi dot(Kind, vi qdata, vi x, vi acc) {
 #ifdef __AVX512VNNI__  // the tests compile this for CPUs without it too
   // GCC 12 copies the accumulator of the intrinsic twice in each step of a loop.
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(codes.v), "v"(x.v));
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(qdata.v), "v"(x.v));
   return acc;
 #else
-  return {_mm512_dpbusd_epi32(acc.v, codes.v, x.v)};
+  return {_mm512_dpbusd_epi32(acc.v, qdata.v, x.v)};
 #endif
 }
 
@@ -81,16 +81,16 @@ static inline void store_bytes(int8_t* p, vf x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
 }
 
-template <class Code> static constexpr int BIAS = 0;
+template <class Kind> static constexpr int BIAS = 0;
 
 #ifdef ISA_AVX_VNNI
 
-template <class Code> static inline vi dot(Code, vi codes, vi x, vi acc) {
+template <class Kind> static inline vi dot(Kind, vi qdata, vi x, vi acc) {
 #ifdef __AVXVNNI__  // as above
-  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.v) : "x"(codes.v), "x"(x.v));
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.v) : "x"(qdata.v), "x"(x.v));
   return acc;
 #else
-  return {_mm256_dpbusd_avx_epi32(acc.v, codes.v, x.v)};
+  return {_mm256_dpbusd_avx_epi32(acc.v, qdata.v, x.v)};
 #endif
 }
 
@@ -103,11 +103,11 @@ template <> constexpr int BIAS<Byte> = 128;
 static inline __m256i add_pairs(__m256i pairs, __m256i acc) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-static inline vi dot(Nibble, vi codes, vi x, vi acc) {
-  return {add_pairs(_mm256_maddubs_epi16(codes.v, x.v), acc.v)};
+static inline vi dot(Nibble, vi qdata, vi x, vi acc) {
+  return {add_pairs(_mm256_maddubs_epi16(qdata.v, x.v), acc.v)};
 }
-static inline vi dot(Byte, vi codes, vi x, vi acc) {
-  const __m256i q = _mm256_xor_si256(codes.v, _mm256_set1_epi8(-128));
+static inline vi dot(Byte, vi qdata, vi x, vi acc) {
+  const __m256i q = _mm256_xor_si256(qdata.v, _mm256_set1_epi8(-128));
   return {add_pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(x.v, q)), acc.v)};
 }
 
@@ -126,11 +126,11 @@ static inline vi high_nibbles(vi x) { return {int32_t(uint32_t(x.v) >> 4 & 0x0f0
 template <int J> static inline vi byte_of(vi x) { return {int32_t(uint32_t(x.v) >> (8 * J) & 0xff)}; }
 static inline void store_bytes(int8_t* p, vf x) { *p = int8_t(x.v); }
 
-template <class Code> static constexpr int BIAS = 0;
-template <class Code> static inline vi dot(Code, vi codes, vi x, vi acc) {
+template <class Kind> static constexpr int BIAS = 0;
+template <class Kind> static inline vi dot(Kind, vi qdata, vi x, vi acc) {
   uint8_t c[4];
   int8_t a[4];
-  std::memcpy(c, &codes.v, 4);
+  std::memcpy(c, &qdata.v, 4);
   std::memcpy(a, &x.v, 4);
   for (int j = 0; j < 4; ++j) acc.v += int32_t(c[j]) * a[j];
   return acc;

@@ -1,4 +1,4 @@
-// Vectors with two signed 16-bit words in each 32-bit lane, for products of 8-bit codes with numbers
+// Vectors with two signed 16-bit words in each 32-bit lane, for products of bytes with numbers
 // that need more than 8 bits. `dot_words` adds to lane i of `acc` both products of lane i.
 #pragma once
 
@@ -12,14 +12,14 @@ constexpr float WORD_MAX = 32767.f;
 
 #if defined(ISA_AVX512) || defined(ISA_AVX512_BF16)
 
-// 2W codes as words, in memory's order; or the first n of them and zeros.
+// 2W bytes as words, in memory's order; or the first n of them and zeros.
 static inline vi load_words(const int8_t* p) {
   return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 static inline vi load_words(const int8_t* p, int n) {
   return {_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(__mmask32((uint64_t(1) << n) - 1), p))};
 }
-// 2W codes of each of two rows as pairs of words, one of each row. What is summed from them lies in
+// 2W bytes of each of two rows as pairs of words, one of each row. What is summed from them lies in
 // an order that `order_columns` turns into memory's.
 static inline void pair_words(__m256i row0, __m256i row1, vi& a, vi& b) {
   a = {_mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(row0, row1))};

@@ -1,6 +1,6 @@
 // Decode against keys and values in 8 bits: decode.cuh with integers in the tiles, 32 keys each.
 //
-// The codes themselves are multiplied. The scales of the keys multiply the scores, those of the values
+// The quantised values themselves are multiplied. The scales of the keys multiply the scores, those of the values
 // the weights, so neither stands inside of a sum. Weights times scales must fit float16, and a key that a
 // row attends to may have a scale far below the others', so the output of a row is summed in parts of
 // its largest product of a weight and a scale so far.
@@ -13,13 +13,13 @@
 
 namespace llama_fast::cuda {
 
-constexpr int CODED_STAGES = 2;
+constexpr int QUANTIZED_STAGES = 2;
 constexpr float MOST_UNITS = 32768.0f;  // in a product, so that float16 holds small ones beside it
 constexpr float LEAST_UNIT = 1e-37f;    // whose inverse is finite
 
 template <int D> struct DecodeQuantizedShared {
   union {
-    CodedTile<D> pipelines[DECODE_WARPS][CODED_STAGES];
+    QuantizedTile<D> pipelines[DECODE_WARPS][QUANTIZED_STAGES];
     Partial<D> partials[DECODE_WARPS][DECODE_ROWS];  // when the pipelines are done
   };
   bool last;
@@ -28,11 +28,11 @@ template <int D> struct DecodeQuantizedShared {
 // take_scores, with weights that are multiplied by the scales of their values. The output of row g + 8i is
 // in units of unit[i].
 template <int D>
-__device__ __forceinline__ void take_coded_scores(Softmax& softmax, float (&unit)[2],
-                                                  float (&scores)[CODED_KEYS / 8][4], float rest,
+__device__ __forceinline__ void take_quantized_scores(Softmax& softmax, float (&unit)[2],
+                                                  float (&scores)[QUANTIZED_KEYS / 8][4], float rest,
                                                   const float* v_scales, float (&o)[D / 8][4],
                                                   int t) {
-  constexpr int N = CODED_KEYS / 8;
+  constexpr int N = QUANTIZED_KEYS / 8;
   float correction[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -83,7 +83,7 @@ attention_decode_quantized_kernel(const __grid_constant__ AttentionArgs a,
   const int kv = blockIdx.y, b = blockIdx.x;
   const Problem<T, int8_t> problem(a, kv, b);
   const int limit[2] = {problem.limit(g), problem.limit(g + 8)};
-  const Split<CODED_KEYS> split(problem.limit(problem.rows() - 1), blockIdx.z, gridDim.z, warp);
+  const Split<QUANTIZED_KEYS> split(problem.limit(problem.rows() - 1), blockIdx.z, gridDim.z, warp);
   const HeadStrides &ks_stride = a.k_scales.stride, &vs_stride = a.v_scales.stride;
   const float* k_scales = a.k_scales.data + b * ks_stride.b + kv * ks_stride.h;
   const float* v_scales = a.v_scales.data + b * vs_stride.b + kv * vs_stride.h;
@@ -91,38 +91,38 @@ attention_decode_quantized_kernel(const __grid_constant__ AttentionArgs a,
   auto& pipeline = shared.pipelines[warp];
   const auto copy = [&](int round) {
     if (split.has(round)) {
-      CodedTile<D>& tile = pipeline[round % CODED_STAGES];
+      QuantizedTile<D>& tile = pipeline[round % QUANTIZED_STAGES];
       const int first = split.first_key(round), end = split.end;
-      copy_coded_keys<D>(tile.k, problem.k, problem.k_stride, first, end, lane);
+      copy_quantized_keys<D>(tile.k, problem.k, problem.k_stride, first, end, lane);
       copy_scales(tile.k_scales, k_scales, ks_stride.t, first, end, lane);
-      copy_coded_values<D>(tile.v, problem.v, problem.v_stride, first, end, lane);
+      copy_quantized_values<D>(tile.v, problem.v, problem.v_stride, first, end, lane);
       copy_scales(tile.v_scales, v_scales, vs_stride.t, first, end, lane);
     }
     cp_async_commit();  // an empty one too: groups are counted
   };
-  for (int round = 0; round < CODED_STAGES - 1; ++round) copy(round);
+  for (int round = 0; round < QUANTIZED_STAGES - 1; ++round) copy(round);
 
-  const CodedQueries<D> q =
-      load_coded_queries<D, T>({problem.query(g), problem.query(g + 8)}, t);
+  const QuantizedQueries<D> q =
+      load_quantized_queries<D, T>({problem.query(g), problem.query(g + 8)}, t);
   const float step[2] = {q.step[0] * a.scale.unit, q.step[1] * a.scale.unit};
   Softmax softmax;
   float o[D / 8][4] = {}, unit[2] = {};
   for (int round = 0; split.has(round); ++round) {
-    cp_async_wait<CODED_STAGES - 2>();
+    cp_async_wait<QUANTIZED_STAGES - 2>();
     __syncwarp();  // other lanes' copies are here, and nobody reads the stage that is filled next
-    copy(round + CODED_STAGES - 1);
-    const CodedTile<D>& tile = pipeline[round % CODED_STAGES];
-    float scores[CODED_KEYS / 8][4];
-    multiply_coded_keys<D>(scores, q, tile.k, lane);
+    copy(round + QUANTIZED_STAGES - 1);
+    const QuantizedTile<D>& tile = pipeline[round % QUANTIZED_STAGES];
+    float scores[QUANTIZED_KEYS / 8][4];
+    multiply_quantized_keys<D>(scores, q, tile.k, lane);
 #pragma unroll
-    for (int n = 0; n < CODED_KEYS / 8; ++n) {
+    for (int n = 0; n < QUANTIZED_KEYS / 8; ++n) {
       const float2 scale = *reinterpret_cast<const float2*>(tile.k_scales + n * 8 + 2 * t);
 #pragma unroll
       for (int j = 0; j < 4; ++j) scores[n][j] *= step[j / 2] * (j % 2 ? scale.y : scale.x);
     }
     mask(scores, split.first_key(round), limit, t);
-    take_coded_scores<D>(softmax, unit, scores, a.scale.rest, tile.v_scales, o, t);
-    multiply_coded_values<D>(o, scores, tile.v, lane);
+    take_quantized_scores<D>(softmax, unit, scores, a.scale.rest, tile.v_scales, o, t);
+    multiply_quantized_values<D>(o, scores, tile.v, lane);
   }
 #pragma unroll
   for (int n = 0; n < D / 8; ++n)

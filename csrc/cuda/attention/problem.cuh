@@ -10,7 +10,7 @@
 
 namespace llama_fast::cuda {
 
-// Queries and output are of T; keys and values are held as Cached, T itself or codes of 8 bits.
+// Queries and output are of T; keys and values are held as Cached, T itself or integers of 8 bits.
 template <class T, class Cached = T> struct Problem {
   const T* q;  // of this row of the batch and KV head, as all that follows
   const Cached *k, *v;

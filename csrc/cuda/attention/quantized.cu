@@ -1,31 +1,31 @@
-// Attention against keys and values in 8 bits. Few queries multiply the codes themselves
+// Attention against keys and values in 8 bits. Few queries multiply the integers themselves
 // (decode_quantized.cuh). For many, keys and values are turned into q's dtype, some rows of the batch
 // at a time in scratch memory, and attention does the rest.
 #include "decode_quantized.cuh"
 
 namespace llama_fast::cuda {
 
-constexpr int WIDEN_THREADS = 256;
+constexpr int DEQUANTIZE_THREADS = 256;
 
 // Each element of the keys and values below a row's length, times its scale and rounded once: T (B, K, S,
 // D). A thread has 16 of them. blockIdx.y counts the heads of the keys, then those of the values.
 template <class T, int D>
-__global__ void __launch_bounds__(WIDEN_THREADS)
+__global__ void __launch_bounds__(DEQUANTIZE_THREADS)
 dequantize_cache_kernel(const __grid_constant__ AttentionArgs a,
                    const __grid_constant__ AttentionScratch scratch) {
   constexpr int CHUNKS = D / 16;  // of a head's vector
   const int K = int(a.K), b = blockIdx.z, kv = blockIdx.y % K;
   const bool of_k = int(blockIdx.y) < K;
   const Problem<T, int8_t> problem(a, kv, b);
-  const int64_t s = (int64_t(blockIdx.x) * WIDEN_THREADS + threadIdx.x) / CHUNKS;
+  const int64_t s = (int64_t(blockIdx.x) * DEQUANTIZE_THREADS + threadIdx.x) / CHUNKS;
   const int d = threadIdx.x % CHUNKS * 16;
   if (s >= problem.length) return;
   const HeadScales& scales = of_k ? a.k_scales : a.v_scales;
   const float scale =
       scales.data[b * scales.stride.b + s * scales.stride.t + kv * scales.stride.h];
-  const int8_t* codes =
+  const int8_t* qdata =
       of_k ? problem.k + s * problem.k_stride : problem.v + s * problem.v_stride;
-  const Pack<int8_t, 16> from = load<16>(codes + d);
+  const Pack<int8_t, 16> from = load<16>(qdata + d);
   Pack<T, 16> to;
 #pragma unroll
   for (int i = 0; i < 16; ++i) to.v[i] = from_float<T>(float(from.v[i]) * scale);
@@ -56,9 +56,9 @@ static void prefill_quantized(const Target& target, const AttentionArgs& a,
     if (a.lengths) some.lengths += b;
     if (a.S > 0) {
       const Launch how{"dequantize_cache",
-                       {unsigned(ceil_div(a.S * (D / 16), WIDEN_THREADS)), unsigned(2 * a.K),
+                       {unsigned(ceil_div(a.S * (D / 16), DEQUANTIZE_THREADS)), unsigned(2 * a.K),
                         unsigned(some.B)},
-                       {WIDEN_THREADS}};
+                       {DEQUANTIZE_THREADS}};
       launch(target, how, dequantize_cache_kernel<T, D>, some, scratch);
     }
     const HeadStrides stride{a.K * a.S * D, D, a.S * D};

@@ -1,8 +1,8 @@
 // kv_append into a cache of 8 bits, in one launch: each head of k (rotated, rounded to its dtype) and of
-// v becomes codes and a scale.
+// v becomes integers and a scale.
 //
 // A head has LANES threads of a warp, as many as its pairs keep busy. Those of k and v go over their head
-// twice: for the largest magnitude, which the lanes find together, and for the codes. The second time
+// twice: for the largest magnitude, which the lanes find together, and for the integers. The second time
 // the head comes from the first cache.
 #include <common/launch.cuh>
 #include <common/pdl.cuh>
@@ -13,7 +13,7 @@
 namespace llama_fast::cuda {
 
 constexpr int THREADS = 256;
-constexpr float LARGEST_CODE = 127.0f;
+constexpr float LARGEST_VALUE = 127.0f;
 
 // The bits of |x|. They are in the order of the numbers, infinity and then NaN above all of them.
 __device__ __forceinline__ uint32_t magnitude(float x) {
@@ -34,14 +34,14 @@ __device__ __forceinline__ uint32_t largest_magnitude(const Pack<T, COUNT>& x) {
 template <class T, int COUNT>
 __device__ __forceinline__ Pack<int8_t, COUNT> codes_of(const Pack<T, COUNT>& x, float scale) {
   const bool usable = scale > 0.0f && magnitude(scale) < 0x7f800000u;
-  Pack<int8_t, COUNT> codes;
+  Pack<int8_t, COUNT> qdata;
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
-    const float code = usable ? rintf(to_float(x.v[i]) / scale) : 0.0f;
+    const float value = usable ? rintf(to_float(x.v[i]) / scale) : 0.0f;
     // Beyond 127 where the scale is too small to be exact.
-    codes.v[i] = static_cast<int8_t>(fminf(fmaxf(code, -LARGEST_CODE), LARGEST_CODE));
+    qdata.v[i] = static_cast<int8_t>(fminf(fmaxf(value, -LARGEST_VALUE), LARGEST_VALUE));
   }
-  return codes;
+  return qdata;
 }
 
 template <class T, bool WIDE>
@@ -82,15 +82,15 @@ kv_append_quantized_fwd_kernel(const __grid_constant__ KvAppendArgs a, int lanes
 
   float scale;
   memcpy(&scale, &largest, sizeof scale);
-  scale /= LARGEST_CODE;
+  scale /= LARGEST_VALUE;
   const HeadScales& scales = of_k ? a.k_scales : a.v_scales;
   const HeadStrides& stride = scales.stride;
   if (lane == 0)
     scales.data[token.b * stride.b + token.position * stride.t + of * stride.h] = scale;
-  int8_t* codes = head<int8_t>(of_k ? a.k_cache : a.v_cache, token.b, token.position, of);
+  int8_t* qdata = head<int8_t>(of_k ? a.k_cache : a.v_cache, token.b, token.position, of);
   for (int i = lane; i < items; i += lanes) {
     const HeadPairs<T, COUNT> x = pairs(i);
-    store_pairs(codes, runs(i),
+    store_pairs(qdata, runs(i),
                 HeadPairs<int8_t, COUNT>{codes_of(x.first, scale), codes_of(x.second, scale)});
   }
 }

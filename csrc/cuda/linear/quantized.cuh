@@ -1,23 +1,23 @@
 // A weight of 8-bit or 4-bit integers with a scale, and perhaps an offset, for each group of columns of a
 // row, as gemv.cuh multiplies by it. llama_fast/ops/quantized_layout.py says how it is laid out.
 //
-// The codes less their centre are whole numbers that bfloat16 and float16 hold exactly, so the products
+// The integers less their centre are whole numbers that bfloat16 and float16 hold exactly, so the products
 // of a step are summed without any rounding of the weights, and x is not rounded to 8 bits as the op
 // allows; the scale multiplies the sum of each step of 32 columns, which lies in one group. Offsets
 // multiply the sum of x, which comes from a matrix of ones.
 #pragma once
 
-#include "../common/widen.cuh"
+#include "../common/dequantize.cuh"
 #include "gemv.cuh"
 
 namespace llama_fast::cuda {
 
-// The same of the low halves of the bytes, which are below 16: 128 + code is exact in bfloat16 too.
+// The same of the low halves of the bytes, which are below 16: 128 + value is exact in bfloat16 too.
 template <class T>
-__device__ __forceinline__ void widen_nibbles(uint32_t bytes, int centre, uint32_t& first,
+__device__ __forceinline__ void dequantize_nibbles(uint32_t bytes, int centre, uint32_t& first,
                                               uint32_t& second) {
   if constexpr (std::is_same_v<T, f16>) {
-    widen_bytes<f16>(bytes & 0x0f0f0f0f, centre, first, second);
+    dequantize_bytes<f16>(bytes & 0x0f0f0f0f, centre, first, second);
   } else {
     constexpr uint32_t MAGIC = 0x43434343;
     const uint32_t less = 0xc300c300 | centre * 0x00010001;  // -(128 + centre), twice
@@ -30,7 +30,7 @@ __device__ __forceinline__ void widen_nibbles(uint32_t bytes, int centre, uint32
 constexpr int LAID_ROWS = 16;  // that are interleaved
 
 template <class T, int BITS, bool OFFSETS> struct PackedWeight {
-  const uint8_t* codes;   // (NB, C_pad / (32 / BITS), 16, 4)
+  const uint8_t* qdata;   // (NB, C_pad / (32 / BITS), 16, 4)
   const __half* scales;   // (NB, groups, 16)
   const __half* offsets;  // the same, or null
   int64_t columns;        // C_pad
@@ -54,7 +54,7 @@ template <class T, int BITS, bool OFFSETS> struct PackedWeight {
   int64_t low_scale = 0, high_scale = 0;
   __device__ __forceinline__ void start(int64_t low, int64_t high) {
     const auto word = [&](int64_t row) {
-      return reinterpret_cast<const uint32_t*>(codes) +
+      return reinterpret_cast<const uint32_t*>(qdata) +
              row / LAID_ROWS * (columns / 8 * WORDS) * LAID_ROWS + row % LAID_ROWS;
     };
     const auto scale = [&](int64_t row) {
@@ -86,14 +86,14 @@ template <class T, int BITS, bool OFFSETS> struct PackedWeight {
     return raw;
   }
 
-  static __device__ __forceinline__ Pairs widen(const uint32_t (&words)[WORDS]) {
+  static __device__ __forceinline__ Pairs dequantize(const uint32_t (&words)[WORDS]) {
     Pairs pairs;
     if constexpr (BITS == 8) {
-      widen_bytes<T>(words[0], CENTRE, pairs.v[0], pairs.v[1]);
-      widen_bytes<T>(words[1], CENTRE, pairs.v[2], pairs.v[3]);
+      dequantize_bytes<T>(words[0], CENTRE, pairs.v[0], pairs.v[1]);
+      dequantize_bytes<T>(words[1], CENTRE, pairs.v[2], pairs.v[3]);
     } else {
-      widen_nibbles<T>(words[0], CENTRE, pairs.v[0], pairs.v[1]);
-      widen_nibbles<T>(words[0] >> 4, CENTRE, pairs.v[2], pairs.v[3]);
+      dequantize_nibbles<T>(words[0], CENTRE, pairs.v[0], pairs.v[1]);
+      dequantize_nibbles<T>(words[0] >> 4, CENTRE, pairs.v[2], pairs.v[3]);
     }
     return pairs;
   }
@@ -101,7 +101,7 @@ template <class T, int BITS, bool OFFSETS> struct PackedWeight {
   template <int TILES>
   __device__ __forceinline__ void multiply(float (&sum)[TILES][4], const Raw& raw,
                                            const Pairs (&x)[TILES], int64_t) const {
-    const Pairs low = widen(raw.low), high = widen(raw.high);
+    const Pairs low = dequantize(raw.low), high = dequantize(raw.high);
     const float scale[2] = {to_float(raw.low_scale), to_float(raw.high_scale)};
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {

@@ -8,12 +8,12 @@
 namespace llama_fast::cuda {
 
 // The numbers of 4 bytes as two pairs, less the centre.
-template <class T> __device__ __forceinline__ void widen_bytes(uint32_t bytes, int centre,
+template <class T> __device__ __forceinline__ void dequantize_bytes(uint32_t bytes, int centre,
                                                                uint32_t& first, uint32_t& second);
 
 // A byte below 1024's lowest bits is 1024 + byte in float16; the difference is exact.
 template <>
-__device__ __forceinline__ void widen_bytes<f16>(uint32_t bytes, int centre, uint32_t& first,
+__device__ __forceinline__ void dequantize_bytes<f16>(uint32_t bytes, int centre, uint32_t& first,
                                                  uint32_t& second) {
   constexpr uint32_t MAGIC = 0x64646464;
   const uint32_t less = 0xe400e400 | centre * 0x00010001;  // -(1024 + centre), twice
@@ -23,7 +23,7 @@ __device__ __forceinline__ void widen_bytes<f16>(uint32_t bytes, int centre, uin
 
 // bfloat16 has too few bits for that; in a float, 2^23 + byte has them.
 template <>
-__device__ __forceinline__ void widen_bytes<bf16>(uint32_t bytes, int centre, uint32_t& first,
+__device__ __forceinline__ void dequantize_bytes<bf16>(uint32_t bytes, int centre, uint32_t& first,
                                                   uint32_t& second) {
   constexpr uint32_t MAGIC = 0x4b000000;
   float number[4];
