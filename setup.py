@@ -18,6 +18,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT))  # front ends that isolate builds leave this folder out
@@ -57,14 +58,23 @@ class BuildWithNinja(build_ext):
         target = (ROOT / self.get_ext_fullpath(extension.name)).resolve()
         kind = extension.name.rpartition("_")[2]  # cpu or cuda
         folder = ROOT / "build" / f"{kind}-{sysconfig.get_platform()}-{sys.version_info.minor}"
+        beside = ROOT / "llama_fast" / target.name
         if kind == "cpu":
             build_cpu_module(target, folder)
         else:
-            setup_cuda.build_cuda_module(target, folder, architectures)
+            try:
+                setup_cuda.build_cuda_module(target, folder, architectures)
+            except (OSError, subprocess.CalledProcessError) as error:
+                beside.unlink(missing_ok=True)  # it would be another day's
+                # What an optional extension says, and the installation goes on.
+                raise CompileError(
+                    f"the CUDA kernels cannot be compiled for {', '.join(architectures)}: {error}. "
+                    f"What the compiler says stands above; {setup_cuda.VARIABLE}=off installs "
+                    "without them"
+                ) from error
         # Python started in the checkout imports these sources, not what was installed: they find
         # the same module beside them. A running program may have the old one loaded, so it is
         # replaced, not written to.
-        beside = ROOT / "llama_fast" / target.name
         if beside != target:
             partial = beside.with_name(f"{target.name}.new")
             shutil.copy2(target, partial)
@@ -122,8 +132,12 @@ def link_flags() -> str:
 if __name__ == "__main__":
     architectures = setup_cuda.architectures()
     # The sources are listed in the ninja files; an extension names what setuptools must know.
-    names = ["llama_fast._cpu", *(["llama_fast._cuda"] if architectures else [])]
+    extensions = [Extension("llama_fast._cpu", sources=[])]
+    if architectures:
+        # Nobody has asked for them by name: the package is usable without them.
+        optional = setup_cuda.what_is_asked() == "auto"
+        extensions.append(Extension("llama_fast._cuda", sources=[], optional=optional))
     setup(
-        ext_modules=[Extension(name, sources=[]) for name in names],
+        ext_modules=extensions,
         cmdclass={"build_ext": BuildWithNinja, "build_py": BuildSources},
     )

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -33,6 +34,7 @@ def toolkit(monkeypatch):
     known = {75, 80, 86, 89, 90, 100, 120}
     monkeypatch.setattr(setup_cuda, "find_nvcc", lambda: Path("nvcc"))
     monkeypatch.setattr(setup_cuda, "known_architectures", lambda nvcc: known)
+    monkeypatch.setattr(setup_cuda, "driver_version", lambda: None)
     return known
 
 
@@ -41,8 +43,8 @@ def test_architectures_that_are_asked_for(toolkit):
     assert setup_cuda.architectures("80,90a") == ["80", "90a"]
     assert setup_cuda.architectures("120+PTX") == ["120+PTX"]
     assert setup_cuda.architectures("all") == ["80", "86", "89", "90a", "100", "120+PTX"]
-    toolkit -= {100, 120}
-    assert setup_cuda.architectures("all") == ["80", "86", "89", "90a+PTX"]
+    toolkit -= {100, 120}  # PTX of 90a would run on no other GPU
+    assert setup_cuda.architectures("all") == ["80", "86", "89+PTX", "90a"]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,94 @@ def test_auto_builds_for_the_gpus_of_the_machine(toolkit, monkeypatch):
         assert setup_cuda.architectures() == expected
     monkeypatch.setattr(setup_cuda, "find_nvcc", lambda: None)
     assert setup_cuda.architectures() == []
+
+
+@pytest.mark.parametrize(
+    ("gpus", "lacks", "expected"),
+    [
+        (["120"], {100, 120}, ["89+PTX"]),
+        (["89", "90", "100"], {100, 120}, ["89+PTX", "90a"]),
+        (["103", "121"], set(), ["100", "120"]),  # code of a major version runs on its later GPUs
+        (["90"], {89, 90, 100, 120}, ["86+PTX"]),
+        (["80"], {80, 86, 89, 90, 100, 120}, []),
+    ],
+)
+def test_auto_builds_what_nvcc_knows(toolkit, monkeypatch, gpus, lacks, expected):
+    """And what it builds runs on each of the machine's GPUs."""
+    toolkit -= lacks
+    monkeypatch.setattr(setup_cuda, "gpus", lambda: gpus)
+    assert setup_cuda.architectures("auto") == expected
+    for gpu in gpus if expected else []:
+        assert any(cuda.serves(built, int(gpu[:-1]), int(gpu[-1])) for built in expected)
+
+
+PROGRAM = "#!/bin/sh\ncat <<'END'\n{}\nEND\n"
+
+
+def program(path: Path, says: str) -> Path:
+    """A program that says so, whatever it is asked."""
+    path.write_text(PROGRAM.format(says))
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("driver", "toolkit", "expected", "says"),
+    [
+        ("12.4", "13.0", [], r"CUDA 13.0.*driver serves CUDA 12.4.*toolkit of CUDA 12, or update"),
+        ("13.0", "14.1", [], r"pip install 'nvidia-cuda-nvcc==13\.\*'"),
+        ("12.4", "12.8", ["80"], ""),  # minor versions are compatible
+        ("13.1", "12.8", ["80"], ""),
+    ],
+)
+def test_auto_builds_nothing_that_the_driver_is_too_old_for(
+    monkeypatch, tmp_path, capfd, driver, toolkit, expected, says
+):
+    nvcc = program(tmp_path / "nvcc", f"release {toolkit}, V{toolkit}.88\ncompute_80")
+    program(tmp_path / "nvidia-smi", f"8.0\n| Driver Version: 5   CUDA Version: {driver}   |")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(setup_cuda, "find_nvcc", lambda: nvcc)
+    assert setup_cuda.architectures("auto") == expected
+    said = capfd.readouterr().err
+    assert re.search(says, said) if says else not said
+    assert setup_cuda.architectures("80") == ["80"]  # for another machine
+
+
+SETUP = """
+import subprocess, sys
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+sys.path.insert(0, {root!r})
+import setup_cuda
+def copy(target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.touch()
+def fail(*given):
+    raise subprocess.CalledProcessError(1, "ninja")
+setup_cuda.gpus, setup_cuda.find_nvcc = lambda: ["90"], lambda: "nvcc"
+setup_cuda.known_architectures, setup_cuda.driver_is_too_old = lambda nvcc: {{90}}, lambda nvcc: False
+setup_cuda.build_cuda_module = fail
+source = open({root!r} + "/setup.py").read()
+# In a folder of its own, and of the CPU's kernels there is only a file.
+source = source.replace("ROOT = Path(__file__).parent.resolve()", "ROOT = Path.cwd()")
+source = source.replace("build_cpu_module(target, folder)", "copy(target)")
+exec(compile(source, "setup.py", "exec"))
+"""
+
+
+@pytest.mark.parametrize(("asked", "ends_with"), [("auto", 0), ("90a", 1)])
+def test_an_installation_goes_on_where_nobody_asked_for_what_fails(tmp_path, asked, ends_with):
+    package = tmp_path / "llama_fast"
+    package.mkdir()
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "llama_fast"\nversion = "1"\n')
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    (package / f"_cuda{suffix}").touch()  # of another day
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP.format(root=str(ROOT))], cwd=tmp_path, text=True,
+        env=os.environ | {"LLAMA_FAST_CUDA": asked}, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == ends_with, done.stderr
+    assert "cannot be compiled for 90a" in done.stdout + done.stderr
+    assert not (package / f"_cuda{suffix}").exists()
 
 
 def test_without_nvcc_the_remedy_is_named(monkeypatch):

@@ -31,7 +31,7 @@ needs_cuobjdump = pytest.mark.skipif(
 def build() -> Path:
     folder = ROOT / "build" / "cuda-code"
     target = folder / "_cuda.so"
-    setup_cuda.build_cuda_module(target, folder, ARCHITECTURES)
+    setup_cuda.build_cuda_module(target, folder, ARCHITECTURES, "--Werror=all-warnings")
     return target
 
 

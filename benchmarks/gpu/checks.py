@@ -49,7 +49,9 @@ def build(setting: Setting) -> list[str]:
     said = [line for line in done.stdout.splitlines() if "ptxas" in line or " bytes stack" in line]
     if said:  # nothing where it was compiled before
         (setting.folder / PTXAS).write_text("\n".join(said) + "\n", encoding="utf-8")
-    return [done.stdout[-4000:]] if done.returncode else []
+    # Where nobody asked for it by name, an installation goes on without what does not compile.
+    failed = done.returncode or "cannot be compiled for" in done.stdout
+    return [done.stdout[-4000:]] if failed else []
 
 
 def triton_tests(setting: Setting) -> list[str]:

@@ -73,9 +73,8 @@ def cubin(source: Path, architecture: str) -> Path:
     nvcc = setup.find_nvcc()
     if nvcc is None:
         raise BackendError(
-            "no nvcc was found, which compiles the CUDA kernels: set CUDA_HOME to a CUDA toolkit "
-            "(12.4 or later), put its nvcc on PATH, or pip install nvidia-cuda-nvcc; --backend "
-            "triton does without"
+            "no nvcc was found, which compiles the CUDA kernels: set CUDA_HOME to "
+            f"{setup.TOOLKIT}; --backend triton does without"
         )
     known = setup.known_architectures(nvcc)
     if setup.number(architecture) not in known:
