@@ -32,6 +32,9 @@ PYBIND11_MODULE(_cuda, m) {
         "The GPU architectures of this build, such as 80,90a,120; +PTX behind those newer too.");
   m.def("device_type", &device_type, "The device of the tensors that these kernels take.");
   m.def("multiprocessors", &multiprocessors, py::arg("device"));
+  m.def("runtime_version", &runtime_version, "The CUDA of this build, such as 13020 for 13.2.");
+  m.def("driver_version", &driver_version,
+        "The latest CUDA that this machine's driver serves; 0 where there is no driver.");
   m.def("attention_partial_bytes", &attention_partial_bytes, py::arg("D"));
 
   m.attr("GEMV_ROWS") = GEMV_ROWS;

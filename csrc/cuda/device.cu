@@ -12,4 +12,16 @@ int multiprocessors(int device) {
   return count;
 }
 
+int runtime_version() {
+  int version = 0;
+  check(cudaRuntimeGetVersion(&version), "the version of CUDA's runtime");
+  return version;
+}
+
+int driver_version() {
+  int version = 0;
+  check(cudaDriverGetVersion(&version), "the version of CUDA's driver");
+  return version;
+}
+
 }  // namespace llama_fast::cuda

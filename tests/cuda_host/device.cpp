@@ -9,6 +9,9 @@ const char* device_type() { return "cpu"; }
 // Few, so that blocks that share work get several shares each.
 int multiprocessors(int) { return 3; }
 
+int runtime_version() { return 0; }
+int driver_version() { return 0; }
+
 }  // namespace llama_fast::cuda
 
 // For ctypes.

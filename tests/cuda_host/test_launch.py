@@ -28,13 +28,23 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(target))
     loaded.try_launch.restype = ctypes.c_char_p
     loaded.try_launch.argtypes = [
-        ctypes.c_char_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_bool, ctypes.c_bool, ctypes.c_int,
+        ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_uint, ctypes.c_size_t,
+        ctypes.c_bool, ctypes.c_bool, ctypes.c_int,
     ]  # fmt: skip
+    loaded.try_questions.restype = ctypes.c_char_p
     return loaded
 
 
-def launch(failing="", device=0, shared=0, overlap=False, overlaps=False, ptx_version=90) -> str:
-    tried = library().try_launch(failing.encode(), device, shared, overlap, overlaps, ptx_version)
+ALL = 0b1111  # devices that are in use
+
+
+def launch(
+    failing="", device=0, shared=0, overlap=False, overlaps=False, ptx_version=90, contexts=ALL,
+    calls_before=0,
+) -> str:  # fmt: skip
+    tried = library().try_launch(
+        *(failing.encode(), calls_before, device, contexts, shared, overlap, overlaps, ptx_version)
+    )
     return tried.decode()
 
 
@@ -64,18 +74,37 @@ def test_a_failing_call_is_told_and_taken(call):
     assert launch() == "" and library().launches() == 1
 
 
-def test_a_question_that_fails_is_told_and_taken():
-    ask = library().try_multiprocessors
-    ask.restype = ctypes.c_char_p
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        ("cudaDeviceGetAttribute", "the number of the device's multiprocessors"),
+        ("cudaRuntimeGetVersion", "the version of CUDA's runtime"),
+        ("cudaDriverGetVersion", "the version of CUDA's driver"),
+    ],
+)
+def test_a_question_that_fails_is_told_and_taken(call, what):
+    ask = library().try_questions
     assert ask(b"") == b""
-    assert ask(b"cudaDeviceGetAttribute") == (
-        b"the number of the device's multiprocessors: cudaErrorFault: a fault was asked for"
-    )
+    assert ask(call.encode()).decode() == f"{what}: cudaErrorFault: a fault was asked for"
     assert library().last_error() == 0
 
 
 def test_the_device_that_was_current_is_current_again():
     assert launch(device=3) == "" and library().current_device() == 0
+
+
+@pytest.mark.parametrize("failing", ["", "cudaFuncSetAttribute", "cudaLaunchKernelEx"])
+def test_a_device_that_is_not_in_use_gets_no_context(failing):
+    """It was current, as the first device is in a new thread; the model is on another."""
+    said = launch(failing, device=3, shared=60_000, contexts=0b1000)
+    assert bool(said) is bool(failing)
+    assert library().contexts() == 0b1000 and library().current_device() == 3
+
+
+def test_a_device_that_cannot_be_current_again_is_told():
+    said = launch("cudaSetDevice", device=3, calls_before=1)
+    assert said.endswith("cudaErrorFault: a fault was asked for") and library().launches() == 1
+    assert library().last_error() == 0
 
 
 @pytest.mark.parametrize(("shared", "asked"), [(0, 0), (48 * 1024, 0), (48 * 1024 + 1, 49153)])

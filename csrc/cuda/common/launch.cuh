@@ -48,21 +48,52 @@ template <class What> void check(cudaError_t error, const What& what) {
                     cudaGetErrorString(error));
 }
 
-// Makes a device current for a scope.
+// A function of the driver as it was in that version of CUDA, or null where the driver has none. The
+// module does not link to the driver, so that it can be imported where there is none.
+inline void* driver_function(const char* name, unsigned version, const Launch& how) {
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  check(cudaGetDriverEntryPointByVersion(name, &entry, version, cudaEnableDefault, &result), how);
+#else
+  check(cudaGetDriverEntryPoint(name, &entry, cudaEnableDefault, &result), how);
+#endif
+  return result == cudaDriverEntryPointSuccess ? entry : nullptr;
+}
+
+// Whether the process already has the context on the device that the runtime's calls share. Without
+// one, cudaSetDevice makes it, which takes some 400 MB of the device's memory.
+inline bool has_primary_context(int device, const Launch& how) {
+  using GetState = int (*)(int device, unsigned* flags, int* active);  // of CUDA 7 and later
+  static const auto get_state =
+      reinterpret_cast<GetState>(driver_function("cuDevicePrimaryCtxGetState", 7000, how));
+  unsigned flags = 0;
+  int active = 1;
+  return !get_state || get_state(device, &flags, &active) != 0 || active;
+}
+
+// Makes a device current. The one that was current is so again afterwards where it is in use: a model
+// on one GPU must make no context on another. torch has the same rule.
 class OnDevice {
  public:
-  OnDevice(int device, const Launch& how) : device_(device) {
+  OnDevice(int device, const Launch& how) {
     check(cudaGetDevice(&before_), how);
-    if (device_ != before_) check(cudaSetDevice(device_), how);
+    if (device == before_) return;
+    leave_ = has_primary_context(before_, how);
+    check(cudaSetDevice(device), how);
   }
-  ~OnDevice() {
-    if (device_ != before_) (void)cudaSetDevice(before_);
+  void leave(const Launch& how) {
+    if (std::exchange(leave_, false)) check(cudaSetDevice(before_), how);
+  }
+  ~OnDevice() {  // where it was not left, an error is on its way, and says more than a second one
+    if (leave_ && cudaSetDevice(before_) != cudaSuccess) (void)cudaGetLastError();
   }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
-  int device_, before_;
+  int before_;
+  bool leave_ = false;
 };
 
 // Whether a kernel may begin before the one in front of it has ended: its code must have been made for
@@ -82,7 +113,7 @@ constexpr size_t SHARED_WITHOUT_ASKING = 48 * 1024;
 template <class... Params>
 void launch(const Target& target, const Launch& how, void (*kernel)(Params...),
             std::decay_t<Params>... args) {
-  const OnDevice current(target.device, how);
+  OnDevice current(target.device, how);
   if (how.shared_bytes > SHARED_WITHOUT_ASKING) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -103,6 +134,7 @@ void launch(const Target& target, const Launch& how, void (*kernel)(Params...),
     config.numAttrs = 1;
   }
   check(cudaLaunchKernelEx(&config, kernel, args...), how);
+  current.leave(how);
 }
 
 }  // namespace llama_fast::cuda

@@ -21,21 +21,11 @@ using TensorMap = CUtensorMap;
 
 constexpr int BOX_ROW_BYTES = 128;
 
-// cuTensorMapEncodeTiled of the driver. The module does not link to the driver, so that it can be
-// imported where there is none.
+// cuTensorMapEncodeTiled of the driver.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder(const Launch& how) {
   static const auto found = [&] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
-                                           cudaEnableDefault, &result),
-          how);
-#else
-    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result),
-          how);
-#endif
-    if (result != cudaDriverEntryPointSuccess || !entry)
+    void* entry = driver_function("cuTensorMapEncodeTiled", 12000, how);
+    if (!entry)
       throw LaunchError(std::string("kernel ") + how.kernel +
                         ": the driver has no cuTensorMapEncodeTiled, so it is older than CUDA 12");
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);

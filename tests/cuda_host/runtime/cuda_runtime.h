@@ -36,14 +36,16 @@ struct cudaLaunchConfig_t {
 // What the runtime is and has been asked.
 struct Runtime {
   std::string failing;  // the call that fails
+  int calls_before = 0;  // so often it has not failed yet
   int ptx_version = 90;
   cudaError_t last = cudaSuccess;
   int device = 0;
+  unsigned contexts = 1;  // a bit for each device that has one
   size_t shared_bytes = 0;
   int launches = 0, overlapping = 0;
 
   cudaError_t done(const char* call) {
-    if (failing != call) return cudaSuccess;
+    if (failing != call || calls_before-- > 0) return cudaSuccess;
     return last = cudaErrorFault;
   }
 };
@@ -62,8 +64,34 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaSetDevice(int device) {
   const cudaError_t error = runtime.done("cudaSetDevice");
-  if (error == cudaSuccess) runtime.device = device;
+  if (error == cudaSuccess) {
+    runtime.device = device;
+    runtime.contexts |= 1u << device;
+  }
   return error;
+}
+
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointNotFound };
+enum { cudaEnableDefault };
+#define CUDART_VERSION 13000
+inline int has_context(int device, unsigned*, int* active) {
+  *active = runtime.contexts >> device & 1;
+  return 0;
+}
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned, int,
+                                                    cudaDriverEntryPointQueryResult* result) {
+  const bool known = std::string(name) == "cuDevicePrimaryCtxGetState";
+  *entry = known ? reinterpret_cast<void*>(has_context) : nullptr;
+  *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointNotFound;
+  return runtime.done("cudaGetDriverEntryPointByVersion");
+}
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 13020;
+  return runtime.done("cudaRuntimeGetVersion");
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 12040;
+  return runtime.done("cudaDriverGetVersion");
 }
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {

@@ -11,12 +11,16 @@ static void older_kernel(long) {}
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-// Launches on `device`, the current one being 0; returns the error's text, or nothing.
-EXPORTED const char* try_launch(const char* failing, int device, size_t shared_bytes, bool overlap,
-                                bool overlaps, int ptx_version) {
+// Launches on `device`, the current one being 0, where `contexts` has a bit for each device in use; returns
+// the error's text, or nothing. The call `failing` fails when it has not so often: `calls_before`.
+EXPORTED const char* try_launch(const char* failing, int calls_before, int device, unsigned contexts,
+                                size_t shared_bytes, bool overlap, bool overlaps,
+                                int ptx_version) {
   using namespace llama_fast::cuda;
   runtime = {};
   runtime.failing = failing;
+  runtime.calls_before = calls_before;
+  runtime.contexts = contexts;
   runtime.ptx_version = ptx_version;
   const Launch how{"some_fwd", {7, 2}, {64}, shared_bytes, overlaps};
   return caught([&] {
@@ -24,16 +28,19 @@ EXPORTED const char* try_launch(const char* failing, int device, size_t shared_b
     else launch({device, nullptr, overlap}, how, older_kernel, 1L);
   });
 }
-// Asks for a device's multiprocessors; returns the error's text, or nothing.
-EXPORTED const char* try_multiprocessors(const char* failing) {
+// Asks what is known of device and driver; returns the error's text, or nothing.
+EXPORTED const char* try_questions(const char* failing) {
   runtime = {};
   runtime.failing = failing;
   return caught([] {
-    if (llama_fast::cuda::multiprocessors(0) != 7) throw llama_fast::cuda::LaunchError("not 7");
+    using namespace llama_fast::cuda;
+    if (multiprocessors(0) != 7 || runtime_version() != 13020 || driver_version() != 12040)
+      throw LaunchError("not what the runtime says");
   });
 }
 EXPORTED int last_error() { return runtime.last; }
 EXPORTED int current_device() { return runtime.device; }
+EXPORTED unsigned contexts() { return runtime.contexts; }
 EXPORTED int asked_for_shared_bytes() { return int(runtime.shared_bytes); }
 EXPORTED int launches() { return runtime.launches; }
 EXPORTED int overlapping_launches() { return runtime.overlapping; }
