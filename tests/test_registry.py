@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 import llama_fast
 from llama_fast import attention, explain, rms_norm, use_backend
-from llama_fast.dispatch import BACKENDS, choice
+from llama_fast.dispatch import BACKENDS, Implementation, backends, choice, register_backend
 from llama_fast.dispatch import op as op_module
 from llama_fast.errors import FallbackWarning, ShapeError
 from llama_fast.ops.attention import OP as ATTENTION
@@ -79,13 +82,60 @@ def test_the_memory_of_calls_is_bounded(monkeypatch):
         assert 1 <= len(RMS_NORM._plans) <= 3
 
 
-def test_a_fallback_is_not_remembered(monkeypatch):
-    q = torch.ones(1, 2, 1, 12)  # a head dim that the kernels have not
-    for _ in range(2):
-        monkeypatch.setattr(choice, "_warned", set())
-        with pytest.warns(FallbackWarning, match="D is 12"):
+@pytest.fixture
+def refusing(monkeypatch):
+    """A backend that takes few rows, as kernels of quantised weights do, and how often it was
+    asked."""
+    asked: list[int] = []
+
+    def unsupported(x, weight, eps):
+        asked.append(len(x))
+        return [f"x has {len(x)} rows; at most 4"] if len(x) > 4 else []
+
+    before = backends()["cuda"]
+    row = Implementation(RMS_NORM.eager, unsupported)
+    rows = {"rms_norm": row}
+    register_backend(
+        dataclasses.replace(before, unavailable=[], refuses=None, implementations=rows)
+    )
+    monkeypatch.setattr(choice, "_warned", set())
+    yield asked
+    register_backend(before)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_fallback_is_chosen_once_for_a_signature(refusing, mode):
+    weight = torch.ones(8)
+    x = torch.randn(40, 8)
+    with mode(), use_backend("cuda"), pytest.warns(FallbackWarning, match="x has 40 rows"):
+        found = [rms_norm(x, weight) for _ in range(130)]
+    assert refusing == [40]
+    assert all(torch.equal(y, rms_norm(x, weight)) for y in found)
+    with mode(), use_backend("cuda"):
+        rms_norm(x[:4], weight)  # few rows are its own still
+    assert refusing == [40, 4]
+
+
+def test_a_fallback_is_warned_of_once_for_all_lengths(refusing):
+    weight = torch.ones(8)
+    with warnings.catch_warnings(record=True) as caught, use_backend("cuda"):
+        warnings.simplefilter("always")
+        for rows in (40, 41, 17, 40, 1040):
+            rms_norm(torch.ones(rows, 8), weight)
+            rms_norm(torch.ones(rows, 8, requires_grad=True), weight)  # the dispatcher's way
+    assert [str(one.message) for one in caught if "rows" in str(one.message)] == [
+        "rms_norm runs on the cpu backend, because cuda cannot serve this call: x has 40 rows; at "
+        "most 4"
+    ]
+
+
+def test_a_fallback_for_another_reason_is_warned_of(monkeypatch):
+    monkeypatch.setattr(choice, "_warned", set())
+    ATTENTION.forget_order()
+    for dtype, says in [(torch.float32, "D is 12"), (torch.float64, "float64 is not one of")]:
+        q = torch.ones(1, 2, 1, 12, dtype=dtype)  # a head dim that the kernels have not
+        with pytest.warns(FallbackWarning, match=says):
             attention(q, q, q)
-    assert not ATTENTION._plans
 
 
 def test_explain_has_every_backend_and_why_the_others_do_not_serve():

@@ -29,10 +29,6 @@ struct LaunchError : std::runtime_error {
 const char* device_type();
 // Streaming multiprocessors of a device.
 int multiprocessors(int device);
-// The version of CUDA that this module's runtime is of, and the latest that the machine's driver serves:
-// 13020 for 13.2; 0 where there is no driver.
-int runtime_version();
-int driver_version();
 
 void rms_norm(const Target&, const RmsNormArgs&);
 void add_rms_norm(const Target&, const AddRmsNormArgs&);

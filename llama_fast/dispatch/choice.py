@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from typing import Any
+
+import torch
 
 from ..errors import BackendError, FallbackWarning
 from .arguments import device_type
@@ -46,10 +48,13 @@ def choose(
     op: Definition, order: list[tuple[str, Implementation]], request: Request, args: tuple
 ) -> Implementation:
     """The first that has no reason to refuse the call; warns of those that have one."""
-    for position, (name, implementation) in enumerate(order):
-        if not implementation.unsupported(*args):
-            _warn_fallback(op, order[:position], name, args)
+    passed = []
+    for name, implementation in order:
+        found = implementation.unsupported(*args)
+        if not found:
+            _warn_fallback(op, passed, name, args[0].device)
             return implementation
+        passed.append((name, found))
     raise BackendError(
         f"{op.name}: backend {request.backend!r} was asked for strictly and cannot serve "
         f"this call: {'; '.join(reasons(op, request.backend, args))}. Change the arguments, "
@@ -96,17 +101,26 @@ def decide(op: Definition, args: tuple) -> Decision:
     return Decision(op.label(*args), device, chosen, why, how)
 
 
-def _warn_fallback(op: Definition, passed: list, chosen: str, args: tuple[Any, ...]) -> None:
-    for name, implementation in passed:
-        found = tuple(implementation.unsupported(*args))
-        if (op.name, name, found) not in _warned:
-            _warned.add((op.name, name, found))
-            warnings.warn(
-                f"{op.name} runs on the {chosen} backend, because {name} cannot serve this "
-                f"call: {'; '.join(found)}",
-                FallbackWarning,
-                stacklevel=7,
-            )
+# In a reason, not in a name as float32 is one.
+_NUMBER = re.compile(r"(?<![\w.])\d+(\.\d+)?")
+
+
+def _warn_fallback(op: Definition, passed: list, chosen: str, device: torch.device) -> None:
+    """Warns of the backends that a call has passed, once for each kind of reason: the next prompt's
+    other length makes no other kind. What a backend has against a device is said once for all ops.
+    """
+    for name, found in passed:
+        of_device = backends()[name].refuses
+        refused = of_device is not None and found == of_device(device)
+        why = "; ".join(found)
+        kind = str(device) if refused else op.name, name, _NUMBER.sub("#", why)
+        if kind in _warned:
+            continue
+        _warned.add(kind)
+        said = f"{op.name} runs on the {chosen} backend, because {name} cannot serve this call"
+        if refused:
+            said = f"ops on {device} tensors do without the {name} backend, which cannot serve them"
+        warnings.warn(f"{said}: {why}", FallbackWarning, stacklevel=5)
 
 
 def _warn_unavailable(device: str, missing: list[str], chosen: str) -> None:

@@ -99,8 +99,8 @@ class Op(Definition):
     def _specialize(self, key: tuple, args: tuple) -> Callable[..., Any]:
         """The launcher for calls of a signature that `check` lets pass. It is kept: checks and
         limits depend on shapes, strides, dtypes, devices and the request alone (not on addresses or
-        values), and a model repeats few signatures. A fallback is not kept, so that it warns as
-        it should; nor is a call with a number that is not Python's own, whose value is no part of
+        values), and a model repeats few signatures. So is that of a fallback, which has warned by
+        then. Not kept is a call with a number that is not Python's own, whose value is no part of
         its signature."""
         if any(is_tensor_like(arg) and not isinstance(arg, Tensor) for arg in args):
             return self.torch_op  # such as torch.fx's proxies, which stand for tensors
@@ -114,10 +114,9 @@ class Op(Definition):
         if len(self._plans) >= MAX_PLANS:
             self._plans.clear()
         launch = implementation.launch
-        if implementation is self._orders[device_type(args), current_request()][0][1]:
-            if implementation.plan is not None:
-                launch = implementation.plan(*args)
-            self._plans[key] = launch
+        if implementation.plan is not None:
+            launch = implementation.plan(*args)
+        self._plans[key] = launch
         return launch
 
     def _choose(self, args: tuple) -> Implementation:

@@ -39,6 +39,7 @@ class Backend:
     `recorder`, where there is one, makes a `captured_step.Capturer` for steps of its ops.
     `settings`, where there is one, says what its launches depend on besides their arguments.
     `reserve`, where there is one, readies fresh memory that weights or a cache are to fill.
+    `refuses`, where there is one, says why it serves no tensor of a device; its rows say so too.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Backend:
     recorder: Callable[[], Any] | None = None
     settings: Callable[[], tuple] | None = None
     reserve: Callable[[Tensor], Tensor] | None = None
+    refuses: Callable[[torch.device], list[str]] | None = None
 
 
 class Cost(NamedTuple):
