@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 import llama_fast
-from llama_fast import attention, rms_norm, use_backend
-from llama_fast.backends import cuda
-from llama_fast.dispatch import OPS
+from llama_fast import attention, explain, rms_norm, use_backend
+from llama_fast.backends import cuda, cuda_device
+from llama_fast.backends.cuda_device import serves
+from llama_fast.dispatch import OPS, choice, register_backend
 from llama_fast.errors import BackendError, KernelError
 
 from .cpu_host.emulation import load_module
@@ -81,7 +83,7 @@ def test_auto_builds_what_nvcc_knows(toolkit, monkeypatch, gpus, lacks, expected
     monkeypatch.setattr(setup_cuda, "gpus", lambda: gpus)
     assert setup_cuda.architectures("auto") == expected
     for gpu in gpus if expected else []:
-        assert any(cuda.serves(built, int(gpu[:-1]), int(gpu[-1])) for built in expected)
+        assert any(serves(built, int(gpu[:-1]), int(gpu[-1])) for built in expected)
 
 
 PROGRAM = "#!/bin/sh\ncat <<'END'\n{}\nEND\n"
@@ -127,7 +129,8 @@ def copy(target):
 def fail(*given):
     raise subprocess.CalledProcessError(1, "ninja")
 setup_cuda.gpus, setup_cuda.find_nvcc = lambda: ["90"], lambda: "nvcc"
-setup_cuda.known_architectures, setup_cuda.driver_is_too_old = lambda nvcc: {{90}}, lambda nvcc: False
+setup_cuda.known_architectures = lambda nvcc: {{90}}
+setup_cuda.driver_is_too_old = lambda nvcc: False
 setup_cuda.build_cuda_module = fail
 source = open({root!r} + "/setup.py").read()
 # In a folder of its own, and of the CPU's kernels there is only a file.
@@ -212,7 +215,7 @@ def test_ninja_is_that_of_pip_or_of_the_path(monkeypatch, tmp_path):
     ],
 )
 def test_which_gpus_a_build_serves(built, gpu, runs):
-    assert cuda.serves(built, *gpu) is runs
+    assert serves(built, *gpu) is runs
 
 
 def modules() -> list[Path]:
@@ -312,21 +315,77 @@ def test_kernels_of_decoding_wait_for_the_one_before(monkeypatch):
     } <= launched
 
 
-@on_host
-def test_a_gpu_of_another_architecture_is_told_what_to_do(monkeypatch):
-    monkeypatch.setattr(cuda, "architectures", lambda: ["80"])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
-
-    class Real:
-        device_type = staticmethod(lambda: "cuda")
-
-    monkeypatch.setattr(cuda, "_cuda", Real)
-    reasons = cuda._device_reasons.__wrapped__
+def test_a_gpu_of_another_architecture_is_told_what_to_do():
     for capability, says in [((9, 0), "LLAMA_FAST_CUDA=90a"), ((7, 5), "8.0 or later")]:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert says in reasons(torch.device("cuda"))[0]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert reasons(torch.device("cuda")) == []
+        assert says in cuda_device.reasons("GPU", capability, ["80"], 13000, 13000)[0]
+    assert cuda_device.reasons("GPU", (8, 6), ["80"], 13000, 13000) == []
+
+
+@pytest.mark.parametrize(
+    ("driver", "built_with", "says"),
+    [
+        (12040, 13000, "CUDA 13.0.*driver here serves CUDA 12.4: update.*toolkit of CUDA 12.4 "),
+        (0, 13000, "does not say: update the driver, or .* toolkit that it serves"),
+        (12040, 12080, ""),
+        (13010, 12080, ""),
+    ],
+)
+def test_an_older_driver_is_a_reason(driver, built_with, says):
+    """And none where it is of the same major version, but for PTX."""
+    found = cuda_device.reasons("GPU", (8, 6), ["80+PTX"], driver, built_with)
+    assert re.search(says, found[0]) if says else found == []
+    newer = cuda_device.reasons("GPU", (12, 0), ["80+PTX"], driver, built_with)
+    assert bool(newer) is (driver < built_with)
+    assert not newer or re.search(says or "12.4, and compiles no PTX of a later one", newer[0])
+
+
+def test_the_device_is_asked_of_driver_and_runtime(monkeypatch):
+    class Older:
+        device_type, architectures = staticmethod(lambda: "cuda"), staticmethod(lambda: "86,90a")
+        driver_version, runtime_version = staticmethod(lambda: 12040), staticmethod(lambda: 13000)
+
+    monkeypatch.setattr(cuda, "_cuda", Older)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    (found,) = cuda.device_reasons.__wrapped__(torch.device("cuda", 1))
+    assert "built with CUDA 13.0" in found
+    monkeypatch.setattr(Older, "driver_version", staticmethod(lambda: 13000))
+    assert cuda.device_reasons.__wrapped__(torch.device("cuda", 1)) == []
+
+
+@pytest.fixture
+def older_driver(monkeypatch):
+    """The backend "cuda" as it is where the driver is too old, here for tensors on the CPU."""
+    why = "the NVIDIA driver here serves CUDA 12.4"
+    monkeypatch.setattr(cuda, "device_reasons", lambda device: [why])
+    monkeypatch.setattr(choice, "_warned", set())
+    unavailable, cuda.BACKEND.unavailable = cuda.BACKEND.unavailable, []
+    register_backend(cuda.BACKEND)
+    yield why
+    cuda.BACKEND.unavailable = unavailable
+    register_backend(cuda.BACKEND)
+
+
+def test_with_an_older_driver_every_op_falls_back_and_one_warning_says_why(older_driver):
+    with use_backend("cuda"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        served = 0
+        for name, op in OPS.items():
+            for case in op.cases()[:2] if op.cases else ():
+                args = case.make(torch.Generator().manual_seed(0), torch.float32, "cpu")
+                if "cuda" in explain(name, *args).reasons:
+                    assert explain(name, *args).reasons["cuda"] in (
+                        [older_driver], [f"the cuda backend has no {name}"]
+                    )  # fmt: skip
+                op(*args)
+                served += 1
+    said = [str(one.message) for one in caught if "cuda" in str(one.message)]
+    assert served > 10
+    assert said == [
+        "ops on cpu tensors do without the cuda backend, which cannot serve them: " + older_driver
+    ]
+    with use_backend("cuda", strict=True), pytest.raises(BackendError, match=r"CUDA 12\.4"):
+        rms_norm(torch.ones(2, 8), torch.ones(8))
 
 
 @on_host

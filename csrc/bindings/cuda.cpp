@@ -8,6 +8,7 @@
 #include "bindings/function.h"
 #include "cuda/kernel_choice.h"
 #include "cuda/kernels.h"
+#include "cuda/versions.h"
 
 namespace py = pybind11;
 using namespace llama_fast;
@@ -34,7 +35,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("multiprocessors", &multiprocessors, py::arg("device"));
   m.def("runtime_version", &runtime_version, "The CUDA of this build, such as 13020 for 13.2.");
   m.def("driver_version", &driver_version,
-        "The latest CUDA that this machine's driver serves; 0 where there is no driver.");
+        "The latest CUDA that this machine's driver serves; 0 where there is none.");
   m.def("attention_partial_bytes", &attention_partial_bytes, py::arg("D"));
 
   m.attr("GEMV_ROWS") = GEMV_ROWS;

@@ -7,7 +7,6 @@ current stream of the tensors' device; nothing here waits for them.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..dispatch import OPS, Backend, Implementation, nothing, register_backend
 from ..dispatch.torch_private import current_stream
 from ..errors import KernelError
 from ..ops.checks import describe
-from . import composed, limits
+from . import composed, cuda_device, limits
 from .layout import dense
 
 try:
@@ -39,39 +38,20 @@ def architectures() -> list[str]:
     return [] if _cuda is None else _cuda.architectures().split(",")
 
 
-def serves(architecture: str, major: int, minor: int) -> bool:
-    """Whether code for `architecture` runs on a GPU of this compute capability.
-
-    Code runs within its major version, on its own minor version and later ones; "a" means on that
-    version alone; PTX is compiled by the driver for any later version. Source: the CUDA C++
-    Programming Guide, "Binary Compatibility" and "PTX Compatibility".
-    """
-    number, suffix, ptx = re.fullmatch(r"(\d+)([af]?)(\+PTX)?", architecture).groups()
-    its_major, its_minor = int(number[:-1]), int(number[-1])
-    if suffix == "a":
-        return (its_major, its_minor) == (major, minor)
-    same = its_major == major and its_minor <= minor
-    return same or (bool(ptx) and (its_major, its_minor) <= (major, minor))
-
-
 @functools.cache
-def _device_reasons(device: torch.device) -> list[str]:
-    """Why this build has no code for the device; nothing where it has."""
+def device_reasons(device: torch.device) -> list[str]:
+    """Why this build cannot serve tensors of the device; nothing where it can."""
     if device.type != _cuda.device_type():
         return [f"the tensors are on {device}; the CUDA kernels take those of a GPU"]
     if device.type != "cuda":
         return []
-    capability = torch.cuda.get_device_capability(device)
-    if any(serves(built, *capability) for built in architectures()):
-        return []
-    name = torch.cuda.get_device_name(device)
-    wanted = "".join(map(str, capability))
-    if capability < (8, 0):
-        return [f"{name} has compute capability {capability}; the kernels need 8.0 or later"]
-    return [
-        f"llama_fast._cuda was built for {', '.join(architectures())} and {name} is {wanted}: "
-        f"install again with LLAMA_FAST_CUDA={'90a' if wanted == '90' else wanted}"
-    ]
+    return cuda_device.reasons(
+        torch.cuda.get_device_name(device),
+        torch.cuda.get_device_capability(device),
+        architectures(),
+        _cuda.driver_version(),
+        _cuda.runtime_version(),
+    )
 
 
 @functools.cache
@@ -81,7 +61,7 @@ def _multiprocessors(index: int) -> int:
 
 def forget_device() -> None:
     """Forgets what was found out about devices; for tests that take another module for _cuda."""
-    _device_reasons.cache_clear()
+    device_reasons.cache_clear()
     _has_warpgroups.cache_clear()
     _multiprocessors.cache_clear()
 
@@ -389,7 +369,7 @@ def _row(
             raise _failure(op, error, args) from error
 
     def guarded_unsupported(*args: Any) -> list[str]:
-        return _device_reasons(args[0].device) or unsupported(*args)
+        return device_reasons(args[0].device) or unsupported(*args)
 
     return Implementation(guarded_launch, guarded_unsupported)
 
@@ -412,6 +392,7 @@ BACKEND = Backend(
     name="cuda",
     unavailable=_unavailable,
     settings=lambda: (OVERLAP, WARPGROUPS),
+    refuses=lambda device: device_reasons(device),
     implementations={
         "rms_norm": _row("rms_norm", _rms_norm, limits.rms_norm),
         "rms_norm_backward": _row(

@@ -15,6 +15,8 @@ from .resources import show_resources
 from .terminal import show, size, table
 
 if TYPE_CHECKING:
+    import torch
+
     from ..dispatch import Op
 
 
@@ -121,7 +123,7 @@ def _backends() -> list[str]:
         elif name not in ORDER["cpu"] and not torch.cuda.is_available():
             rows.add_row(name, "installed, and idle: it serves GPUs, and there is none here")
         else:
-            rows.add_row(name, "available" + BUILT.get(name, _devices)(name))
+            rows.add_row(name, "available" + BUILT.get(name, _devices)(name) + _refused(name))
         if name == "cpu" and (backend is None or backend.unavailable):
             problems.append("the C++ kernels cannot be used; install the package again: see above")
     show("Backends", rows)
@@ -132,6 +134,22 @@ def _devices(name: str) -> str:
     from ..dispatch import ORDER
 
     return f" (for {', '.join(device for device in ORDER if name in ORDER[device])} tensors)"
+
+
+def _refused(name: str) -> str:
+    """The GPUs here that the backend cannot serve, and why."""
+    import torch
+
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    found = {device: _reasons_of_device(name, device) for device in devices}
+    return "".join(f"; not on {d}: {'; '.join(why)}" for d, why in found.items() if why)
+
+
+def _reasons_of_device(name: str, device: torch.device) -> list[str]:
+    from ..dispatch import backends
+
+    refuses = backends()[name].refuses
+    return refuses(device) if refuses is not None else []
 
 
 def _architectures(name: str) -> str:
@@ -205,6 +223,12 @@ def _try(op: Op, args: tuple, device: str) -> tuple[str, str]:
     with torch.no_grad():
         op(*args)
     asked = ORDER[device][: ORDER[device].index(decision.chosen)]
-    # Why a backend cannot be used at all stands under "Backends".
-    known = [name for name in asked if name in backends() and not backends()[name].unavailable]
+    # Why a backend cannot be used at all, or not on this GPU, stands under "Backends".
+    known = [
+        name
+        for name in asked
+        if name in backends()
+        and not backends()[name].unavailable
+        and decision.reasons[name] != _reasons_of_device(name, args[0].device)
+    ]
     return decision.chosen, " · ".join(f"{n}: {'; '.join(decision.reasons[n])}" for n in known)

@@ -1,5 +1,6 @@
 // The twin of csrc/cuda/device.cu on the host, and what the tests ask of the machine.
 #include "../../csrc/cuda/kernels.h"
+#include "../../csrc/cuda/versions.h"
 #include "machine.h"
 
 namespace llama_fast::cuda {
