@@ -86,3 +86,29 @@ def test_attention_with_tiles_by_tma(chip, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     found, _, copies = done.stdout.strip().rpartition(" ")
     assert found == "[]" and int(copies) >= 4, done.stdout + done.stderr[-2000:]
+
+
+OVERWRITTEN = """
+import re, sys
+from llama_fast.triton_kernels.aot import compile_for, launches
+from llama_fast.triton_kernels.chips import CHIPS
+
+chip = CHIPS[sys.argv[1]]
+for launch in launches(chip, ("cross_entropy",), brief=True):
+    ptx = compile_for(chip, launch).asm["ptx"]
+    print(*re.findall(r"bar\\.sync|(?:ld|st)\\.global[.:\\w]*", ptx))
+"""
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+def test_the_logit_of_a_target_is_read_before_gradients_take_its_place(chip, tmp_path):
+    """Every thread reads it and one overwrites it, so a barrier of the block lies between."""
+    environment = dict(os.environ, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    command = [sys.executable, "-c", OVERWRITTEN, chip]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = done.stdout.splitlines()
+    memory = line.split()
+    logit = max(i for i, code in enumerate(memory) if code.endswith(".b16") and "ld" in code)
+    gradients = min(i for i, code in enumerate(memory) if "st" in code and ".v4" in code)
+    assert "bar.sync" in memory[logit:gradients], line

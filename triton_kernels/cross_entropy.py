@@ -47,6 +47,11 @@ def cross_entropy_kernel(
     kept = tl.where(target == ignore_index, 0.0, 1.0)
     logits_row = logits_ptr + row * V
     column = tl.arange(0, BLOCK_V)
+    # A target that is no row of the weight reads nothing, and makes the loss infinite. Every thread
+    # reads the logit, and one overwrites it below: the reductions' barriers must lie between.
+    known = tl.where((target >= 0) & (target < V), target, 0)
+    logit = tl.load(logits_row + known).to(tl.float32)
+    logit = tl.where(known == target, logit, float("-inf"))
 
     top = tl.full((BLOCK_V,), float("-inf"), tl.float32)  # of each column of the block
     total = tl.zeros((BLOCK_V,), tl.float32)
@@ -59,10 +64,6 @@ def cross_entropy_kernel(
         top = new_top
     largest = tl.max(top, axis=0)
     log_sum = tl.log(tl.sum(total * tl.exp(top - largest), axis=0))
-    # A target that is no row of the weight reads nothing, and makes the loss infinite.
-    known = tl.where((target >= 0) & (target < V), target, 0)
-    logit = tl.load(logits_row + known).to(tl.float32)
-    logit = tl.where(known == target, logit, float("-inf"))
     tl.store(loss_ptr + row, tl.where(kept > 0, largest - logit + log_sum, 0.0))
 
     if NEED_GRAD:
