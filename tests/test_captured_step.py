@@ -4,11 +4,16 @@ with."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +21,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_fast import _cpu
+from llama_fast.backends import cuda
 from llama_fast.backends.cpu_step import CpuRecorder
 from llama_fast.config import LlamaConfig
 from llama_fast.config.quantization import Quantization
-from llama_fast.dispatch import use_backend
-from llama_fast.errors import FallbackWarning, PromptError
+from llama_fast.dispatch import OPS, use_backend
+from llama_fast.errors import FallbackWarning, KernelError, PromptError
+from llama_fast.generation.captured_step import CudaGraphs
 from llama_fast.generation.engine import Engine
 from llama_fast.model import Llama
 from llama_fast.ops import rms_norm
@@ -137,11 +144,12 @@ def test_the_end_of_the_cache_is_refused_before_a_replay(model):
     assert cache.lengths.tolist() == cache._lengths
 
 
-def test_a_step_that_cannot_be_captured_is_run(model):
+@pytest.mark.parametrize("kind", [RuntimeError, KernelError])  # of torch's and of ours
+def test_a_step_that_cannot_be_captured_is_run(model, kind):
     class Failing(RecordedGraphs):
         def capture(self, step):
             super().capture(step)
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise kind("operation not permitted when stream is capturing")
 
     expected, plain, _ = run(model, 5, captured=False)
     cache = prefilled(model)
@@ -201,6 +209,167 @@ def test_replays_of_cuda_kernels_with_several_tokens_are_the_steps(model, kv_cac
         assert torch.equal(run(True), run(False))
 
 
+class Seen(TorchDispatchMode):
+    """Notes the names of what torch computes."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+class DeepRecorder(Recorder):
+    """Notes what torch computes inside of the ops too."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._opname)
+        if function.namespace != "llama_fast":
+            return super().__torch_dispatch__(function, types, args, kwargs)
+        op = OPS[function._opname]
+        with Seen(self.names):
+            result = op.run(*op.complete(args))
+        self.operations.append((function, args, {}, result))
+        return result
+
+
+class FakeCuda:
+    """torch.cuda for tensors on the CPU: a graph records what is computed, and puts back what that
+    has written to `memory`, since a capture runs nothing."""
+
+    def __init__(self, monkeypatch, memory: list[Tensor]) -> None:
+        self.memory = memory
+        self.modes: list[str] = []
+        self.computed: list[str] = []
+        self.capturing = False
+        self.devices, self.streams = [torch.device("cuda", 0)], ["default"]
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        fakes = {
+            "Stream": lambda device: stream,
+            "current_stream": lambda device: stream,
+            "stream": self.stream,
+            "device": self.device,
+            "CUDAGraph": SimpleNamespace,
+            "graph": self.graph,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(cuda, "_capturing", lambda device: self.capturing)
+
+    @contextmanager
+    def device(self, device):
+        self.devices.append(device)
+        try:
+            yield
+        finally:
+            self.devices.pop()
+
+    @contextmanager
+    def stream(self, stream):
+        """As torch's, it makes the device that it found current so again, in use or not."""
+        assert self.devices[1:], "this makes a context on the first GPU"
+        before, self.streams = self.streams, [*self.streams, stream]
+        try:
+            yield
+        finally:
+            self.streams = before
+
+    @contextmanager
+    def graph(self, graph, stream, capture_error_mode="global"):
+        """As torch's, it leaves its stream where the capture could be ended."""
+        assert self.devices[1:]
+        self.streams.append(stream)
+        self.modes.append(capture_error_mode)
+        kept = [x.clone() for x in self.memory]
+        recorder = DeepRecorder(self.computed)
+        self.capturing = True
+        try:
+            with recorder:
+                yield
+        finally:
+            self.capturing = False
+            for x, before in zip(self.memory, kept, strict=True):
+                x.copy_(before)
+        graph.replay = recorder.replay
+        self.streams.pop()
+
+
+@pytest.mark.skipif(bool(host.why_not()), reason=host.why_not() or "it runs")
+@pytest.mark.parametrize("kv_cache", [None, "int8"])
+def test_a_captured_step_fills_no_memory(model, kv_cache, monkeypatch):
+    """The counts of the blocks that share a row's keys are zero before and after each call. A step
+    has its own: two steps may be replayed on two streams at once."""
+    made = with_heads_of_64(model, "cpu")
+    monkeypatch.setattr(host.module(), "kv_splits", lambda *sizes: 2)
+    with host.use_host(), use_backend("cuda", strict=True):
+        cache = prefilled(made, kv_cache)
+        fake = FakeCuda(monkeypatch, [cache.lengths, *cache.tensors()])
+        graphs = CudaGraphs(torch.device("cpu"))
+        expected, _, _ = run(made, 6, captured=False, kv_cache=kv_cache)
+        engine = Engine(made, cache, capture=lambda cache: graphs)
+        tokens, found = torch.tensor([1, 2, 3]), []
+        for _ in range(6):
+            logits = engine.step(tokens)
+            found.append(logits.clone())
+            tokens = logits.argmax(-1)
+    assert torch.equal(torch.stack(found), expected)
+    assert fake.computed.count("attention") == made.config.n_layers
+    assert not {"zeros", "new_zeros", "zeros_like", "zero_", "fill_", "full"} & set(fake.computed)
+    (counts,) = graphs._memory.values()
+    assert not counts.any()
+    assert all(counts is not others for others in cuda._arrived_by_stream.values())
+
+
+def test_counts_of_a_graph_that_somebody_else_captures_are_its_own(monkeypatch):
+    monkeypatch.setattr(cuda, "_capturing", lambda device: True)
+    place, device = (0, 7, False), torch.device("cpu")
+    assert cuda._arrived(place, 3, device) is not cuda._arrived(place, 3, device)
+    monkeypatch.setattr(cuda, "_capturing", lambda device: False)
+    assert cuda._arrived(place, 3, device) is cuda._arrived(place, 3, device)
+
+
+def test_whether_a_stream_captures_is_asked_on_its_own_device(monkeypatch):
+    """torch asks of the current device, and would make a context on it."""
+    current = [0]
+
+    @contextmanager
+    def on(device):
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
+    assert cuda._capturing(torch.device("cuda", 1)) and current == [0]
+
+
+def test_other_threads_do_not_break_a_capture(monkeypatch):
+    """In CUDA's global mode an allocation of another thread would."""
+    fake = FakeCuda(monkeypatch, [])
+    replay, result = CudaGraphs(torch.device("cpu")).capture(lambda: torch.ones(3))
+    assert fake.modes == ["thread_local"]
+    result.zero_()
+    replay()
+    assert result.tolist() == [1, 1, 1]
+
+
+def test_after_a_capture_that_fails_the_stream_and_the_device_are_what_they_were(monkeypatch):
+    fake = FakeCuda(monkeypatch, [])
+
+    def step() -> Tensor:
+        raise KernelError("operation not permitted when stream is capturing")
+
+    with pytest.raises(KernelError):
+        CudaGraphs(torch.device("cpu")).capture(step)
+    assert fake.streams == ["default"] and len(fake.devices) == 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this needs a GPU")
 @pytest.mark.parametrize("kv_cache", [None, "int8"])
 def test_cuda_graphs_give_the_same_tokens(model, kv_cache):
@@ -217,6 +386,52 @@ def test_cuda_graphs_give_the_same_tokens(model, kv_cache):
         return torch.stack(found)
 
     assert torch.equal(tokens_of(True), tokens_of(False))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this needs a GPU")
+def test_cuda_graphs_are_captured_while_another_thread_allocates():
+    x, kept = torch.ones(3, device="cuda"), []
+
+    def allocate() -> None:
+        for _ in range(50):  # each is a cudaMalloc, since the others are kept
+            kept.append(torch.empty(24 * 2**20, dtype=torch.uint8, device="cuda"))
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=allocate)
+    thread.start()
+    captured = 0
+    while thread.is_alive() or not captured:
+        graphs = CudaGraphs(x.device)
+        graphs.warm_up(lambda: x * 2)
+        replay, result = graphs.capture(lambda: (x * 2).sin().cos())
+        replay()
+        torch.testing.assert_close(result, (x * 2).sin().cos())
+        captured += 1
+    thread.join()
+
+
+GPU_1 = """
+import sys, torch
+from llama_fast import Llama, use_backend
+from llama_fast.config import LlamaConfig
+from llama_fast.generation.engine import Engine
+
+config = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=96,
+                     vocab_size=50, max_seq_len=640)
+model = Llama(config, device="cuda:1", dtype=torch.bfloat16).eval()
+engine = Engine(model, model.new_cache(1, 600))
+with use_backend("cuda"):
+    for _ in range(4):
+        engine.step(torch.tensor([1], device="cuda:1"))
+torch.cuda.synchronize("cuda:1")
+print(torch._C._cuda_hasPrimaryContext(0), torch.cuda.current_device())
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this needs two GPUs")
+def test_cuda_graphs_on_one_gpu_make_no_context_on_another():
+    done = subprocess.run([sys.executable, "-c", GPU_1], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "0"], done.stderr[-2000:]
 
 
 def half(model: Llama, quantize: str | None) -> Llama:

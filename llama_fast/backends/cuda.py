@@ -7,13 +7,13 @@ current stream of the tensors' device; nothing here waits for them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..dispatch import OPS, Backend, Implementation, nothing, register_backend
+from ..dispatch import OPS, Backend, Implementation, nothing, register_backend, step_memory
 from ..dispatch.torch_private import current_stream
 from ..errors import KernelError
 from ..ops.checks import describe
@@ -207,10 +207,28 @@ def _has_warpgroups(device: torch.device) -> bool:
     return "90a" in built and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-@functools.cache
+_arrived_by_stream: dict[Hashable, torch.Tensor] = {}
+
+
 def _arrived(place: tuple[int, int, bool], count: int, device: torch.device) -> torch.Tensor:
-    """Zeros that the blocks of a call count in and leave as zeros, for each stream its own."""
-    return torch.zeros(count, dtype=torch.int32, device=device)
+    """Zeros that the blocks of a call count in and leave as zeros: for each stream its own, and for
+    each captured step, which has no kernel that fills them."""
+    kept = step_memory()
+    if kept is None:
+        # What is made while somebody else captures belongs to that graph alone.
+        kept = {} if _capturing(device) else _arrived_by_stream
+    key = "arrived", place, count, device
+    if key not in kept:
+        kept[key] = torch.zeros(count, dtype=torch.int32, device=device)
+    return kept[key]
+
+
+def _capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    # torch asks the stream of its current device, and makes a context there if there was none.
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _kv_splits(
@@ -226,10 +244,7 @@ def _kv_splits(
         return count, None, None
     size = B * H * T * count * _cuda.attention_partial_bytes(D)
     partials = torch.empty(size, dtype=torch.uint8, device=q.device)
-    # What is made during a capture belongs to its graph, and must not be kept for others.
-    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    make = _arrived.__wrapped__ if capturing else _arrived
-    return count, partials, make(place, B * K, q.device)
+    return count, partials, _arrived(place, B * K, q.device)
 
 
 # Bytes of a cache in 8 bits that is turned into q's dtype for many queries: so many rows of the

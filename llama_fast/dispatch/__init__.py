@@ -16,6 +16,7 @@ from .choice import refuse_strict
 from .explain import explain, record_decisions
 from .op import OPS, Op
 from .overrides import needs_dispatcher
+from .step_memory import keep_step_memory, step_memory
 from .torch_private import DispatchMode
 from .types import Backend, Case, Cost, Decision, Implementation, nothing
 
@@ -32,6 +33,7 @@ __all__ = [
     "Op",
     "backends",
     "explain",
+    "keep_step_memory",
     "launch_settings",
     "needs_dispatcher",
     "nothing",
@@ -41,6 +43,7 @@ __all__ = [
     "refuse_strict",
     "register_backend",
     "reserve",
+    "step_memory",
     "use_backend",
     "wrapped_launches",
 ]

@@ -10,15 +10,15 @@ below each row's length. So nothing is captured anew as the lengths grow.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..dispatch import observed, recorder
-from ..errors import FallbackWarning
+from ..dispatch import keep_step_memory, observed, recorder
+from ..errors import FallbackWarning, KernelError
 from ..model import Llama
 from ..nn.kv_cache import KVCache
 from .snapshot import Snapshot
@@ -39,25 +39,40 @@ CaptureOn = Callable[[KVCache], Capturer | None]
 
 
 class CudaGraphs:
-    """Captures on a stream of its own, as CUDA asks for."""
+    """Captures on a stream of its own, as CUDA asks for, and without regard to what other threads
+    do meanwhile: an allocation of theirs is no part of it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
+        self._memory: dict[Hashable, Tensor] = {}
 
     def warm_up(self, step: Callable[[], Tensor]) -> Tensor:
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
+        # Its device first: to leave a stream makes a context on the device that was current.
+        with (
+            torch.cuda.device(self.device),
+            torch.cuda.stream(self.stream),
+            keep_step_memory(self._memory),
+        ):
             result = step()
         current.wait_stream(self.stream)
         return result
 
     def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self.stream):
+        self._graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.device(self.device),
+            torch.cuda.stream(self.stream),  # torch.cuda.graph does not leave it after an error
+            torch.cuda.graph(self._graph, stream=self.stream, capture_error_mode="thread_local"),
+            keep_step_memory(self._memory),
+        ):
             result = step()
-        return graph.replay, result
+        return self._replay, result  # with its memory
+
+    def _replay(self) -> None:
+        self._graph.replay()
 
 
 class CapturedStep:
@@ -146,7 +161,7 @@ class CapturedStep:
         try:
             with self.cache.whole():
                 self.replay, self.logits = self.capturer.capture(run)
-        except RuntimeError as error:
+        except (RuntimeError, KernelError) as error:
             self.capturer = None
             warnings.warn(
                 f"decoding runs step by step, because a step cannot be captured: {error}. "
