@@ -177,7 +177,7 @@ def _time_on_gpu(
 ) -> None:
     """What moves as many bytes takes turns with them, and says what the memory allows: starting and
     ending are a part of a short call, and none of a peak rate's."""
-    rounds = _rounds_on_gpu(once, rounds)
+    rounds = _rounds_on_gpu(once, rounds, device)
     calls: dict[str, Callable[[], object]] = dict(once)
     name, yardstick = YARDSTICKS_ON_GPU.get(row.bound, ("", None))
     if yardstick is not None and row.at_best is not None and not warm:
@@ -189,12 +189,12 @@ def _time_on_gpu(
         row.at_best = row.seconds(name)
 
 
-def _rounds_on_gpu(calls: dict[str, _Call], rounds: int) -> int:
+def _rounds_on_gpu(calls: dict[str, _Call], rounds: int, device: torch.device) -> int:
     start = time.perf_counter()
     for call in calls.values():
         call.prepare()
         call()
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     one_round = time.perf_counter() - start
     return max(FEWEST_ROUNDS, min(ROUNDS_ON_GPU * rounds, int(PATIENCE / one_round)))
 
