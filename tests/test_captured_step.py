@@ -389,6 +389,22 @@ def test_cuda_graphs_give_the_same_tokens(model, kv_cache):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this needs a GPU")
+def test_cuda_graphs_of_steps_fill_no_memory(model):
+    on_gpu = with_heads_of_64(model, "cuda")
+    engine = Engine(on_gpu, on_gpu.new_cache(1, 600))  # keys for several blocks
+    with use_backend("cuda", strict=True):
+        for _ in range(3):
+            engine.step(torch.tensor([1], device="cuda"))
+    replay = engine.captured().replay
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        replay()
+        torch.cuda.synchronize()
+    names = [event.name.lower() for event in profile.events()]
+    assert any("attention_decode" in name for name in names)
+    assert not [name for name in names if "fill" in name or "memset" in name]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this needs a GPU")
 def test_cuda_graphs_are_captured_while_another_thread_allocates():
     x, kept = torch.ones(3, device="cuda"), []
 

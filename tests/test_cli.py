@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -790,6 +791,32 @@ def test_doctor_says_what_is_wrong(run, monkeypatch):
     assert code == 1
     assert "made of cheese" in out and "PROBLEM: the C++ kernels" in out
     assert "is usable" not in out
+
+
+@pytest.mark.filterwarnings("ignore::llama_fast.errors.FallbackWarning")
+def test_doctor_says_once_which_gpu_a_backend_does_not_serve(run, monkeypatch):
+    """Here a device of the CPU stands for a GPU, with a driver that is too old."""
+    from llama_fast.cli import doctor
+
+    why = "the driver here is made of cheese"
+    before = dispatch.backends()["cpu"]
+    refused = {"refuses": lambda device: [why]}
+    rows = {
+        name: row._replace(unsupported=lambda *args: [why])
+        for name, row in before.implementations.items()
+    }
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(doctor, "_machine", list)
+    monkeypatch.setattr(doctor, "BUILT", {})
+    broken = dataclasses.replace(before, implementations=rows, **refused)
+    dispatch.register_backend(broken)
+    try:
+        code, out, _ = run("doctor")
+    finally:
+        dispatch.register_backend(before)
+    assert code == 0 and " ".join(out.split()).count(why) == 1, out
+    assert re.search(rf"cpu +available.*; not on cuda:0: {why}", " ".join(out.split()))
+    assert re.search(r"^ *rms_norm +eager\b", out, re.M)
 
 
 def test_bench_shows_the_roofline(run, monkeypatch):

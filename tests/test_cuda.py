@@ -16,11 +16,12 @@ import pytest
 import torch
 
 import llama_fast
-from llama_fast import attention, explain, rms_norm, use_backend
+from llama_fast import attention, explain, linear, rms_norm, use_backend
 from llama_fast.backends import cuda, cuda_device
 from llama_fast.backends.cuda_device import serves
 from llama_fast.dispatch import OPS, choice, register_backend
 from llama_fast.errors import BackendError, KernelError
+from llama_fast.ops.quantized_weight import QuantizedWeight
 
 from .cpu_host.emulation import load_module
 from .cuda_host import host
@@ -386,6 +387,20 @@ def test_with_an_older_driver_every_op_falls_back_and_one_warning_says_why(older
     ]
     with use_backend("cuda", strict=True), pytest.raises(BackendError, match=r"CUDA 12\.4"):
         rms_norm(torch.ones(2, 8), torch.ones(8))
+
+
+@on_host
+def test_prompts_of_any_length_beside_quantised_weights_warn_once(monkeypatch):
+    monkeypatch.setattr(choice, "_warned", set())
+    weight = QuantizedWeight.from_float(torch.randn(48, 64), 4, 32)
+    with host.use_host(), use_backend("cuda"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for M in (16, 17, 18, 300, 17):
+            linear(torch.randn(M, 64).bfloat16(), weight)
+    assert [str(one.message) for one in caught] == [
+        "linear runs on the cpu backend, because cuda cannot serve this call: x has 17 rows; at "
+        "most 16"
+    ]
 
 
 @on_host
