@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .generation.generate import stream as stream
     from .hf import Patch as Patch
     from .hf import patch as patch
+    from .inspect import Trace as Trace
+    from .inspect import trace as trace
     from .model import Llama as Llama
     from .nn import KVCache as KVCache
     from .ops import *  # noqa: F403
@@ -32,9 +34,11 @@ _HOME = {
     "Llama": ".model",
     "LlamaConfig": ".config",
     "Tokenizer": ".tokenizer",
+    "Trace": ".inspect",
     "explain": ".dispatch",
     "generate": ".generation.generate",
     "stream": ".generation.generate",
+    "trace": ".inspect",
     "use_backend": ".dispatch",
 }
 # Those that need transformers, so no part of `from llama_fast import *`.

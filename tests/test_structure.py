@@ -36,8 +36,9 @@ MAY_IMPORT |= {
     "quantization": MODEL,
     "generation": MODEL | {"tokenizer", "_cpu"},
     "training": MODEL | {"tokenizer"},
+    "inspect": MODEL | {"tokenizer", "generation", "hf"},
 }
-BELOW_BENCH = MODEL | {"tokenizer", "quantization", "generation", "training", "hf"}
+BELOW_BENCH = MODEL | {"tokenizer", "quantization", "generation", "training", "hf", "inspect"}
 MAY_IMPORT["bench"] = BELOW_BENCH | KERNELS
 FREE = {"__init__", "__main__", "cli", "demo"}  # the top of the house
 WITHOUT_TORCH = {"errors", "tokenizer"}

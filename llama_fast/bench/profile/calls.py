@@ -7,7 +7,6 @@ of their own, so that counting is in no time; the calls of all steps are the sam
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Cost, Op, wrapped_launches
+from ...inspect.launches import DeviceClock, HostClock, Observer, clock_of
 from ..measure import at_best
 from ..roofline import Roofline
 from ..timing import spread
@@ -129,7 +129,7 @@ def profile(
     """
     step(no_section)
     calls = count(step, roofline)
-    clock = DeviceClock(device) if device.type == "cuda" else HostClock()
+    clock = clock_of(device)
     watch = _Watch(clock)
     steps = []
     with wrapped_launches(watch.launch), around or nullcontext():
@@ -150,7 +150,7 @@ def seconds_of(call: Callable[[], None], repeats: int, device: torch.device) -> 
     """Of each of `repeats` calls, after three that are not timed."""
     for _ in range(3):
         call()
-    clock = DeviceClock(device) if device.type == "cuda" else HostClock()
+    clock = clock_of(device)
     stamps = [clock.now()]
     for _ in range(repeats):
         call()
@@ -171,58 +171,7 @@ def no_section(name: str, cost: Cost) -> AbstractContextManager:
     return nullcontext()
 
 
-class HostClock:
-    """For a CPU, where a call has ended when it returns."""
-
-    now = staticmethod(time.perf_counter)
-
-    def seconds(self, start: float, end: float) -> float:
-        return end - start
-
-    def wait(self) -> None:
-        pass
-
-
-class DeviceClock:
-    """For a GPU: events in the stream, between which lies what the device took."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def now(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        return start.elapsed_time(end) / 1e3
-
-    def wait(self) -> None:
-        torch.cuda.synchronize(self.device)
-
-
-class _Observer:
-    """Sees every launch that is not made by another."""
-
-    inside = False
-
-    def launch(self, op: Op, backend: str, launch: Callable[..., Any]) -> Callable[..., Any]:
-        def launched(*args: Any) -> Any:
-            if self.inside:
-                return launch(*args)
-            self.inside = True
-            try:
-                return self.see(op, backend, launch, args)
-            finally:
-                self.inside = False
-
-        return launched
-
-    def see(self, op: Op, backend: str, launch: Callable[..., Any], args: tuple) -> Any:
-        raise NotImplementedError
-
-
-class _Watch(_Observer):
+class _Watch(Observer):
     def __init__(self, clock: HostClock | DeviceClock) -> None:
         self.now = clock.now
         self.stamps: list[tuple] = []
@@ -240,7 +189,7 @@ class _Watch(_Observer):
         self.stamps.append((start, self.now()))
 
 
-class _Counter(_Observer):
+class _Counter(Observer):
     def __init__(self, roofline: Roofline) -> None:
         self.roofline = roofline
         self.calls: list[Call] = []
