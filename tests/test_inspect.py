@@ -1,4 +1,4 @@
-"""`llama_fast.trace`: the steps of a pass are those of the kernels that run, and of the definition."""
+"""`llama_fast.trace`: the steps are of the kernels that run, and the definition's."""
 
 from __future__ import annotations
 
@@ -105,6 +105,11 @@ def test_every_step_is_that_of_the_definition(model, tokenizer, mode):
         same(tensor, expected[name], 2e-5)
     assert trace.next_tokens(1)[0].piece == "42"
     assert trace.pieces[0] == "<|begin_of_text|>" and "".join(trace.pieces[1:]) == PROMPT
+
+
+def test_pieces_that_are_no_whole_character(model, tokenizer):
+    pieces = llama_fast.trace(model, "\u2028", tokenizer, layers=[]).pieces
+    assert "".join(pieces[1:]) == r"\xe2\x80\xa8"
 
 
 def test_shapes_are_in_the_letters_of_the_legend(model, tokenizer):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
+from inspect import getdoc
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +16,7 @@ from .explain import explain
 from .generate import generate
 from .info import info
 from .init import init
+from .inspect import inspect
 from .options import Debug
 from .profile import profile
 from .quantize import quantize
@@ -23,7 +24,8 @@ from .report import report
 from .tokenize import tokenize
 
 COMMANDS = (
-    generate, info, tokenize, convert, quantize, init, doctor, explain, bench, profile, report
+    generate, info, tokenize, convert, quantize, init, doctor, explain, bench, profile, report,
+    inspect,
 )  # fmt: skip
 
 app = typer.Typer(
@@ -53,7 +55,7 @@ def llama_fast(
 
 def _help(command: Callable) -> str:
     """Returns the docstring with its lines joined: the terminal's width breaks them anew."""
-    paragraphs = inspect.getdoc(command).split("\n\n")
+    paragraphs = getdoc(command).split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 

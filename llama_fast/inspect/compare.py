@@ -1,8 +1,9 @@
-"""Where two passes over the same tokens part, and how their difference grows from layer to layer."""
+"""Where two passes over the same tokens part, and how their difference grows layer by layer."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,14 +25,15 @@ class Difference(NamedTuple):
     norms     of the step's tensor in each pass
     relative  the norm of their difference over the first norm; infinite where the shapes differ
     largest   difference of two elements
-    grown     how many times larger `relative` is than at the step before it that differs
+    grown     how many times larger `relative` is than at the step before it that differs; 0 at the
+              first of them
     """
 
     name: str
     norms: tuple[float, float]
     relative: float
     largest: float
-    grown: float
+    grown: float = 0.0
 
 
 @dataclass
@@ -55,9 +57,10 @@ class Comparison:
 
     @property
     def layers(self) -> list[Difference]:
-        """The residual stream before each layer and after the last."""
-        return [s for s in self.steps if s.name.endswith(".input") and "mlp" not in s.name
-                or s.name == "residual"]  # fmt: skip
+        """The residual stream before each layer and after the last; `grown` is from one to the
+        next."""
+        stream = re.compile(r"layers\.\d+\.input|residual").fullmatch
+        return _grown(step for step in self.steps if stream(step.name))
 
     def __str__(self) -> str:
         rows = [("step", "norm", "other norm", "relative difference", "largest", "grown")]
@@ -85,7 +88,6 @@ class Comparison:
 def compare(ours: Iterable[Step], theirs: dict[str, Step], tolerance: float | None) -> Comparison:
     differences: list[Difference] = []
     dtypes = set()
-    before = 0.0
     for step in ours:
         other = theirs.get(step.name)
         if other is None:
@@ -101,13 +103,19 @@ def compare(ours: Iterable[Step], theirs: dict[str, Step], tolerance: float | No
             both = torch.isneginf(a) & torch.isneginf(b)
             a, b = a.masked_fill(both, 0), b.masked_fill(both, 0)
             relative, largest = relative_rms(b, a), (b - a).abs().max().item()
-        grown = relative / before if before else 0.0
-        differences.append(Difference(step.name, norms, relative, largest, grown))
-        before = relative or before
+        differences.append(Difference(step.name, norms, relative, largest))
     if tolerance is None:
         units = (ROUNDING[dtype.itemsize] * torch.finfo(dtype).eps for dtype in dtypes)
         tolerance = max(units, default=0.0)
-    return Comparison(differences, tolerance)
+    return Comparison(_grown(differences), tolerance)
+
+
+def _grown(steps: Iterable[Difference]) -> list[Difference]:
+    found, before = [], 0.0
+    for step in steps:
+        found.append(step._replace(grown=step.relative / before if before else 0.0))
+        before = step.relative or before
+    return found
 
 
 def _norm(x: Tensor) -> float:

@@ -71,8 +71,8 @@ class Parts:
     own: bool
 
     def hooked(self) -> Iterator[tuple[nn.Module, Part]]:
-        """Yields those to watch by hooks. A patched layer of transformers makes its second norm in a
-        kernel of its own as long as the norm has no hook, so that one is found by its weight."""
+        """Yields those to watch by hooks. A patched layer of transformers makes its second norm in
+        a kernel of its own as long as the norm has no hook: that one is found by its weight."""
         patched = set() if self.own else self._patched_layers()
         for module, part in self.modules:
             if part.role != "layer" and not (part.role == "mlp_norm" and part.layer in patched):

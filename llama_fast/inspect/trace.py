@@ -135,14 +135,16 @@ class Trace:
             for id_, p in zip(found.indices.tolist(), found.values.tolist(), strict=True)
         ]
 
-    def table(self) -> str:
-        """The steps: name, shape, dtype, what made each, its time, and the bytes it had to move."""
-        rows = [("step", "shape", "", "dtype", "op", "backend", "µs", "kB moved", "rms")]
+    def rows(self) -> list[tuple]:
+        """The steps as (name, shape in letters, shape, dtype, op, backend, µs, bytes that the op
+        had to move at least, root mean square). A call that made several steps has its time and
+        bytes at the first of them; what is not known is None."""
+        rows = []
         shown: set[int] = set()
         for step in self.steps.values():
-            call, first = step.call, id(step.call) not in shown
+            call = step.call
+            timed = call if call is not None and id(call) not in shown else None
             shown.add(id(call))
-            moved = first and call is not None and call.bytes is not None
             x = step.tensor()
             rms = x.masked_fill(x.isneginf(), 0).double().square().mean().sqrt().item()
             rows.append(
@@ -151,13 +153,24 @@ class Trace:
                     f"({','.join(step.letters)})",
                     "×".join(map(str, step.shape)),
                     str(step.dtype).removeprefix("torch."),
-                    call.op if call else "",
+                    call and call.op,
                     call.backend if call else ("recomputed" if step.recomputed else "torch"),
-                    f"{call.seconds * 1e6:.1f}" if call and first else "",
-                    f"{call.bytes / 1e3:.1f}" if moved else "",
-                    f"{rms:.3g}",
+                    timed and timed.seconds * 1e6,
+                    timed and timed.bytes,
+                    rms,
                 )
             )
+        return rows
+
+    def table(self) -> str:
+        """The steps: name, shape, dtype, what made each, its time, and the bytes it had to move."""
+        rows = [("step", "shape", "", "dtype", "op", "backend", "µs", "kB moved", "rms")]
+        for *names, op, backend, us, moved, rms in self.rows():
+            cells = (
+                "" if us is None else f"{us:.1f}",
+                "" if moved is None else f"{moved / 1e3:.1f}",
+            )
+            rows.append((*names, op or "", backend, *cells, f"{rms:.3g}"))
         return aligned(rows)
 
     def compare(self, other: Trace, tolerance: float | None = None) -> Comparison:
@@ -298,9 +311,16 @@ def _tokens(given: Any, tokenizer: Any, device: torch.device) -> Tensor:
 
 
 def _piece(tokenizer: Any, id_: int) -> str | None:
-    """The token's text; None without a tokenizer, or where it has none for it."""
+    """The token's text, or its bytes where they are no whole character; None without a tokenizer,
+    or where it has none for it."""
     if tokenizer is None:
         return None
-    if isinstance(tokenizer, Tokenizer) and not 0 <= id_ < tokenizer.vocab_size:
+    if not isinstance(tokenizer, Tokenizer):
+        return tokenizer.decode([id_])
+    if not 0 <= id_ < tokenizer.vocab_size:
         return None
-    return tokenizer.decode([id_])
+    piece = tokenizer.id_to_bytes[id_]
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "".join(f"\\x{byte:02x}" for byte in piece)

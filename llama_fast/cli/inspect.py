@@ -1,0 +1,215 @@
+"""`llama-fast inspect`: what happens inside of a model with a prompt, in words and as a page."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import CheckpointError, PromptError
+from .options import (
+    Backend,
+    Debug,
+    Device,
+    DType,
+    Model,
+    Named,
+    Threads,
+    check_backend,
+    device_named,
+    example,
+    model_folder,
+    set_threads,
+)
+from .terminal import show, size, table, text_or_stdin, weights_bar
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..inspect import Comparison, Trace
+    from ..inspect.trace import Prediction
+
+EAGER = "eager"
+LISTED = 40  # tokens in the terminal; of more, the first and the last
+
+
+@example('llama-fast inspect "Once upon a time" --html page.html')
+def inspect(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="The text.", show_default="standard input, if it is a pipe"),
+    ] = None,
+    model: Model = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N|all",
+            help="Layers whose steps are shown, from 0.",
+            show_default="the first and the last",
+        ),
+    ] = None,
+    heads: Annotated[
+        str, typer.Option(metavar="N,N|all", help="Query heads whose scores are shown.")
+    ] = "all",
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also write a page with pictures, which opens without a network."
+        ),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="int4|int8|eager|DIR",
+            help="Where another run of the prompt departs: with integer weights, with every op as "
+            "it is defined, or another model of this shape.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        DType | None, typer.Option(help="Of the weights.", show_default="as stored")
+    ] = None,
+    device: Device = "auto",
+    backend: Annotated[
+        Backend | None,
+        typer.Option(
+            help="Run every op on this backend, or say why it cannot.", show_default="the fastest"
+        ),
+    ] = None,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """See what happens inside of a model: each step of a prompt, and what it predicts.
+
+    Shows the tokens, the steps of some layers with their shapes, what computed each and how long it
+    took, the likeliest next tokens, and what each layer would predict if it were the last one.
+    """
+    text = text_or_stdin(prompt, "llama-fast inspect")
+    if not text:
+        raise PromptError("the prompt is empty; give some text to look into")
+    folder = model_folder(model)
+    chosen, chosen_heads = _numbers("--layers", layers), _numbers("--heads", heads)
+    if compare not in (None, EAGER, *(named.value for named in Named)):
+        _check_folder(compare)
+
+    from ..checkpoint import open_checkpoint
+    from ..dispatch import use_backend
+    from ..inspect import trace
+    from ..model import Llama
+    from ..tokenizer import Tokenizer
+
+    set_threads(threads)
+    where = device_named(device)
+    if backend:
+        check_backend(backend.value, where.type)
+
+    def loaded(source: Path, quantize: str | None = None) -> Llama:
+        with weights_bar("Loading the weights") as progress:
+            return Llama.from_pretrained(
+                open_checkpoint(source),
+                device=where,
+                dtype=dtype and dtype.torch,
+                quantize=quantize,
+                progress=progress,
+            )
+
+    tokenizer = Tokenizer.from_pretrained(folder)
+    llama = loaded(folder)
+    if layers is None:
+        chosen = [0, llama.config.n_layers - 1]
+
+    def traced(llama: Llama) -> Trace:
+        return trace(llama, text, tokenizer, layers=chosen, heads=chosen_heads)
+
+    with use_backend(backend.value, strict=True) if backend else nullcontext():
+        trace(llama, text, tokenizer, layers=[])  # so that no time is that of a first call
+        found = traced(llama)
+        comparison = None
+        if compare is not None:
+            if compare == EAGER:
+                with use_backend(EAGER):
+                    other = traced(llama)
+            elif compare in Named.__members__:
+                other = traced(loaded(folder, compare))
+            else:
+                other = traced(loaded(Path(compare)))
+            comparison = found.compare(other)
+    show(_tokens(found), _steps(found))
+    for layer in found.layers:
+        error = f"{found.attention_error(layer):.2g}"
+        show(f"layers.{layer}: the kernel's heads are those of the recomputed scores to {error}")
+    show("\nNext token", _likely(found.next_tokens(10)))
+    show("\nWhat the residual stream predicts, by layer", _lens(found))
+    if comparison is not None:
+        show(f"\nBeside {compare}: {comparison.summary}", _differences(comparison))
+    if html is not None:
+        from ..inspect.page import write
+
+        write(html, found, comparison, compare or "")
+        show(f"{html}: {size(html.stat().st_size)}, opens in any browser")
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    """Returns the numbers of a list, or None for all."""
+    if text in (None, "all"):
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is no list of numbers; write for example {option} 0,3 or {option} all",
+            param_hint=option,
+        ) from None
+
+
+def _check_folder(compare: str) -> None:
+    if not Path(compare).is_dir():
+        raise CheckpointError(
+            f"--compare {compare}: there is no such folder; write int4, int8, eager, or the folder "
+            "of another model"
+        )
+
+
+def _tokens(trace: Trace) -> Table:
+    rows = table("position", "id", "token")
+    pairs = list(enumerate(zip(trace.tokens[0].tolist(), trace.pieces, strict=True)))
+    left_out = len(pairs) - LISTED
+    for position, (id_, piece) in pairs:
+        if left_out <= 0 or not LISTED // 2 <= position < LISTED // 2 + left_out:
+            rows.add_row(str(position), str(id_), repr(piece))
+        elif position == LISTED // 2:
+            rows.add_row("…", "", f"{left_out} more")
+    return rows
+
+
+def _steps(trace: Trace) -> Table:
+    rows = table("step", "shape", "", "dtype", "op", "backend", "µs", "moved", "rms")
+    for *names, op, backend, us, moved, rms in trace.rows():
+        time = "" if us is None else f"{us:.1f}"
+        moved = "" if moved is None else size(moved)
+        rows.add_row(*names, op or "", backend, time, moved, f"{rms:.3g}")
+    return rows
+
+
+def _likely(found: list[Prediction]) -> Table:
+    rows = table("token", "id", "probability", numbers=True)
+    for token in found:
+        rows.add_row(repr(token.piece), str(token.id), f"{token.probability:.4g}")
+    return rows
+
+
+def _lens(trace: Trace) -> Table:
+    rows = table("before layer", *map(str, range(1, 6)))
+    for layer, found in enumerate(trace.by_layer(5)):
+        name = str(layer) if layer < len(trace.lens) - 1 else "the model"
+        rows.add_row(name, *(f"{token.piece!r} {token.probability:.2g}" for token in found))
+    return rows
+
+
+def _differences(comparison: Comparison) -> Table:
+    rows = table("residual stream", "relative difference", "grown", numbers=True)
+    for step in comparison.layers:
+        grown = f"{step.grown:.3g} ×" if step.grown else ""
+        rows.add_row(step.name, f"{step.relative:.3g}", grown)
+    return rows
