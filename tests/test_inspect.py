@@ -365,6 +365,8 @@ def test_refusals(model):
     for wrong in ([], [1.5], torch.zeros(1, 2, 3, dtype=torch.int64)):
         with pytest.raises(PromptError, match="they must be some ids"):
             llama_fast.trace(model, wrong)
+    with pytest.raises(PromptError, match="from 3 to 2304, and the model has 0 to 2303"):
+        llama_fast.trace(model, [2304, 3])
     with pytest.raises(LlamaFastError, match="a Linear cannot be traced"):
         llama_fast.trace(torch.nn.Linear(2, 2), [1])
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import llama_fast
+import llama_fast.inspect.page
 from llama_fast.dispatch import wrapped_launches
 
 from . import hf_models
@@ -75,6 +76,31 @@ def test_padding_and_a_cache_of_transformers():
     scores = "layers.1.attention.masked_scores"
     assert trace[scores].shape == (1, 4, 8, 17)
     torch.testing.assert_close(trace[scores], whole[scores][:, :, 9:], rtol=1e-4, atol=1e-4)
+
+
+class Words:
+    """A tokenizer as transformers has them."""
+
+    def __call__(self, text):
+        return {"input_ids": [1, *map(len, text.split())]}
+
+    def decode(self, ids):
+        return "".join("x" * i for i in ids)
+
+
+def test_a_text_and_a_tokenizer_of_transformers():
+    trace = llama_fast.trace(hf_models.model(), "some words", Words(), layers=0)
+    assert trace.tokens.tolist() == [[1, 4, 5]] and trace.pieces == ["x", "xxxx", "xxxxx"]
+    assert trace.next_tokens(1)[0].piece == "x" * int(trace["logits"][0, -1].argmax())
+
+
+def test_attention_that_is_not_seen_is_left_out():
+    """transformers' eager attention makes no call that could be watched."""
+    model = hf_models.model(attn_implementation="eager")
+    trace = llama_fast.trace(model, hf_models.tokens(1, 5))
+    assert "layers.0.attention.output" in trace and "layers.0.attention.scores" not in trace
+    with pytest.raises(llama_fast.errors.LlamaFastError, match="SDPA"):
+        llama_fast.inspect.page.page(trace)
 
 
 def test_the_layer_that_differs_is_found_beside_a_patch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +24,7 @@ from .options import (
     model_folder,
     set_threads,
 )
-from .terminal import show, size, table, text_or_stdin, weights_bar
+from .terminal import columns, show, size, table, text_or_stdin, weights_bar
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ..inspect.trace import Prediction
 
 EAGER = "eager"
+WIDE = 130  # characters that the whole table of steps takes
 LISTED = 40  # tokens in the terminal; of more, the first and the last
 
 
@@ -184,11 +186,27 @@ def _tokens(trace: Trace) -> Table:
 
 
 def _steps(trace: Trace) -> Table:
-    rows = table("step", "shape", "", "dtype", "op", "backend", "µs", "moved", "rms")
-    for *names, op, backend, us, moved, rms in trace.rows():
-        time = "" if us is None else f"{us:.1f}"
-        moved = "" if moved is None else size(moved)
-        rows.add_row(*names, op or "", backend, time, moved, f"{rms:.3g}")
+    """On a narrow terminal names stand below their layer, and what can be done without is left
+    out."""
+    narrow = columns() < WIDE
+    more = () if narrow else ("dtype", "backend", "rms")
+    rows = table("step", "shape", "", "op", "µs", "moved", *more)
+    last = ""
+    for name, letters, shape, dtype, op, backend, us, moved, rms in trace.rows():
+        if narrow and name.startswith("layers."):
+            layer, name = re.fullmatch(r"(layers\.\d+)\.(.*)", name).groups()
+            if layer != last:
+                rows.add_row(layer)
+            name, last = f"  {name}", layer
+        rows.add_row(
+            name,
+            letters,
+            shape,
+            op or backend,
+            "" if us is None else f"{us:.1f}",
+            "" if moved is None else size(moved),
+            *(() if narrow else (dtype, backend, f"{rms:.3g}")),
+        )
     return rows
 
 

@@ -61,7 +61,7 @@ class Prediction(NamedTuple):
     probability: float
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Trace:
     """One forward pass.
 
@@ -99,6 +99,10 @@ class Trace:
                 f"{', '.join(near) or 'nothing'}"
             )
         return self.steps[name].tensor()
+
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self.tokens.shape))
+        return f"<Trace of {shape} tokens: {len(self)} steps of layers {list(self.layers)}>"
 
     def __contains__(self, name: str) -> bool:
         return name in self.steps
@@ -216,7 +220,7 @@ def trace(
     parts = parts_of(model)
     kept = _chosen("layers", layers, parts.layers)
     kept_heads = _chosen("heads", heads, parts.heads[0])
-    tokens = _tokens(tokens_or_text, tokenizer, parts.norm.weight.device)
+    tokens = _tokens(tokens_or_text, tokenizer, parts.norm.weight.device, model.config.vocab_size)
     seen = watch(model, parts, tokens, cache, frozenset(kept))
     if parts.own:
         for index in kept:
@@ -292,7 +296,7 @@ def _chosen(what: str, asked: int | Iterable[int] | None, count: int) -> tuple[i
     return tuple(sorted({number % count for number in numbers}))
 
 
-def _tokens(given: Any, tokenizer: Any, device: torch.device) -> Tensor:
+def _tokens(given: Any, tokenizer: Any, device: torch.device, vocab_size: int) -> Tensor:
     if isinstance(given, str):
         if tokenizer is None:
             raise PromptError("a text was given and no tokenizer; pass its tokenizer, or token ids")
@@ -306,6 +310,11 @@ def _tokens(given: Any, tokenizer: Any, device: torch.device) -> Tensor:
         raise PromptError(
             f"the tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be some ids, (T,) or "
             "(B,T) int64"
+        )
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise PromptError(
+            f"the tokens go from {tokens.min()} to {tokens.max()}, and the model has 0 to "
+            f"{vocab_size - 1}; give ids of its own tokenizer"
         )
     return tokens
 
