@@ -220,9 +220,7 @@ def test_a_wrong_kernel_shows(model, tokenizer):
     rows = llama_fast.dispatch.backends()["cpu"].implementations
     own = rows["attention"]
     try:
-        rows["attention"] = own._replace(
-            launch=forgetful(attention, "cpu", own.launch), prepare=None
-        )
+        rows["attention"] = own._replace(launch=forgetful(attention, "cpu", own.launch), plan=None)
         attention.forget_order()
         with llama_fast.use_backend("cpu", strict=True):
             assert llama_fast.trace(model, PROMPT, tokenizer).attention_error(0) > 0.01
@@ -376,5 +374,7 @@ def test_a_compiled_model(tokenizer):
     expected = llama_fast.trace(model, PROMPT, tokenizer)
     compiled = torch.compile(model, backend="eager")
     assert llama_fast.trace(compiled, PROMPT, tokenizer).compare(expected).first_bits is None
+    model.layers[1] = torch.compile(model.layers[1], backend="eager")
+    assert llama_fast.trace(model, PROMPT, tokenizer).compare(expected).first_bits is None
     model.compile(backend="eager")
     assert llama_fast.trace(model, PROMPT, tokenizer).compare(expected).first_bits is None
