@@ -39,8 +39,8 @@ def verdicts_here(dtype: torch.dtype) -> dict[str, dict]:
     return verdicts(dtype)
 
 
-# Name → variables of torch, oneDNN and MKL. Torch runs what it is told to, whether or not the CPU has
-# the instructions.
+# Name → variables of torch, oneDNN and MKL. Torch runs what it is told to, whether or not the CPU
+# has the instructions.
 WAYS = {
     "threads": {},
     "blocked": {},
