@@ -2,7 +2,7 @@
 
 Tests in several dtypes on several backends are the bulk of the work. On each backend one dtype runs
 in full, and of the others every third combination, so spread that each case meets each dtype, and
-each backend as well. What is marked `thorough` is left out.
+each backend as well. What is marked `thorough` is left out, and what takes very long.
 """
 
 from __future__ import annotations
@@ -14,11 +14,18 @@ import pytest
 import torch
 
 EVERY = 3
+# These take Triton's interpreter half a minute and more; shorter cases meet the same kernels.
+SLOW = (
+    "test_gradient[attention-long-float32-triton]",
+    "test_gradient[attention-long-bfloat16-triton]",
+)
 
 
 def short_run(items: list[pytest.Item]) -> list[pytest.Item]:
     """Those of `items` that run without `--all`, in their order."""
-    items = [item for item in items if not item.get_closest_marker("thorough")]
+    items = [
+        item for item in items if not item.get_closest_marker("thorough") and item.name not in SLOW
+    ]
     dtypes = defaultdict(dict)  # of each test, in the order of collection, as are the others
     for item in filter(_of_both, items):
         dtypes[item.function].setdefault(item.callspec.params["dtype"])

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from .selection import full_dtype, short_run
+from llama_fast.ops.attention import OP
+
+from .selection import SLOW, full_dtype, short_run
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["eager", "cpu-avx512_bf16", "cpu-avx2", "cpu-scalar", "triton", "cuda", "cuda-host"]
@@ -24,6 +26,7 @@ def item(case: int, at: int, backend: str, dtypes: list, marks: tuple = ()) -> S
     if backend == SKIPPED:
         marks = (*marks, "skip")
     return SimpleNamespace(
+        name=f"item[{case}-{dtypes[at]}-{backend}]",
         function=item,
         callspec=SimpleNamespace(params=params, indices=indices),
         get_closest_marker=lambda name: name if name in marks else None,
@@ -53,3 +56,10 @@ def test_no_pair_is_lost(dtypes):
 def test_what_is_marked_thorough_is_left_out():
     assert short_run([item(0, 0, "eager", DTYPES, ("thorough",))]) == []
     assert len(short_run([item(0, 0, "eager", DTYPES)])) == 1
+
+
+def test_what_takes_very_long_is_left_out():
+    slow = SimpleNamespace(name=SLOW[0], get_closest_marker=lambda name: None)
+    assert short_run([slow]) == []
+    names = {f"test_gradient[attention-{case}-float32-triton]" for case in OP.cases()}
+    assert SLOW[0] in names
