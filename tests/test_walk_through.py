@@ -1,8 +1,10 @@
-"""The pages that lead a newcomer inside the model: their code runs as it stands, in one session."""
+"""The pages that lead a newcomer inside the model: their code runs as it stands, pasted block by
+block into one session."""
 
 from __future__ import annotations
 
 import re
+from code import InteractiveConsole
 
 import pytest
 
@@ -11,11 +13,25 @@ from .test_readme import LINK, ROOT, blocks
 ENGLISH, CHINESE = "docs/walk-through.md", "docs/walk-through.zh-CN.md"
 
 
+class Session(InteractiveConsole):
+    """Python as one types into it: there, a blank line ends a statement of several lines."""
+
+    def paste(self, block: str) -> None:
+        for line in block.splitlines():
+            unfinished = self.push(line)
+        assert not unfinished, f"another paste would go on with this one: {line!r}"
+
+    def showsyntaxerror(self, *_, **__) -> None:
+        raise
+
+    showtraceback = showsyntaxerror
+
+
 @pytest.mark.parametrize("page", [ENGLISH, "docs/inspect.md"])
 def test_the_code_runs(page, capsys):
-    session: dict = {}
+    session = Session(filename=page)
     for block in blocks(page, "python"):
-        exec(compile(block, page, "exec"), session)
+        session.paste(block)
     out = capsys.readouterr().out
     assert "42\n" in out if page == ENGLISH else "layers.3.attention.scores" in out
 
