@@ -7,6 +7,11 @@ import re
 from code import InteractiveConsole
 
 import pytest
+import torch
+
+from llama_fast import Llama
+from llama_fast.config import LlamaConfig, RopeScaling
+from llama_fast.nn.rope import inverse_frequencies
 
 from .test_readme import LINK, ROOT, blocks
 
@@ -43,3 +48,17 @@ def test_both_languages_have_the_same_code_pictures_and_formulas():
     assert set(LINK.findall(english)) ^ set(LINK.findall(chinese)) == others
     shapes = re.compile(r"\([BTSHKDCFV,]{3,}\)")
     assert shapes.findall(english) == shapes.findall(chinese)
+
+
+def test_the_rotation_of_models_whose_frequencies_are_scaled():
+    """What the page says to write for them is what the model turns with."""
+    text = (ROOT / ENGLISH).read_text(encoding="utf-8")
+    (line,) = re.findall(r"`(turn = [^`]+)`", text)
+    scaling = RopeScaling(factor=32.0)
+    config = LlamaConfig(dim=64, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=9, hidden_dim=32,
+                         head_dim=32, max_seq_len=64, rope_scaling=scaling)  # fmt: skip
+    T, session = 7, {}
+    exec(line, {"torch": torch, "model": Llama(config), "T": T}, session)
+    angles = torch.arange(T)[:, None] * inverse_frequencies(32, config.rope_theta, scaling)
+    torch.testing.assert_close(session["turn"], torch.polar(torch.tensor(1.0), angles))
+    assert not torch.equal(angles, torch.arange(T)[:, None] * inverse_frequencies(32))
