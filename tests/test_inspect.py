@@ -13,6 +13,7 @@ from llama_fast import Llama, Tokenizer
 from llama_fast.cli.options import DEMO
 from llama_fast.dispatch import OPS, observed, wrapped_launches
 from llama_fast.errors import LlamaFastError, PromptError
+from llama_fast.inspect.trace import _piece
 from llama_fast.utils.compare import relative_rms
 
 PROMPT = "the answer to the ultimate question of life, the universe, and everything is "
@@ -110,6 +111,11 @@ def test_every_step_is_that_of_the_definition(model, tokenizer, mode):
 def test_pieces_that_are_no_whole_character(model, tokenizer):
     pieces = llama_fast.trace(model, "\u2028", tokenizer, layers=[]).pieces
     assert "".join(pieces[1:]) == r"\xe2\x80\xa8"
+
+
+def test_a_piece_that_ends_within_a_character(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "id_to_bytes", ("a 你好".encode()[:-1],))
+    assert _piece(tokenizer, 0) == r"a 你\xe5\xa5"
 
 
 def test_shapes_are_in_the_letters_of_the_legend(model, tokenizer):

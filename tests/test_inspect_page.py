@@ -113,8 +113,15 @@ def test_what_a_page_cannot_show_is_refused(model, tokenizer, tmp_path):
 
 @needs_chromium
 @pytest.mark.parametrize("width", [390, 1100])
-@pytest.mark.parametrize(("hash", "word"), [("", "The next token"), ("zh,dark", "下一个 token")])
-def test_chromium_opens_it(model, tokenizer, tmp_path, width, hash, word):
+@pytest.mark.parametrize(
+    ("hash", "words"),
+    [
+        ("", ["The next token", ">int4: the first", ">recomputed<", 'aria-label="32 pairs"']),
+        ("zh,dark", ["下一个 token", ">int4：第一个", ">重新计算<", 'aria-label="32 对元素"',
+                     "<title>走进模型"]),
+    ],
+)  # fmt: skip
+def test_chromium_opens_it(model, tokenizer, tmp_path, width, hash, words):
     trace = llama_fast.trace(model, PROMPT, tokenizer, layers=[0, 3])
     other = llama_fast.trace(
         Llama.from_pretrained(DEMO, device="cpu", quantize="int4"), PROMPT, tokenizer
@@ -123,7 +130,10 @@ def test_chromium_opens_it(model, tokenizer, tmp_path, width, hash, word):
     measure = f"""<script>
       document.documentElement.style.width = "{width}px";
       for (const b of document.querySelectorAll("#layers button, #views button")) b.click();
+      data.next[0][1] = "\\\\xe5".repeat(40);
       draw();
+      const next = document.getElementById("next").parentElement;
+      document.body.dataset.hidden = next.scrollWidth - next.clientWidth;
       const out = [...document.querySelectorAll("main *")].filter((e) =>
         !e.closest(".scroll table") && e.getBoundingClientRect().right > {width} + 1);
       document.body.dataset.outside = out.map((e) => e.tagName + "#" + e.id).join(" ");
@@ -144,7 +154,9 @@ def test_chromium_opens_it(model, tokenizer, tmp_path, width, hash, word):
     )  # fmt: skip
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line], done.stderr
     dom = done.stdout
-    assert word in dom and 'data-outside=""' in dom, re.search('data-outside="[^"]*"', dom)
+    assert all(word in dom for word in words)
+    assert 'data-hidden="0"' in dom, "the table of the next tokens is wider than its card"
+    assert 'data-outside=""' in dom, re.search('data-outside="[^"]*"', dom)
     painted = [int(n) for n in re.search('data-painted="([^"]*)"', dom)[1].split()]
     assert len(painted) == 5 + 2 + 3 and min(painted) > 10  # strips, spirals, a map a head
     assert dom.count('class="chip mono"') == trace.tokens.shape[1]

@@ -320,16 +320,12 @@ def _tokens(given: Any, tokenizer: Any, device: torch.device, vocab_size: int) -
 
 
 def _piece(tokenizer: Any, id_: int) -> str | None:
-    """The token's text, or its bytes where they are no whole character; None without a tokenizer,
-    or where it has none for it."""
+    """The token's text, with the bytes of no whole character as \\xe5; None without a tokenizer, or
+    where it has none for it."""
     if tokenizer is None:
         return None
     if not isinstance(tokenizer, Tokenizer):
         return tokenizer.decode([id_])
     if not 0 <= id_ < tokenizer.vocab_size:
         return None
-    piece = tokenizer.id_to_bytes[id_]
-    try:
-        return piece.decode()
-    except UnicodeDecodeError:
-        return "".join(f"\\x{byte:02x}" for byte in piece)
+    return tokenizer.id_to_bytes[id_].decode(errors="backslashreplace")
