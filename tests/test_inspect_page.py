@@ -186,10 +186,43 @@ def test_the_command_compares(run, other, said):
     ("arguments", "said"),
     [
         (["--layers", "x"], "write for example --layers 0,3 or --layers all"),
-        (["--layers", "9"], "layers has 9, and the model has layers 0 to 3"),
+        (
+            ["--layers", "0,9,-5"],
+            "--layers 9,-5: the model has layers 0 to 3; give some of these, or all",
+        ),
+        (["--heads", "3"], "--heads 3: the model has heads 0 to 2; give some of these, or all"),
         (["--compare", "int5"], "there is no such folder; write int4, int8, eager"),
     ],
 )
 def test_wrong_usage(run, arguments, said):
     code, _, err = run("inspect", PROMPT, *arguments)
     assert code in (1, 2) and said in " ".join(err.split())
+
+
+def test_folders_without_a_model(run, tmp_path):
+    for option in ("--model", "--compare"):
+        code, _, err = run("inspect", PROMPT, option, tmp_path)
+        assert code == 1 and "holds no checkpoint; give the folder of a model" in err
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("no/such/page.html", "does not exist; make it, or give another file"),
+        ("", "this is a folder; give the name of a file"),
+        ("/dev/null", "this is a device; give the name of a file"),
+        ("/proc/page.html", "no file can be written to /proc ("),
+    ],
+)
+def test_a_page_that_could_not_be_written(run, tmp_path, monkeypatch, file, said):
+    """Is refused before the model is loaded, and no folder is made for it."""
+    monkeypatch.setattr(Llama, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    code, out, err = run("inspect", PROMPT, "--html", tmp_path / file)
+    err = " ".join(err.split())
+    assert code == 1 and not out and f"--html {tmp_path / file}: " in err and said in err
+    assert "partial" not in err and not list(tmp_path.iterdir())
+
+
+def test_bytes_in_the_terminal(run):
+    _, out, _ = run("inspect", "\u2028 \\n", "--layers", "0")
+    assert r"'\xe2" in out and r"\\x" not in out and r"\\" in out

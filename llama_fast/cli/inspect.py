@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import CheckpointError, PromptError
+from ..errors import CheckpointError, LlamaFastError, PromptError
 from .options import (
     Backend,
     Debug,
@@ -29,6 +30,7 @@ from .terminal import columns, show, size, table, text_or_stdin, weights_bar
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ..checkpoint import Checkpoint, QuantizedCheckpoint
     from ..inspect import Comparison, Trace
     from ..inspect.trace import Prediction
 
@@ -92,8 +94,11 @@ def inspect(
         raise PromptError("the prompt is empty; give some text to look into")
     folder = model_folder(model)
     chosen, chosen_heads = _numbers("--layers", layers), _numbers("--heads", heads)
-    if compare not in (None, EAGER, *(named.value for named in Named)):
+    other_folder = compare not in (None, EAGER, *(named.value for named in Named))
+    if other_folder:
         _check_folder(compare)
+    if html is not None:
+        _check_html(html)
 
     from ..checkpoint import open_checkpoint
     from ..dispatch import use_backend
@@ -106,10 +111,15 @@ def inspect(
     if backend:
         check_backend(backend.value, where.type)
 
-    def loaded(source: Path, quantize: str | None = None) -> Llama:
+    checkpoint = open_checkpoint(folder)
+    _check_numbers("--layers", chosen, checkpoint.config.n_layers)
+    _check_numbers("--heads", chosen_heads, checkpoint.config.n_heads)
+    other_checkpoint = open_checkpoint(Path(compare)) if other_folder else None
+
+    def loaded(source: Checkpoint | QuantizedCheckpoint, quantize: str | None = None) -> Llama:
         with weights_bar("Loading the weights") as progress:
             return Llama.from_pretrained(
-                open_checkpoint(source),
+                source,
                 device=where,
                 dtype=dtype and dtype.torch,
                 quantize=quantize,
@@ -117,7 +127,7 @@ def inspect(
             )
 
     tokenizer = Tokenizer.from_pretrained(folder)
-    llama = loaded(folder)
+    llama = loaded(checkpoint)
     if layers is None:
         chosen = [0, llama.config.n_layers - 1]
 
@@ -132,10 +142,10 @@ def inspect(
             if compare == EAGER:
                 with use_backend(EAGER):
                     other = traced(llama)
-            elif compare in Named.__members__:
-                other = traced(loaded(folder, compare))
+            elif other_checkpoint is None:
+                other = traced(loaded(checkpoint, compare))
             else:
-                other = traced(loaded(Path(compare)))
+                other = traced(loaded(other_checkpoint))
             comparison = found.compare(other)
     show(_tokens(found), _steps(found))
     for layer in found.layers:
@@ -165,6 +175,35 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
         ) from None
 
 
+def _check_numbers(option: str, numbers: list[int] | None, count: int) -> None:
+    """Negative ones are counted from the end."""
+    wrong = [str(number) for number in numbers or () if not -count <= number < count]
+    if wrong:
+        raise LlamaFastError(
+            f"{option} {','.join(wrong)}: the model has {option.removeprefix('--')} 0 to "
+            f"{count - 1}; give some of these, or all"
+        )
+
+
+def _check_html(html: Path) -> None:
+    """Raises LlamaFastError, before any work, where the page could not be written."""
+    if html.exists() and not html.is_file():
+        kind = "a folder" if html.is_dir() else "a device"
+        raise LlamaFastError(f"--html {html}: this is {kind}; give the name of a file")
+    if not html.parent.is_dir():
+        raise LlamaFastError(
+            f"--html {html}: the folder {html.parent} does not exist; make it, or give another file"
+        )
+    try:
+        with tempfile.NamedTemporaryFile(dir=html.parent):
+            pass
+    except OSError as error:
+        raise LlamaFastError(
+            f"--html {html}: no file can be written to {html.parent} ({error.strerror}); give "
+            "another file"
+        ) from None
+
+
 def _check_folder(compare: str) -> None:
     if not Path(compare).is_dir():
         raise CheckpointError(
@@ -173,13 +212,18 @@ def _check_folder(compare: str) -> None:
         )
 
 
+def _spelled(piece: str | None) -> str:
+    """Returns a piece in quotes; bytes, which it has as \\xe5, are not escaped once more."""
+    return re.sub(r"\\\\(x[0-9a-f]{2})", r"\\\1", repr(piece))
+
+
 def _tokens(trace: Trace) -> Table:
     rows = table("position", "id", "token")
     pairs = list(enumerate(zip(trace.tokens[0].tolist(), trace.pieces, strict=True)))
     left_out = len(pairs) - LISTED
     for position, (id_, piece) in pairs:
         if left_out <= 0 or not LISTED // 2 <= position < LISTED // 2 + left_out:
-            rows.add_row(str(position), str(id_), repr(piece))
+            rows.add_row(str(position), str(id_), _spelled(piece))
         elif position == LISTED // 2:
             rows.add_row("…", "", f"{left_out} more")
     return rows
@@ -213,7 +257,7 @@ def _steps(trace: Trace) -> Table:
 def _likely(found: list[Prediction]) -> Table:
     rows = table("token", "id", "probability", numbers=True)
     for token in found:
-        rows.add_row(repr(token.piece), str(token.id), f"{token.probability:.4g}")
+        rows.add_row(_spelled(token.piece), str(token.id), f"{token.probability:.4g}")
     return rows
 
 
@@ -221,7 +265,7 @@ def _lens(trace: Trace) -> Table:
     rows = table("before layer", *map(str, range(1, 6)))
     for layer, found in enumerate(trace.by_layer(5)):
         name = str(layer) if layer < len(trace.lens) - 1 else "the model"
-        rows.add_row(name, *(f"{token.piece!r} {token.probability:.2g}" for token in found))
+        rows.add_row(name, *(f"{_spelled(token.piece)} {token.probability:.2g}" for token in found))
     return rows
 
 
