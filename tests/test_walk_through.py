@@ -46,6 +46,8 @@ def test_both_languages_have_the_same_code_pictures_and_formulas():
     english, chinese = ((ROOT / page).read_text(encoding="utf-8") for page in (ENGLISH, CHINESE))
     others = {"walk-through.md", "walk-through.zh-CN.md"}
     assert set(LINK.findall(english)) ^ set(LINK.findall(chinese)) == others
+    words = (ROOT / "llama_fast/inspect/page.html").read_text(encoding="utf-8")
+    assert not re.search("提示(?!词)", chinese + words)  # one word for a prompt
     shapes = re.compile(r"\([BTSHKDCFV,]{3,}\)")
     assert shapes.findall(english) == shapes.findall(chinese)
 
