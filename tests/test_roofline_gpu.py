@@ -100,7 +100,7 @@ def test_a_call_is_timed_in_turn_with_what_moves_as_many_bytes(bound, name, monk
 
     monkeypatch.setitem(measure.YARDSTICKS_ON_GPU, bound, (name, yardstick))
     monkeypatch.setattr(measure, "interleaved_on_gpu", on_gpu)
-    monkeypatch.setattr(measure, "_rounds_on_gpu", lambda calls, rounds: rounds)
+    monkeypatch.setattr(measure, "_rounds_on_gpu", lambda calls, rounds, device: rounds)
     row = Row("x", "x", "GB/s", 1.0, bytes=12345, bound=bound, at_best=1.0)
     calls = {"cuda": lambda: None}
     measure._time_on_gpu(row, calls, 3, False, torch.device("cuda"))
