@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ..utils.text import aligned
+
 
 @dataclass(frozen=True)
 class Row:
@@ -52,9 +54,7 @@ class Report:
         for (name, kind, op, backend, reason), modules in lines.items():
             table.append((name, kind, op, backend or "left alone", str(len(modules))))
             why.append(reason)
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        text = []
-        for cells, reason in zip(table, [None, *why], strict=True):
-            line = "  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip()
-            text.append(line if reason is None else f"{line}  {reason}")
-        return "\n".join(text)
+        return "\n".join(
+            line if reason is None else f"{line}  {reason}"
+            for line, reason in zip(aligned(table), [None, *why], strict=True)
+        )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..utils.compare import relative_rms
+from ..utils.text import aligned
 from .watch import Step
 
 # Relative differences of so many units of a dtype are rounding, by the bytes of a number. The half
@@ -69,7 +70,7 @@ class Comparison:
             mark = " ← first" if step == self.first else ""
             rows.append((step.name, *(f"{norm:.4g}" for norm in step.norms),
                          f"{step.relative:.3g}{mark}", f"{step.largest:.3g}", grown))  # fmt: skip
-        return "\n".join((aligned(rows), self.summary))
+        return "\n".join((*aligned(rows, str.rjust), self.summary))
 
     @property
     def summary(self) -> str:
@@ -120,15 +121,3 @@ def _grown(steps: Iterable[Difference]) -> list[Difference]:
 
 def _norm(x: Tensor) -> float:
     return x.masked_fill(torch.isneginf(x), 0).norm().item()
-
-
-def aligned(rows: list[tuple[str, ...]]) -> str:
-    """Returns the rows as lines, the first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

@@ -38,7 +38,8 @@ from ..generation.arguments import encode_prompts
 from ..ops.attention import softmax_weights
 from ..tokenizer import Tokenizer
 from ..utils.compare import relative_rms
-from .compare import Comparison, aligned, compare
+from ..utils.text import aligned
+from .compare import Comparison, compare
 from .parts import Part, Parts, parts_of
 from .watch import Attended, Call, Pass, Step, watch
 
@@ -175,7 +176,7 @@ class Trace:
                 "" if moved is None else f"{moved / 1e3:.1f}",
             )
             rows.append((*names, op or "", backend, *cells, f"{rms:.3g}"))
-        return aligned(rows)
+        return "\n".join(aligned(rows, str.rjust))
 
     def compare(self, other: Trace, tolerance: float | None = None) -> Comparison:
         """Says where another pass over the same tokens departs from this one.
