@@ -10,13 +10,13 @@ import typer
 
 from ..errors import LogitsError, PromptError
 from .options import (
-    Backend,
     Debug,
     Device,
     DType,
     KvCache,
     Model,
     Named,
+    OnBackend,
     Threads,
     check_backend,
     device_named,
@@ -91,12 +91,7 @@ def generate(
         ),
     ] = None,
     device: Device = "auto",
-    backend: Annotated[
-        Backend | None,
-        typer.Option(
-            help="Run every op on this backend, or say why it cannot.", show_default="the fastest"
-        ),
-    ] = None,
+    backend: OnBackend = None,
     max_seq_len: Annotated[
         int | None,
         typer.Option(

@@ -12,12 +12,12 @@ import typer
 
 from ..errors import CheckpointError, LlamaFastError, PromptError
 from .options import (
-    Backend,
     Debug,
     Device,
     DType,
     Model,
     Named,
+    OnBackend,
     Threads,
     check_backend,
     device_named,
@@ -75,12 +75,7 @@ def inspect(
         DType | None, typer.Option(help="Of the weights.", show_default="as stored")
     ] = None,
     device: Device = "auto",
-    backend: Annotated[
-        Backend | None,
-        typer.Option(
-            help="Run every op on this backend, or say why it cannot.", show_default="the fastest"
-        ),
-    ] = None,
+    backend: OnBackend = None,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:

@@ -89,6 +89,12 @@ Device = Annotated[
     str,
     typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 …; auto: a GPU if there is one."),
 ]
+OnBackend = Annotated[
+    Backend | None,
+    typer.Option(
+        help="Run every op on this backend, or say why it cannot.", show_default="the fastest"
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
