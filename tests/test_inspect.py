@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -128,9 +129,9 @@ def test_shapes_are_in_the_letters_of_the_legend(model, tokenizer):
         assert step.shape == tuple((sizes | asked_heads)[letter] for letter in step.letters), name
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_pass_is_the_one_that_runs_without_it(model, tokenizer, mode):
-    """The logits have the same bits, and the ops are called with the same backends."""
+@contextmanager
+def launches() -> Iterator[list[tuple[str, str]]]:
+    """Inside the block, the label and the backend of every launch are added to the list."""
     seen = []
 
     def spy(op, backend, launch):
@@ -140,9 +141,16 @@ def test_the_pass_is_the_one_that_runs_without_it(model, tokenizer, mode):
 
         return launched
 
+    with wrapped_launches(spy):
+        yield seen
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_pass_is_the_one_that_runs_without_it(model, tokenizer, mode):
+    """The logits have the same bits, and the ops are called with the same backends."""
     with MODES[mode]():
         trace = llama_fast.trace(model, PROMPT, tokenizer)
-        with wrapped_launches(spy):
+        with launches() as seen:
             logits = model(trace.tokens)
         assert torch.equal(trace["logits"], logits)
     called = [(call.op, call.backend) for call in trace.calls if call.backend != "torch"]

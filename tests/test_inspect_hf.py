@@ -7,10 +7,9 @@ import torch
 
 import llama_fast
 import llama_fast.inspect.page
-from llama_fast.dispatch import wrapped_launches
 
 from . import hf_models
-from .test_inspect import MODES, hooks
+from .test_inspect import MODES, hooks, launches
 
 pytest.importorskip("transformers")
 
@@ -20,21 +19,6 @@ NAMES = {
     "attention.weights", "attention.heads", "attention.output", "input", "mlp.input", "mlp.norm",
     "mlp.gate", "mlp.up", "mlp.hidden", "mlp.output",
 }  # fmt: skip
-
-
-def launches(model, ids) -> list[tuple[str, str]]:
-    seen = []
-
-    def spy(op, backend, launch):
-        def launched(*args):
-            seen.append((op.label(*args), backend))
-            return launch(*args)
-
-        return launched
-
-    with wrapped_launches(spy):
-        model(ids)
-    return seen
 
 
 @pytest.mark.parametrize("family", hf_models.FAMILIES)
@@ -47,7 +31,8 @@ def test_patched_beside_not(family, mode):
         expected = model(ids).logits
         assert torch.equal(plain["logits"], expected)
         with llama_fast.patch(model):
-            unwatched = launches(model, ids)
+            with launches() as unwatched:
+                model(ids)
             patched = llama_fast.trace(model, ids)
             assert torch.equal(patched["logits"], model(ids).logits)
     called = [(call.op, call.backend) for call in patched.calls if call.backend != "torch"]
