@@ -18,8 +18,6 @@ VARIABLES = {
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     }
 }
-# `make build/llama-cpp-avx2` installs it there.
-LLAMA_CPP = Path(__file__).parent.parent / "build"
 _held_to: str | None = None
 
 
@@ -49,7 +47,8 @@ def hold_our_kernels(name: str) -> None:
 
 
 def llama_cpp_folder(name: str) -> Path:
-    return LLAMA_CPP / f"llama-cpp-{name}"
+    """Returns where `make build/llama-cpp-avx2` installs it."""
+    return Path(__file__).parent.parent / "build" / f"llama-cpp-{name}"
 
 
 def no_llama_cpp() -> str | None:
