@@ -6,6 +6,8 @@ from ..errors import TokenizerError
 
 BOS, EOS, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 EOM, PAD = "<|eom_id|>", "<|finetune_right_pad_id|>"
+START_HEADER, END_HEADER = "<|start_header_id|>", "<|end_header_id|>"
+PYTHON_TAG = "<|python_tag|>"
 N_SPECIALS = 256
 # The file of Meta and that of Hugging Face.
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -20,11 +22,11 @@ _NAMED = {
     1: (EOS, EOS, EOS),
     4: (None, PAD, PAD),
     5: (None, "<|step_id|>", None),
-    6: ("<|start_header_id|>", "<|start_header_id|>", "<|start_header_id|>"),
-    7: ("<|end_header_id|>", "<|end_header_id|>", "<|end_header_id|>"),
+    6: (START_HEADER, START_HEADER, START_HEADER),
+    7: (END_HEADER, END_HEADER, END_HEADER),
     8: (None, EOM, EOM),
     9: (EOT, EOT, EOT),
-    10: (None, "<|python_tag|>", "<|python_tag|>"),
+    10: (None, PYTHON_TAG, PYTHON_TAG),
     11: (None, "<|image|>", None),
 }
 
