@@ -24,14 +24,13 @@ from .chat_calls import AFTER_PYTHON_TAG, json_text, write_calls
 from .chat_decode import decode_message
 from .chat_encoded import Encoded, Owner
 from .chat_messages import BUILTIN_TOOLS, CODE, Message, ToolCall, as_messages
-from .chat_prompts import custom_tools_text, hf_tools_text
+from .chat_prompts import DATE, custom_tools_text, hf_tools_text
 from .chat_tools import ToolDefinition, as_tools
 from .special_tokens import BOS, END_HEADER, EOM, EOT, PYTHON_TAG, START_HEADER
 from .tokenizer import Tokenizer
 
 RELEASES = ("3.0", "3.1", "3.2", "3.3")
 FORMS = ("meta", "hf")
-DATE = "26 Jul 2024"  # of the templates of 3.1 and 3.3 where they are given none
 # How a release is told to write calls of custom tools in Meta's form.
 STYLES = {"3.0": "json", "3.1": "json", "3.2": "python_list", "3.3": "python_list"}
 
@@ -81,6 +80,9 @@ class ChatFormat:
         self.tokenizer, self.release, self.form, self.date = tokenizer, release, form, date
         self.tool_style = tool_style or ("json" if form == "hf" else STYLES[release])
         self._id = tokenizer.specials
+        # An added word that ends a text is a control token too.
+        stops = tokenizer.stop_ids
+        self._words = {word: id_ for word, id_ in tokenizer.added.items() if id_ not in stops}
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Tokenizer, *, date: str = DATE) -> ChatFormat:
@@ -157,9 +159,10 @@ class ChatFormat:
 
     def _content(self, parts: Sequence[str]) -> list[int]:
         """Ids of content in which <|python_tag|> stands between its parts."""
-        ids = self.tokenizer.encode(parts[0])
-        for part in parts[1:]:
-            ids += [self._id[PYTHON_TAG], *self.tokenizer.encode(part)]
+        ids: list[int] = []
+        for n, part in enumerate(parts):
+            ids += [self._id[PYTHON_TAG]] if n else []
+            ids += self.tokenizer.encode_words(part, self._words)
         return ids
 
     # Meta's form ---------------------------------------------------------------------------------

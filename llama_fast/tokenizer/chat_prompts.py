@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from .chat_calls import json_text
 from .chat_tools import ToolDefinition
 
+DATE = "26 Jul 2024"  # of the templates of 3.1 and 3.3 where they are given none
+
 _HF = (
     "Given the following functions, please respond with a JSON for a function call "
     "with its proper arguments that best answers the given prompt.\n\n"

@@ -52,10 +52,10 @@ class Tokenizer:
     added: further whole words, text to id, found in any text before the pattern splits it.
     bos, eos: which of these begin and end a text, where they do not have Llama 3's names.
 
-    Attributes: n_ranks; vocab_size (ranks, specials and added words); specials (name to id) and
-    special_names (id to name); bos_id, eos_id, eot_id, eom_id and pad_id, each None where the
-    vocabulary has no such token (3.0 has no eom and no pad); stop_ids; id_to_bytes (tuple of bytes,
-    a special's being its name in UTF-8).
+    Attributes: n_ranks; vocab_size (ranks, specials and added words); specials (name to id),
+    special_names (id to name) and added (word to id); bos_id, eos_id, eot_id, eom_id and pad_id,
+    each None where the vocabulary has no such token (3.0 has no eom and no pad); stop_ids;
+    id_to_bytes (tuple of bytes, a special's being its name in UTF-8).
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class Tokenizer:
             specials = special_ids(specials, self.n_ranks)
         self.specials = dict(specials)
         self.special_names = {id_: name for name, id_ in self.specials.items()}
-        self._added = dict(added or {})
-        named = self.specials | self._added
+        self.added = dict(added or {})
+        named = self.specials | self.added
         self.bos_id = named.get(BOS, named.get(bos))
         self.eos_id = named.get(EOS, named.get(eos))
         self.eot_id, self.eom_id, self.pad_id = (named.get(name) for name in (EOT, EOM, PAD))
@@ -91,7 +91,7 @@ class Tokenizer:
         self.stop_ids = frozenset(ends - {None})
 
         words = {id_: name.encode() for name, id_ in named.items()}
-        if len(words) < len(self.specials) + len(self._added):
+        if len(words) < len(self.specials) + len(self.added):
             raise TokenizerError("two special tokens or added words have the same name or id")
         self.vocab_size = max(self.n_ranks, 1 + max(words, default=-1))
         beyond = sum(id_ >= self.n_ranks for id_ in words)
@@ -205,7 +205,7 @@ class Tokenizer:
         Raises TokenizerError where the file cannot be written or the format cannot hold the
         vocabulary: it has room for no added words and for no other specials than the tables'.
         """
-        if self._added or all(special_ids(t, self.n_ranks) != self.specials for t in TABLES):
+        if self.added or all(special_ids(t, self.n_ranks) != self.specials for t in TABLES):
             raise TokenizerError(
                 "Meta's format cannot hold this vocabulary's own special tokens and added words; "
                 "keep its tokenizer.json"
@@ -239,15 +239,7 @@ class Tokenizer:
         the input with errors="replace" to be rid of them), a refused or an unknown special, and a
         begin or end that the vocabulary does not have.
         """
-        if not isinstance(text, str):
-            raise TokenizerError(f"encode takes a str, not {type(text).__name__}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"character {error.start} is a lone surrogate (U+{ord(text[error.start]):04X}), "
-                'which is not text; decode the input with errors="replace"'
-            ) from None
+        _check_text(text)
         allowed = self._names("allowed_special", allowed_special)
         refused = self._names("disallowed_special", disallowed_special)
         for name in refused - allowed if disallowed_special == "all" else refused:
@@ -266,15 +258,22 @@ class Tokenizer:
                     f"leave it out, or name the token: Tokenizer(…, {end}=NAME), in a folder "
                     f'"{end}_token" of {TOKENIZER_CONFIG}'
                 )
-        whole = self._added | {name: self.specials[name] for name in allowed}
         ids = [self.bos_id] if bos else []
-        for n, part in enumerate(_splitter(frozenset(whole)).split(text) if whole else (text,)):
+        ids += self.encode_words(text, self.added | {name: self.specials[name] for name in allowed})
+        return [*ids, self.eos_id] if eos else ids
+
+    def encode_words(self, text: str, words: Mapping[str, int]) -> list[int]:
+        """The ids of `text`, in which these whole words, and no other specials and added words,
+        become their ids. Raises as encode."""
+        _check_text(text)
+        ids: list[int] = []
+        for n, part in enumerate(splitter(frozenset(words)).split(text) if words else (text,)):
             if n % 2:  # re.split: the separators stand at the odd places
-                ids.append(whole[part])
+                ids.append(words[part])
             else:
                 for piece in _slices(part):
                     ids += self._bpe.encode_ordinary(piece)
-        return [*ids, self.eos_id] if eos else ids
+        return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises as decode_bytes."""
@@ -325,8 +324,21 @@ class StreamDecoder:
         return rest
 
 
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise TokenizerError(f"encode takes a str, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"character {error.start} is a lone surrogate (U+{ord(text[error.start]):04X}), "
+            'which is not text; decode the input with errors="replace"'
+        ) from None
+
+
 @functools.lru_cache(maxsize=16)
-def _splitter(names: frozenset[str]) -> re.Pattern[str]:
+def splitter(names: frozenset[str]) -> re.Pattern[str]:
+    """Returns a pattern that finds these names, the longest first, as its one group."""
     longest_first = sorted(names, key=lambda name: (-len(name), name))
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
