@@ -25,6 +25,19 @@ class PromptError(LlamaFastError):
     """A prompt or a message that the model cannot be given: empty, too long, malformed."""
 
 
+class DataError(LlamaFastError):
+    """A file of training data that cannot be read, or a row in it that cannot be trained on.
+
+    file, line: where; None where it is no matter of a file or of a line (counted from 1). reason:
+    the text without these.
+    """
+
+    def __init__(self, reason: str, file: object = None, line: int | None = None) -> None:
+        self.reason, self.file, self.line = reason, file, line
+        place = "" if file is None else f"{file}: " if line is None else f"{file}, line {line}: "
+        super().__init__(place + reason)
+
+
 class LogitsError(LlamaFastError):
     """Logits from which no token can be drawn, since they are NaN or infinite."""
 

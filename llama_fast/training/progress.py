@@ -1,11 +1,13 @@
-"""The progress bar of a training: step, loss, tokens per second, time left."""
+"""Progress bars: of a training (step, loss, tokens per second, time left), and of its data."""
 
 from __future__ import annotations
 
 import time
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
@@ -54,3 +56,31 @@ class TrainingProgress:
             self._bar.console.print(
                 f"step {step}: loss {loss:.3f}, held-out loss {held_out_loss:.3f}"
             )
+
+
+class ReadingProgress:
+    """A bar of bytes read and encoded, on the error stream, for more than `least` bytes and where
+    that is a terminal; otherwise it shows nothing."""
+
+    def __init__(self, total: int, *, shown: bool, least: int = 2_000_000) -> None:
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("reading"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (shown and total > least and console.is_terminal),
+            transient=True,
+        )
+        self._task = self._bar.add_task("read", total=total)
+
+    def __enter__(self) -> ReadingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def advance(self, n_bytes: int) -> None:
+        self._bar.advance(self._task, n_bytes)

@@ -1,0 +1,122 @@
+"""The cache of encoded files: it saves tokenising, and is never wrong."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from llama_fast.errors import DataError
+from llama_fast.tokenizer import ChatFormat, Tokenizer
+from llama_fast.training import read
+
+from .test_chat import demo  # noqa: F401  a fixture
+from .training_rows import MIXED, dialog, write
+
+
+def counted(monkeypatch) -> list[str]:
+    """The texts that a tokenizer encodes from now on."""
+    seen = []
+    encode = Tokenizer.encode_words
+    monkeypatch.setattr(
+        Tokenizer,
+        "encode_words",
+        lambda self, text, words: seen.append(text) or encode(self, text, words),
+    )
+    return seen
+
+
+def same(a, b) -> bool:
+    first, second = (data.batch(range(len(data))) for data in (a, b))
+    return all(torch.equal(x, y) for x, y in zip(first[:3], second[:3], strict=True))
+
+
+def test_a_second_read_does_not_tokenise_again(demo, tmp_path, monkeypatch):  # noqa: F811
+    for n in range(3):
+        write(tmp_path, f"{n}.jsonl", [MIXED, dialog(f"é{n}")])
+    (tmp_path / "t.txt").write_text("Once upon a time. " * 20)
+    cache = tmp_path / "cache"
+    first = read(tmp_path, demo, cache=cache, block=500)
+    assert first.report.cached == 0 and len(list(cache.iterdir())) == 4
+    seen = counted(monkeypatch)
+    second = read(tmp_path, demo, cache=cache, block=500)
+    assert second.report.cached == 4 and not seen
+    assert same(first, second) and second.fingerprint() == first.fingerprint()
+    assert "4 from the cache" in str(second.report)
+    assert isinstance(second.sources[0].ids, np.memmap)
+    # Ids are kept before they are packed: another block needs no new ones.
+    assert same(
+        read(tmp_path, demo, cache=cache, block=400), read(tmp_path, demo, cache=None, block=400)
+    )
+    seen.clear()
+    read(tmp_path, demo, cache=cache, block=400)
+    assert not seen
+    # One file more is one entry more.
+    write(tmp_path, "4.jsonl", [dialog("new")])
+    assert read(tmp_path, demo, cache=cache, block=500).report.cached == 4
+
+
+def test_an_entry_is_of_all_that_it_follows_from(demo, tmp_path):  # noqa: F811
+    path, cache = write(tmp_path, "a.jsonl", [MIXED]), tmp_path / "cache"
+    read(path, demo, cache=cache)
+    for change in (
+        {"train_on": "last"},
+        {"chat": ChatFormat(demo, "3.1", date="1 Jan 2025")},
+        {"tokenizer": Tokenizer(demo.id_to_bytes[: demo.n_ranks], specials="hf")},
+    ):
+        given_ = {"tokenizer": demo, **change}
+        found = read(path, cache=cache, **given_)
+        assert found.report.cached == 0
+        assert same(found, read(path, **given_))
+        assert read(path, cache=cache, **given_).report.cached == 1
+    path.write_text(path.read_text().replace("first", "other"))
+    assert read(path, demo, cache=cache).report.cached == 0
+    # The same content under another name is the same entry, and its faults name the new file.
+    moved = path.rename(tmp_path / "b.jsonl")
+    assert read(moved, demo, cache=cache).report.cached == 1
+
+
+def test_damaged_entries_are_made_anew(demo, tmp_path):  # noqa: F811
+    path, cache = write(tmp_path, "a.jsonl", [MIXED] * 3), tmp_path / "cache"
+    wanted = read(path, demo)
+    read(path, demo, cache=cache)
+    (entry,) = cache.iterdir()
+    whole = entry.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-5] ^= 1
+    for damage in (b"", whole[:7], whole[:40], whole[:-4], bytes(flipped), b"\xff" * 200,
+                   whole.replace(b'"I32"', b'"F32"'),
+                   whole.replace(b"__metadata__", b"__metaxxxx__")):  # fmt: skip
+        entry.write_bytes(damage)
+        found = read(path, demo, cache=cache)
+        assert found.report.cached == 0 and same(found, wanted)
+        assert read(path, demo, cache=cache).report.cached == 1
+    assert [p.name for p in cache.iterdir()] == [entry.name]
+
+
+def test_faults_are_kept_in_the_cache(demo, tmp_path):  # noqa: F811
+    path, cache = write(tmp_path, "a.jsonl", [dialog(), "{", dialog()]), tmp_path / "cache"
+    with pytest.raises(DataError, match="line 2"):
+        read(path, demo, cache=cache)
+    assert not cache.exists()
+    first = read(path, demo, cache=cache, on_error="skip")
+    second = read(path, demo, cache=cache, on_error="skip")
+    assert second.report.cached == 1 and second.report.dropped == first.report.dropped
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: the line is no JSON"):
+        read(path, demo, cache=cache)
+
+
+def test_megabytes_are_read_within_seconds(demo, tmp_path):  # noqa: F811
+    text = "Once upon a time there was a small dog who ran home. 从前有一只小狗。\n"
+    path = tmp_path / "a.txt"
+    path.write_text(text * (1_000_000 // len(text.encode())))
+    started = time.process_time()
+    read(path, demo, cache=tmp_path / "cache")
+    first = time.process_time() - started
+    started = time.process_time()
+    assert read(path, demo, cache=tmp_path / "cache").report.cached == 1
+    second = time.process_time() - started
+    # 5 MB within seconds, on a machine of any age; and from the cache nothing is encoded.
+    assert first < 6 and second < first / 3
