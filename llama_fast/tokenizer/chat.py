@@ -80,6 +80,7 @@ class ChatFormat:
         self.tokenizer, self.release, self.form, self.date = tokenizer, release, form, date
         self.tool_style = tool_style or ("json" if form == "hf" else STYLES[release])
         self._id = tokenizer.specials
+        self._headers: dict[str, list[int]] = {}
         # An added word that ends a text is a control token too.
         stops = tokenizer.stop_ids
         self._words = {word: id_ for word, id_ in tokenizer.added.items() if id_ not in stops}
@@ -144,8 +145,11 @@ class ChatFormat:
 
     def header(self, role: str) -> list[int]:
         """Returns the ids before a message's content."""
-        text = self.tokenizer.encode
-        return [self._id[START_HEADER], *text(role), self._id[END_HEADER], *text("\n\n")]
+        if role not in self._headers:
+            text = self.tokenizer.encode
+            header = [self._id[START_HEADER], *text(role), self._id[END_HEADER], *text("\n\n")]
+            self._headers[role] = header
+        return list(self._headers[role])
 
     def decode_message(
         self, found: str | Sequence[int], *, tools: Iterable[Any] | None = None

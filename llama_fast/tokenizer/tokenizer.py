@@ -298,7 +298,8 @@ class Tokenizer:
         if value == "all":
             return frozenset(self.specials)
         names = frozenset([value] if isinstance(value, str) else value)
-        for name in names - self.specials.keys():
+        if unknown := [name for name in names if name not in self.specials]:
+            name = min(unknown)
             raise TokenizerError(f"{argument}: {name!r} is not a special token of this vocabulary")
         return names
 
@@ -351,7 +352,9 @@ def _slices(text: str) -> Iterator[str]:
         if limit - start > MAX_RUN:
             runs = (m.span() for m in _RUNS.finditer(text, start, limit))
             limit = next((a + MAX_RUN for a, b in runs if b - a > MAX_RUN), limit)
-        if limit < len(text):
+        if limit < len(text) and (line := _last_line(text, start, limit)):
+            limit = line
+        elif limit < len(text):
             # A piece that ends before the limit and not in whitespace ends there in the whole text
             # too: only whitespace looks further ahead than to the next character.
             ends = (m.end() for m in PIECES.finditer(text, start, limit))
@@ -359,3 +362,12 @@ def _slices(text: str) -> Iterator[str]:
             limit = sure[-1] if sure else limit
         yield text[start:limit]
         start = limit
+
+
+def _last_line(text: str, start: int, limit: int) -> int:
+    """The last place of start+1 … limit-1 where a line begins with something else than whitespace,
+    0 where there is none. No piece goes over such a place, so it needs no search for pieces."""
+    at = text.rfind("\n", start, limit - 1)
+    while at > start and text[at + 1].isspace():
+        at = text.rfind("\n", start, at)
+    return at + 1 if at > start else 0
