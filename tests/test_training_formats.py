@@ -85,6 +85,18 @@ CALLS = Message("assistant", "", (CALL,))
             Preference(Completion("p", "c"), Completion("p", "r")),
         ),
         (
+            {"instruction": "Q?", "input": "", "chosen": "Yes.", "rejected": "No."},
+            Preference(Dialog((U("Q?"), A("Yes."))), Dialog((U("Q?"), A("No.")))),
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "Q?"}],
+                "chosen": {"from": "gpt", "value": "Yes."},
+                "rejected": {"from": "gpt", "value": "No."},
+            },
+            Preference(Dialog((U("Q?"), A("Yes."))), Dialog((U("Q?"), A("No.")))),
+        ),
+        (
             {"chosen": dialog()["messages"], "rejected": dialog(answer="No.")["messages"]},
             Preference(Dialog((U("Q?"), A("Yes."))), Dialog((U("Q?"), A("No.")))),
         ),

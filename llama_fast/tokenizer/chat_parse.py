@@ -11,6 +11,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from ..errors import JSON_ERRORS
@@ -24,6 +25,7 @@ _LIKE_LIST = re.compile(r"\[\s*[^\W\d][\w.]*\(")
 _LIKE_JSON = re.compile(r'\[?\s*\{\s*"(?:type|name|function)"')
 # Keys of a call. More would be lost, so such an object is no call.
 _KEYS = {"type", "name", "parameters", "arguments", "id", "function"}
+_MOST_TRIES = 16  # lines that look like calls; more would take time that grows with their square
 _WORDS = {"true": True, "false": False, "null": None}
 # What ast and json raise for text that is no Python, no JSON, or too deep for them.
 _NO_PYTHON = (*JSON_ERRORS, SyntaxError, MemoryError, TypeError)
@@ -49,7 +51,9 @@ def read_calls(
         return text, (), None
     fault = None
     # The whole text, or the lines from one on to the end: text before a call is content.
-    for at in (m.end() for m in re.finditer(r"\A\s*|\n[ \t]*", text)):
+    starts = (m.end() for m in re.finditer(r"\A\s*|\n[ \t]*", text))
+    likely = (at for at in starts if _LIKE_JSON.match(text, at) or _LIKE_LIST.match(text, at))
+    for at in islice(likely, _MOST_TRIES):
         for looks, read in ((_LIKE_JSON, _json_calls), (_LIKE_LIST, _python_calls)):
             if not looks.match(text, at):
                 continue

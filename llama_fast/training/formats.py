@@ -5,7 +5,8 @@ instruction, input?, output         alpaca; system?, history? (pairs of a questi
 conversations: [{from, value}]      ShareGPT; system?, tools?
 messages: [{role, content}]         OpenAI, content parts and tool_calls included; tools?
 prompt, completion                  two texts, or two lists of messages
-prompt, chosen, rejected            preferences, for DPO
+prompt, chosen, rejected            preferences, for DPO; or conversations, or instruction, in
+                                    the prompt's place
 """
 
 from __future__ import annotations
@@ -72,14 +73,14 @@ def parse_row(value: Any) -> Row:
         value = {"text": value}
     if not isinstance(value, Mapping):
         raise DataError(f"a row is {_kind(value)}; an object with named values is needed")
+    if "chosen" in value and "rejected" in value:
+        return Preference(*(_answer(value, key) for key in ("chosen", "rejected")))
     if "messages" in value:
         messages = [Message.from_dict(m) for m in _list(value, "messages")]
         return _dialog(_with_system(value, messages), value)
     if "conversations" in value:
         messages = [_sharegpt(turn) for turn in _list(value, "conversations")]
         return _dialog(_with_system(value, messages), value)
-    if "chosen" in value and "rejected" in value:
-        return Preference(*(_answer(value, key) for key in ("chosen", "rejected")))
     if "prompt" in value and "completion" in value:
         return _answer(value, "completion")
     if "instruction" in value and "output" in value:
@@ -215,8 +216,15 @@ def _alpaca(row: Mapping[str, Any]) -> Dialog:
 
 
 def _answer(row: Mapping[str, Any], key: str) -> Dialog | Completion:
-    """The prompt with one of its answers, both texts or both lists of messages."""
+    """The prompt with one of its answers: both texts, both lists of messages, or a dialog of
+    ShareGPT's or a question of alpaca's with its answer."""
     prompt, answer = row.get("prompt"), row[key]
+    if "conversations" in row:
+        before = _list(row, "conversations")
+        messages = [_sharegpt(turn) for turn in (*before, answer)]
+        return _dialog(_with_system(row, messages), row)
+    if "instruction" in row and prompt is None:
+        return _alpaca({**row, "output": answer})
     if isinstance(answer, list):
         # The prompt of a preference may be a part of both of its answers.
         before = [] if prompt is None else _list(row, "prompt")
