@@ -152,7 +152,10 @@ def stems(folder: str, suffix: str) -> set[str]:
 
 OP_HELPERS = {
     "__init__",
+    "attention_cases",
+    "attention_checks",
     "checks",
+    "documents",
     "inputs",
     "linear_cases",
     "logits",

@@ -626,6 +626,7 @@ def attention(
     need_lse: bool,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the op attention of llama_fast.ops.attention: (o, lse)."""
     scales = None if k_scale is None else (k_scale, v_scale)
@@ -727,6 +728,7 @@ def attention_backward(
     causal: bool,
     scale: float | None,
     lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the op attention_backward of llama_fast.ops.attention: (dq, dk, dv)."""
     B, T, H, D = q.shape

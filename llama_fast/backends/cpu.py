@@ -16,7 +16,8 @@ from torch.utils.dlpack import from_dlpack
 
 from ..dispatch import OPS, Backend, Implementation, nothing, register_backend
 from ..ops import cross_entropy
-from ..ops.attention import head_dim_reasons, lse_dtype, too_long
+from ..ops.attention import lse_dtype
+from ..ops.attention_checks import head_dim_reasons, too_long
 from ..ops.kv_append import too_long as too_long_for_cache
 from . import composed, limits
 from .cpu_step import CpuRecorder
@@ -138,13 +139,15 @@ def _kv_append(
     return launch
 
 
-def _attention(q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None) -> Launcher:
+def _attention(
+    q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None, cu_seqlens=None
+) -> Launcher:
     (B, T, H, _), S = q.shape, k.shape[1]
     new, no_lse = _maker(q), torch.empty(0, dtype=lse_dtype(q.dtype), device="cpu")
     new_lse = _maker(no_lse, (B, H, T) if need_lse else (0,))
 
     def launch(
-        q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None
+        q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None, cu_seqlens=None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         o, lse = new(), new_lse()
         row = _cpu.attention(q, k, v, causal, scale, lengths, k_scales, v_scales, o, lse)
@@ -165,10 +168,13 @@ def _attention_unsupported(
     need_lse: bool,
     k_scales: torch.Tensor | None = None,
     v_scales: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> list[str]:
     reasons = limits.reasons(q.dtype, q=q, k=k, v=v) + head_dim_reasons(q.shape[-1])
     if lengths is not None and not lengths.is_contiguous():
         reasons.append("lengths is not contiguous")
+    if cu_seqlens is not None:
+        reasons.append("it has no kernel for packed documents (cu_seqlens)")
     return reasons
 
 

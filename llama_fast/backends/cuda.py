@@ -253,7 +253,7 @@ WIDE_BYTES = 2**28
 
 
 def _attention(
-    q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None
+    q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None, cu_seqlens=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     B, T, H, D = q.shape
@@ -284,6 +284,7 @@ def _attention_unsupported(
     need_lse: bool,
     k_scales: torch.Tensor | None = None,
     v_scales: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> list[str]:
     found = limits.reasons(q.dtype, q=q, k=k, v=v)
     if q.dtype is torch.float32:
@@ -295,6 +296,8 @@ def _attention_unsupported(
             found.append(f"the heads of {name} do not all lie multiples of 16 bytes apart")
     if lengths is not None and not lengths.is_contiguous():
         found.append("lengths is not contiguous")
+    if cu_seqlens is not None:
+        found.append("it has no kernel for packed documents (cu_seqlens)")
     return found
 
 

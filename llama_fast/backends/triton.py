@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..dispatch import OPS, Backend, Implementation, register_backend
-from ..ops.attention import head_dim_reasons
+from ..ops.attention_checks import head_dim_reasons
 from ..ops.cross_entropy import chunked
 from ..utils.environment import triton_interpreter
 from . import composed
@@ -98,20 +98,24 @@ def _kv_append(
     return stride_reasons(q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
 
 
-def _attention(q, k, v, causal, scale, lengths, need_lse, k_scale=None, v_scale=None) -> list[str]:
-    return attention_reasons(q, k, v, scale, lengths)
+def _attention(
+    q, k, v, causal, scale, lengths, need_lse, k_scale=None, v_scale=None, cu_seqlens=None
+) -> list[str]:
+    return attention_reasons(q, k, v, scale, lengths, cu_seqlens)
 
 
-def _attention_backward(q, k, v, o, lse, causal, scale, lengths) -> list[str]:
-    return attention_reasons(q, k, v, scale, lengths) + stride_reasons(o=o)
+def _attention_backward(q, k, v, o, lse, causal, scale, lengths, cu_seqlens=None) -> list[str]:
+    return attention_reasons(q, k, v, scale, lengths, cu_seqlens) + stride_reasons(o=o)
 
 
-def attention_reasons(q, k, v, scale, lengths) -> list[str]:
+def attention_reasons(q, k, v, scale, lengths, cu_seqlens) -> list[str]:
     reasons = stride_reasons(q=q, k=k, v=v) + head_dim_reasons(q.shape[-1])
     if scale is not None and not scale > 0:
         reasons.append(f"scale is {scale}; it must be positive")
     if lengths is not None and not lengths.is_contiguous():
         reasons.append("lengths is not contiguous")
+    if cu_seqlens is not None:
+        reasons.append("it has no kernel for packed documents (cu_seqlens)")
     return reasons
 
 

@@ -28,7 +28,8 @@ def reference(op: Op, args: tuple, which: str) -> tuple[Tensor, ...]:
     which  FORWARD: the outputs; BACKWARD: the gradients of `gradients_of` the outputs; BOTH: both,
            of an op that makes its gradients in the forward pass
     """
-    if op.name == "attention" and _scores(args) * 8 > EXACT_BYTES:
+    whole = op.label(*args) != "attention packed"  # the definition takes documents one by one
+    if op.name == "attention" and whole and _scores(args) * 8 > EXACT_BYTES:
         return _attention_in_parts(op, args, which)
     # Of a quantised weight the definition itself takes a block of rows at a time.
     if op.label(*args) == "linear_cross_entropy" and which != BACKWARD:
@@ -113,7 +114,7 @@ def _blocks(rows: int, width: int) -> Iterator[slice]:
 def _attention_in_parts(op: Op, args: tuple, which: str) -> tuple[Tensor, ...]:
     """A sequence, a KV head and a block of queries at a time: each query sees the keys up to its
     own, and the gradients of keys and values are sums over the blocks."""
-    q, k, v, causal, scale, lengths, need_lse, *kv_scales = args
+    q, k, v, causal, scale, lengths, need_lse, *kv_scales, _ = args
     B, T, H, _ = q.shape
     S, K = k.shape[1:3]
     G = H // K

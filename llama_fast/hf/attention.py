@@ -20,7 +20,7 @@ from transformers.models.llama import modeling_llama
 
 from .. import ops
 from ..dispatch import ORDER, backends, needs_dispatcher
-from ..ops.attention import head_dim_reasons
+from ..ops.attention_checks import head_dim_reasons
 from .conditions import fits, is_learnt, needs_gradient
 
 NAME = "llama_fast"

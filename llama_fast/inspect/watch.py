@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..dispatch import Op, wrapped_launches
+from ..ops import documents
 from ..ops.attention import valid_only, visible
 from ..ops.quantized_kv import dequantize
 from .launches import DeviceClock, HostClock, Observer, clock_of
@@ -268,11 +269,13 @@ class _Watcher(Observer):
         return results
 
     def see_attention(self, part: Part, args: tuple, o: Tensor, call: Call) -> None:
-        q, k, v, causal, scale, lengths, _, k_scale, v_scale = args
+        q, k, v, causal, scale, lengths, _, k_scale, v_scale, cu_seqlens = args
         if k_scale is not None:
             k, v = dequantize(k, k_scale, q.dtype), dequantize(v, v_scale, q.dtype)
         S = k.shape[1] if lengths is None else max(1, int(lengths.max()))
         seen = visible(q.shape[1], k.shape[1], causal, lengths, q.device)[:, 0, :, :, :S]
+        if cu_seqlens is not None:
+            seen = seen & documents.same(cu_seqlens, S)
         k, v = (valid_only(x[:, :S], lengths) for x in (k, v))
         self.keep_attention(part, Attended(q, k, v, o, scale or q.shape[-1] ** -0.5, seen, call))
 

@@ -13,6 +13,7 @@ x, w = torch.ones(3, 8), torch.ones(8)
 q, k = torch.ones(2, 3, 4, 8), torch.ones(2, 3, 2, 8)
 cos = sin = torch.ones(3, 4)
 cache, lengths = torch.ones(2, 9, 2, 8), torch.tensor([3, 3])
+int8, scales = k[:1].to(torch.int8), torch.ones(1, 3, 2)
 meta = torch.device("meta")
 
 
@@ -24,6 +25,11 @@ def append_with(**changed):
     given = {"q": q, "k": k, "v": k, "cos": cos, "sin": sin}
     given |= {"k_cache": cache, "v_cache": cache, "lengths": lengths}
     return lambda: kv_append(**(given | changed))
+
+
+def packed_with(ends, **changed):
+    given = {"q": q[:1], "k": k[:1], "v": k[:1], **changed}
+    return lambda: attention(**given, cu_seqlens=torch.tensor(ends, dtype=torch.int32))
 
 
 BAD = [
@@ -75,6 +81,35 @@ BAD = [
         lambda: attention(q, k, k, lengths=lengths.int()),
         r"attention: lengths is torch.int32.*int64 on cpu.*\.to\('cpu', torch.int64\)",
     ),
+    (
+        "attention, cu_seqlens and lengths",
+        packed_with([0, 3], lengths=lengths[:1]),
+        r"attention: cu_seqlens and lengths were given.*leave out one",
+    ),
+    (
+        "attention, cu_seqlens and int8",
+        packed_with([0, 3], k=int8, v=int8, k_scale=scales, v_scale=scales),
+        r"attention: cu_seqlens and k_scale and v_scale were given",
+    ),
+    ("attention, cu_seqlens' shape", packed_with([]), r"cu_seqlens has shape \(0,\).*\(n \+ 1,\)"),
+    (
+        "attention, cu_seqlens' dtype",
+        lambda: attention(q[:1], k[:1], k[:1], cu_seqlens=torch.tensor([0, 3])),
+        r"attention: cu_seqlens is torch.int64.*\.to\('cpu', torch.int32\)",
+    ),
+    (
+        "attention, cu_seqlens and a batch",
+        packed_with([0, 3], q=q, k=k, v=k),
+        r"attention: packed documents \(cu_seqlens\) lie in one row, but there are B = 2",
+    ),
+    (
+        "attention, cu_seqlens against a cache",
+        packed_with([0, 3], k=cache[:1], v=cache[:1]),
+        r"attention: q has T = 3 tokens and k has S = 9; with cu_seqlens",
+    ),
+    ("attention, cu_seqlens begins", packed_with([1, 3]), r"cu_seqlens\[0\] is 1"),
+    ("attention, cu_seqlens falls", packed_with([0, 2, 1, 3]), "falls from 2 to 1 at index 2"),
+    ("attention, cu_seqlens ends", packed_with([0, 2]), "ends with 2 and there are T = 3 tokens"),
 ]
 
 

@@ -29,9 +29,10 @@ def source_of(label: str) -> Path | None:
     gradient; None where there is none.
 
     Within the folder of its family, linear's epilogue swiglu is swiglu.cu and linear is linear.cu.
+    Packed documents are an argument of attention's own kernels.
     """
     op, *variant = label.split()
-    words = ("quantized" if word in NAMED else word for word in variant)
+    words = ("quantized" if word in NAMED else word for word in variant if word != "packed")
     stem = "_".join((op.removesuffix("_backward"), *words))
     families = [path.name for path in SOURCES.glob("*") if f"{stem}_".startswith(f"{path.name}_")]
     files = [SOURCES / f"{stem}.cu"]
