@@ -26,6 +26,7 @@ from ..nn import (
     RotaryEmbedding,
     cache_dtype,
 )
+from ..ops import documents
 from ..utils.normal_tensors import normal_tensors
 from .loading import Pretrained
 
@@ -58,12 +59,13 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: LayerCache | None,
+        cu_seqlens: Tensor | None = None,  # (n+1,) int32
     ) -> tuple[Tensor, Tensor]:
         if update is None:
             h = self.attention_norm(x)
         else:
             h, x = self.attention_norm(update, x)
-        update = self.attention(h, cos, sin, cache)
+        update = self.attention(h, cos, sin, cache, cu_seqlens)
         h, x = self.mlp_norm(update, x)
         return self.mlp(h), x
 
@@ -71,8 +73,11 @@ class Block(nn.Module):
 class Llama(Pretrained):
     """A Llama 3 text model of any size.
 
-    `model(tokens, cache=None, last_only=False)` → logits. With a `KVCache` the tokens are appended
-    to it and no gradient is recorded; without one they are whole sequences.
+    `model(tokens, cache=None, last_only=False, cu_seqlens=None)` → logits. With a `KVCache` the
+    tokens are appended to it and no gradient is recorded; without one they are whole sequences.
+    With `cu_seqlens` (n+1,) int32, from 0 to T, they are one row (B = 1) of n documents packed one
+    behind another: document i is the tokens cu_seqlens[i] … cu_seqlens[i+1]-1. Each starts at
+    position 0, sees itself alone and may be as long as the context; the row may be longer.
     """
 
     @normal_tensors()
@@ -110,16 +115,18 @@ class Llama(Pretrained):
             else:
                 nn.init.normal_(parameter, std=std)
 
-    def hidden(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """The final hidden states: tokens (B,T) int64 → (B,T,C), after the last norm."""
         if cache is None:
-            return self._hidden(tokens, None)
+            return self._hidden(tokens, None, cu_seqlens)
         with torch.no_grad():
-            h = self._hidden(tokens, cache)
+            h = self._hidden(tokens, cache, cu_seqlens)
         cache.advance(tokens.shape[1])
         return h
 
-    def _hidden(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+    def _hidden(self, tokens: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
         """As `hidden`; that the cache holds T tokens more is left to the caller to say, after all
         that can raise."""
         if tokens.ndim != 2 or tokens.dtype != torch.int64:
@@ -127,10 +134,19 @@ class Llama(Pretrained):
                 f"tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be torch.int64 (B,T)"
             )
         T = tokens.shape[1]
-        if cache is None:
+        if cu_seqlens is not None:
+            if cache is not None:
+                raise ShapeError(
+                    "cu_seqlens and a cache were given; a cache holds one sequence a row, not "
+                    "packed documents: leave out one of the two"
+                )
+            documents.check("the model", cu_seqlens, tokens)
+            cos, sin = self.rope(T, cu_seqlens)
+        elif cache is None:
             if T > self.config.max_seq_len:
                 raise ShapeError(
-                    f"{T} tokens were given; this model's context is {self.config.max_seq_len}"
+                    f"{T} tokens were given; this model's context is {self.config.max_seq_len}. "
+                    "Where they are several documents, say where each ends: cu_seqlens"
                 )
             cos, sin = self.rope(T)
         else:
@@ -139,26 +155,40 @@ class Llama(Pretrained):
         x, update = self.embed(tokens).to(self.dtype), None
         for index, block in enumerate(self.layers):
             layer_cache = None if cache is None else (*cache.layer(index, T), lengths)
-            update, x = block(update, x, cos, sin, layer_cache)
+            update, x = block(update, x, cos, sin, layer_cache, cu_seqlens)
         return self.norm(update, x)[0]
 
     def forward(
-        self, tokens: Tensor, *, cache: KVCache | None = None, last_only: bool = False
+        self,
+        tokens: Tensor,
+        *,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """tokens (B,T) int64 → logits (B,T,V) float32, or (B,1,V) of the last token alone."""
         if cache is None:
-            return self._logits(self._hidden(tokens, None), last_only)
+            return self._logits(self._hidden(tokens, None, cu_seqlens), last_only)
         with torch.no_grad():
-            logits = self._logits(self._hidden(tokens, cache), last_only)
+            logits = self._logits(self._hidden(tokens, cache, cu_seqlens), last_only)
         cache.advance(tokens.shape[1])
         return logits
 
     def _logits(self, h: Tensor, last_only: bool) -> Tensor:
         return self.head(h[:, -1:] if last_only else h).float()
 
-    def loss(self, tokens: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
-        """Mean cross entropy of `targets` (B,T) int64. The logits are never stored whole."""
-        h = self.hidden(tokens)
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        ignore_index: int = -100,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Mean cross entropy of `targets` (B,T) int64. The logits are never stored whole. Of
+        documents that are packed by cu_seqlens the mean is over all their targets; that of each
+        document's last token, which has no next one, should be `ignore_index`."""
+        h = self.hidden(tokens, cu_seqlens=cu_seqlens)
         return ops.linear_cross_entropy(h, self.head.weight, targets, ignore_index=ignore_index)
 
     def new_cache(self, batch: int, max_seq_len: int, kv_cache: str | None = None) -> KVCache:

@@ -35,14 +35,22 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, sum(self.heads) * head_dim, device, dtype)
         self.output = Linear(n_heads * head_dim, dim, device, dtype)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None) -> Tensor:
-        """x (B,T,C) → (B,T,C). Without a cache the T tokens are the whole sequence; with one they
-        are appended to it, and attend to all that it holds."""
+    def forward(
+        self,
+        x: Tensor,  # (B,T,C)
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache | None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """x (B,T,C) → (B,T,C). Without a cache the T tokens are the whole sequence, or with
+        cu_seqlens (n+1,) int32 the packed documents of one row, each of which sees itself alone;
+        with a cache they are appended to it, and attend to all that it holds."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B,T,H+2K,D)
         q, k, v = qkv.split(self.heads, dim=-2)
         if cache is None:
             q, k = ops.rope(q, k, cos, sin)
-            o = ops.attention(q, k, v)
+            o = ops.attention(q, k, v, cu_seqlens=cu_seqlens)
         else:
             keys, values, k_scale, v_scale, lengths = cache
             scales = {"k_scale": k_scale, "v_scale": v_scale}

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RopeScaling
+from ..errors import ShapeError
+from ..ops import documents
 
 # Positions per step when tables are built: bounds the float64 temporaries.
 _BLOCK = 4096
@@ -100,6 +102,20 @@ class RotaryEmbedding(nn.Module):
             self.reset()
         return self
 
-    def forward(self, T: int) -> tuple[Tensor, Tensor]:
-        """The rows of positions 0 … T-1."""
-        return self.cos[:T], self.sin[:T]
+    def forward(self, T: int, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the rows of positions 0 … T-1, each (T, D/2); with cu_seqlens (n+1,) int32, those
+        of the position of each of T tokens in its own document. Raises ShapeError for a document
+        that is longer than the tables. On a GPU and in a trace, where its length is not read,
+        indexing stops the program instead."""
+        if cu_seqlens is None:
+            return self.cos[:T], self.sin[:T]
+        if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
+            spans = documents.spans("the model", cu_seqlens, T)
+            for i, (begin, end) in enumerate(spans):
+                if end - begin > len(self.cos):
+                    raise ShapeError(
+                        f"document {i} of cu_seqlens has {end - begin} tokens; this model's "
+                        f"context is {len(self.cos)}: cut the document, or leave it out"
+                    )
+        position = documents.positions(cu_seqlens, T)
+        return self.cos[position], self.sin[position]
