@@ -143,7 +143,10 @@ struct AttentionArgs {
   void* o;                        // (B, T, H, D) contiguous
   void* lse;                      // (B, H, T) contiguous, log of the sum of exp(score), or null; float,
                                   // or double beside f32 on the CPU
+  int64_t lse_stride;             // of lse, from head to head
   const int64_t* lengths;         // (B,), each at most S, or null for S
+  const int32_t* cu_seqlens;      // (documents + 1,), from 0 to T: where documents packed in the one row
+  int64_t documents;              // end, B = 1 and S = T; or null
   int64_t B, T, S, H, K, D;
   bool causal;
   ScoreScale scale;

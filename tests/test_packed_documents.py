@@ -16,8 +16,6 @@ CONFIG = LlamaConfig(
     vocab_size=67, dim=48, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=16, hidden_dim=80,
     max_seq_len=24,
 )  # fmt: skip
-pytestmark = pytest.mark.filterwarnings("ignore::llama_fast.errors.FallbackWarning")
-
 LENGTHS = (7, 1, 0, 24, 12)  # of which the sum is more than the context
 
 

@@ -129,7 +129,8 @@ inline ScoreScale score_scale(float scale) {
 inline AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
                                     std::optional<double> scale, const OptionalTensor& lengths,
                                     const OptionalTensor& k_scales, const OptionalTensor& v_scales,
-                                    const Tensor& o, const OptionalTensor& lse) {
+                                    const OptionalTensor& cu_seqlens, const Tensor& o,
+                                    const OptionalTensor& lse) {
   const int64_t D = q.size(3);
   return {.dtype = q.dtype(),
           .q = heads(q),
@@ -139,7 +140,10 @@ inline AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tens
           .v_scales = head_scales(v_scales),
           .o = o.data,
           .lse = lse && lse->numel() ? lse->data : nullptr,
+          .lse_stride = q.size(1),
           .lengths = static_cast<const int64_t*>(data_of(lengths)),
+          .cu_seqlens = static_cast<const int32_t*>(data_of(cu_seqlens)),
+          .documents = cu_seqlens ? cu_seqlens->size(0) - 1 : 0,
           .B = q.size(0),
           .T = q.size(1),
           .S = k.size(1),

@@ -107,11 +107,15 @@ int64_t row_beyond(const KvAppendArgs& a) {
     if (a.lengths[b * a.lengths_stride] > std::min(a.S, a.P)) return b;
   return -1;
 }
-// The first row whose length exceeds S, or -1.
+// The first row whose length exceeds S, or the first document that does not end where it may, or -1.
 int64_t row_beyond(const AttentionArgs& a) {
   for (int64_t b = 0; a.lengths && b < a.B; ++b)
     if (a.lengths[b] > a.S) return b;
-  return -1;
+  if (!a.cu_seqlens) return -1;
+  if (a.cu_seqlens[0] != 0) return 0;
+  for (int64_t i = 0; i < a.documents; ++i)
+    if (a.cu_seqlens[i + 1] < a.cu_seqlens[i]) return i;
+  return a.cu_seqlens[a.documents] == a.T ? -1 : a.documents;
 }
 
 // Whether GEMMs are made here rather than by torch, in the instruction set in use: for the half types,
@@ -274,14 +278,15 @@ PYBIND11_MODULE(_cpu, m) {
   def(m, "attention", [](const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
                         std::optional<double> scale, const OptionalTensor& lengths,
                         const OptionalTensor& k_scales, const OptionalTensor& v_scales,
-                        const Tensor& o, const OptionalTensor& lse) {
+                        const OptionalTensor& cu_seqlens, const Tensor& o,
+                        const OptionalTensor& lse) {
     const AttentionArgs args =
-        attention_args(q, k, v, causal, scale, lengths, k_scales, v_scales, o, lse);
+        attention_args(q, k, v, causal, scale, lengths, k_scales, v_scales, cu_seqlens, o, lse);
     const int64_t b = row_beyond(args);
     if (b < 0) launch(&KernelTable::attention, args);
     return b;
-  }, "Returns the first row whose length exceeds S, having done nothing then, or -1. `lse` may be "
-     "empty, or None.");
+  }, "Returns the first row whose length exceeds S, or the first document that ends where it cannot, "
+     "having done nothing then, or -1. `lse` may be empty, or None.");
 
   m.attr("GEMV_ROWS") = GEMV_ROWS;
   def(m, "gemv_rows", [](const Tensor& x, bool onednn) {

@@ -146,7 +146,7 @@ PYBIND11_MODULE(_cuda, m) {
                          const OptionalTensor& arrived, const OptionalTensor& k_scratch,
                          const OptionalTensor& v_scratch, bool warpgroups, const Tensor& o,
                          const Tensor& lse) {
-    attention(target, attention_args(q, k, v, causal, scale, lengths, k_scales, v_scales, o, lse),
+    attention(target, attention_args(q, k, v, causal, scale, lengths, k_scales, v_scales, {}, o, lse),
               {.splits = splits,
                .partials = data_of(partials),
                .arrived = static_cast<int*>(data_of(arrived)),

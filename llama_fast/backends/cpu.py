@@ -17,7 +17,7 @@ from torch.utils.dlpack import from_dlpack
 from ..dispatch import OPS, Backend, Implementation, nothing, register_backend
 from ..ops import cross_entropy
 from ..ops.attention import lse_dtype
-from ..ops.attention_checks import head_dim_reasons, too_long
+from ..ops.attention_checks import head_dim_reasons, unfit
 from ..ops.kv_append import too_long as too_long_for_cache
 from . import composed, limits
 from .cpu_step import CpuRecorder
@@ -150,9 +150,11 @@ def _attention(
         q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None, cu_seqlens=None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         o, lse = new(), new_lse()
-        row = _cpu.attention(q, k, v, causal, scale, lengths, k_scales, v_scales, o, lse)
+        row = _cpu.attention(
+            q, k, v, causal, scale, lengths, k_scales, v_scales, cu_seqlens, o, lse
+        )
         if row >= 0:
-            raise too_long(row, int(lengths[row]), S)
+            raise unfit(row, S, lengths, cu_seqlens)
         return o, lse
 
     return launch
@@ -173,8 +175,8 @@ def _attention_unsupported(
     reasons = limits.reasons(q.dtype, q=q, k=k, v=v) + head_dim_reasons(q.shape[-1])
     if lengths is not None and not lengths.is_contiguous():
         reasons.append("lengths is not contiguous")
-    if cu_seqlens is not None:
-        reasons.append("it has no kernel for packed documents (cu_seqlens)")
+    if cu_seqlens is not None and not cu_seqlens.is_contiguous():
+        reasons.append("cu_seqlens is not contiguous")
     return reasons
 
 

@@ -61,6 +61,17 @@ def check_lengths(lengths: Tensor | None, S: int) -> None:
         raise too_long(row, int(lengths[row]), S)
 
 
+def unfit(row: int, S: int, lengths: Tensor | None, cu_seqlens: Tensor | None) -> ShapeError:
+    """What to raise where a kernel has found a value of lengths or cu_seqlens that does not fit."""
+    if cu_seqlens is None:
+        return too_long(row, int(lengths[row]), S)
+    try:
+        documents.spans("attention", cu_seqlens, S)
+    except ShapeError as error:
+        return error
+    return ShapeError(f"attention: cu_seqlens was changed while it was read, at index {row}")
+
+
 def too_long(row: int, length: int, S: int) -> ShapeError:
     return ShapeError(
         f"attention: lengths[{row}] is {length} and k has S = {S} keys; a length is at most S: "

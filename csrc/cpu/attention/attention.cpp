@@ -1,11 +1,13 @@
 // o = softmax(scale · q·kᵀ) v with an online softmax, all query heads of a KV head together. How a
-// row of the batch is computed depends on that row alone: see decode.h and prefill.h.
+// row of the batch is computed depends on that row alone: see decode.h and prefill.h. A document packed
+// in a row is computed as a row that holds it alone would be.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
 
 #include "decode.h"
+#include "documents.h"
 #include "prefill.h"
 #include "../dispatch.h"
 #include "../parallel.h"
@@ -14,7 +16,7 @@
 namespace llama_fast {
 namespace ISA {
 
-// How the rows of the batch are cut into tasks.
+// How the sequences are cut into tasks: the rows of the batch, or the documents packed in one row.
 struct Plan {
   const AttentionArgs& a;
   int64_t G, block;  // queries of a block, where there are many
@@ -34,17 +36,19 @@ struct Plan {
   }
 };
 
-// Walks through the rows of the batch as a thread's tasks ascend.
+// Walks through the sequences as a thread's tasks ascend.
 struct Cursor {
   const Plan* plan;
-  int64_t b = -1, begin = 0, end = 0, partial = 0, partials = 0;
+  Sequence of;
+  int64_t begin = 0, end = 0, partial = 0, partials = 0;
   int64_t head = 0, i = 0;  // of the task: a KV head, and which of its splits or blocks
   Row row;
 
-  explicit Cursor(const Plan& p) : plan(&p), row(p.a, 0) {}
+  explicit Cursor(const Plan& p) : plan(&p), of(p.a), row(p.a, 0) {}
   void seek(int64_t task) {
     while (task >= end) {
-      row = Row(plan->a, ++b);
+      of.next();
+      row = Row(of.args(), of.b());
       begin = end;
       end += plan->tasks(row);
       partial += partials;
@@ -56,7 +60,7 @@ struct Cursor {
   // The keys of a task of decode.
   template <class T> Span<T> span() const {
     const int64_t size = plan->split(row);
-    return {plan->a, b, head, i * size, std::min((i + 1) * size, row.keys)};
+    return {of.args(), of.b(), head, i * size, std::min((i + 1) * size, row.keys)};
   }
 };
 
@@ -67,7 +71,9 @@ template <class T> static void attend(const AttentionArgs& a) {
 
   // Sizes; and zeros for the queries without keys.
   int64_t work = 0, queries = 0, partials = 0;
-  for (int64_t b = 0; b < a.B; ++b) {
+  for (Sequence of(a); of.next();) {
+    const AttentionArgs& a = of.args();
+    const int64_t b = of.b();
     const Row row(a, b);
     std::memset(static_cast<T*>(a.o) + b * a.T * a.H * D, 0,
                 size_t(row.first * a.H * D) * sizeof(T));
@@ -83,13 +89,14 @@ template <class T> static void attend(const AttentionArgs& a) {
   const int64_t rows = std::clamp<int64_t>(queries * a.H / (4 * threads), STRIP, prefill_rows(D));
   plan.block = std::max<int64_t>(1, rows / G);
   int64_t tasks = 0;
-  for (int64_t b = 0; b < a.B; ++b) tasks += plan.tasks(Row(a, b));
+  for (Sequence of(a); of.next();) tasks += plan.tasks(Row(of.args(), of.b()));
+  const int64_t counts = sequences(a) * a.K;
 
   struct Partials;
   const int64_t partial_floats = Partial::floats(decode_rows, D);
-  float* kept = partials ? scratch<Partials>(partials * partial_floats + a.B * a.K) : nullptr;
+  float* kept = partials ? scratch<Partials>(partials * partial_floats + counts) : nullptr;
   int32_t* done = reinterpret_cast<int32_t*>(kept + partials * partial_floats);
-  if (partials) std::memset(done, 0, size_t(a.B * a.K) * sizeof(int32_t));
+  if (partials) std::memset(done, 0, size_t(counts) * sizeof(int32_t));
 
   parallel_tasks(tasks, threads, [&](auto next) {
     struct Work;
@@ -105,10 +112,12 @@ template <class T> static void attend(const AttentionArgs& a) {
     for (int64_t task = next(), then; task < tasks; task = then) {
       at.seek(task);
       const Row& row = at.row;
+      const AttentionArgs& its = at.of.args();
+      const int64_t b = at.of.b();
       if (!plan.decodes(row)) {  // the last blocks have the most keys: they go first
         const int64_t blocks = (row.queries + plan.block - 1) / plan.block;
         const int64_t t = row.first + (blocks - 1 - at.i) * plan.block;
-        prefill<T>(a, row, at.b, at.head, t, std::min(t + plan.block, a.T), memory);
+        prefill<T>(its, row, b, at.head, t, std::min(t + plan.block, its.T), memory);
         then = next();
         fetched = false;
         continue;
@@ -118,14 +127,14 @@ template <class T> static void attend(const AttentionArgs& a) {
       // Partials lie as close as this row needs them.
       const Partial result(first + at.i * Partial::floats(row_heads, D), row_heads, D);
       decode<T>(
-          a, row, at.b, at.head, at.span<T>(), fetched,
+          its, row, b, at.head, at.span<T>(), fetched,
           [&] {
             then = next();
             return then < tasks ? follow(then) : Span<T>();
           },
           memory + partial_floats, result);
       fetched = true;
-      end_split<T>(a, row, at.b, at.head, first, count, done);
+      end_split<T>(its, row, b, at.head, first, count, done + at.of.index * a.K);
     }
   });
 }

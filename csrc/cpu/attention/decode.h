@@ -450,14 +450,14 @@ static inline void merge_states(float* partials, int64_t count, int64_t rows, in
 }
 
 // Ends one of `count` splits of a row and a KV head, whose partials begin at `first`: the last of them
-// merges all and writes the result. `done` counts them, for each row and KV head.
+// merges all and writes the result. `done` counts them, for each KV head of the row.
 template <class T>
 static void end_split(const AttentionArgs& a, const Row& row, int64_t b, int64_t head, float* first,
                       int64_t count, int32_t* done) {
   const int64_t G = a.H / a.K, rows = row.queries * G;
   if (count > 1) {
     // Whoever finishes last sees the others' partials.
-    if (__atomic_add_fetch(&done[b * a.K + head], 1, __ATOMIC_ACQ_REL) < count) return;
+    if (__atomic_add_fetch(&done[head], 1, __ATOMIC_ACQ_REL) < count) return;
     merge_states(first, count, rows, a.D, a.scale);
   }
   const Partial result(first, rows, a.D);

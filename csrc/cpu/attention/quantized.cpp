@@ -107,7 +107,7 @@ template <class T> static void attend_quantized(const AttentionArgs& a) {
       float* first = count == 1 ? memory : kept + (b * a.K + head) * most * partial_floats;
       const Partial result(first + i * Partial::floats(row_heads, D), row_heads, D);
       decode_quantized<T>(a, row, b, head, begin, end, memory + partial_floats, result);
-      end_split<T>(a, row, b, head, first, count, done);
+      end_split<T>(a, row, b, head, first, count, done + b * a.K);
     }
   });
 }

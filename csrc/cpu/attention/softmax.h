@@ -109,9 +109,11 @@ static float softmax_part(float* s, int64_t count, int64_t padded, const ScoreSc
 
 // An error of lse is one of every weight that the backward pass makes from it: not in float itself.
 template <class T>
+using LseOf = typename std::conditional<std::is_same<T, float>::value, double, float>::type;
+
+template <class T>
 static void write_lse(const AttentionArgs& a, int64_t b, int64_t t, int64_t h, double lse) {
-  using Lse = typename std::conditional<std::is_same<T, float>::value, double, float>::type;
-  static_cast<Lse*>(a.lse)[(b * a.H + h) * a.T + t] = Lse(lse);
+  static_cast<LseOf<T>*>(a.lse)[(b * a.H + h) * a.lse_stride + t] = LseOf<T>(lse);
 }
 
 // The result of query head h of token t: what was accumulated over the sum of its weights, or zeros
