@@ -49,13 +49,13 @@ def test_attention_by_heads_and_queries(work, causal, in_parts):
         assert reference.distance(parts, whole) < 1e-6  # float32, which scarce memory asks for
 
 
-@pytest.mark.parametrize("mean", [True, False])
-def test_a_cross_entropy_by_rows(mean, in_parts):
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_cross_entropy_by_rows(reduction, in_parts):
     op = OPS["linear_cross_entropy"]
     x, weight, targets, *_ = problem_shapes(op.name, TINY, Work.training(7))[op.name](0)
     targets[2] = -100
     for need in (True, False):
-        args = (x, weight, targets, -100, need, need, mean)
+        args = (x, weight, targets, -100, need, need, reduction)
         which = reference.BOTH if need else reference.FORWARD
         whole = op.eager(*(a.double() if a is x or a is weight else a for a in args))
         parts = in_parts(op, args, which)

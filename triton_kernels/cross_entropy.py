@@ -4,13 +4,15 @@ The logits of a block of rows come from a matrix product. One kernel then reads 
 second time from L2: first for each row's lse = log Σ exp(logit), in one pass with an online
 softmax, and then to put the gradient in their place,
 
-    d_logits = (exp(logits - lse) - onehot(target)) / n        n kept rows, or 1 for a sum
+    d_logits = (exp(logits - lse) - onehot(target)) · factor
 
-of which two matrix products make the block's share of dx and dw. So the logits are never whole, and
-their gradient takes no memory at all. Everything but the logits and d_logits is float32; of float16
-dx and dw too, and d_logits fill the range: n times 2¹⁵ as large, they are at most that. The two
-terms of lse, the largest logit m and log Σ exp(logit - m), are subtracted one after the other: the
-error of their rounded sum, half a unit in the last place of m, would be one of all weights.
+of which two matrix products make the block's share of dx and dw. factor is 0 of an ignored row,
+else 1 / n of a mean of n kept rows, 1 of a sum, or the row's weight in it. All rows are multiplied:
+only the GPU knows how many are kept. So the logits are never whole, and their gradient takes no
+memory at all. Everything but the logits and d_logits is float32; of float16 dx and dw too, and
+d_logits fill the range: the largest factor is 2¹⁵ until the products are made. The two terms of
+lse, the largest logit m and log Σ exp(logit - m), are subtracted one after the other: the error of
+their rounded sum, half a unit in the last place of m, would be one of all weights.
 
 Shapes: x (N, C), weight (V, C), targets (N,) int64.
 """
@@ -36,7 +38,7 @@ def cross_entropy_kernel(
     logits_ptr,  # (R, V) contiguous; d_logits afterwards, where NEED_GRAD
     targets_ptr,  # (R,) int64
     loss_ptr,  # (R,) float32: each row's own, 0 where it is ignored
-    factor_ptr,  # () float32: of the gradients, such as 1 / n
+    factor_ptr,  # (R,) float32: of each row's gradient, such as 1 / n; 0 where it is ignored
     V,
     ignore_index,
     NEED_GRAD: tl.constexpr,
@@ -67,7 +69,7 @@ def cross_entropy_kernel(
     tl.store(loss_ptr + row, tl.where(kept > 0, largest - logit + log_sum, 0.0))
 
     if NEED_GRAD:
-        share = kept * tl.load(factor_ptr)
+        share = tl.load(factor_ptr + row)
         for begin in range(0, V, BLOCK_V):
             at = begin + column
             x = tl.load(logits_row + at, mask=at < V, other=float("-inf")).to(tl.float32)
@@ -102,15 +104,26 @@ def linear_cross_entropy(
     ignore_index: int,
     need_x: bool,
     need_weight: bool,
-    mean: bool = True,
+    reduction: str = "mean",
+    row_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As the op linear_cross_entropy of llama_fast.ops.cross_entropy: (loss, dx, dw)."""
+    """As the op linear_cross_entropy of llama_fast.ops.cross_entropy: (loss, dx, dw). Float16
+    gradients of logits fill the range by the heaviest row: of rows that weigh a thousandth of it,
+    numbers ten bits larger vanish."""
     (V, C), N = weight.shape, targets.numel()
     rows, flat = x.reshape(N, C), targets.reshape(N).contiguous()
-    n = (flat != ignore_index).sum().float() if mean else x.new_ones((), dtype=torch.float32)
-    share = 1 / n.clamp(min=1)
+    kept = flat != ignore_index
+    n = kept.sum().float()
     half = x.dtype is torch.float16
-    factor = torch.full_like(share, FLOAT16_SCALE) if half else share
+    relative, unit = kept.float(), torch.ones_like(n)  # the factor of a row is their product
+    if reduction == "mean":
+        unit = 1 / n.clamp(min=1)
+    elif row_weights is not None:
+        relative = torch.where(kept, row_weights.reshape(N), 0.0)
+        if half and N:
+            unit = relative.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+            relative = relative / unit
+    factor = relative * (FLOAT16_SCALE if half else unit)
     dtype = torch.float32 if half else x.dtype
     losses = torch.empty(N, dtype=torch.float32, device=x.device)
     dx = x.new_empty(rows.shape if need_x else 0, dtype=dtype)
@@ -128,7 +141,7 @@ def linear_cross_entropy(
             logits,
             flat[block],
             losses[block],
-            factor,
+            factor[block],
             V,
             ignore_index,
             NEED_GRAD=need_x or need_weight,
@@ -141,9 +154,13 @@ def linear_cross_entropy(
             # Each block's product is rounded, their sum is not: in all about the error of one.
             dw += product(logits.t(), rows[block])
     if half:
-        dx *= share / FLOAT16_SCALE
-        dw *= share / FLOAT16_SCALE
-    return losses.sum() / n, dx.view(x.shape) if need_x else dx, dw.to(dtype)
+        dx *= unit / FLOAT16_SCALE
+        dw *= unit / FLOAT16_SCALE
+    if reduction == "none":
+        loss = losses.view(targets.shape)
+    else:
+        loss = losses.sum() / n if reduction == "mean" else (losses * relative).sum() * unit
+    return loss, dx.view(x.shape) if need_x else dx, dw.to(dtype)
 
 
 def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -58,10 +58,10 @@ def linear(
 
 
 def linear_cross_entropy(dense: Implementation, quantized: Implementation) -> Implementation:
-    """That of dense weights takes the arguments up to `mean`, the other all."""
+    """That of dense weights takes the arguments up to `row_weights`, the other all."""
 
     def pick(*args: Any) -> tuple[Implementation, int]:
-        return (dense, 7) if len(args) < 8 or args[7] is None else (quantized, 12)
+        return (dense, 8) if len(args) < 9 or args[8] is None else (quantized, 13)
 
     return one_of(pick)
 

@@ -123,7 +123,7 @@ def _linear_quantized(x, weight, scales, minima, C_out, bits, group_size) -> lis
     return rows_reasons(x=x)
 
 
-def _linear_cross_entropy(x, weight, targets, ignore_index, need_x, need_weight, mean=True):
+def _linear_cross_entropy(x, *others: Any) -> list[str]:
     return stride_reasons(x=x)
 
 

@@ -136,7 +136,8 @@ def _whole_logits(
     ignore_index: int,
     need_x: bool,
     need_weight: bool,
-    mean: bool,
+    reduction: str,
+    row_weights: Tensor | None,
     *form: Any,
 ) -> Tensor:
     logits = OPS["linear"].eager(x, weight, *form)

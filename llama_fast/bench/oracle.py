@@ -141,17 +141,17 @@ def _attention_in_parts(op: Op, args: tuple, which: str) -> tuple[Tensor, ...]:
 
 def _cross_entropy_in_parts(op: Op, args: tuple) -> tuple[Tensor, ...]:
     """A block of rows at a time: the loss, and the gradients that the arguments ask for."""
-    x, weight, targets, ignore_index, need_x, need_weight, mean, *_ = args
+    x, weight, targets, ignore_index, need_x, need_weight, reduction, *_ = args
     x, weight = _exact((x, weight))
     rows, targets = x.flatten(0, -2), targets.flatten()
     loss, dx, dw = 0.0, [], 0.0
     with torch.no_grad():
         for block in _blocks(rows.shape[0], weight.shape[0]):
-            part = (rows[block], weight, targets[block], ignore_index, need_x, need_weight, False)
+            part = (rows[block], weight, targets[block], ignore_index, need_x, need_weight, "sum")
             found = op.eager(*part)
             loss, dw = loss + found[0], dw + found[2]
             dx.append(found[1])
-        count = (targets != ignore_index).sum() if mean else 1
+        count = (targets != ignore_index).sum() if reduction == "mean" else 1
         gradients = [torch.cat(dx).view(x.shape)] if need_x else []
         gradients += [dw] if need_weight else []
         return (loss / count, *(gradient / max(count, 1) for gradient in gradients))

@@ -3,11 +3,11 @@
     logits = linear(x, weight)
     loss = mean over the kept rows of  log Σ_v exp(logits[v]) - logits[target]
 
-A row is kept when its target is not `ignore_index`. Without `mean` the loss is the sum over these
-rows, and n below is 1.
+A row is kept when its target is not `ignore_index`. With the reduction "sum" the loss is the sum
+over these rows, and n below is 1; with "none" each row has its own, 0 where it is ignored.
 
-Shapes    x (..., C), weight (V, C), targets (...) int64 → loss (), float32 (float64 for float64);
-          a quantised weight is that of `linear` with C_out = V
+Shapes    x (..., C), weight (V, C), targets (...) int64 → loss (), or (...) with "none", float32
+          (float64 for float64); a quantised weight is that of `linear` with C_out = V
 Layout    x is contiguous in C, its other dims have any stride; weight and targets are contiguous
 Rounding  logits are rounded to x's dtype, as the model's own head does, and so are their gradients;
           all else is in float32
@@ -19,6 +19,14 @@ backward pass that remakes the logits costs four. So the op returns (loss, dx, d
 nobody needs is an empty tensor and is not computed. A quantised weight is frozen, and its
 definition, too, takes a block of rows at a time: on no device are its logits ever whole.
 
+Losses of rows are told apart ("none") for the sake of gradients g of their own, which the forward
+pass does not know. Their backward pass therefore runs the op once more, of a sum in which row i
+weighs g_i (`row_weights`): dx = g (P - Y) W, dw = (g (P - Y))ᵀ x. That makes four products in all.
+
+A kernel on the CPU multiplies only the rows that are kept: prompts, padding and the borders of
+packed documents cost nothing. On a GPU all are multiplied: how many are kept is known there alone,
+to ask would be to wait, and what is captured or compiled has shapes that do not change.
+
 The loss's own gradient, which may be a loss scale, comes later. What it would have kept from being
 too small for float16 must not be lost before: dx and dw of float16 are float32 until then, and each
 row of the logits' gradients is rounded relative to its own size.
@@ -29,13 +37,15 @@ to take a mean of), the sum is 0, and the gradients are zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..config.quantization import NAMED
 from ..dispatch import Case, Cost, Op, needs_dispatcher, refuse_strict
+from ..errors import ShapeError
+from . import checks
 from .inputs import rand, randint, randn
 from .linear import BACKWARD_X, wrong_width
 from .linear import OP as LINEAR
@@ -56,7 +66,7 @@ from .quantized_weight import QuantizedWeight
 from .rms_norm import accumulate
 
 NAME = "linear_cross_entropy"
-NOT_QUANTIZED = (None, None, 0, 0, 0)  # what follows `mean`
+NOT_QUANTIZED = (None, None, 0, 0, 0)  # what follows `row_weights`
 
 
 def linear_cross_entropy(
@@ -67,35 +77,54 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """Mean or summed cross entropy of `linear(x, weight)` against `targets`.
+    """Cross entropy of `linear(x, weight)` against `targets`: its mean, its sum, or each row's.
 
     x             (..., C), float32, bfloat16 or float16, contiguous in C
     weight        (V, C), contiguous, of x's dtype and device; or a QuantizedWeight
     targets       (...), int64, each in [0, V) or equal to ignore_index
     ignore_index  marks the rows that do not count
-    reduction     "mean" over the rows that count, or their "sum"
-    Returns the loss, a float32 scalar; when every row is ignored, a mean of NaN or a sum of 0.
-    Raises ShapeError when the arguments do not fit, for another reduction, and on the CPU when a
-    target is out of range.
+    reduction     "mean" over the rows that count, their "sum", or "none": a loss for each row
+    Returns the loss, a float32 scalar; when every row is ignored, a mean of NaN or a sum of 0. With
+    "none" the losses of the rows (...), float32, 0 of ignored ones: over a sequence they add up to
+    its negative log-likelihood. Raises ShapeError when the arguments do not fit, for another
+    reduction, and on the CPU when a target is out of range.
     """
     check_reduction(NAME, reduction)
-    grad, mean = torch.is_grad_enabled(), reduction == "mean"
-    need_x = grad and x.requires_grad
+    now = torch.is_grad_enabled() and reduction != "none"  # else in the backward pass
+    need_x = now and x.requires_grad
     if not isinstance(weight, QuantizedWeight):
-        need_weight = grad and weight.requires_grad
-        return OP(x, weight, targets, ignore_index, need_x, need_weight, mean)[0]
+        need_weight = now and weight.requires_grad
+        return OP(x, weight, targets, ignore_index, need_x, need_weight, reduction)[0]
     if x.shape[-1:] != weight.shape[1:]:
         raise wrong_width(NAME, x, weight)
     values, *form = weight.arguments
-    return OP(x, values, targets, ignore_index, need_x, False, mean, *form)[0]
+    return OP(x, values, targets, ignore_index, need_x, False, reduction, None, *form)[0]
 
 
 def check(
-    x, weight, targets, ignore_index, need_x, need_weight, mean=True,
+    x, weight, targets, ignore_index, need_x, need_weight, reduction="mean", row_weights=None,
     scales=None, minima=None, V=0, bits=0, group_size=0,
 ) -> None:  # fmt: skip
     LINEAR.check(x, weight, scales, minima, V, bits, group_size, op=NAME)
     check_targets(NAME, x, targets)
+    check_reduction(NAME, reduction)
+    if reduction == "none" and (need_x or need_weight):
+        raise ShapeError(
+            f"{NAME}: need_x or need_weight is True with the reduction 'none', whose gradients the "
+            "backward pass makes: both must be False"
+        )
+    if row_weights is not None:
+        if reduction != "sum":
+            raise ShapeError(
+                f"{NAME}: row_weights are given with the reduction {reduction!r}; it must be 'sum'"
+            )
+        checks.shape(NAME, "row_weights", row_weights, targets.shape, "the shape of targets")
+        dtype = accumulate(x.dtype)
+        if row_weights.dtype is not dtype or row_weights.device != x.device:
+            raise ShapeError(
+                f"{NAME}: row_weights is {checks.describe(row_weights)}; it must be {dtype} on "
+                f"{x.device}"
+            )
 
 
 def eager(
@@ -105,7 +134,8 @@ def eager(
     ignore_index: int = -100,
     need_x: bool = False,
     need_weight: bool = False,
-    mean: bool = True,
+    reduction: str = "mean",
+    row_weights: Tensor | None = None,
     scales: Tensor | None = None,
     minima: Tensor | None = None,
     V: int = 0,
@@ -115,15 +145,15 @@ def eager(
     quantized = scales is not None
     N, C = targets.numel(), x.shape[-1]
     V = V if quantized else weight.shape[0]
-    wanted = Wanted.of(NAME, x, V, targets, ignore_index, mean)
+    wanted = Wanted.of(NAME, x, V, targets, ignore_index, reduction, row_weights)
     rows = x.reshape(N, C)
-    loss = rows[:0].sum(dtype=accumulate(x.dtype))  # 0, and to autograd a function of x
+    losses = [rows[:0].sum(-1, True, dtype=accumulate(x.dtype))]  # so that even no rows have some
     dtype = gradient_dtype(x.dtype)
     dx, dw = x.new_empty((N, C) if need_x else 0, dtype=dtype), x.new_empty(0, dtype=dtype)
     for block in blocks(N, V, quantized) if quantized else [slice(None)]:
         logits = LINEAR.eager(rows[block], weight, scales, minima, V, bits, group_size)
-        some, d_logits = wanted.of_rows(block).loss(logits, need_x or need_weight)
-        loss = loss + some
+        some, d_logits = wanted.of_rows(block).losses(logits, need_x or need_weight)
+        losses.append(some)
         if d_logits is not None:
             d_logits, up = rounded(d_logits, x.dtype)
         if need_x:
@@ -131,25 +161,27 @@ def eager(
             dx[block] = undone(BACKWARD_X.eager(d_logits, weight, *form), up)
         if need_weight:
             dw = undone(d_logits, up).t().mm(rows.to(dtype))
-    return loss / wanted.count, dx.view(x.shape) if need_x else dx, dw
+    loss = wanted.reduced(torch.cat(losses), reduction, targets.shape)
+    return loss, dx.view(x.shape) if need_x else dx, dw
 
 
 def fake(
-    x, weight, targets, ignore_index, need_x, need_weight, *others
+    x, weight, targets, ignore_index, need_x, need_weight, reduction="mean", *others
 ) -> tuple[Tensor, Tensor, Tensor]:
+    shape = targets.shape if reduction == "none" else ()
     return (
-        x.new_empty((), dtype=accumulate(x.dtype)),
+        x.new_empty(shape, dtype=accumulate(x.dtype)),
         x.new_empty(x.shape if need_x else 0, dtype=gradient_dtype(x.dtype)),
         x.new_empty(weight.shape if need_weight else 0, dtype=gradient_dtype(x.dtype)),
     )
 
 
 def chunked(
-    x, weight, targets, ignore_index, need_x, need_weight, mean=True,
+    x, weight, targets, ignore_index, need_x, need_weight, reduction="mean", row_weights=None,
     scales=None, minima=None, V=0, bits=0, group_size=0, *, linear=None, linear_backward_x=None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The same in blocks of rows. Beyond its results it holds one block of logits, and where weight
-    is of a half type the float32 sum of dw.
+    """The same in blocks of rows, on the CPU of those alone that are kept. Beyond its results it
+    holds one block of logits, and where weight is of a half type the float32 sum of dw.
 
     linear, linear_backward_x  what launches these ops; by default whoever serves them
     """
@@ -168,63 +200,74 @@ def chunked(
     def add_to_dw(d_logits: Tensor, rows: Tensor) -> None:
         dw.addmm_(d_logits.t(), rows.to(dtype))
 
-    loss, dx = in_blocks(
+    wanted = Wanted.of(NAME, x, V, targets, ignore_index, reduction, row_weights)
+    losses, dx = in_blocks(
         x,
         V,
-        Wanted.of(NAME, x, V, targets, ignore_index, mean),
+        wanted,
         multiply,
         backward_x if need_x else None,
         add_to_dw if need_weight else None,
         quantized,
     )
+    loss = wanted.reduced(losses, reduction, targets.shape)
     return loss, dx, dw.to(gradient_dtype(x.dtype))
 
 
 def save(inputs: tuple, output: tuple) -> tuple:
-    x, weight, targets, ignore_index, need_x, need_weight, mean, scales, minima, *form = inputs
+    x, weight, targets, ignore_index, need_x, need_weight, reduction, *others = inputs
+    row_weights, scales, minima, *form = others
     made = {(need_x, need_weight): output[1:]}
-    return (x, weight, targets, scales, minima), (ignore_index, mean, form, made)
+    tensors = (x, weight, targets, row_weights, scales, minima)
+    return tensors, (ignore_index, reduction, form, made)
 
 
 def gradient(
     saved: tuple, scalars: tuple, needed: tuple, grad: Tensor, *unused: Tensor
 ) -> tuple[Tensor | None, ...]:
-    x, weight, targets, scales, minima = saved
-    ignore_index, mean, form, made = scalars
+    x, weight, targets, row_weights, scales, minima = saved
+    ignore_index, reduction, form, made = scalars
     if torch.is_grad_enabled():  # the gradient is to be differentiated in turn
-        return *differentiable(saved, scalars, needed, grad), *[None] * 10
+        return *differentiable(saved, scalars, needed, grad), *[None] * 11
+    given = (x, weight, targets, ignore_index, *needed[:2])
+    if reduction == "none":
+        weighed = OP(*given, "sum", grad.contiguous(), scales, minima, *form)[1:]
+        return *_as_x(x, needed, weighed), *[None] * 11
     # Taken out, so that no copy of dw is held on while autograd adds it to weight.grad. A second
     # pass through the same graph makes them again.
     gradients = made.pop(needed[:2], None)
     if gradients is None:
-        args = (x, weight, targets, ignore_index, *needed[:2], mean, scales, minima, *form)
-        gradients = OP(*args)[1:]
+        gradients = OP(*given, reduction, row_weights, scales, minima, *form)[1:]
     scale = torch.mul if needs_dispatcher() else torch.Tensor.mul_  # a traced graph writes nothing
-    found = (
-        scale(d, grad).to(x.dtype) if need else None
-        for d, need in zip(gradients, needed, strict=False)
-    )
-    return *found, *[None] * 10
+    scaled = (scale(d, grad) if d.numel() else d for d in gradients)
+    return *_as_x(x, needed, scaled), *[None] * 11
+
+
+def _as_x(x: Tensor, needed: tuple, gradients: Iterable[Tensor]) -> Iterator[Tensor | None]:
+    """(dx, dw) in x's dtype, those that are needed."""
+    return (d.to(x.dtype) if need else None for d, need in zip(gradients, needed, strict=False))
 
 
 def differentiable(
     saved: tuple, scalars: tuple, needed: tuple, grad: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dw) as functions of x, weight and grad, for a second gradient. The logits are whole."""
-    x, weight, targets, scales, minima = saved
-    ignore_index, mean, form, _ = scalars
+    x, weight, targets, row_weights, scales, minima = saved
+    ignore_index, reduction, form, _ = scalars
     refuse_strict(OP, "where its gradient is to be differentiated again (create_graph=True)")
     rows = x.reshape(targets.numel(), x.shape[-1])
     logits = LINEAR(rows, weight, scales, minima, *form)
-    compared = Wanted.of(NAME, x, logits.shape[-1], targets, ignore_index, mean)
-    loss = compared.loss(logits, False)[0] / compared.count.clamp(min=1)
+    V = logits.shape[-1]
+    compared = Wanted.of(NAME, x, V, targets, ignore_index, reduction, row_weights)
+    compared = compared._replace(count=compared.count.clamp(min=1))
+    loss = compared.reduced(compared.losses(logits, False)[0], reduction, targets.shape)
     wanted = [t for t, need in zip((x, weight), needed, strict=False) if need]
     found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
     return tuple(next(found) if need else None for need in needed[:2])
 
 
 def cost(
-    x, weight, targets, ignore_index, need_x, need_weight, mean=True,
+    x, weight, targets, ignore_index, need_x, need_weight, reduction="mean", row_weights=None,
     scales=None, minima=None, V=0, bits=0, group_size=0,
 ) -> Cost:  # fmt: skip
     head = sum(part.nbytes for part in (weight, scales, minima) if part is not None)
@@ -237,10 +280,11 @@ def cost(
 
 
 def variant(
-    x, weight, targets, ignore_index, need_x, need_weight, mean=True,
+    x, weight, targets, ignore_index, need_x, need_weight, reduction="mean", row_weights=None,
     scales=None, minima=None, V=0, bits=0, group_size=0,
 ) -> str:  # fmt: skip
-    return f"int{bits}" if bits else ""
+    kind = "per row" if reduction == "none" else "weighted" if row_weights is not None else ""
+    return f"{kind} {f'int{bits}' if bits else ''}".strip()
 
 
 def at_model_size(m: ModelInputs) -> dict[str, Callable[[], tuple]]:
@@ -249,13 +293,13 @@ def at_model_size(m: ModelInputs) -> dict[str, Callable[[], tuple]]:
 
     def make() -> tuple:
         given = m.randn(N, C), m.weight("head"), m.targets(N)
-        return *given, *flags, m.gradient, True, None, None, 0, 0, 0
+        return *given, *flags, m.gradient, "mean", None, *NOT_QUANTIZED
 
     def make_int8() -> tuple:
         form = NAMED["int8"].head  # in "int4" too
         x = m.rows(C)
         values, *others = m.quantized_weight("head", form.bits, form.group_size)
-        return x, values, m.targets(*x.shape[:-1]), *flags, False, True, *others
+        return x, values, m.targets(*x.shape[:-1]), *flags, False, "mean", None, *others
 
     return {NAME: make, f"{NAME} int8": make_int8}
 
@@ -265,18 +309,28 @@ def cases() -> list[Case]:
 
 
 def float_cases() -> list[Case]:
-    def sizes(*rows: int, C: int, V: int, ignored: float = 0.0, scale: float = 1.0, mean=True):
+    def sizes(
+        *rows: int,
+        C: int,
+        V: int,
+        ignored: float = 0.0,
+        scale: float = 1.0,
+        reduction: str = "mean",
+        weighted: bool = False,
+    ):
         def make(g, dtype, device):
             targets = randint(g, V, *rows)
             targets[rand(g, *rows) < ignored] = -100
+            weights = randn(g, *rows, dtype=accumulate(dtype), device=device) if weighted else None
             return (
                 randn(g, *rows, C, dtype=dtype, device=device, scale=scale),
                 randn(g, V, C, dtype=dtype, device=device, scale=C**-0.5),
                 targets.to(device),
                 -100,
-                True,
-                True,
-                mean,
+                reduction != "none",
+                reduction != "none",
+                reduction,
+                weights,
                 *NOT_QUANTIZED,
             )
 
@@ -288,15 +342,19 @@ def float_cases() -> list[Case]:
 
     def not_needed(g, dtype, device):
         given = sizes(7, C=32, V=50)(g, dtype, device)[:3]
-        return *given, -100, False, False, True, *NOT_QUANTIZED
+        return *given, -100, False, False, "mean", None, *NOT_QUANTIZED
 
     return [
         Case("one row", sizes(1, C=8, V=2)),
         Case("odd", sizes(3, 5, C=33, V=65)),
         Case("some ignored", sizes(2, 20, C=64, V=129, ignored=0.4)),
         Case("all ignored", sizes(4, C=16, V=32, ignored=1.0)),
-        Case("sum", sizes(3, 7, C=24, V=50, ignored=0.3, mean=False)),
-        Case("sum of nothing", sizes(4, C=16, V=32, ignored=1.0, mean=False)),
+        Case("sum", sizes(3, 7, C=24, V=50, ignored=0.3, reduction="sum")),
+        Case("sum of nothing", sizes(4, C=16, V=32, ignored=1.0, reduction="sum")),
+        Case("per row", sizes(3, 7, C=24, V=50, ignored=0.3, reduction="none")),
+        Case("per row, all ignored", sizes(4, C=16, V=32, ignored=1.0, reduction="none")),
+        Case("per row, no rows", sizes(0, C=16, V=32, reduction="none")),
+        Case("weighted", sizes(3, 7, C=24, V=50, ignored=0.3, reduction="sum", weighted=True)),
         Case("two blocks", sizes(ROWS + 9, C=16, V=LOGITS // ROWS)),
         Case("sure of it", sizes(20, C=64, V=100, scale=30.0)),
         Case("strided", strided),
@@ -307,8 +365,8 @@ def float_cases() -> list[Case]:
 
 def quantized_cases() -> list[Case]:
     def sizes(*rows: int, C: int, V: int, bits: int = 8, group_size: int = 32,
-              symmetric: bool = True, ignored: float = 0.0, need_x: bool = True, mean: bool = True,
-              take=lambda x: x):  # fmt: skip
+              symmetric: bool = True, ignored: float = 0.0, need_x: bool = True,
+              reduction: str = "mean", take=lambda x: x):  # fmt: skip
         def make(g, dtype, device):
             x = take(randn(g, *rows, C, dtype=dtype, device=device))
             C_in = x.shape[-1]
@@ -317,7 +375,8 @@ def quantized_cases() -> list[Case]:
             values, *others = weight.arguments
             targets = randint(g, V, *x.shape[:-1])
             targets[rand(g, *targets.shape) < ignored] = -100
-            return x, values, targets.to(device), -100, need_x, False, mean, *others
+            form = (None, *others)
+            return x, values, targets.to(device), -100, need_x, False, reduction, *form
 
         return make
 
@@ -334,7 +393,11 @@ def quantized_cases() -> list[Case]:
         Case("quantised, one row", sizes(1, C=8, V=2)),
         Case("quantised, some ignored", sizes(2, 20, C=64, V=129, ignored=0.4)),
         Case("quantised, all ignored", sizes(4, C=16, V=32, bits=4, ignored=1.0)),
-        Case("quantised, sum", sizes(3, 7, C=24, V=50, ignored=0.3, mean=False)),
+        Case("quantised, sum", sizes(3, 7, C=24, V=50, ignored=0.3, reduction="sum")),
+        Case(
+            "quantised, per row",
+            sizes(3, 7, C=24, V=50, ignored=0.3, need_x=False, reduction="none"),
+        ),
         Case("quantised, loss alone", sizes(7, C=32, V=50, need_x=False)),
         Case("quantised, no rows", sizes(0, C=16, V=32)),
         Case(
@@ -352,7 +415,7 @@ OP = Op(
     fake=fake,
     save=save,
     gradient=gradient,
-    constants=("scales", "minima"),
+    constants=("row_weights", "scales", "minima"),
     non_differentiable=2,
     gradient_in_forward=True,
     cost=cost,

@@ -23,8 +23,8 @@ QUANTIZED = 2
 
 
 def check_reduction(op: str, reduction: str) -> None:
-    if reduction not in ("mean", "sum"):
-        raise ShapeError(f"{op}: reduction is {reduction!r}; it must be 'mean' or 'sum'")
+    if reduction not in ("mean", "sum", "none"):
+        raise ShapeError(f"{op}: reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
 
 
 def check_targets(op: str, x: torch.Tensor, targets: torch.Tensor) -> None:
@@ -82,7 +82,8 @@ class Wanted(NamedTuple):
 
     target  (N, 1) int64: a column for each row, any where it does not count
     kept    (N, 1) bool: whether it counts
-    share   (N, 1): its part of the gradient, 0 or one over the number of the kept rows
+    share   (N, 1): what its loss counts for: 0 where it is ignored; else its weight, or 1, and of a
+            mean one over the number of the kept rows
     count   (): what the sum of the losses is to be divided by, 0 for the mean of no rows
     """
 
@@ -99,29 +100,48 @@ class Wanted(NamedTuple):
         V: int,
         targets: torch.Tensor,
         ignore_index: int,
-        mean: bool,
+        reduction: str,
+        row_weights: torch.Tensor | None = None,
     ) -> Wanted:
         check_range(op, targets, V, ignore_index)
         flat = targets.reshape(-1, 1)
         kept = flat != ignore_index
-        count = kept.sum() if mean else torch.ones_like(kept.sum())
+        count = kept.sum() if reduction == "mean" else torch.ones_like(kept.sum())
         share = kept.to(accumulate(x.dtype)) / count.clamp(min=1)
+        if row_weights is not None:
+            share = row_weights.reshape(-1, 1).to(share.dtype).where(kept, 0.0)
         return cls(flat.where(kept, 0), kept, share, count)
 
-    def of_rows(self, rows: slice) -> Wanted:
+    def of_rows(self, rows: slice | torch.Tensor) -> Wanted:
         return Wanted(self.target[rows], self.kept[rows], self.share[rows], self.count)
 
-    def loss(
+    def kept_rows(self) -> torch.Tensor | None:
+        """Indices, ascending, of the rows that count. None where all do, and on a GPU, where to ask
+        how many they are would be to wait, and a captured graph has shapes that do not change."""
+        if not self.kept.is_cpu:
+            return None
+        rows = self.kept.view(-1).nonzero().view(-1)
+        return None if len(rows) == len(self.kept) else rows
+
+    def losses(
         self, logits: torch.Tensor, need_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the sum of the losses of logits (N, V), and their gradient in float32 (or 64)."""
+        """Returns the losses (N, 1) of logits (N, V), 0 of ignored rows, and the gradient of what
+        they are together by their shares; both in float32 (or 64)."""
         log_p = logits.to(self.share.dtype).log_softmax(-1)
-        loss = -log_p.gather(1, self.target).where(self.kept, 0.0).sum()
+        losses = -log_p.gather(1, self.target).where(self.kept, 0.0)
         if not need_gradient:
-            return loss, None
+            return losses, None
         p = log_p.exp()
         d_logits = p.scatter_add(1, self.target, p.new_full(self.target.shape, -1.0))
-        return loss, d_logits * self.share
+        return losses, d_logits * self.share
+
+    def reduced(self, losses: torch.Tensor, reduction: str, shape: torch.Size) -> torch.Tensor:
+        """The losses (N, 1) of all rows, 0 of ignored ones, as their mean or sum, or with "none" in
+        the shape of the targets."""
+        if reduction == "none":
+            return losses.reshape(shape)
+        return losses.sum() / self.count if reduction == "mean" else (losses * self.share).sum()
 
 
 def blocks(N: int, V: int, quantized: bool = False) -> Iterator[slice]:
@@ -141,25 +161,29 @@ def in_blocks(
     backward_weight: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
     quantized: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, and dx of x's shape, or empty without `backward_x`; for a backend's kernels.
+    """The losses (N, 1), 0 of ignored rows, and dx of x's shape, or empty without `backward_x`; for
+    a backend's kernels.
 
     multiply         rows of x → fresh logits, of x's dtype
     backward_x       their gradient, of x's dtype → that of the rows
     backward_weight  takes their gradient, in the dtype of sums, and the rows
     quantized        whether the weight is
-    Beyond its results it holds one block of logits.
+    Only the rows that count are multiplied, where `Wanted.kept_rows` knows them. Beyond its results
+    it holds one block of logits.
     """
-    rows = x.reshape(len(wanted.target), x.shape[-1])
-    loss = x.new_zeros((), dtype=wanted.share.dtype)
-    dx = x.new_empty(rows.shape if backward_x else 0, dtype=gradient_dtype(x.dtype))
-    for block in blocks(len(rows), V, quantized):
-        target, kept, share, _ = wanted.of_rows(block)
-        # In place from here on: logits - max, then P, then (P - Y) / n.
-        logits = multiply(rows[block]).to(loss.dtype)
+    rows, kept = x.reshape(len(wanted.target), x.shape[-1]), wanted.kept_rows()
+    losses = x.new_zeros((len(rows), 1), dtype=wanted.share.dtype)
+    make = x.new_empty if kept is None else x.new_zeros
+    dx = make(rows.shape if backward_x else 0, dtype=gradient_dtype(x.dtype))
+    for block in blocks(len(rows) if kept is None else len(kept), V, quantized):
+        block = block if kept is None else kept[block]
+        some, (target, counts, share, _) = rows[block], wanted.of_rows(block)
+        # In place from here on: logits - max, then P, then (P - Y) times the row's share.
+        logits = multiply(some).to(losses.dtype)
         logits -= logits.amax(-1, keepdim=True)
         at_target = logits.gather(1, target)
         total = logits.exp_().sum(-1, keepdim=True)
-        loss += (total.log() - at_target).where(kept, 0.0).sum()
+        losses[block] = (total.log() - at_target).where(counts, 0.0)
         if backward_x or backward_weight:
             logits.mul_(share / total)
             logits.scatter_add_(1, target, -share)
@@ -168,6 +192,6 @@ def in_blocks(
             dx[block] = undone(backward_x(d_logits), up)
             del d_logits
         if backward_weight:
-            backward_weight(logits, rows[block])
+            backward_weight(logits, some)
         del logits  # its memory is for the next block
-    return loss / wanted.count, dx.view(x.shape) if backward_x else dx
+    return losses, dx.view(x.shape) if backward_x else dx

@@ -190,7 +190,7 @@ def attention_backward(fault, grad, q, k, v, o, lse, causal, scale, lengths):
 
 
 def linear_cross_entropy(
-    fault, x, weight, targets, ignore_index, need_x, need_weight, mean, *defaults
+    fault, x, weight, targets, ignore_index, need_x, need_weight, reduction, *defaults
 ):
     rows, C = x.reshape(-1, x.shape[-1]), x.shape[-1]
     target = targets.flatten()
@@ -211,7 +211,7 @@ def linear_cross_entropy(
     losses = (largest + total.log() - logits.gather(1, at)).where(kept, 0)
     if fault == "the last block of rows lost":
         losses = losses[: (len(rows) - 1) // TILE * TILE]
-    share = 1 / count if mean else 1.0
+    share = 1 / count if reduction == "mean" else 1.0
     P = exps / total
     if fault != "no target in the gradient":
         P = P.scatter_add(1, at, torch.full_like(P[:, :1], -1))
