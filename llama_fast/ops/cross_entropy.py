@@ -147,13 +147,18 @@ def eager(
     V = V if quantized else weight.shape[0]
     wanted = Wanted.of(NAME, x, V, targets, ignore_index, reduction, row_weights)
     rows = x.reshape(N, C)
-    losses = [rows[:0].sum(-1, True, dtype=accumulate(x.dtype))]  # so that even no rows have some
+    # Zeros, and to autograd a function of x. Made beforehand: small results between large
+    # temporaries would keep the memory of all of them.
+    losses = rows[:0].sum(dtype=accumulate(x.dtype)).expand(N, 1).clone()
     dtype = gradient_dtype(x.dtype)
     dx, dw = x.new_empty((N, C) if need_x else 0, dtype=dtype), x.new_empty(0, dtype=dtype)
     for block in blocks(N, V, quantized) if quantized else [slice(None)]:
         logits = LINEAR.eager(rows[block], weight, scales, minima, V, bits, group_size)
         some, d_logits = wanted.of_rows(block).losses(logits, need_x or need_weight)
-        losses.append(some)
+        if quantized:
+            losses[block] = some
+        else:
+            losses = some
         if d_logits is not None:
             d_logits, up = rounded(d_logits, x.dtype)
         if need_x:
@@ -161,7 +166,7 @@ def eager(
             dx[block] = undone(BACKWARD_X.eager(d_logits, weight, *form), up)
         if need_weight:
             dw = undone(d_logits, up).t().mm(rows.to(dtype))
-    loss = wanted.reduced(torch.cat(losses), reduction, targets.shape)
+    loss = wanted.reduced(losses, reduction, targets.shape)
     return loss, dx.view(x.shape) if need_x else dx, dw
 
 
