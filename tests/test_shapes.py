@@ -21,7 +21,9 @@ WORK = [Work.decode(24), Work.prefill(5)]
 
 
 def test_every_op_of_a_model_has_problem_shapes():
-    assert set(NAMES) == {name for name, op in OPS.items() if op.cases is not None}
+    called_by_no_model = {"adamw"}
+    named = {name for name, op in OPS.items() if op.cases is not None}
+    assert set(NAMES) == named - called_by_no_model
 
 
 def test_a_problem_is_named_after_what_it_asks_for():

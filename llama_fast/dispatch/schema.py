@@ -17,7 +17,8 @@ def schema_of(eager: Callable[..., Any], written: Sequence[str] = ()) -> str:
 
     written  names of the arguments that a call writes
     Arguments are annotated as Tensor, bool, int, float or str, or one of them or None; the result
-    as a Tensor or a tuple of some. Raises KeyError for another annotation.
+    as a Tensor, a tuple of some, or None of an op that only writes. Raises KeyError for another
+    annotation.
     """
     hints = get_type_hints(eager)
     arguments = []
@@ -31,6 +32,8 @@ def schema_of(eager: Callable[..., Any], written: Sequence[str] = ()) -> str:
             text += f'="{value}"' if isinstance(value, str) else f"={value}"
         arguments.append(text)
     result = hints["return"]
+    if result is types.NoneType:
+        return f"({', '.join(arguments)}) -> ()"
     kinds = get_args(result) if get_origin(result) is tuple else (result,)
     results = ", ".join(_NAMES[kind] for kind in kinds)
     return f"({', '.join(arguments)}) -> {results if len(kinds) == 1 else f'({results})'}"
