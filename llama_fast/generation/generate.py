@@ -6,10 +6,11 @@ A row's tokens depend on its prompt, the sampling and its seed; not on the rows 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from ..model import Llama
 from ..nn.kv_cache import cache_dtype
@@ -129,11 +130,11 @@ def stream(
     is made, LogitsError where the logits are NaN or infinite.
     """
     prompts = encode_prompts(tokenizer, prompts)
-    rows = _Rows(model, tokenizer, prompts, max_new_tokens, seed, stop, stop_ids, kv_cache)
+    rows = Rows(model, tokenizer, prompts, max_new_tokens, seed, stop, stop_ids, kv_cache)
     return rows.run(Sampling(temperature, top_p, top_k))
 
 
-class _Rows:
+class Rows:
     """The state of a batch while it is generated."""
 
     def __init__(
@@ -167,12 +168,19 @@ class _Rows:
     def run(self, sampling: Sampling) -> Iterator[Chunk]:
         slots = max(len(prompt) + n for prompt, n in zip(self.prompts, self.limits, strict=True))
         with Engine.acquire(self.model, len(self.prompts), slots, self.kv_cache) as engine:
-            yield from self._decode(sampling, engine)
+            yield from self.decode(sampling, engine, engine.prefill(self.prompts), engine.free)
 
-    def _decode(self, sampling: Sampling, engine: Engine) -> Iterator[Chunk]:
+    def decode(
+        self,
+        sampling: Sampling,
+        engine: Engine,
+        logits: Tensor,
+        ended: Callable[[int], None],
+    ) -> Iterator[Chunk]:
+        """Draws from the logits after the prompts, and steps the engine with what was drawn until
+        all rows have ended; `ended` is told of each."""
         counts = [0] * len(self.prompts)
         active = set(range(len(self.prompts)))
-        logits = engine.prefill(self.prompts)
         while True:
             logits = logits[:, : self.known]
             tokens = sampling.sample(logits, self.generators)
@@ -187,7 +195,7 @@ class _Rows:
                 text, reason = self._finish(index, token, counts[index])
                 if reason:
                     active.remove(index)
-                    engine.free(index)
+                    ended(index)
                 yield Chunk(index, token, scores[index], text, reason)
             if not active:
                 return
