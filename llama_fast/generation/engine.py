@@ -19,7 +19,7 @@ nothing to capture, and every engine makes its own.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -206,6 +206,13 @@ class Engine:
                 "row's length, from 0 to what it holds"
             )
         self.cache.truncate([*lengths, *[0] * (self.cache.batch - self.batch)])
+
+    def restore(self, row: int, held: Mapping[str, Tensor]) -> None:
+        """Fills a row with what `KVCache.held` returned, and raises as `KVCache.restore` does."""
+        row = range(self.batch)[row]
+        with torch.inference_mode(self.cache.lengths.is_inference()), torch.no_grad():
+            self.cache.restore(row, held)
+        self._free.discard(row)
 
     def free(self, row: int) -> None:
         """Empties a row that has ended, so that it takes no more room."""

@@ -13,11 +13,11 @@ that both have in common: a turn costs what is new in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import PromptError
 from ..model import Llama
@@ -88,6 +88,19 @@ class Session:
             self._engine.reset()
         self._seen, self._made_by = [], None
 
+    def restore(self, tokens: Sequence[int], held: Mapping[str, Tensor]) -> None:
+        """Takes tokens with their keys and values, as `KVCache.held` returned them, in the place of
+        what it holds. The caller answers for their being of this model. Raises ShapeError where
+        they do not fit, and changes nothing then."""
+        self.engine.restore(0, held)
+        self._turn += 1
+        self._seen = list(tokens)
+        # The last token is computed again: a model may make tables of its own in its first call,
+        # and is then no longer what is remembered here.
+        self.engine.truncate([len(tokens) - 1])
+        self.engine.prefill([[tokens[-1]]])
+        self._remember()
+
     @property
     def engine(self) -> Engine:
         """The engine of one row that holds the text."""
@@ -145,8 +158,7 @@ class Session:
         engine.truncate([kept])
         self._seen = list(ids)
         logits = engine.prefill([ids[kept:]])
-        # A model may make tables of its own in its first call.
-        self._made_by = Snapshot(self.model, engine.cache), _versions(self.model)
+        self._remember()  # after the first call, in which a model may make tables
         self.prefilled += len(ids) - kept
         for chunk in rows.decode(sampling, engine, logits, ended=lambda row: None):
             self._seen.append(chunk.token)
@@ -156,6 +168,9 @@ class Session:
                     "another turn of this session has begun; a stream can be read to its end only "
                     "before that: give each text a session of its own"
                 )
+
+    def _remember(self) -> None:
+        self._made_by = Snapshot(self.model, self.engine.cache), _versions(self.model)
 
     def _is_of_this_model(self) -> bool:
         if self._made_by is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -146,6 +146,36 @@ class KVCache:
                 "give each row's length, at most what it holds"
             )
         self._set_lengths(lengths)
+
+    def held(self, row: int) -> dict[str, Tensor]:
+        """Returns copies of what a row holds, by the names "k.LAYER", "v.LAYER", (K, length, D), and
+        for 8 bits "k_scale.LAYER", "v_scale.LAYER", (K, length) float32."""
+        length = max(self._lengths[row], 0)
+        return {name: x[row, :, :length].clone() for name, x in self._named()}
+
+    def restore(self, row: int, held: Mapping[str, Tensor]) -> None:
+        """Puts what `held` returned into a row, in the place of what it holds. Raises ShapeError
+        where it is of another model or form, or there is no room; nothing is changed then."""
+        length = held["k.0"].shape[1] if "k.0" in held else -1
+        named = dict(self._named())
+        wanted = {
+            name: (x.dtype, x[row, :, :length].shape)
+            for name, x in named.items()
+            if 0 <= length <= self.max_seq_len
+        }
+        if {name: (x.dtype, x.shape) for name, x in held.items()} != wanted:
+            raise ShapeError(
+                f"keys and values of {length} tokens, {len(held)} tensors, are not what this cache "
+                f"of {len(named)} tensors of {self.max_seq_len} slots in {self.dtype} holds; they "
+                "are of another model, another kv_cache or a longer context"
+            )
+        for name, x in named.items():
+            x[row, :, :length].copy_(held[name])
+        self._set_lengths([*self._lengths[:row], length, *self._lengths[row + 1 :]])
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for kind, layers in zip(("k", "v", "k_scale", "v_scale"), self._stored, strict=True):
+            yield from ((f"{kind}.{n}", x) for n, x in enumerate(layers) if x is not None)
 
     def rows(self, start: int, stop: int) -> KVCache:
         """Returns a cache of these rows alone, in the same memory. On the host it counts for
