@@ -10,6 +10,7 @@ import typer
 
 from .. import __version__
 from .bench import bench
+from .chat import chat
 from .convert import convert
 from .doctor import doctor
 from .explain import explain
@@ -24,8 +25,8 @@ from .report import report
 from .tokenize import tokenize
 
 COMMANDS = (
-    generate, info, tokenize, convert, quantize, init, doctor, explain, bench, profile, report,
-    inspect,
+    generate, chat, info, tokenize, convert, quantize, init, doctor, explain, bench, profile,
+    report, inspect,
 )  # fmt: skip
 
 app = typer.Typer(

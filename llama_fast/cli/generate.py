@@ -10,14 +10,18 @@ import typer
 
 from ..errors import LogitsError, PromptError
 from .options import (
+    AsDType,
+    Cache,
     Debug,
     Device,
-    DType,
-    KvCache,
     Model,
-    Named,
     OnBackend,
+    Quantize,
+    Seed,
+    Temperature,
     Threads,
+    TopK,
+    TopP,
     check_backend,
     device_named,
     example,
@@ -42,54 +46,17 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="Stop after N tokens.")
     ] = 256,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            min=0, metavar="T", help="0 takes the likeliest token; higher is more varied."
-        ),
-    ] = 0.6,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            min=0, max=1, metavar="P", help="Draw from the likeliest tokens that add up to P."
-        ),
-    ] = 0.9,
-    top_k: Annotated[
-        int, typer.Option(min=0, metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
-    ] = 0,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=2**32 - 1,
-            metavar="N",
-            help="The same seed gives the same text.",
-            show_default="a new one",
-        ),
-    ] = None,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    seed: Seed = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="End before this text; may be given several times."),
     ] = None,
-    dtype: Annotated[
-        DType | None,
-        typer.Option(help="Convert the weights.", show_default="as stored"),
-    ] = None,
-    quantize: Annotated[
-        Named | None,
-        typer.Option(
-            help="Round the weights to integers while they are read; `llama-fast quantize` "
-            "writes a folder of them.",
-            show_default="as stored",
-        ),
-    ] = None,
-    kv_cache: Annotated[
-        KvCache | None,
-        typer.Option(
-            help="Store keys and values as integers, in about half the memory.",
-            show_default="in the weights' dtype",
-        ),
-    ] = None,
+    dtype: AsDType = None,
+    quantize: Quantize = None,
+    kv_cache: Cache = None,
     device: Device = "auto",
     backend: OnBackend = None,
     max_seq_len: Annotated[

@@ -85,6 +85,49 @@ Model = Annotated[
         show_default="the small model that ships",
     ),
 ]
+Temperature = Annotated[
+    float,
+    typer.Option(min=0, metavar="T", help="0 takes the likeliest token; higher is more varied."),
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        min=0, max=1, metavar="P", help="Draw from the likeliest tokens that add up to P."
+    ),
+]
+TopK = Annotated[
+    int, typer.Option(min=0, metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=2**32 - 1,
+        metavar="N",
+        help="The same seed gives the same text.",
+        show_default="a new one",
+    ),
+]
+AsDType = Annotated[
+    DType | None, typer.Option("--dtype", help="Convert the weights.", show_default="as stored")
+]
+Quantize = Annotated[
+    Named | None,
+    typer.Option(
+        "--quantize",
+        help="Round the weights to integers while they are read; `llama-fast quantize` "
+        "writes a folder of them.",
+        show_default="as stored",
+    ),
+]
+Cache = Annotated[
+    KvCache | None,
+    typer.Option(
+        "--kv-cache",
+        help="Store keys and values as integers, in about half the memory.",
+        show_default="in the weights' dtype",
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 …; auto: a GPU if there is one."),

@@ -124,9 +124,7 @@ class Chat:
         while len(ids := self.ids()) + room > limit:
             head = int(self.system is not None)
             starts = [
-                n
-                for n, turn in enumerate(self.turns)
-                if n > head and turn.message.role == "user"
+                n for n, turn in enumerate(self.turns) if n > head and turn.message.role == "user"
             ]
             if not starts:
                 if len(ids) < limit:  # less room than wished for

@@ -57,7 +57,7 @@ def load_session(session: Session, path: str | Path) -> int:
                     "or leave the file out"
                 )
             tokens = json.loads(metadata["tokens"])
-            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            held = {name: file.get_tensor(name) for name in file.keys()}
         if held["k.0"].shape[1] != len(tokens):
             raise ValueError(f"{len(tokens)} tokens")
     except (OSError, SafetensorError, KeyError, ValueError) as error:

@@ -148,8 +148,8 @@ class KVCache:
         self._set_lengths(lengths)
 
     def held(self, row: int) -> dict[str, Tensor]:
-        """Returns copies of what a row holds, by the names "k.LAYER", "v.LAYER", (K, length, D), and
-        for 8 bits "k_scale.LAYER", "v_scale.LAYER", (K, length) float32."""
+        """Returns copies of what a row holds: "k.LAYER", "v.LAYER", (K, length, D), and for 8 bits
+        "k_scale.LAYER", "v_scale.LAYER", (K, length) float32."""
         length = max(self._lengths[row], 0)
         return {name: x[row, :, :length].clone() for name, x in self._named()}
 

@@ -1,0 +1,160 @@
+"""`llama-fast chat`: a dialog with a model in the terminal, or through a pipe."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import LlamaFastError
+from . import chat_commands
+from .chat_talk import Talk
+from .chat_tools import Tools
+from .interrupt import unwind_when_stopped
+from .options import (
+    AsDType,
+    Cache,
+    Debug,
+    Device,
+    Model,
+    OnBackend,
+    Quantize,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    check_backend,
+    device_named,
+    example,
+    model_folder,
+    set_threads,
+)
+from .terminal import note, weights_bar
+
+CONTEXT = 8192  # tokens, where the model allows more and nothing else is asked for
+
+
+@example("llama-fast chat --model DIR --system 'You answer in one sentence.'")
+def chat(
+    model: Model = None,
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT|@FILE", help="What the model is told before the dialog."),
+    ] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.py",
+            help="A Python file, whose functions the model may call; each call is shown, and asked "
+            "for before it runs.",
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Run calls of tools without asking.")] = False,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="The longest answer."),
+    ] = 1024,
+    max_seq_len: Annotated[
+        int | None,
+        typer.Option(
+            min=64,
+            metavar="N",
+            help="Context in tokens; when it is full, the oldest turns leave.",
+            show_default=f"the model's, at most {CONTEXT:,}",
+        ),
+    ] = None,
+    save_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keep the dialog in FILE and its keys and values in FILE.cache, and go on with "
+            "them the next time.",
+        ),
+    ] = None,
+    dtype: AsDType = None,
+    quantize: Quantize = None,
+    kv_cache: Cache = None,
+    device: Device = "auto",
+    backend: OnBackend = None,
+    threads: Threads = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only the answers, without notes.")
+    ] = False,
+    debug: Debug = False,
+) -> int:
+    """Talk with a model.
+
+    Ctrl-C ends an answer, Ctrl-D the chat; /help lists the commands. What you type never becomes a
+    control token. From a pipe each line is a message.
+    """
+    folder = model_folder(model)
+    told = chat_commands.text_or_file(system, "--system") if system else None
+    functions = Tools.from_file(tools) if tools else Tools()
+
+    from ..checkpoint import open_checkpoint
+    from ..dispatch import use_backend
+    from ..generation.chat import Chat
+    from ..generation.sampling import Sampling
+    from ..generation.session import Session
+    from ..model import Llama
+    from ..tokenizer import Tokenizer
+    from ..tokenizer.chat_choice import chat_format
+
+    set_threads(threads)
+    where = device_named(device)
+    if backend:
+        check_backend(backend.value, where.type)
+    Sampling(temperature, top_p, top_k)
+    source = open_checkpoint(folder)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    format = chat_format(folder, tokenizer)
+    context = source.config.max_seq_len
+    context = source.config.shortened(max_seq_len or min(context, CONTEXT)).max_seq_len
+
+    with weights_bar("Loading the weights") as progress:
+        llama = Llama.from_pretrained(
+            source,
+            device=where,
+            dtype=dtype and dtype.torch,
+            quantize=quantize and quantize.value,
+            max_seq_len=context,
+            progress=progress,
+        )
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    unwind_when_stopped()
+    with (
+        use_backend(backend.value, strict=True) if backend else nullcontext(),
+        Session(llama, tokenizer, kv_cache=kv_cache and kv_cache.value) as session,
+    ):
+        dialog = Chat(session, format, system=told, tools=functions.definitions)
+        talk = Talk(dialog, functions, sampling, max_new_tokens, yes=yes, quiet=quiet)
+        talk.note(f"{folder.name}: {format.describe()}; /help lists the commands")
+        if save_cache is not None and save_cache.exists():
+            talk.note(chat_commands.load_dialog(talk, save_cache))
+        _converse(talk)
+        if save_cache is not None and dialog.turns:
+            talk.note(chat_commands.save_dialog(talk, save_cache))
+    return 0
+
+
+def _converse(talk: Talk) -> None:
+    """Reads messages and commands until there are no more."""
+    while (line := talk.screen.read()) is not None:
+        if not line.strip():
+            continue
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                chat_commands.run(talk, line.rstrip())
+            else:
+                talk.say(line[1:] if line.startswith("//") else line)
+        except EOFError:
+            return
+        except LlamaFastError as error:
+            note(f"llama-fast: {error}")
