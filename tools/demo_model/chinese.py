@@ -338,7 +338,7 @@ def description(w: Teller) -> str:
     return w.say("{a}是[灯湾的|一名]{a.job}。" + "".join(facts), a=a, age=age(a))
 
 
-_QUESTIONS = (
+QUESTIONS = (
     "{a}住在哪里？={a}住在{a.near}旁边的{a.house}的房子里。",
     "{a}是做什么的？={a}是{a.job}。",
     "{a}是谁？={a}是灯湾的{a.job}。",
@@ -375,7 +375,7 @@ _COLOURED = (
 )
 
 
-def _question_cast(w: Teller) -> dict[str, object]:
+def question_cast(w: Teller) -> dict[str, object]:
     day = w.number(0, 6)
     legged = w.one([animal for animal in ANIMALS if animal.legs])
     big, small = w.one(_OPPOSITES.split("|"))
@@ -390,7 +390,7 @@ def _question_cast(w: Teller) -> dict[str, object]:
 
 def question(w: Teller) -> str:
     pairs = [
-        w.say(w.one(_QUESTIONS), **_question_cast(w)).split("=") for _ in range(w.number(1, 4))
+        w.say(w.one(QUESTIONS), **question_cast(w)).split("=") for _ in range(w.number(1, 4))
     ]
     style = w.number(0, 2)
     if style == 0:
@@ -427,7 +427,7 @@ _FACTS = (
 def facts(w: Teller) -> str:
     lines = w.rng.sample(_FACTS, w.number(1, 4))
     return "".join(
-        w.say(line, p=(p := w.one(PLACES)), sight=w.one(p.sights), **_question_cast(w))
+        w.say(line, p=(p := w.one(PLACES)), sight=w.one(p.sights), **question_cast(w))
         for line in lines
     )
 

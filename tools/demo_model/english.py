@@ -414,7 +414,7 @@ def description(w: Teller) -> str:
 def question(w: Teller) -> str:
     """Questions about what never changes, one or several."""
     pairs = [
-        w.say(w.one(_QUESTIONS), **_question_cast(w)).split("=") for _ in range(w.number(1, 4))
+        w.say(w.one(QUESTIONS), **question_cast(w)).split("=") for _ in range(w.number(1, 4))
     ]
     style = w.number(0, 2)
     if style == 0:
@@ -422,7 +422,7 @@ def question(w: Teller) -> str:
     return ("\n" if style == 1 else " ").join(f"{q} {answer}" for q, answer in pairs)
 
 
-_QUESTIONS = (
+QUESTIONS = (
     "Where does {a} live?={a} lives in a {a.house} house near {a.near}.",
     "What is {a}'s job?={a} is a {a.job}.",
     "Who is {a}?={a} is [the|a] {a.job}[ in Lantern Bay|].",
@@ -458,7 +458,7 @@ _OPPOSITES = (
 _COLOURED = "snow white|the sea blue|grass green|the night black|the sun yellow|wood brown|an orange orange|milk white|a ripe tomato red"
 
 
-def _question_cast(w: Teller) -> dict[str, object]:
+def question_cast(w: Teller) -> dict[str, object]:
     day = w.number(0, 6)
     legged = w.one([animal for animal in ANIMALS if animal.legs])
     big, small = w.one(_OPPOSITES.split("|")).split()
@@ -474,7 +474,7 @@ def facts(w: Teller) -> str:
     """Statements about the world, so that many beginnings lead somewhere."""
     lines = w.rng.sample(_FACTS, w.number(1, 4))
     return " ".join(
-        w.say(line, p=(p := w.one(PLACES)), sight=w.one(p.sights), **_question_cast(w))
+        w.say(line, p=(p := w.one(PLACES)), sight=w.one(p.sights), **question_cast(w))
         for line in lines
     )
 
