@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llama_fast import Llama, LlamaConfig, Tokenizer, generate
-from llama_fast.cli import chat_commands
+from llama_fast.cli import chat_commands, main
 from llama_fast.cli.chat_talk import Talk
 from llama_fast.cli.chat_tools import Tools, as_text
 from llama_fast.cli.options import DEMO
@@ -17,6 +19,7 @@ from llama_fast.errors import LlamaFastError, PromptError
 from llama_fast.generation.chat import Chat
 from llama_fast.generation.session import Session
 from llama_fast.tokenizer import ChatFormat, Message, ToolCall
+from tools.demo_model.conversations import conversations
 
 TOKENIZER = Tokenizer.from_pretrained(DEMO)
 FORMAT = ChatFormat(TOKENIZER, "3.1")
@@ -296,3 +299,57 @@ def test_a_message_that_cannot_be_answered_is_taken_back():
     with pytest.raises(PromptError):
         talk.say("long " * 50)
     assert talk.chat.turns == []
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs `llama-fast chat` on what comes through a pipe → exit code, stdout, stderr."""
+
+    def run(text: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        code = main(["chat", "--temperature", "0", "-n", "8", *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_each_line_of_a_pipe_is_a_message(run):
+    code, out, err = run("Who are you?\n\nTell me\\\nmore.\n/tokens\n")
+    assert code == 0 and len(out.splitlines()) >= 2
+    assert "Tell me\nmore.<|eot_id|>" in err and "/help lists the commands" in err
+    code, out, err = run("Who are you?\n", "--quiet")
+    assert (code, err) == (0, "") and out
+
+
+def test_a_chat_goes_on_where_it_ended(run, tmp_path):
+    path = tmp_path / "dialog.json"
+    run("My name is Mia.\n", "--save-cache", path, "--system", "You live in Lantern Bay.")
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["dialog.json", "dialog.json.cache"]
+    code, _, err = run("Who am I?\n/stats\n", "--save-cache", path)
+    assert code == 0 and "3 messages were read" in err and "keys and values of" in err
+    messages = json.loads(path.read_text())["messages"]
+    assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * 2]
+
+
+def test_errors_come_before_the_weights_and_leave_a_chat_running(run, tmp_path):
+    for arguments, says in (
+        (["--system", f"@{tmp_path}/none"], "--system"),
+        (["--tools", tmp_path / "none.py"], "--tools"),
+        (["--model", tmp_path], "params.json"),
+    ):
+        code, out, err = run("Hi\n", *arguments)
+        assert code == 1 and says in err and not out
+    code, out, err = run("/nope\nHi\n", "--max-seq-len", 64)
+    assert code == 0 and "/nope is no command" in err and out
+    code, out, err = run(f"{'long ' * 99}\nHi\n", "--max-seq-len", 64)
+    assert code == 0 and "the last turn has" in err and out  # and the next message is answered
+
+
+def test_conversations_of_the_demo_world():
+    told = list(islice(conversations(3), 300))
+    assert told == list(islice(conversations(3), 300)) != list(islice(conversations(4), 300))
+    for messages in told:
+        roles = [message["role"] for message in messages]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
+        assert all(m["content"] and not set(m["content"]) & set("{}[]|=") for m in messages)
+        assert len(FORMAT.encode(messages).ids) <= 512

@@ -389,9 +389,7 @@ def question_cast(w: Teller) -> dict[str, object]:
 
 
 def question(w: Teller) -> str:
-    pairs = [
-        w.say(w.one(QUESTIONS), **question_cast(w)).split("=") for _ in range(w.number(1, 4))
-    ]
+    pairs = [w.say(w.one(QUESTIONS), **question_cast(w)).split("=") for _ in range(w.number(1, 4))]
     style = w.number(0, 2)
     if style == 0:
         return "\n\n".join(f"问：{q}\n答：{answer}" for q, answer in pairs)

@@ -156,9 +156,7 @@ def _exchanges(w: Teller, language: Language) -> Iterator[Exchange]:
         elif part < 7:
             yield _sum(w, language)
         elif part < 9:
-            yield _pair(
-                w, w.one(language.module.QUESTIONS), **language.module.question_cast(w)
-            )
+            yield _pair(w, w.one(language.module.QUESTIONS), **language.module.question_cast(w))
         else:
             yield _pair(w, w.one(words.unknown))
     if w.chance(0.25):

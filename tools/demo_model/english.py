@@ -413,9 +413,7 @@ def description(w: Teller) -> str:
 
 def question(w: Teller) -> str:
     """Questions about what never changes, one or several."""
-    pairs = [
-        w.say(w.one(QUESTIONS), **question_cast(w)).split("=") for _ in range(w.number(1, 4))
-    ]
+    pairs = [w.say(w.one(QUESTIONS), **question_cast(w)).split("=") for _ in range(w.number(1, 4))]
     style = w.number(0, 2)
     if style == 0:
         return "\n\n".join(f"Question: {q}\nAnswer: {answer}" for q, answer in pairs)
