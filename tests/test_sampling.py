@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from llama_fast.errors import PromptError
+from llama_fast.errors import PromptError, TokenizerError
+from llama_fast.generation.folder_sampling import folder_sampling
 from llama_fast.generation.sampling import Sampling, logprobs
 
 
@@ -170,3 +171,22 @@ def test_more_tokens_than_there_are_may_be_kept():
     expected, _ = Sampling(1.0, 1.0).probabilities(logits)
     for top_k in (9, 10, 2**40, 2**70):
         assert torch.allclose(Sampling(1.0, 1.0, top_k).probabilities(logits)[0], expected)
+
+
+# --- what a folder recommends -----------------------------------------------------------------
+
+
+def test_a_folders_own_sampling(tmp_path):
+    file = tmp_path / "generation_config.json"
+    assert folder_sampling(tmp_path) == Sampling()
+    file.write_text('{"temperature": 0.3, "top_p": 0.5, "top_k": 7, "do_sample": true}')
+    assert folder_sampling(tmp_path) == Sampling(0.3, 0.5, 7)
+    assert folder_sampling(tmp_path, temperature=0.0, top_k=0) == Sampling(0.0, 0.5, 0)
+    file.write_text('{"temperature": 0.3, "do_sample": false, "top_p": null}')
+    assert folder_sampling(tmp_path) == Sampling(0.0, 0.9, 0)
+    file.write_text('{"top_p": 3}')
+    with pytest.raises(PromptError, match=r"generation_config.json: top_p is 3"):
+        folder_sampling(tmp_path)
+    file.write_text("{")
+    with pytest.raises(TokenizerError, match=r"generation_config.json"):
+        folder_sampling(tmp_path)

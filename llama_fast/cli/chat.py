@@ -53,9 +53,9 @@ def chat(
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Run calls of tools without asking.")] = False,
-    temperature: Temperature = 0.6,
-    top_p: TopP = 0.9,
-    top_k: TopK = 0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
     seed: Seed = None,
     max_new_tokens: Annotated[
         int,
@@ -101,7 +101,7 @@ def chat(
     from ..checkpoint import open_checkpoint
     from ..dispatch import use_backend
     from ..generation.chat import Chat
-    from ..generation.sampling import Sampling
+    from ..generation.folder_sampling import folder_sampling
     from ..generation.session import Session
     from ..model import Llama
     from ..tokenizer import Tokenizer
@@ -111,7 +111,7 @@ def chat(
     where = device_named(device)
     if backend:
         check_backend(backend.value, where.type)
-    Sampling(temperature, top_p, top_k)
+    drawn = folder_sampling(folder, temperature=temperature, top_p=top_p, top_k=top_k)
     source = open_checkpoint(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
     format = chat_format(folder, tokenizer)
@@ -127,7 +127,7 @@ def chat(
             max_seq_len=context,
             progress=progress,
         )
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    sampling = vars(drawn) | {"seed": seed}
     unwind_when_stopped()
     with (
         use_backend(backend.value, strict=True) if backend else nullcontext(),

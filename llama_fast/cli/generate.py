@@ -46,9 +46,9 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="Stop after N tokens.")
     ] = 256,
-    temperature: Temperature = 0.6,
-    top_p: TopP = 0.9,
-    top_k: TopK = 0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
     seed: Seed = None,
     stop: Annotated[
         list[str] | None,
@@ -93,8 +93,8 @@ def generate(
 
     from ..checkpoint import open_checkpoint
     from ..dispatch import use_backend
+    from ..generation.folder_sampling import folder_sampling
     from ..generation.generate import check_prompts, encode_prompts, stream
-    from ..generation.sampling import Sampling
     from ..model import Llama
     from ..tokenizer import Tokenizer
 
@@ -103,7 +103,7 @@ def generate(
     where = device_named(device)
     if backend:
         check_backend(backend.value, where.type)
-    Sampling(temperature, top_p, top_k)
+    drawn = folder_sampling(folder, temperature=temperature, top_p=top_p, top_k=top_k)
     source = open_checkpoint(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
     prompts = encode_prompts(tokenizer, text)
@@ -134,12 +134,10 @@ def generate(
             tokenizer,
             prompts,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
             seed=seed,
             stop=stop or (),
             kv_cache=form,
+            **vars(drawn),
         )
         try:
             show_prompt(text)

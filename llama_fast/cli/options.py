@@ -85,18 +85,34 @@ Model = Annotated[
         show_default="the small model that ships",
     ),
 ]
+_OF_THE_FOLDER = "the model's generation_config.json, else"
 Temperature = Annotated[
-    float,
-    typer.Option(min=0, metavar="T", help="0 takes the likeliest token; higher is more varied."),
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="T",
+        help="0 takes the likeliest token; higher is more varied.",
+        show_default=f"{_OF_THE_FOLDER} 0.6",
+    ),
 ]
 TopP = Annotated[
-    float,
+    float | None,
     typer.Option(
-        min=0, max=1, metavar="P", help="Draw from the likeliest tokens that add up to P."
+        min=0,
+        max=1,
+        metavar="P",
+        help="Draw from the likeliest tokens that add up to P.",
+        show_default=f"{_OF_THE_FOLDER} 0.9",
     ),
 ]
 TopK = Annotated[
-    int, typer.Option(min=0, metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="K",
+        help="Draw from the K likeliest tokens; 0: from all.",
+        show_default=f"{_OF_THE_FOLDER} 0",
+    ),
 ]
 Seed = Annotated[
     int | None,
