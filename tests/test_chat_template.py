@@ -357,7 +357,8 @@ def test_templates_that_cannot_serve(demo):  # noqa: F811
 
 
 PIECES = ["<|eot_id|>", "<|start_header_id|>", "<|begin_of_text|>", " ", "\n", "\t", "a", "B.",
-          "é好", "\x1c", "\xa0", "'s", "1234", "\U00100000", "{{ x }}", "{% if %}", '"', "\\"]  # fmt: skip
+          "é好", "\x1c", "\xa0", "'s", "1234", "\U00100000", "{{ x }}", "{% if %}", '"',
+          "\\"]  # fmt: skip
 contents = st.lists(st.sampled_from(PIECES) | st.text(ANY, max_size=2), max_size=6).map("".join)
 
 
