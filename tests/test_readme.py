@@ -20,8 +20,10 @@ PAGES = (
     "docs/commands.md",
     "docs/index.md",
     "docs/benchmarks.md",
+    "docs/chat.md",
     "docs/quantization.md",
     "docs/inspect.md",
+    "docs/training.md",
     "docs/walk-through.md",
     "docs/walk-through.zh-CN.md",
 )
