@@ -145,7 +145,7 @@ def asked(tools) -> dict:
 )
 def test_hugging_faces_form_is_what_the_template_renders(demo, release, template, dialog, asks):  # noqa: F811
     messages = DIALOGS[dialog]
-    for tools in [None] if release == "3.0" or dialog == "hello" else [None, [WEATHER, WEATHER_2]]:
+    for tools in [None] if release == "3.0" else [None, [WEATHER, WEATHER_2]]:
         wanted = transformers_text(template, messages, add_generation_prompt=asks, **asked(tools))
         ids = demo.encode(wanted, allowed_special="all")
         settings = {"tools": tools, "add_generation_prompt": asks}
@@ -376,3 +376,59 @@ def test_any_dialog_has_the_ids_and_the_masks_of_hugging_faces_form(texts, syste
     answers = [n for n, message in enumerate(messages) if message.role == "assistant"]
     assert rendered.content_of(answers) == native.content_of(answers)
     assert rendered.unmarked == ()
+
+
+def test_a_template_that_joins_results_and_ends_turns_otherwise(demo):  # noqa: F811
+    """Two results stand in one turn, so the text of the first does not end where it ends alone."""
+    n = demo.n_ranks
+    vocabulary = Tokenizer(
+        demo.id_to_bytes[:n], specials={"<|im_start|>": n, "<|im_end|>": n + 1}, eos="<|im_end|>"
+    )
+    template = """
+{%- for m in messages %}
+    {%- if m.role == 'tool' %}
+        {%- if messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
+        {{- '\n<tool_response>\n' + m.content + '\n</tool_response>' }}
+        {%- set after = messages[loop.index0 + 1:] %}
+        {%- if not after or after[0].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}
+    {%- else %}
+        {{- '<|im_start|>' + m.role + '\n' + m.content }}
+        {%- for call in m.tool_calls or [] %}
+            {{- '\n<tool_call>\n' + call.function | tojson + '\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+    call = ToolCall("weather", {"city": "x"})
+    messages = [
+        Message("user", "q"),
+        Message("assistant", "I ask.", (call, call)),
+        Message("tool", "one"),
+        Message("tool", "two"),
+        Message("assistant", "Both."),
+    ]
+    found = TemplateFormat(vocabulary, template).encode(messages)
+    assert vocabulary.decode(found.ids) == transformers_text(
+        template, messages, add_generation_prompt=True
+    )
+    written = '\n<tool_call>\n{"name": "weather", "arguments": {"city": "x"}}\n</tool_call>'
+    for message, wanted in ((1, f"I ask.{written}{written}<|im_end|>"), (4, "Both.<|im_end|>")):
+        keep = found.content_of([message])
+        ids = [id_ for id_, kept in zip(found.ids, keep, strict=True) if kept]
+        assert vocabulary.decode(ids) == wanted
+    assert found.unmarked == ()
+
+
+def test_a_template_whose_prompt_begins_the_answer(demo):  # noqa: F811
+    """It asks with more than it writes of an answer, which is then found by its text."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: <think></think>{% endif %}"
+    )
+    messages = [Message("user", "q"), Message("assistant", "yes"), Message("user", "r")]
+    found = TemplateFormat(demo, template).encode([*messages, Message("assistant", "no")])
+    for message, wanted in ((1, "yes<|eot_id|>"), (3, "no<|eot_id|>")):
+        keep = found.content_of([message])
+        ids = [id_ for id_, kept in zip(found.ids, keep, strict=True) if kept]
+        assert demo.decode(ids).strip() == wanted
