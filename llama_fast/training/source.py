@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
 from ..errors import JSON_ERRORS, DataError, PromptError, TokenizerError
@@ -175,28 +176,38 @@ def _save(entry: Path, source: Source) -> None:
         raise DataError(f"the cache cannot be written ({error.strerror})", entry) from error
 
 
+# What a damaged entry makes json, numpy and torch raise.
+DAMAGED = (OSError, LookupError, TypeError, AttributeError, RuntimeError, *JSON_ERRORS)
+
+
 def _load(entry: Path, path: Path, key: str) -> Source | None:
     """The source of an entry, its arrays mapped into memory; None for one that is not there or is
     damaged in whatever way."""
     try:
         with open(entry, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
+            header = json.loads(file.read(min(length, entry.stat().st_size)))
         about = header.pop("__metadata__")
-        arrays = {name: _mapped(entry, 8 + length, header[name]) for name in ARRAYS}
+        data = _mapped(entry)[8 + length :]
+        arrays = {name: _array(data, header[name]) for name in ARRAYS}
         faults = tuple((int(line), str(reason)) for line, reason in json.loads(about["faults"]))
         if about["key"] != key or about["crc32"] != _checksum(arrays):
             return None
-    except (OSError, KeyError, TypeError, OverflowError, MemoryError, *JSON_ERRORS):
+    except DAMAGED:
         return None
     return Source(path, key, **arrays, faults=faults)
 
 
-def _mapped(entry: Path, start: int, tensor: Mapping[str, Any]) -> np.ndarray:
+def _mapped(entry: Path) -> np.ndarray:
+    """The bytes of a file, mapped by torch: numpy's maps keep the file open, and there may be more
+    files than a process can have open."""
+    size = entry.stat().st_size
+    return torch.from_file(str(entry), False, size, dtype=torch.uint8, device="cpu").numpy()
+
+
+def _array(data: np.ndarray, tensor: Mapping[str, Any]) -> np.ndarray:
     dtype, (begin, end) = np.dtype(_DTYPES[tensor["dtype"]]), tensor["data_offsets"]
     (n,) = tensor["shape"]
-    if n * dtype.itemsize != end - begin or start + end > entry.stat().st_size:
+    if n * dtype.itemsize != end - begin or not 0 <= begin <= end <= len(data):
         raise ValueError("the file is cut off")
-    if n == 0:
-        return np.empty(0, dtype)
-    return np.memmap(entry, dtype, "r", start + begin, (n,))
+    return data[begin:end].view(dtype)
