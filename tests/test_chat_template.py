@@ -295,6 +295,17 @@ def test_an_answer_that_the_template_changes_is_not_marked(demo):  # noqa: F811
     assert len(found.owner) == len(found.ids)
 
 
+def test_an_answer_is_not_mistaken_for_the_next_message(demo):  # noqa: F811
+    """The answer's text stands in the next message too, and where the answer ends is not known."""
+    template = (
+        "{% for m in messages %}{{ 'last ' if loop.last else '' }}{{ m.role }}: {{ m.content }}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    messages = [Message("user", "q"), Message("assistant", "yes"), Message("user", "yes")]
+    found = TemplateFormat(demo, template).encode(messages)
+    assert found.unmarked == (1,) and not any(found.content_of([1]))
+
+
 def test_the_templates_of_a_folder(demo, tmp_path):  # noqa: F811
     demo.save(tmp_path / "tokenizer.model")
     with pytest.raises(PromptError, match="has no chat template"):

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 from ..errors import PromptError
 from .chat_encoded import Owner
 
+Render = Callable[[int, bool], str]
+EndsAt = Callable[[str, int, int], int | None]
+
 
 class Span(NamedTuple):
     """Characters start … end-1 of a rendered dialog, and whose they are."""
@@ -20,8 +23,8 @@ class Span(NamedTuple):
 def spans(
     whole: str,
     messages: Sequence[Mapping[str, Any]],
-    render: Callable[[int, bool], str],
-    ends_at: Callable[[str, int, int], int | None],
+    render: Render,
+    ends_at: EndsAt,
 ) -> tuple[list[Span], list[int]]:
     """Returns the spans of a rendered dialog, which cover it, and the assistant's messages whose
     content could not be found.
@@ -47,9 +50,9 @@ def spans(
             content = _content(whole, start, end, message, ends_at)
         else:
             content = _answer(whole, start, end, n, render, ends_at) if known else None
-            if joined and content and content[1] == end:
-                content = None  # nothing tells its end from the next message
-            if content is None and known and not message.get("tool_calls"):
+            if joined:  # only a token can tell its end from the next message
+                content = content if content and content[1] < end else None
+            elif content is None and known and not message.get("tool_calls"):
                 content = _content(whole, start, end, message, ends_at)
             if content is None:
                 unmarked.append(n)
@@ -64,7 +67,7 @@ def spans(
     return [span for span in found if span.end > span.start], unmarked
 
 
-def _border(whole: str, render: Callable[[int, bool], str], n: int) -> int | None:
+def _border(whole: str, render: Render, n: int) -> int | None:
     """Where the first n messages end; None where the template writes them otherwise, or not at all,
     when no more follow."""
     try:
@@ -74,7 +77,9 @@ def _border(whole: str, render: Callable[[int, bool], str], n: int) -> int | Non
     return len(before) if whole.startswith(before) else None
 
 
-def _answer(whole, start, end, n, render, ends_at) -> tuple[int, int] | None:
+def _answer(
+    whole: str, start: int, end: int, n: int, render: Render, ends_at: EndsAt
+) -> tuple[int, int] | None:
     """The assistant's content: what follows the text that asks for it."""
     try:
         asking = render(n, True)
@@ -85,7 +90,9 @@ def _answer(whole, start, end, n, render, ends_at) -> tuple[int, int] | None:
     return len(asking), ends_at(whole, len(asking), end) or end
 
 
-def _content(whole, start, end, message, ends_at) -> tuple[int, int] | None:
+def _content(
+    whole: str, start: int, end: int, message: Mapping[str, Any], ends_at: EndsAt
+) -> tuple[int, int] | None:
     """A message's content where the template wrote it, without the blanks around it."""
     content = message["content"]
     core = content.strip() if isinstance(content, str) else ""
@@ -100,8 +107,10 @@ def _content(whole, start, end, message, ends_at) -> tuple[int, int] | None:
 def owners(sizes: Sequence[int], parts: Sequence[tuple[int, Owner]]) -> list[Owner]:
     """Returns the owner of each token, given the tokens' sizes in bytes and the owners of the bytes
     one after another. A token across a border is content if any of it is."""
+    if len(parts) == 1:
+        return [parts[0][1]] * len(sizes)
     found: list[Owner] = []
-    part, left = 0, parts[0][0] if parts else 0
+    part, left = 0, parts[0][0]
     for size in sizes:
         whose = None
         while True:

@@ -28,7 +28,7 @@ from ..utils.files import given_path
 from .chat_decode import decode_message
 from .chat_encoded import Encoded, Owner
 from .chat_messages import Message, as_messages
-from .chat_owner import Span, owners, spans
+from .chat_owner import EndsAt, Span, owners, spans
 from .chat_prompts import DATE
 from .chat_tools import as_tools
 from .files import json_beside
@@ -185,7 +185,7 @@ class TemplateFormat:
         free = (c for c in map(chr, range(_FIRST_PRIVATE, 0x10FFFE)) if c not in used)
         return dict(zip(names, free, strict=False))
 
-    def _ends_at(self, ends: set[str]):
+    def _ends_at(self, ends: set[str]) -> EndsAt:
         """Returns a function of a text and a place: where the first token that ends a message ends
         from there on, None where there is none."""
         pattern = splitter(frozenset(ends)) if ends else None
