@@ -177,6 +177,7 @@ def test_arrays_lines_and_texts_give_the_same(demo, tmp_path):  # noqa: F811
     text = tmp_path / "t" / "f.txt"
     text.parent.mkdir()
     text.write_text("free [text]\n")
+    (text.parent / "README.md").write_text("This is no data.")
     tokens = read(text.parent, demo, block=100).batch([0]).tokens[0].tolist()
     assert tokens == demo.encode("free [text]\n", bos=True)
 

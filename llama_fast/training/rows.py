@@ -25,9 +25,9 @@ class Raw(NamedTuple):
 
 
 def data_files(paths: Any) -> list[Path]:
-    """Returns the files of one or several paths, of which folders give all the data files below
-    them, by name. Raises DataError for a path that does not exist, a folder without data files, and
-    a file of another kind."""
+    """Returns the files of one or several paths, of which folders give the data files below them,
+    by name; .md files only where they are named, since a README is no data. Raises DataError for a
+    path that does not exist, a folder without data files, and a file of another kind."""
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
         raise DataError("no files of training data are given; give at least one")
@@ -35,7 +35,7 @@ def data_files(paths: Any) -> list[Path]:
     kinds = ", ".join((*TEXT_FILES, *JSON_FILES))
     for path in map(Path, given):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _KINDS)
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _IN_FOLDERS)
             inside = [p for p in inside if p.is_file() and not p.name.startswith(".")]
             if not inside:
                 raise DataError(f"the folder holds no data files ({kinds})", path)
@@ -52,6 +52,7 @@ def data_files(paths: Any) -> list[Path]:
 
 
 _KINDS = (*TEXT_FILES, *JSON_FILES)
+_IN_FOLDERS = [kind for kind in _KINDS if kind != ".md"]
 
 
 def raw_rows(path: Path, data: bytes) -> Iterator[Raw]:
