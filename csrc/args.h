@@ -152,6 +152,17 @@ struct AttentionArgs {
   ScoreScale scale;
 };
 
+// The backward of attention: of the forward pass q, k, v, lse, where, and how they are; o is beside them,
+// since it may have strides, and is read only.
+struct AttentionBackwardArgs {
+  AttentionArgs forward;
+  Heads grad;  // (B, T, H, D): the gradient of o
+  Heads o;     // (B, T, H, D)
+  void* dq;    // (B, T, H, D) contiguous
+  void* dk;    // (B, S, K, D) contiguous
+  void* dv;    // (B, S, K, D) contiguous
+};
+
 // How GEMV on the CPU goes through a weight that few rows of x meet: some rows of it in step, fetched
 // by software; or one row after the other, a single stream, which the hardware foresees. Both sum in
 // the same order.

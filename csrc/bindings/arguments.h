@@ -119,7 +119,7 @@ inline KvAppendArgs kv_append_args(const Tensor& q, const Tensor& k, const Tenso
 }
 
 inline ScoreScale score_scale(float scale) {
-  if (scale == 0.f) return {0.f, 1.f, 1.f};
+  if (scale == 0.f) return {0.f, 1.f, 1.44269504f};
   int exponent;
   const float mantissa = std::frexp(scale, &exponent), factor = 2 * std::fabs(mantissa);
   return {std::ldexp(std::copysign(1.f, mantissa), exponent - 1), factor, factor * 1.44269504f};

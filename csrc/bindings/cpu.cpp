@@ -288,6 +288,23 @@ PYBIND11_MODULE(_cpu, m) {
   }, "Returns the first row whose length exceeds S, or the first document that ends where it cannot, "
      "having done nothing then, or -1. `lse` may be empty, or None.");
 
+  def(m, "attention_backward", [](const Tensor& grad, const Tensor& q, const Tensor& k,
+                                 const Tensor& v, const Tensor& o, const Tensor& lse, bool causal,
+                                 std::optional<double> scale, const OptionalTensor& lengths,
+                                 const OptionalTensor& cu_seqlens, const Tensor& dq,
+                                 const Tensor& dk, const Tensor& dv) {
+    const AttentionBackwardArgs args{
+        .forward = attention_args(q, k, v, causal, scale, lengths, {}, {}, cu_seqlens, o, lse),
+        .grad = heads(grad),
+        .o = heads(o),
+        .dq = dq.data,
+        .dk = dk.data,
+        .dv = dv.data};
+    const int64_t b = row_beyond(args.forward);
+    if (b < 0) launch(&KernelTable::attention_backward, args);
+    return b;
+  }, "Returns as `attention` does.");
+
   m.attr("GEMV_ROWS") = GEMV_ROWS;
   def(m, "gemv_rows", [](const Tensor& x, bool onednn) {
     return gemv_rows(own_gemm(x.dtype(), onednn));

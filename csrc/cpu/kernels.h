@@ -19,6 +19,7 @@ struct RooflineArgs {
 
 struct KernelTable {
   void (*attention)(const AttentionArgs&);
+  void (*attention_backward)(const AttentionBackwardArgs&);
   void (*rms_norm)(const RmsNormArgs&);
   void (*add_rms_norm)(const AddRmsNormArgs&);
   void (*swiglu)(const SwigluArgs&);

@@ -6,6 +6,7 @@ namespace llama_fast {
 namespace ISA {
 
 void attention(const AttentionArgs&);
+void attention_backward(const AttentionBackwardArgs&);
 void rms_norm(const RmsNormArgs&);
 void add_rms_norm(const AddRmsNormArgs&);
 void swiglu(const SwigluArgs&);
@@ -21,6 +22,7 @@ void multiply_add_bf16(const RooflineArgs&);
 
 const KernelTable kernels = {
     .attention = attention,
+    .attention_backward = attention_backward,
     .rms_norm = rms_norm,
     .add_rms_norm = add_rms_norm,
     .swiglu = swiglu,

@@ -21,6 +21,7 @@ from ..ops.attention_checks import head_dim_reasons, unfit
 from ..ops.kv_append import too_long as too_long_for_cache
 from . import composed, limits
 from .cpu_step import CpuRecorder
+from .layout import dense, stride_reasons
 
 try:
     from .. import _cpu
@@ -180,6 +181,38 @@ def _attention_unsupported(
     return reasons
 
 
+def _attention_backward(
+    grad, q, k, v, o, lse, causal, scale, lengths, cu_seqlens=None
+) -> Launcher:
+    new_q, new_k, new_v = _maker(q), _maker(k), _maker(v)
+    S = k.shape[1]
+
+    def launch(
+        grad, q, k, v, o, lse, causal, scale, lengths, cu_seqlens=None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dq, dk, dv = new_q(), new_k(), new_v()
+        row = _cpu.attention_backward(
+            dense(grad), q, k, v, o, lse, causal, scale, lengths, cu_seqlens, dq, dk, dv
+        )
+        if row >= 0:
+            raise unfit(row, S, lengths, cu_seqlens)
+        return dq, dk, dv
+
+    return launch
+
+
+def _attention_backward_unsupported(
+    grad, q, k, v, o, lse, causal, scale, lengths, cu_seqlens=None
+) -> list[str]:
+    reasons = _attention_unsupported(
+        q, k, v, causal, scale, lengths, True, cu_seqlens=cu_seqlens
+    ) + stride_reasons(o=o)
+    if lse.dtype is not lse_dtype(q.dtype) or not lse.is_contiguous():
+        layout = "contiguous" if lse.is_contiguous() else "not contiguous"
+        reasons.append(f"lse is {lse.dtype}, {layout}; it must be contiguous {lse_dtype(q.dtype)}")
+    return reasons
+
+
 def gemv_rows(dtype: torch.dtype) -> int:
     """The most rows of x that GEMV takes, in the instruction set in use."""
     like = torch.empty(0, dtype=dtype, device="cpu")
@@ -320,6 +353,7 @@ register_backend(
         reserve=_reserve,
         implementations={
             "attention": _planned(_attention, _attention_unsupported),
+            "attention_backward": _planned(_attention_backward, _attention_backward_unsupported),
             "linear": composed.linear(
                 LINEAR,
                 LINEAR_QUANTIZED,

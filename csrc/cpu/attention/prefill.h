@@ -7,7 +7,7 @@
 // a query does not see leave it as it is.
 #pragma once
 
-#include "softmax.h"
+#include "tiles.h"
 
 namespace llama_fast {
 namespace ISA {
@@ -21,81 +21,12 @@ constexpr int STRIP = 4 * MR;  // queries whose scores stay in L1
 // c[r] = a[r] · b for MR rows of a and a panel of N vectors of b, over `steps` units; with a
 // correction, plus correction[r] · c[r].
 template <class T, int N>
-static void multiply(const float* a, int64_t a_stride, const float* b, int64_t steps, float* c,
-                     int64_t c_stride, const float* correction) {
-  constexpr int W = vf::W;
-  vf total[MR][N];
-  for (auto& row : total)
-    for (vf& t : row) t = zero();
-  for (int64_t step = 0; step < steps; ++step) {
-    vf x[N];
-    for (int i = 0; i < N; ++i) x[i] = load(b + (step * N + i) * W);
-    for (int r = 0; r < MR; ++r) {
-      const vf y = set(a[r * a_stride + step]);
-      for (int i = 0; i < N; ++i) total[r][i] = Unit<T>::madd(y, x[i], total[r][i]);
-    }
-  }
-  // Without the pragmas GCC 12 takes the sums out of the registers for these loops.
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) {
-      float* at = c + r * c_stride + i * W;
-      store(at, correction ? fma(load(at), set(correction[r]), total[r][i]) : total[r][i]);
-    }
-  }
-}
-
-// Keys (count, D) → panels of PANEL keys, each (D / unit, PANEL); zeros fill the last panel.
-template <class T>
-static void pack_keys(const T* k, int64_t stride, int64_t count, int64_t D, float* packed) {
-  constexpr int W = vf::W, SIZE = Unit<T>::size;
-  const int64_t units = D / SIZE;
-  for (int64_t j = 0; j < round_up(count, PANEL); j += W) {
-    float* panel = packed + j / PANEL * PANEL * units + j % PANEL;
-    for (int64_t u = 0; u < units; u += W) {
-      vf x[W];
-      for (int i = 0; i < W; ++i) {
-        const T* from = k + (j + i) * stride + u * SIZE;
-        x[i] = j + i >= count ? zero()
-               : u + W <= units ? Unit<T>::load(from)
-                                : Unit<T>::load(from, int(D - u * SIZE));
-      }
-      transpose(x);
-      for (int i = 0; i < W && u + i < units; ++i) store(panel + (u + i) * PANEL, x[i]);
-    }
-  }
-}
-
-// Values (count, D) → panels of up to PANEL columns, each (count / unit, columns).
-template <class T>
-static void pack_values(const T* v, int64_t stride, int64_t count, int64_t D, float* packed) {
-  constexpr int W = vf::W, SIZE = Unit<T>::size;
-  const int64_t columns = round_up(D, W), steps = (count + SIZE - 1) / SIZE;
-  for (int64_t step = 0; step < steps; ++step) {
-    auto put = [&](int64_t d, vf x) {  // d is a multiple of W
-      if (d >= columns) return;
-      const int64_t begin = d / PANEL * PANEL, width = std::min<int64_t>(PANEL, columns - begin);
-      store(packed + begin * steps + step * width + (d - begin), x);
-    };
-    const T* row = v + step * SIZE * stride;
-    if constexpr (SIZE == 1) {
-      for_each_vector(D, [&](int64_t d, auto width) { put(d, load(row + d, width)); });
-    } else {
-#ifdef ISA_HAS_PAIRS
-      // An odd last row is paired with itself, under a weight of zero.
-      const T* next = step * 2 + 1 < count ? row + stride : row;
-      for (int64_t d = 0; d < D; d += 2 * W) {
-        const int n = int(std::min<int64_t>(2 * W, D - d));
-        vf x[2];
-        pair_rows(load_pairs(row + d, n), load_pairs(next + d, n), x[0], x[1]);
-        in_order(x[0], x[1], x[0], x[1]);
-        put(d, x[0]);
-        put(d + W, x[1]);
-      }
-#endif
-    }
-  }
+static void multiply_panel(const float* a, int64_t a_stride, const float* b, int64_t steps,
+                           float* c, int64_t c_stride, const float* correction) {
+  multiply<T, MR, N>(a, a_stride, b, steps, [&](int r, int i, vf sums_of) {
+    float* at = c + r * c_stride + i * vf::W;
+    store(at, correction ? fma(load(at), set(correction[r]), sums_of) : sums_of);
+  });
 }
 
 // How many query heads a block holds at most: its working memory stays in L2.
@@ -138,7 +69,7 @@ static void add_panels(const PrefillMemory& m, const float* weights, int64_t row
     if (left < N * vf::W)
       return add_panels<T, N - 1>(m, weights, row, steps, tile_steps, correction, begin);
   }
-  multiply<T, N>(weights, PREFILL_TILE, m.v + begin * tile_steps, steps,
+  multiply_panel<T, N>(weights, PREFILL_TILE, m.v + begin * tile_steps, steps,
                  m.o + row * m.o_stride + begin, m.o_stride, correction);
 }
 
@@ -173,8 +104,8 @@ static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t h
   for (int64_t tile = 0; tile < end; tile += PREFILL_TILE) {
     const int64_t count = std::min<int64_t>(PREFILL_TILE, end - tile);
     const int64_t tile_steps = (count + SIZE - 1) / SIZE;
-    pack_keys(keys + tile * a.k.stride.t, a.k.stride.t, count, D, m.k);
-    pack_values(values + tile * a.v.stride.t, a.v.stride.t, count, D, m.v);
+    pack_keys<T, PANEL>(keys + tile * a.k.stride.t, a.k.stride.t, count, D, m.k);
+    pack_values<T, PANEL>(values + tile * a.v.stride.t, a.v.stride.t, count, D, m.v);
     for (int64_t strip = 0; strip < padded; strip += STRIP) {
       const int64_t strip_end = std::min<int64_t>(strip + STRIP, padded);
       if (visible(strip_end - 1) <= tile) continue;
@@ -182,7 +113,7 @@ static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t h
       for (int64_t j = 0; j < count; j += PANEL) {
         for (int64_t r = strip; r < strip_end; r += MR) {
           if (seen(r) > j)
-            multiply<T, NV>(m.q + r * m.q_stride, m.q_stride, m.k + j * units, units,
+            multiply_panel<T, NV>(m.q + r * m.q_stride, m.q_stride, m.k + j * units, units,
                             m.s + (r - strip) * PREFILL_TILE + j, PREFILL_TILE, nullptr);
         }
       }

@@ -1,0 +1,91 @@
+// Small matrix products of attention's tiles, and what packs their right sides.
+//
+// A product has its left side in units of T, one of which meets a vector of the right side's panel at
+// a time, and as many sums in registers as rows and vectors of the panel.
+#pragma once
+
+#include "softmax.h"
+
+namespace llama_fast {
+namespace ISA {
+
+// Σ over `steps` units of a[r] · b for ROWS rows of a and a panel of N vectors of b, given to
+// put(r, i, sums). DOWN: the units of a row lie a_stride apart, and the rows side by side.
+template <class T, int ROWS, int N, bool DOWN = false, class Put>
+static inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t steps,
+                            Put&& put) {
+  constexpr int W = vf::W;
+  vf total[ROWS][N];
+  for (auto& row : total)
+    for (vf& t : row) t = zero();
+  for (int64_t step = 0; step < steps; ++step) {
+    vf x[N];
+    for (int i = 0; i < N; ++i) x[i] = load(b + (step * N + i) * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const vf y = set(DOWN ? a[step * a_stride + r] : a[r * a_stride + step]);
+      for (int i = 0; i < N; ++i) total[r][i] = Unit<T>::madd(y, x[i], total[r][i]);
+    }
+  }
+  // Without the pragmas GCC 12 takes the sums out of the registers for these loops.
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) put(r, i, total[r][i]);
+  }
+}
+
+// Keys (count, D) → panels of PANEL keys, each (D / unit, PANEL); zeros fill the last panel.
+template <class T, int PANEL>
+static void pack_keys(const T* k, int64_t stride, int64_t count, int64_t D, float* packed) {
+  constexpr int W = vf::W, SIZE = Unit<T>::size;
+  const int64_t units = D / SIZE;
+  for (int64_t j = 0; j < round_up(count, PANEL); j += W) {
+    float* panel = packed + j / PANEL * PANEL * units + j % PANEL;
+    for (int64_t u = 0; u < units; u += W) {
+      vf x[W];
+      for (int i = 0; i < W; ++i) {
+        const T* from = k + (j + i) * stride + u * SIZE;
+        x[i] = j + i >= count ? zero()
+               : u + W <= units ? Unit<T>::load(from)
+                                : Unit<T>::load(from, int(D - u * SIZE));
+      }
+      transpose(x);
+      for (int i = 0; i < W && u + i < units; ++i) store(panel + (u + i) * PANEL, x[i]);
+    }
+  }
+}
+
+// Values (count, D) → panels of up to PANEL columns, each (count / unit, columns).
+template <class T, int PANEL>
+static void pack_values(const T* v, int64_t stride, int64_t count, int64_t D, float* packed) {
+  constexpr int W = vf::W, SIZE = Unit<T>::size;
+  const int64_t columns = round_up(D, W), steps = (count + SIZE - 1) / SIZE;
+  for (int64_t step = 0; step < steps; ++step) {
+    auto put = [&](int64_t d, vf x) {  // d is a multiple of W
+      if (d >= columns) return;
+      const int64_t begin = d / PANEL * PANEL, width = std::min<int64_t>(PANEL, columns - begin);
+      store(packed + begin * steps + step * width + (d - begin), x);
+    };
+    const T* row = v + step * SIZE * stride;
+    if constexpr (SIZE == 1) {
+      for_each_vector(D, [&](int64_t d, auto width) { put(d, load(row + d, width)); });
+    } else {
+#ifdef ISA_HAS_PAIRS
+      // An odd last row is paired with itself, under a weight of zero.
+      const T* next = step * 2 + 1 < count ? row + stride : row;
+      for (int64_t d = 0; d < D; d += 2 * W) {
+        const int n = int(std::min<int64_t>(2 * W, D - d));
+        vf x[2];
+        pair_rows(load_pairs(row + d, n), load_pairs(next + d, n), x[0], x[1]);
+        in_order(x[0], x[1], x[0], x[1]);
+        put(d, x[0]);
+        put(d + W, x[1]);
+      }
+#endif
+    }
+  }
+}
+
+}  // namespace ISA
+}  // namespace llama_fast
