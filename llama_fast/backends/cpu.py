@@ -151,6 +151,8 @@ def _attention(
         q, k, v, causal, scale, lengths, need_lse, k_scales=None, v_scales=None, cu_seqlens=None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         o, lse = new(), new_lse()
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.contiguous()
         row = _cpu.attention(
             q, k, v, causal, scale, lengths, k_scales, v_scales, cu_seqlens, o, lse
         )
@@ -176,14 +178,10 @@ def _attention_unsupported(
     reasons = limits.reasons(q.dtype, q=q, k=k, v=v) + head_dim_reasons(q.shape[-1])
     if lengths is not None and not lengths.is_contiguous():
         reasons.append("lengths is not contiguous")
-    if cu_seqlens is not None and not cu_seqlens.is_contiguous():
-        reasons.append("cu_seqlens is not contiguous")
     return reasons
 
 
-def _attention_backward(
-    grad, q, k, v, o, lse, causal, scale, lengths, cu_seqlens=None
-) -> Launcher:
+def _attention_backward(grad, q, k, v, o, lse, causal, scale, lengths, cu_seqlens=None) -> Launcher:
     new_q, new_k, new_v = _maker(q), _maker(k), _maker(v)
     S = k.shape[1]
 
@@ -191,6 +189,8 @@ def _attention_backward(
         grad, q, k, v, o, lse, causal, scale, lengths, cu_seqlens=None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         dq, dk, dv = new_q(), new_k(), new_v()
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.contiguous()
         row = _cpu.attention_backward(
             dense(grad), q, k, v, o, lse, causal, scale, lengths, cu_seqlens, dq, dk, dv
         )
