@@ -80,6 +80,26 @@ struct RmsNormBackwardArgs {
   float eps;
 };
 
+// One step of n elements, with what the step's numbers come to.
+struct AdamwArgs {
+  DType dtype;             // of param: f32 or bf16
+  DType grad_dtype;        // f32 or bf16
+  void* param;             // (n,)
+  const void* grad;        // (n,)
+  void *exp_avg, *exp_avg_sq;              // (n,) float; int8 and uint8 where there are scales
+  float *exp_avg_scale, *exp_avg_sq_scale;  // (⌈n / 256⌉,), or null
+  int64_t n;
+  float grad_scale;
+  float towards_grad;         // 1 - beta1
+  float beta2, of_square;     // and 1 - beta2
+  float correction;           // 1 / sqrt(1 - beta2^step)
+  float eps;
+  float decay;                // 1 - lr · weight_decay
+  float step_size;            // lr / (1 - beta1^step)
+  bool stochastic;            // rounding, of what is not float, by random bits of these keys
+  uint32_t param_key[2], moments_key[2];
+};
+
 struct SwigluArgs {
   DType dtype;
   const void* gate;  // rows of F

@@ -55,11 +55,64 @@ inline RmsNormBackwardArgs norm_backward_args(const Tensor& grad, const Optional
           .eps = float(eps)};
 }
 
+// The generator of random_bits.py: the key (k0, k1) of a seed and a stream.
+inline void random_key(uint64_t seed, uint64_t stream, uint32_t (&key)[2]) {
+  uint64_t x = seed + (stream + 1) * 0x9E3779B97F4A7C15u;
+  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+  x ^= x >> 31;
+  key[0] = uint32_t(x);
+  key[1] = uint32_t(x >> 32);
+}
+
+inline AdamwArgs adamw_args(const Tensor& param, const Tensor& grad, const Tensor& exp_avg,
+                            const Tensor& exp_avg_sq, int64_t step, double lr, double beta1,
+                            double beta2, double eps, double weight_decay, double grad_scale,
+                            int64_t seed, const OptionalTensor& exp_avg_scale,
+                            const OptionalTensor& exp_avg_sq_scale) {
+  AdamwArgs args{.dtype = param.dtype(),
+                 .grad_dtype = grad.dtype(),
+                 .param = param.data,
+                 .grad = grad.data,
+                 .exp_avg = exp_avg.data,
+                 .exp_avg_sq = exp_avg_sq.data,
+                 .exp_avg_scale = static_cast<float*>(data_of(exp_avg_scale)),
+                 .exp_avg_sq_scale = static_cast<float*>(data_of(exp_avg_sq_scale)),
+                 .n = param.numel(),
+                 .grad_scale = float(grad_scale),
+                 .towards_grad = float(1 - beta1),
+                 .beta2 = float(beta2),
+                 .of_square = float(1 - beta2),
+                 .correction = float(1 / std::sqrt(1 - std::pow(beta2, double(step)))),
+                 .eps = float(eps),
+                 .decay = float(1 - lr * weight_decay),
+                 .step_size = float(lr / (1 - std::pow(beta1, double(step)))),
+                 .stochastic = seed >= 0};
+  random_key(uint64_t(seed), 0, args.param_key);
+  random_key(uint64_t(seed), 1, args.moments_key);
+  return args;
+}
+
 inline SwigluArgs swiglu_args(const Tensor& gate, const Tensor& up, const Tensor& h) {
   return {.dtype = gate.dtype(),
           .gate = gate.data,
           .up = up.data,
           .h = h.data,
+          .gate_rows = rows(gate),
+          .up_rows = rows(up),
+          .F = gate.size(-1)};
+}
+
+inline SwigluBackwardArgs swiglu_backward_args(const Tensor& grad, const Tensor& gate,
+                                               const Tensor& up, const Tensor& d_gate,
+                                               const Tensor& d_up) {
+  return {.dtype = gate.dtype(),
+          .grad = grad.data,
+          .gate = gate.data,
+          .up = up.data,
+          .d_gate = d_gate.data,
+          .d_up = d_up.data,
+          .grad_rows = rows(grad),
           .gate_rows = rows(gate),
           .up_rows = rows(up),
           .F = gate.size(-1)};

@@ -246,6 +246,25 @@ PYBIND11_MODULE(_cpu, m) {
     return y;
   });
 
+  def(m, "norm_partials", [](int64_t rows) { return norm_partials(rows); },
+      "The parts of dw that so many rows make in the backward of a norm.");
+  def(m, "rms_norm_backward", [](const Tensor& grad, const OptionalTensor& grad_total,
+                                const Tensor& x, const Tensor& weight, double eps,
+                                const Tensor& dw_partials, const Tensor& dx, const Tensor& dw) {
+    launch(&KernelTable::rms_norm_backward,
+           norm_backward_args(grad, grad_total, x, weight, eps, dw_partials, dx, dw));
+    return std::pair(dx, dw);
+  }, "The gradient of both norms: of add_rms_norm with that of its sum, grad_total.");
+
+  def(m, "adamw", [](const Tensor& param, const Tensor& grad, const Tensor& exp_avg,
+                    const Tensor& exp_avg_sq, int64_t step, double lr, double beta1, double beta2,
+                    double eps, double weight_decay, double grad_scale, int64_t seed,
+                    const OptionalTensor& exp_avg_scale, const OptionalTensor& exp_avg_sq_scale) {
+    launch(&KernelTable::adamw,
+           adamw_args(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay,
+                      grad_scale, seed, exp_avg_scale, exp_avg_sq_scale));
+  }, "Writes param, the moments and their scales. A seed below 0 rounds to the nearest.");
+
   def(m, "add_rms_norm", [](const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
                            const Tensor& y, const Tensor& total) {
     launch(&KernelTable::add_rms_norm, add_rms_norm_args(x, residual, weight, eps, y, total));
@@ -255,6 +274,12 @@ PYBIND11_MODULE(_cpu, m) {
   def(m, "swiglu", [](const Tensor& gate, const Tensor& up, const Tensor& h) {
     launch(&KernelTable::swiglu, swiglu_args(gate, up, h));
     return h;
+  });
+
+  def(m, "swiglu_backward", [](const Tensor& grad, const Tensor& gate, const Tensor& up,
+                              const Tensor& d_gate, const Tensor& d_up) {
+    launch(&KernelTable::swiglu_backward, swiglu_backward_args(grad, gate, up, d_gate, d_up));
+    return std::pair(d_gate, d_up);
   });
 
   def(m, "rope", [](const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,

@@ -83,16 +83,7 @@ PYBIND11_MODULE(_cuda, m) {
 
   def(m, "swiglu_backward", [](Target target, const Tensor& grad, const Tensor& gate,
                                const Tensor& up, const Tensor& d_gate, const Tensor& d_up) {
-    swiglu_backward(target, {.dtype = gate.dtype(),
-                             .grad = grad.data,
-                             .gate = gate.data,
-                             .up = up.data,
-                             .d_gate = d_gate.data,
-                             .d_up = d_up.data,
-                             .grad_rows = rows(grad),
-                             .gate_rows = rows(gate),
-                             .up_rows = rows(up),
-                             .F = gate.size(-1)});
+    swiglu_backward(target, swiglu_backward_args(grad, gate, up, d_gate, d_up));
     return std::pair(d_gate, d_up);
   });
 

@@ -23,6 +23,14 @@ constexpr int64_t THREAD_WORK = 1 << 18;
 // Multiply-adds of a product that one thread makes alone, in some 30 µs: on a busy machine, to wait for
 // another takes far longer. And of each thread's share of a larger one.
 constexpr int64_t PRODUCT_ON_ONE_THREAD = 1 << 19, PRODUCT_SHARE = 1 << 16;
+// Blocks of rows that each make a part of dw in the backward of a norm: a block has 32 rows at least,
+// and the parts, of C floats each, stay in a cache.
+inline int64_t norm_partials(int64_t rows) {
+  constexpr int64_t ROWS = 32, MOST = 64;
+  const int64_t blocks = (rows + ROWS - 1) / ROWS;
+  return blocks < MOST ? blocks : MOST;
+}
+
 // Elements of the elementwise ops that are worth a thread.
 constexpr int64_t ELEMENTS_OF_A_THREAD = 1 << 14;
 

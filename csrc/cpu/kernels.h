@@ -21,8 +21,11 @@ struct KernelTable {
   void (*attention)(const AttentionArgs&);
   void (*attention_backward)(const AttentionBackwardArgs&);
   void (*rms_norm)(const RmsNormArgs&);
+  void (*rms_norm_backward)(const RmsNormBackwardArgs&);
   void (*add_rms_norm)(const AddRmsNormArgs&);
+  void (*adamw)(const AdamwArgs&);
   void (*swiglu)(const SwigluArgs&);
+  void (*swiglu_backward)(const SwigluBackwardArgs&);
   void (*rope)(const RopeArgs&);
   void (*kv_append)(const KvAppendArgs&);
   void (*gemv)(const LinearArgs&);

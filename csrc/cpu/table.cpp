@@ -8,8 +8,11 @@ namespace ISA {
 void attention(const AttentionArgs&);
 void attention_backward(const AttentionBackwardArgs&);
 void rms_norm(const RmsNormArgs&);
+void rms_norm_backward(const RmsNormBackwardArgs&);
 void add_rms_norm(const AddRmsNormArgs&);
+void adamw(const AdamwArgs&);
 void swiglu(const SwigluArgs&);
+void swiglu_backward(const SwigluBackwardArgs&);
 void rope(const RopeArgs&);
 void kv_append(const KvAppendArgs&);
 void gemv(const LinearArgs&);
@@ -24,8 +27,11 @@ const KernelTable kernels = {
     .attention = attention,
     .attention_backward = attention_backward,
     .rms_norm = rms_norm,
+    .rms_norm_backward = rms_norm_backward,
     .add_rms_norm = add_rms_norm,
+    .adamw = adamw,
     .swiglu = swiglu,
+    .swiglu_backward = swiglu_backward,
     .rope = rope,
     .kv_append = kv_append,
     .gemv = gemv,

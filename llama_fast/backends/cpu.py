@@ -112,6 +112,42 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> Launcher:
     return lambda gate, up: _cpu.swiglu(gate, up, new())
 
 
+def _norm_backward(grad, grad_total, x, weight, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of both norms; of rms_norm without that of its sum, `grad_total`."""
+    partials = _cpu.norm_partials(x.shape[:-1].numel())
+    parts = torch.empty((partials, x.shape[-1]), dtype=torch.float32, device="cpu")
+    new, new_dw = _maker(x), _maker(weight)
+    return _cpu.rms_norm_backward(grad, grad_total, x, weight, eps, parts, new(), new_dw())
+
+
+def _rms_norm_backward(grad, x, weight, eps) -> tuple[torch.Tensor, torch.Tensor]:
+    return _norm_backward(dense(grad), None, x, weight, eps)
+
+
+def _add_rms_norm_backward(
+    grad_y, grad_total, total, weight, eps
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _norm_backward(dense(grad_y), dense(grad_total), total, weight, eps)
+
+
+def _swiglu_backward(grad, gate, up) -> tuple[torch.Tensor, torch.Tensor]:
+    new = _maker(gate)
+    return _cpu.swiglu_backward(dense(grad), gate, up, new(), new())
+
+
+def _adamw(
+    param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, grad_scale=1.0,
+    seed=None, exp_avg_scale=None, exp_avg_sq_scale=None,
+) -> None:  # fmt: skip
+    numbers = step, lr, beta1, beta2, eps, weight_decay, grad_scale, -1 if seed is None else seed
+    tensors = param, grad, exp_avg, exp_avg_sq
+    _cpu.adamw(*tensors, *numbers, exp_avg_scale, exp_avg_sq_scale)
+
+
+def _adamw_unsupported(param, *others: Any) -> list[str]:
+    return limits.reasons(param.dtype)
+
+
 def _rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> Launcher:
@@ -370,8 +406,19 @@ register_backend(
                 IN_BLOCKS, IN_BLOCKS._replace(unsupported=limits.linear)
             ),
             "rms_norm": _planned(_rms_norm, limits.rms_norm),
+            "rms_norm_backward": Implementation(
+                _rms_norm_backward, lambda grad, x, weight, eps: limits.rms_norm(x, weight, eps)
+            ),
             "add_rms_norm": _planned(_add_rms_norm, limits.add_rms_norm),
+            "add_rms_norm_backward": Implementation(
+                _add_rms_norm_backward,
+                lambda grad_y, grad_total, total, weight, eps: limits.rms_norm(total, weight, eps),
+            ),
+            "adamw": Implementation(_adamw, _adamw_unsupported),
             "swiglu": SWIGLU,
+            "swiglu_backward": Implementation(
+                _swiglu_backward, lambda grad, gate, up: limits.swiglu(gate, up)
+            ),
             "rope": _planned(_rope, limits.rope),
             "kv_append": _planned(_kv_append, limits.kv_append),
         },

@@ -127,6 +127,10 @@ def _linear_cross_entropy(x, *others: Any) -> list[str]:
     return stride_reasons(x=x)
 
 
+def _adamw(param, *others: Any) -> list[str]:
+    return []  # the op itself asks for contiguous tensors
+
+
 def products(name: str) -> Implementation:
     """A matrix product, which torch's libraries serve best."""
     return Implementation(OPS[name].eager, lambda *args: device_reasons(args[0]))
@@ -151,6 +155,7 @@ register_backend(
             "add_rms_norm_backward": implementation(
                 "add_rms_norm", "add_rms_norm_backward", _rms_norm, grads=2
             ),
+            "adamw": implementation("adamw", "adamw", _adamw),
             "swiglu": SWIGLU,
             "swiglu_backward": implementation("swiglu", "swiglu_backward", _swiglu, grads=1),
             "rope": implementation("rope", "rope", _rope),

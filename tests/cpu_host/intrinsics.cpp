@@ -236,6 +236,7 @@ static void print_hashes() {
   HASH(_mm512_sub_ps, in.a, in.b);
   HASH(_mm512_mul_ps, in.a, in.b);
   HASH(_mm512_div_ps, in.a, in.b);
+  HASH(_mm512_sqrt_ps, in.a);
   HASH(_mm512_max_ps, in.a, in.b);
   HASH(_mm512_min_ps, in.a, in.b);
   HASH(_mm512_unpacklo_ps, in.a, in.b);

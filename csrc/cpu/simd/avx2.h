@@ -103,6 +103,7 @@ static inline float max_of(vf a) {
 static inline bool any_above(vf a, vf b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ));
 }
+static inline vf sqrt(vf a) { return {_mm256_sqrt_ps(a.v)}; }
 static inline vf round(vf a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 static inline vf scale2(vf a, vf n) {
   const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));

@@ -98,6 +98,7 @@ static inline vf min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline float sum(vf a) { return _mm512_reduce_add_ps(a.v); }
 static inline float max_of(vf a) { return _mm512_reduce_max_ps(a.v); }
 static inline bool any_above(vf a, vf b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+static inline vf sqrt(vf a) { return {_mm512_sqrt_ps(a.v)}; }
 static inline vf round(vf a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }

@@ -33,6 +33,7 @@ static inline vf min(vf a, vf b) { return {a.v < b.v ? a.v : b.v}; }
 static inline float sum(vf a) { return a.v; }
 static inline float max_of(vf a) { return a.v; }
 static inline bool any_above(vf a, vf b) { return a.v > b.v; }
+static inline vf sqrt(vf a) { return {std::sqrt(a.v)}; }
 static inline vf round(vf a) { return {std::nearbyintf(a.v)}; }
 // a · 2^n for integral n in [-126, 128].
 static inline vf scale2(vf a, vf n) {
