@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint, ops
+from .. import checkpoint
 from ..config import LlamaConfig
 from ..config.checks import check_dtype
 from ..errors import PromptError, ShapeError
@@ -184,12 +184,14 @@ class Llama(Pretrained):
         *,
         ignore_index: int = -100,
         cu_seqlens: Tensor | None = None,
+        reduction: str = "mean",
     ) -> Tensor:
-        """Mean cross entropy of `targets` (B,T) int64. The logits are never stored whole. Of
-        documents that are packed by cu_seqlens the mean is over all their targets; that of each
-        document's last token, which has no next one, should be `ignore_index`."""
+        """Mean cross entropy of `targets` (B,T) int64, or their "sum". The logits are never stored
+        whole. Of documents that are packed by cu_seqlens the mean is over all their targets; that
+        of each document's last token, which has no next one, should be `ignore_index`."""
         h = self.hidden(tokens, cu_seqlens=cu_seqlens)
-        return ops.linear_cross_entropy(h, self.head.weight, targets, ignore_index=ignore_index)
+        settings = {"ignore_index": ignore_index, "reduction": reduction}
+        return self.head.cross_entropy(h, targets, **settings)
 
     def new_cache(self, batch: int, max_seq_len: int, kv_cache: str | None = None) -> KVCache:
         """Returns an empty cache on this model's device, of its dtype or as `kv_cache` ("int8")

@@ -18,6 +18,7 @@ from ..config.checks import check_dtype
 from ..config.quantization import Quantization
 from ..dispatch import reserve
 from ..errors import ConfigError
+from ..nn.lora import refuse_adapters
 from ..ops import QuantizedWeight
 from ..ops.quantized_weight import round_rows
 from ..utils.normal_tensors import normal_tensors
@@ -122,6 +123,7 @@ class Pretrained(nn.Module):
         """
         if format not in ("hf", "meta"):
             raise ConfigError(f'format is {format!r}; it must be "hf" or "meta"')
+        refuse_adapters(self, "a folder of the model")
         quantization = quantization_of(self)
         if quantization is None:
             write = checkpoint.write_hf if format == "hf" else checkpoint.write_meta

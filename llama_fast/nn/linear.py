@@ -38,6 +38,15 @@ class Linear(_Weighted):
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight)
 
+    def cross_entropy(
+        self, x: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+    ) -> Tensor:
+        """Cross entropy of `targets` (...) int64, as a head: the logits x Wᵀ are never stored
+        whole."""
+        return ops.linear_cross_entropy(
+            x, self.weight, targets, ignore_index=ignore_index, reduction=reduction
+        )
+
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
 
