@@ -218,7 +218,8 @@ def test_it_speaks_the_words_of_its_world(model, tokenizer):
 def test_the_card_says_what_was_measured(metrics):
     assert (FOLDER / "DATA_CARD.md").read_text(encoding="utf-8") == data_card(metrics)
     assert metrics["tokens_seen"] == TRAINING.steps * TRAINING.batch_size * BLOCK
-    assert metrics["training"] == json.loads(json.dumps(dataclasses.asdict(TRAINING)))
+    settings = json.loads(json.dumps(dataclasses.asdict(TRAINING)))
+    assert metrics["training"].items() <= settings.items()
     assert metrics["parameters"] == CONFIG.n_params
 
 

@@ -21,7 +21,7 @@ from llama_fast.quantization.folder import layers, quantize_folder
 from llama_fast.quantization.gptq import round_compensated
 from llama_fast.quantization.report import compare
 from llama_fast.tokenizer import Tokenizer
-from llama_fast.training.data import PackedDataset
+from llama_fast.training.blocks import PackedDataset
 from tests.checkpoints import SMALL, random_state
 from tools.demo_model.recipe import BLOCK, held_out_data
 from tools.demo_model.texts import documents

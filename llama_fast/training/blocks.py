@@ -1,11 +1,11 @@
-"""Documents become one long row of tokens, cut into blocks of one length.
+"""Texts as one long row of tokens, cut into blocks of one length, in memory.
 
     <bos> a document <eos> <bos> the next document <eos> …
 
 Block i holds tokens i·T … i·T+T-1 and asks for the ones that follow each, so every token but the
 very first is asked for exactly once, and no token is padding. A document may begin in one block and
 end in the next, and a block's tokens see all documents before them in the block: what stood before
-``<bos>`` is left to the model to ignore (there is no attention mask between documents).
+``<bos>`` is left to the model to ignore. `data.read` packs documents that see only themselves.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import LlamaFastError
 from ..tokenizer import Tokenizer
+from .data import Batch
 
 
 class PackedDataset:
@@ -78,24 +79,25 @@ class PackedDataset:
         targets = torch.stack([self.tokens[s + 1 : s + 1 + self.block] for s in starts])
         return inputs.long(), targets.long()
 
-    def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
-        """The rows of training step ``step`` (from 0): a new shuffle of all blocks in each epoch.
+    def batch(self, indices: Iterable[int]) -> Batch:
+        """The blocks one behind another, each a document. The bytes of its text are this share of
+        all."""
+        inputs, targets = self.rows(indices)
+        B, T = inputs.shape
+        return Batch(
+            tokens=inputs.view(1, -1),
+            targets=targets.view(1, -1),
+            cu_seqlens=torch.arange(0, B * T + 1, T, dtype=torch.int32, device="cpu"),
+            longest=T,
+            kept=B * T,
+            n_bytes=round(self.n_bytes * B * T / len(self.tokens)),
+        )
 
-        The rows depend on the arguments alone, so a resumed training continues with the very rows
-        that would have come. An epoch's last rows that fill no batch are left out.
-        Raises LlamaFastError if there are fewer blocks than batch_size.
-        """
-        per_epoch = len(self) // batch_size
-        if not per_epoch:
-            raise LlamaFastError(
-                f"{len(self)} blocks of {self.block} tokens fill no batch of {batch_size}; "
-                "give more text, smaller blocks or a smaller batch_size"
-            )
-        epoch, at = divmod(step, per_epoch)
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """The blocks of an epoch, each once, shuffled; it depends on the arguments alone."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self), generator=generator, device="cpu")
-        return self.rows(order[at * batch_size : (at + 1) * batch_size].tolist())
+        return torch.randperm(len(self), generator=generator, device="cpu").tolist()
 
-    def fingerprint(self) -> int:
+    def fingerprint(self) -> str:
         """A checksum of tokens and block; a training is resumed only with the same data."""
-        return zlib.crc32(self.tokens.numpy().tobytes(), self.block)
+        return f"{zlib.crc32(self.tokens.numpy().tobytes(), self.block):08x}"

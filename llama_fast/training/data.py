@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..errors import DataError, PromptError
 from ..tokenizer import ChatFormat, Tokenizer
-from .blocks import PackedDataset
 from .masks import TRAIN_ON, Chat
 from .packing import best_fit, cut
 from .progress import ReadingProgress
@@ -30,7 +29,7 @@ from .rows import data_files
 from .show import marked
 from .source import Encoder, Source
 
-__all__ = ["IGNORED", "Batch", "Data", "PackedDataset", "read"]
+__all__ = ["IGNORED", "Batch", "Data", "read"]
 
 IGNORED = -100  # the target of a position that is not trained
 TOO_LONG = ("raise", "drop", "cut")

@@ -1,238 +1,221 @@
-"""The training loop: next-token loss, AdamW, cosine schedule with warm-up, save and resume."""
+"""The training loop: pre-training, full fine-tuning and adapters, saved and resumed to the bit.
+
+    for each step:  n = trained tokens of all its micro-batches
+                    for each micro-batch:  (Σ loss of its tokens / n).backward()
+                    clip, AdamW
+
+So the loss of a step, and its gradient, are those of one large batch, however it is cut and however
+the trained tokens are spread over it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..errors import CheckpointError, ConfigError, LlamaFastError
-from ..utils.files import atomic_file
-from .data import PackedDataset
+from ..errors import LlamaFastError
+from ..model import Llama
+from .adapter import Adapter
+from .checkpointing import activation_checkpointing
+from .config import RowsOfSteps, TrainConfig
+from .evaluation import Evaluation, evaluate, mode
+from .optim import step_in_backward
 from .progress import TrainingProgress
-
-STATE_FILE = "training.pt"
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """steps: optimizer steps; a step takes batch_size rows of one block each.
-
-    The learning rate rises evenly to learning_rate over warmup_steps, then falls along a half
-    cosine to final_fraction of it. weight_decay is for matrices only, not for norms. grad_clip: the
-    largest norm of all gradients together. eval_every, save_every: in steps; 0 is only at the end.
-    Raises ConfigError for values that cannot be.
-    """
-
-    steps: int
-    batch_size: int = 4
-    learning_rate: float = 1e-3
-    final_fraction: float = 0.1
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    grad_clip: float = 1.0
-    seed: int = 0
-    eval_every: int = 0
-    save_every: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0), ("seed", 0),
-                            ("eval_every", 0), ("save_every", 0)):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("learning_rate", "grad_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
-
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of step ``step``, counted from 0."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * done))
-        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
+from .record import Record
+from .state import History, StateFile, random_state, set_random_state
+from .weights import Weights
 
 
-@dataclass
-class History:
-    """What a training recorded: plain numbers, ready for JSON.
-
-    train: of each step {step, loss, learning_rate, grad_norm}; held_out: {step, loss} of each
-    evaluation. Losses are in nats per token, steps count from 1. seconds: of the whole training,
-    over all its resumed parts.
-    """
-
-    train: list[dict[str, float]] = field(default_factory=list)
-    held_out: list[dict[str, float]] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, dataset: PackedDataset, batch_size: int = 8) -> float:
-    """Mean loss in nats per token over all blocks of ``dataset``."""
-    device, total = model.head.weight.device, 0.0
-    with _mode(model, training=False):
-        for start in range(0, len(dataset), batch_size):
-            indices = range(start, min(start + batch_size, len(dataset)))
-            inputs, targets = dataset.rows(indices)
-            loss = model.loss(inputs.to(device), targets.to(device))
-            total += float(loss) * len(indices)
-    return total / len(dataset)
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices (the embedding included) and none on norms."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    groups = [
-        {"params": [w for w in weights if w.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
-
-
-def train(
-    model: nn.Module,
-    dataset: PackedDataset,
+def finetune(
+    model: Llama,
+    data: Any,
     config: TrainConfig,
     *,
-    held_out: PackedDataset | None = None,
+    held_out: Any | None = None,
     folder: str | Path | None = None,
+    adapter: Adapter | None = None,
     progress: bool = True,
+    sample: Callable[[], str] | None = None,
 ) -> History:
-    """Trains ``model`` in place, which should hold float32 weights, and returns what was recorded.
+    """Trains `model` in place and returns what was recorded.
 
-    folder: where the state is kept in ``training.pt``. If one is there the training is resumed
-    from it, and ends with bit for bit the weights it would have had without the interruption (on
-    the same machine with the same number of threads).
+    data, held_out   what `read` makes, or a `PackedDataset`
+    adapter          what is trained; None: all weights that ask for a gradient
+    folder           where the state (training.pt) and the table of steps (log.csv) are kept. If a
+                     state is there the training goes on from it, and ends with bit for bit the
+                     weights and the history that it would have had without the interruption (on the
+                     same machine with the same number of threads, from the same first weights)
+    sample           is called at each evaluation; the text that it returns is shown
 
-    Raises CheckpointError if that state is damaged or of another training, and LlamaFastError when
-    the loss is no longer finite.
+    Raises CheckpointError if that state is damaged or of another training, or cannot be written;
+    LlamaFastError for data without rows or without targets, and when the loss is no longer finite.
+    Then the last saved state is as it was.
     """
-    optimizer = make_optimizer(model, config)
-    history, first_step = History(), 0
-    state_file = None if folder is None else Path(folder) / STATE_FILE
-    identity = {"config": dataclasses.asdict(config), "data": dataset.fingerprint()}
-    if state_file is not None and state_file.exists():
-        first_step, history = _resume(state_file, identity, model, optimizer)
+    return _Training(model, data, config, held_out, folder, adapter, sample).run(progress)
 
-    device = model.head.weight.device
-    started = time.monotonic() - history.seconds
-    with (
-        _mode(model, training=True),
-        TrainingProgress(config.steps, first_step, history.tokens, shown=progress) as shown,
-    ):
-        for step in range(first_step, config.steps):
-            learning_rate = config.learning_rate_at(step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            inputs, targets = dataset.batch(step, config.batch_size, config.seed)
-            loss = model.loss(inputs.to(device), targets.to(device))
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            if not (math.isfinite(loss.item()) and math.isfinite(grad_norm.item())):
-                raise LlamaFastError(
-                    f"step {step + 1}: the loss is {loss.item():g} and the gradient's norm "
-                    f"{grad_norm.item():g}; lower the learning rate (now {learning_rate:g})"
-                )
-            optimizer.step()
-            optimizer.zero_grad()
 
-            done = step + 1
-            history.tokens += inputs.numel()
-            history.seconds = time.monotonic() - started
-            history.train.append(
-                {
-                    "step": done,
-                    "loss": loss.item(),
-                    "learning_rate": learning_rate,
-                    "grad_norm": grad_norm.item(),
-                }
+class _Training:
+    def __init__(
+        self,
+        model: Llama,
+        data: Any,
+        config: TrainConfig,
+        held_out: Any | None,
+        folder: str | Path | None,
+        adapter: Adapter | None,
+        sample: Callable[[], str] | None,
+    ) -> None:
+        for name, given in (("training", data), ("held-out", held_out)):
+            if given is not None and not len(given):
+                raise LlamaFastError(f"the {name} data has no rows; give more text, or other files")
+        self.model, self.data, self.config = model, data, config
+        self.held_out, self.sample = held_out, sample
+        self.folder = None if folder is None else Path(folder)
+        self.rows = RowsOfSteps(data, config)
+        self.steps = config.steps_of(len(data))
+        self.device = model.device
+        named = model.named_parameters() if adapter is None else adapter.named_parameters()
+        self.weights = Weights({name: w for name, w in named if w.requires_grad}, config)
+        self.file = None if folder is None else StateFile(folder, self._identity(adapter))
+        self.history = History()
+
+    def _identity(self, adapter: Adapter | None) -> dict[str, Any]:
+        """What decides the bits of the result, besides the first weights."""
+        settings = dataclasses.asdict(self.config)
+        for name in ("eval_every", "save_every"):
+            del settings[name]
+        held_out = None if self.held_out is None else self.held_out.fingerprint()
+        return {
+            "settings": settings | {"eval_every": self.config.eval_every},
+            "model": dataclasses.asdict(self.model.config) | {"dtype": str(self.model.dtype)},
+            "adapter": None if adapter is None else dataclasses.asdict(adapter.config),
+            "data": self.data.fingerprint(),
+            "held-out data": held_out,
+        }
+
+    def run(self, progress: bool) -> History:
+        before = random_state(self.device)
+        try:
+            with mode(self.model, training=True):
+                torch.manual_seed(self.config.seed)
+                self._run(progress)
+        finally:
+            set_random_state(before)
+            self.weights.forget_gradients()
+        return self.history
+
+    def _run(self, progress: bool) -> None:
+        first, saved = 0, None if self.file is None else self.file.load(self.weights)
+        if saved is not None:
+            first, self.history = saved
+        with (
+            Record(self.folder, self.history) as record,
+            TrainingProgress(self.steps, first, shown=progress) as shown,
+            self._stepping(),
+        ):
+            for step in range(first, self.steps):
+                started = time.perf_counter()
+                found = self._step(step)
+                seconds = time.perf_counter() - started
+                self.history.train.append(found)
+                self.history.seconds.append(seconds)
+                done, last = step + 1, step + 1 == self.steps
+                judged = None
+                if _due(done, self.config.eval_every, last):
+                    judged = self._evaluate(done)
+                    shown.evaluated(done, found["loss"], judged, self._sampled())
+                record.add(found, seconds, judged and self.history.held_out[-1])
+                if self.file is not None and _due(done, self.config.save_every, last):
+                    self.file.save(done, self.history, self.weights, self.device)
+                shown.stepped(done, found, seconds)
+
+    def _stepping(self) -> AbstractContextManager[Any]:
+        if not self.config.step_in_backward:
+            return nullcontext()
+        return step_in_backward(self.model, self.weights.optimizer)
+
+    def _step(self, step: int) -> dict[str, float | None]:
+        batches = [self.data.batch(rows) for rows in self.rows.of(step)]
+        kept = sum(batch.kept for batch in batches)
+        if not kept:
+            raise LlamaFastError(
+                f"step {step + 1}: no token of its rows is a target, all are masked, so there is "
+                "nothing to learn from them; look at the rows with data.show(3), and at train_on"
             )
-            last = done == config.steps
-            if held_out is not None and _due(done, config.eval_every, last):
-                history.held_out.append({"step": done, "loss": evaluate(model, held_out)})
-                history.seconds = time.monotonic() - started
-                shown.evaluated(done, loss.item(), history.held_out[-1]["loss"])
-            if state_file is not None and _due(done, config.save_every, last):
-                _save(state_file, identity, done, history, model, optimizer)
-            shown.stepped(done, loss.item(), history.tokens)
-    return history
+        scale = self.config.scale_at(step, self.steps)
+        self.weights.set_rate(scale)
+        total = self._backward(batches, kept)
+        loss, norm = total.item(), None
+        if not self.config.step_in_backward:
+            norm = self.weights.gradient_norm()
+        if not (math.isfinite(loss) and (norm is None or math.isfinite(norm))):
+            self.weights.forget_gradients()
+            raise LlamaFastError(
+                f"step {step + 1}: the loss is {loss:g}"
+                + (f" and the gradient's norm {norm:g}" if norm is not None else "")
+                + f"; lower the learning rate (now {self.config.learning_rate * scale:g}), or look "
+                "at the weights that the training began with"
+            )
+        if norm is not None:
+            self.weights.step(self._clip(norm))
+        return {
+            "step": step + 1,
+            "epoch": self.rows.epoch(step),
+            "loss": loss,
+            "learning_rate": self.config.learning_rate * scale,
+            "grad_norm": norm,
+            "tokens": sum(batch.tokens.numel() for batch in batches),
+            "kept": kept,
+        }
+
+    def _clip(self, norm: float) -> float:
+        """What gradients of that norm are multiplied by."""
+        most = self.config.grad_clip
+        return 1.0 if most is None or norm <= most else most / norm
+
+    def _backward(self, batches: list[Any], kept: int) -> torch.Tensor:
+        """Leaves the gradients of the step's mean loss, and returns it."""
+        total = torch.zeros((), device=self.device)
+        checkpointing = self.config.checkpointing
+        with activation_checkpointing(self.model) if checkpointing else nullcontext():
+            for batch in batches:
+                batch = batch.to(self.device)
+                loss = self.model.loss(
+                    batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, reduction="sum"
+                )
+                loss = loss / kept
+                total += loss.detach()
+                if self.config.step_in_backward and not torch.isfinite(loss):
+                    break  # before any weight is updated by it
+                loss.backward()
+                self.weights.take_gradients()
+        return total
+
+    def _evaluate(self, step: int) -> Evaluation | None:
+        if self.held_out is None:
+            return None
+        judged = evaluate(self.model, self.held_out, self.config.micro_batch_size or 8)
+        self.history.held_out.append(judged.record(step))
+        return judged
+
+    def _sampled(self) -> str | None:
+        """The sample draws from generators of its own: the training's go on untouched."""
+        if self.sample is None:
+            return None
+        state = random_state(self.device)
+        try:
+            with mode(self.model, training=False):
+                return self.sample()
+        finally:
+            set_random_state(state)
 
 
 def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
-
-
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    before = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(before)
-
-
-def _save(
-    path: Path,
-    identity: dict[str, Any],
-    step: int,
-    history: History,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    with atomic_file(path) as beside:
-        torch.save(
-            {
-                **identity,
-                "step": step,
-                "history": dataclasses.asdict(history),
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "random": torch.get_rng_state(),
-            },
-            beside,
-        )
-
-
-def _resume(
-    path: Path, identity: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, History]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        found = {key: state[key] for key in identity}
-        step, history = state["step"], History(**state["history"])
-        if found == identity:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["random"])
-    except Exception as error:  # whatever a damaged file makes torch or a model raise
-        raise CheckpointError(
-            f"{path} is no complete state of this model's training ({error}); "
-            "remove it to start anew"
-        ) from error
-    if found != identity:
-        raise CheckpointError(
-            f"{path} is the state of another training: it has {_difference(found, identity)}; "
-            "use the same config and data, or another folder to start anew"
-        )
-    return step, history
-
-
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    if found["data"] != wanted["data"]:
-        return "other data"
-    names = [k for k in wanted["config"] if found["config"].get(k) != wanted["config"][k]]
-    return ", ".join(
-        f"{name}={found['config'].get(name)!r}, not {wanted['config'][name]!r}" for name in names
-    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import LlamaFastError
 from ..utils.files import atomic_file
-from .loop import History
+from .state import History
 
 
 def plot_loss(history: History, path: str | Path, *, title: str = "Training loss") -> None:

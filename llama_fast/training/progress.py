@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -15,11 +15,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from .evaluation import Evaluation
+
 
 class TrainingProgress:
-    """A context manager; with ``shown=False`` it shows nothing. The loss shown is smoothed."""
+    """A context manager; with ``shown=False`` it shows nothing. Loss and speed are smoothed."""
 
-    def __init__(self, steps: int, first_step: int, tokens: int, *, shown: bool) -> None:
+    def __init__(self, steps: int, first_step: int, *, shown: bool) -> None:
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -30,13 +32,14 @@ class TrainingProgress:
             TimeRemainingColumn(elapsed_when_finished=False),
             disable=not shown,
             speed_estimate_period=120,
+            console=Console(stderr=True),
         )
         self._shown = shown
         self._task = self._bar.add_task(
             "train", total=steps, completed=first_step, loss=0.0, speed=0.0
         )
         self._loss: float | None = None
-        self._tokens_before, self._started = tokens, time.monotonic()
+        self._tokens, self._seconds = 0.0, 0.0
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
@@ -45,17 +48,28 @@ class TrainingProgress:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
-    def stepped(self, step: int, loss: float, tokens: int) -> None:
+    def stepped(self, step: int, found: dict[str, Any], seconds: float) -> None:
+        loss = found["loss"]
         self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
-        speed = (tokens - self._tokens_before) / max(time.monotonic() - self._started, 1e-9)
+        self._tokens += found["tokens"]
+        self._seconds += seconds
+        speed = self._tokens / max(self._seconds, 1e-9)
         self._bar.update(self._task, completed=step, loss=self._loss, speed=speed)
 
-    def evaluated(self, step: int, loss: float, held_out_loss: float) -> None:
+    def evaluated(
+        self, step: int, loss: float, judged: Evaluation | None, sample: str | None
+    ) -> None:
         """A line that stays, also where the output is no terminal."""
-        if self._shown:
-            self._bar.console.print(
-                f"step {step}: loss {loss:.3f}, held-out loss {held_out_loss:.3f}"
-            )
+        if not self._shown or (judged is None and sample is None):
+            return
+        text = f"step {step}: loss {loss:.3f}"
+        if judged is not None:
+            text += f", held-out loss {judged.loss:.3f}, perplexity {judged.perplexity:.4g}"
+            if judged.bits_per_byte is not None:
+                text += f", {judged.bits_per_byte:.3f} bits per byte"
+        if sample is not None:
+            text += f"\n  {' '.join(sample.split())}"
+        self._bar.console.print(text, markup=False, highlight=False)
 
 
 class ReadingProgress:

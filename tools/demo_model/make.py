@@ -19,8 +19,12 @@ from llama_fast.demo import FOLDER
 from llama_fast.generation.generate import generate
 from llama_fast.model import Llama
 from llama_fast.tokenizer import Tokenizer
-from llama_fast.training.loop import STATE_FILE, History, TrainConfig, evaluate, train
+from llama_fast.training.config import TrainConfig
+from llama_fast.training.evaluation import evaluate
+from llama_fast.training.loop import finetune
 from llama_fast.training.plot import plot_loss
+from llama_fast.training.record import CSV_FILE, TENSORBOARD
+from llama_fast.training.state import STATE_FILE, History
 from llama_fast.utils.files import atomic_file
 
 from .card import SAMPLE_PROMPTS, data_card
@@ -60,7 +64,7 @@ def make(
     held_out = held_out_data(tokenizer, "seed", held_out_tokens)
     torch.manual_seed(SEED)
     model = Llama(CONFIG, dtype=torch.float32)
-    history = train(
+    history = finetune(
         model, dataset, training, held_out=held_out, folder=state_folder, progress=progress
     )
     with tempfile.TemporaryDirectory() as scratch:
@@ -80,7 +84,9 @@ def make(
         beside.write_text(data_card(metrics), encoding="utf-8")
     plot_loss(history, folder / "loss.png", title="Loss of the demo model")
     if state_folder is not None:
-        (state_folder / STATE_FILE).unlink()  # done: the next run starts anew
+        for name in (STATE_FILE, CSV_FILE):  # done: the next run starts anew
+            (state_folder / name).unlink()
+        shutil.rmtree(state_folder / TENSORBOARD, ignore_errors=True)
     return metrics
 
 
@@ -96,7 +102,7 @@ def measure(
         "training": dataclasses.asdict(training),
         "block": BLOCK,
         "tokens_seen": history.tokens,
-        "seconds": round(history.seconds),
+        "seconds": round(sum(history.seconds)),
         "threads": torch.get_num_threads(),
         "held_out": {
             split: held_out_loss(model, tokenizer, split, held_out_tokens)
@@ -115,10 +121,10 @@ def held_out_loss(
 ) -> dict[str, float]:
     """Nats per token and per byte on held-out texts, with the weights taken as float32."""
     data = held_out_data(tokenizer, split, n_tokens)
-    per_token = evaluate(model.float(), data)
+    judged = evaluate(model.float(), data)
     return {
-        "per_token": round(per_token, 4),
-        "per_byte": round(per_token * len(data.tokens) / data.n_bytes, 4),
+        "per_token": round(judged.loss, 4),
+        "per_byte": round(judged.loss * len(data.tokens) / data.n_bytes, 4),
         "tokens": len(data.tokens),
         "bytes": data.n_bytes,
     }

@@ -23,7 +23,8 @@ from ...generation.engine import Engine
 from ...model import Llama
 from ...nn.kv_cache import KVCache
 from ...ops import QuantizedWeight
-from ...training.loop import TrainConfig, make_optimizer
+from ...training.config import TrainConfig
+from ...training.weights import make_optimizer
 from ..shapes import Work, problem_shapes
 from .calls import Section, Step
 
@@ -163,8 +164,9 @@ def train_step(model: Llama, batch: int, tokens: int) -> Step:
     model.train()
     given = _tokens(model, batch, tokens)
     targets = given.roll(-1, dims=1)
-    optimizer = make_optimizer(model, TrainConfig(steps=1))
-    weights = [w for w in model.parameters() if w.requires_grad]
+    trained = [(name, w) for name, w in model.named_parameters() if w.requires_grad]
+    optimizer = make_optimizer(trained, TrainConfig(steps=1))
+    weights = [w for _, w in trained]
     # Reads weights, gradients and both moments, writes all but the gradients.
     elements = sum(w.numel() for w in weights)
     update = Cost(bytes=7 * sum(w.nbytes for w in weights), flops=12 * elements)

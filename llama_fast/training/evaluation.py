@@ -1,0 +1,69 @@
+"""How well a model predicts texts: nats per token, perplexity, bits per byte."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import LlamaFastError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss in nats per trained token; perplexity e^loss; bits_per_byte: the same loss in bits for
+    each byte of the targets' text, which alone compares models of different vocabularies (None
+    where the bytes are not known)."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    tokens: int
+
+    def record(self, step: int) -> dict[str, float | None]:
+        found = dataclasses.asdict(self)
+        del found["tokens"]
+        return {"step": step, **found}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Any, batch_size: int = 8) -> Evaluation:
+    """Returns the loss over all targets of `data`, each with the same weight, in evaluation mode.
+
+    Raises LlamaFastError where no token of it is a target.
+    """
+    total, kept, n_bytes = 0.0, 0, 0
+    with mode(model, training=False):
+        for start in range(0, len(data), batch_size):
+            batch = data.batch(range(start, min(start + batch_size, len(data))))
+            if not batch.kept:
+                continue
+            batch = batch.to(model.device)
+            loss = model.loss(
+                batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, reduction="sum"
+            )
+            total, kept, n_bytes = total + float(loss), kept + batch.kept, n_bytes + batch.n_bytes
+    if not kept:
+        raise LlamaFastError(
+            "no token of the held-out data is a target, so there is nothing to judge by; look at "
+            "it with data.show(3)"
+        )
+    loss = total / kept
+    bits = total / math.log(2) / n_bytes if n_bytes else None
+    return Evaluation(loss, math.exp(min(loss, 700)), bits, kept)
+
+
+@contextmanager
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)
