@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import training as train  # noqa: F401
     from .config import LlamaConfig as LlamaConfig
     from .dispatch import Decision as Decision
     from .dispatch import explain as explain
@@ -39,6 +40,7 @@ _HOME = {
     "generate": ".generation.generate",
     "stream": ".generation.generate",
     "trace": ".inspect",
+    "train": ".training",
     "use_backend": ".dispatch",
 }
 # Those that need transformers, so no part of `from llama_fast import *`.
@@ -47,7 +49,8 @@ _FOR_TRANSFORMERS = {"Patch": ".hf", "patch": ".hf"}
 
 def __getattr__(name: str) -> Any:
     if home := _HOME.get(name) or _FOR_TRANSFORMERS.get(name):
-        value = getattr(import_module(home, __name__), name)
+        module = import_module(home, __name__)
+        value = module if name == "train" else getattr(module, name)
     elif name == "__all__":
         value = [*_HOME, *import_module(".ops", __name__).__all__]
     else:

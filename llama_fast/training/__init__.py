@@ -6,12 +6,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapter import Adapter as Adapter
+    from .adapter import load_adapter as load_adapter
+    from .adapter import lora as lora
+    from .blocks import PackedDataset as PackedDataset
+    from .config import TrainConfig as TrainConfig
     from .data import Batch as Batch
     from .data import Data as Data
     from .data import read as read
+    from .evaluation import Evaluation as Evaluation
+    from .evaluation import evaluate as evaluate
+    from .loop import finetune as finetune
+    from .state import History as History
 
 # Public names and their modules.
-_HOME = {"Batch": ".data", "Data": ".data", "read": ".data"}
+_HOME = {
+    "Adapter": ".adapter",
+    "Batch": ".data",
+    "Data": ".data",
+    "Evaluation": ".evaluation",
+    "History": ".state",
+    "PackedDataset": ".blocks",
+    "TrainConfig": ".config",
+    "evaluate": ".evaluation",
+    "finetune": ".loop",
+    "load_adapter": ".adapter",
+    "lora": ".adapter",
+    "read": ".data",
+}
 
 __all__ = [*_HOME]
 
