@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config.checks import STORED_DTYPES, check_dtype
 from ..errors import CheckpointError
 from ..tokenizer.special_tokens import SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, TOKENIZER_FILES
 from ..utils.files import refuse_existing
+from .adapter import read_adapter
+from .adapter_merge import Merge
 from .hf import CONFIG
-from .names import state_shapes
+from .names import EMBED, HEAD, state_shapes
 from .quantized import QuantizedCheckpoint
 from .read import Checkpoint, Format, Progress, open_checkpoint
 from .special_tokens import special_token_ids, tokenizer_config
@@ -37,6 +41,8 @@ def convert(
     n_files: int = 1,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     rope_factor: float | None = None,
+    merge: str | Path | None = None,
+    rounding: Callable[[str, Tensor], Tensor] | None = None,
     check_finite: bool = True,
     progress: Progress | None = None,
 ) -> None:
@@ -46,6 +52,10 @@ def convert(
     bit. The tokenizer's files and the settings of generation are copied. `n_files` is for "meta",
     `max_shard_bytes` for "hf"; `rope_factor` is for a Meta source (see `open_checkpoint`). Writing
     to the format of the source is allowed: it changes dtype or shards.
+
+    merge     the folder of a LoRA, which becomes part of the weights: in float32, rounded once
+    rounding  rounding(name, weight) is what the LoRA was trained on in the weight's place, float32;
+              None: the weight itself
 
     Raises as `open_checkpoint`, `Checkpoint.load_into`, `write_hf` and `write_meta` do, and then
     leaves nothing behind.
@@ -64,21 +74,47 @@ def convert(
     dtypes = checkpoint.dtypes
     if dtype is not None:
         dtypes = dict.fromkeys(state_shapes(checkpoint.config), dtype)
-    tensors = checkpoint.tensors(dtype, check_finite=check_finite, progress=progress)
+    config = checkpoint.config
+    if merge is not None:
+        folded = Merge(config, *read_adapter(merge, config))
+        stored = checkpoint.tensors(check_finite=check_finite, progress=progress)
+        config, tensors = folded.config, _merged(folded, stored, dtypes, rounding)
+        dtypes = {HEAD: dtypes[EMBED], **dtypes}
+    else:
+        tensors = checkpoint.tensors(dtype, check_finite=check_finite, progress=progress)
     if to == "meta":
         copies = _tokenizer_files(checkpoint.folder)
         generation = checkpoint.folder / GENERATION_CONFIG
         copies += [generation] * generation.is_file()
-        stream_meta(target, checkpoint.config, dtypes, tensors, copies=copies, n_files=n_files)
+        stream_meta(target, config, dtypes, tensors, copies=copies, n_files=n_files)
         return
     stream_hf(
         target,
-        checkpoint.config,
+        config,
         dtypes,
         tensors,
         **companions(checkpoint),
         max_shard_bytes=max_shard_bytes,
     )
+
+
+def _merged(
+    merge: Merge,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtypes: Mapping[str, torch.dtype],
+    rounding: Callable[[str, Tensor], Tensor] | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors with the LoRA in them, each rounded to its dtype; and the head, where it was the
+    embedding and is no longer."""
+    embed = None
+    for name, tensor in tensors:
+        if rounding is not None:
+            tensor = rounding(name, tensor.float())
+        if name == EMBED and merge.unties:
+            embed = tensor
+        yield name, merge(name, tensor.float()).to(dtypes[name])
+    if embed is not None:
+        yield HEAD, merge(HEAD, embed.float()).to(dtypes[EMBED])
 
 
 def companions(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import LogitsError, PromptError
 from .options import (
+    Adapter,
     AsDType,
     Cache,
     Debug,
@@ -43,6 +44,7 @@ def generate(
         ),
     ] = None,
     model: Model = None,
+    adapter: Adapter = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="Stop after N tokens.")
     ] = 256,
@@ -92,11 +94,13 @@ def generate(
     from contextlib import nullcontext
 
     from ..checkpoint import open_checkpoint
+    from ..checkpoint.adapter import read_adapter
     from ..dispatch import use_backend
     from ..generation.folder_sampling import folder_sampling
     from ..generation.generate import check_prompts, encode_prompts, stream
     from ..model import Llama
     from ..tokenizer import Tokenizer
+    from ..training import load_adapter
 
     # Everything that can be wrong with the request is found before the weights are read.
     set_threads(threads)
@@ -109,6 +113,8 @@ def generate(
     prompts = encode_prompts(tokenizer, text)
     config = source.config.shortened(max_seq_len)
     check_prompts(config, tokenizer, prompts)
+    if adapter is not None:
+        read_adapter(adapter, source.config)
     # No more of the rotary tables than this text can need: those of 131,072 tokens take 34 MB.
     needed = min(config.max_seq_len, len(prompts[0]) + max_new_tokens)
 
@@ -124,6 +130,8 @@ def generate(
             max_seq_len=needed,
             progress=progress,
         )
+    if adapter is not None:
+        load_adapter(llama, adapter)
     loaded = time.perf_counter() - start
 
     ended = None

@@ -86,6 +86,15 @@ Model = Annotated[
     ),
 ]
 _OF_THE_FOLDER = "the model's generation_config.json, else"
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        metavar="DIR",
+        help="Folder of a LoRA for this model, as finetune and PEFT write it.",
+        show_default="none",
+    ),
+]
 Temperature = Annotated[
     float | None,
     typer.Option(
