@@ -14,6 +14,7 @@ from .chat import chat
 from .convert import convert
 from .doctor import doctor
 from .explain import explain
+from .finetune import finetune
 from .generate import generate
 from .info import info
 from .init import init
@@ -25,8 +26,8 @@ from .report import report
 from .tokenize import tokenize
 
 COMMANDS = (
-    generate, chat, info, tokenize, convert, quantize, init, doctor, explain, bench, profile,
-    report, inspect,
+    generate, chat, finetune, info, tokenize, convert, quantize, init, doctor, explain, bench,
+    profile, report, inspect,
 )  # fmt: skip
 
 app = typer.Typer(

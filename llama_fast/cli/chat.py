@@ -14,6 +14,7 @@ from .chat_talk import Talk
 from .chat_tools import Tools
 from .interrupt import unwind_when_stopped
 from .options import (
+    Adapter,
     AsDType,
     Cache,
     Debug,
@@ -40,6 +41,7 @@ CONTEXT = 8192  # tokens, where the model allows more and nothing else is asked 
 @example("llama-fast chat --model DIR --system 'You answer in one sentence.'")
 def chat(
     model: Model = None,
+    adapter: Adapter = None,
     system: Annotated[
         str | None,
         typer.Option(metavar="TEXT|@FILE", help="What the model is told before the dialog."),
@@ -99,6 +101,7 @@ def chat(
     functions = Tools.from_file(tools) if tools else Tools()
 
     from ..checkpoint import open_checkpoint
+    from ..checkpoint.adapter import read_adapter
     from ..dispatch import use_backend
     from ..generation.chat import Chat
     from ..generation.folder_sampling import folder_sampling
@@ -106,6 +109,7 @@ def chat(
     from ..model import Llama
     from ..tokenizer import Tokenizer
     from ..tokenizer.chat_choice import chat_format
+    from ..training import load_adapter
 
     set_threads(threads)
     where = device_named(device)
@@ -118,6 +122,9 @@ def chat(
     context = source.config.max_seq_len
     context = source.config.shortened(max_seq_len or min(context, CONTEXT)).max_seq_len
 
+    if adapter is not None:
+        read_adapter(adapter, source.config)
+
     with weights_bar("Loading the weights") as progress:
         llama = Llama.from_pretrained(
             source,
@@ -127,6 +134,8 @@ def chat(
             max_seq_len=context,
             progress=progress,
         )
+    if adapter is not None:
+        load_adapter(llama, adapter)
     sampling = vars(drawn) | {"seed": seed}
     unwind_when_stopped()
     with (

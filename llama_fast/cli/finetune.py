@@ -1,0 +1,488 @@
+"""`llama-fast finetune`: a model is trained on files of text or dialogs, by a LoRA or whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import DataError
+from .finetune_run import Run
+from .interrupt import unwind_when_stopped
+from .options import (
+    DEMO,
+    Debug,
+    Device,
+    DType,
+    Named,
+    Threads,
+    device_named,
+    example,
+    model_folder,
+    set_threads,
+)
+from .terminal import note, note_pairs, show, size, weights_bar
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+    from ..model import Llama
+    from ..training import Adapter, History, TrainConfig
+
+TOKENS_PER_STEP, TOKENS_AT_ONCE, BLOCK = 4096, 2048, 2048
+EPOCHS, LEAST_STEPS = 3, 100
+
+
+class TrainOn(str, Enum):
+    answers = "answers"
+    last = "last"
+    all = "all"
+
+
+class Optimizer(str, Enum):
+    """adamw: float32 moments, and float32 copies of bfloat16 weights. adamw-8bit: moments of 8
+    bits, bfloat16 weights rounded at random. in-backward: as adamw-8bit, each weight updated as
+    soon as its gradient is there."""
+
+    adamw = "adamw"
+    adamw_8bit = "adamw-8bit"
+    in_backward = "in-backward"
+
+
+@example("llama-fast finetune demo facts.jsonl --out run")
+def finetune(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Folder of the model; demo: the small one that ships."
+        ),
+    ],
+    data: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DATA…",
+            help="Files or folders: .txt, or JSON and JSONL of texts, dialogs or questions and "
+            "answers.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="RUN",
+            help="Folder of the run. The same command goes on with a run that was interrupted.",
+            show_default="needed, but for --show",
+        ),
+    ] = None,
+    lora: Annotated[
+        int, typer.Option("--lora", min=1, metavar="RANK", help="Train a LoRA of this rank.")
+    ] = 16,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            metavar="A", help="Its update is multiplied by A / RANK.", show_default="2 × RANK"
+        ),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Train all weights instead of a LoRA.")
+    ] = False,
+    quantize: Annotated[
+        Named | None,
+        typer.Option(
+            help="Round the weights below the LoRA to integers (QLoRA).", show_default="as stored"
+        ),
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="Passes over the data.",
+            show_default=f"{EPOCHS}, or as many as {LEAST_STEPS} steps take",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Steps, in place of --epochs.", show_default="none"),
+    ] = None,
+    block: Annotated[
+        int | None,
+        typer.Option(
+            min=8,
+            metavar="N",
+            help="Tokens of a packed row: a dialog must fit into it.",
+            show_default=f"the model's context, at most {BLOCK:,}",
+        ),
+    ] = None,
+    tokens_per_step: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens of a step, in whole packed rows.")
+    ] = TOKENS_PER_STEP,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="The highest learning rate.",
+            show_default="by the model's size; for a LoRA 10 × that of --full",
+        ),
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|SHARE",
+            help="Texts to judge by that are not trained on: a file, or a share of the rows such "
+            "as 0.05.",
+            show_default="none",
+        ),
+    ] = None,
+    train_on: Annotated[
+        TrainOn, typer.Option(help="What of a dialog is trained: its answers, the last, or all.")
+    ] = TrainOn.answers,
+    skip_faults: Annotated[
+        bool,
+        typer.Option(
+            "--skip-faults", help="Leave out rows that cannot be used or are too long, and count."
+        ),
+    ] = False,
+    show_rows: Annotated[
+        int | None,
+        typer.Option(
+            "--show",
+            min=1,
+            metavar="N",
+            help="Show N rows, with what is trained in colour, and stop.",
+            show_default="train",
+        ),
+    ] = None,
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROMPT",
+            help="Continue this text at each evaluation.",
+            show_default="none",
+        ),
+    ] = None,
+    checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--checkpointing", help="Compute activations twice, in a fraction of the memory."
+        ),
+    ] = False,
+    optimizer: Annotated[
+        Optimizer,
+        typer.Option(
+            help="adamw-8bit: moments of 8 bits, without float32 copies of the weights; "
+            "in-backward: no gradient is kept besides."
+        ),
+    ] = Optimizer.adamw,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, metavar="N", help="Of order and first values.")
+    ] = 0,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(help="Of the model's weights.", show_default="as stored; float16: bfloat16"),
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    debug: Debug = False,
+) -> int:
+    """Train a model on your own texts or dialogs.
+
+    It says what is trained on and what is not, and ends with the folder of a LoRA (or of the model
+    with --full), figures, a table of the steps and the curve of the loss. An interrupted run goes
+    on, to the same bits, when the same command is given again.
+    """
+    if out is None and show_rows is None:
+        raise typer.BadParameter("a folder for the run is needed. Write: --out run",
+                                 param_hint="--out")  # fmt: skip
+    if full and quantize is not None:
+        raise typer.BadParameter(
+            "integers are not trained. Leave --full out, and a LoRA is trained beside them",
+            param_hint="--quantize",
+        )
+    if epochs is not None and steps is not None:
+        raise typer.BadParameter("it is given beside --steps. Give one of the two",
+                                 param_hint="--epochs")  # fmt: skip
+    if dtype is DType.float16:
+        raise typer.BadParameter(
+            "gradients are too small for float16. Write: --dtype bfloat16", param_hint="--dtype"
+        )
+    folder = model_folder(None) if model == "demo" else Path(model)
+
+    from ..checkpoint import Checkpoint, open_checkpoint
+    from ..tokenizer import Tokenizer
+    from ..tokenizer.chat_choice import chat_format
+    from ..training import read
+    from ..training.split import hold_out
+
+    # Everything that can be wrong with the request is found before the weights are read.
+    set_threads(threads)
+    where = device_named(device)
+    source = open_checkpoint(folder)
+    quantized = not isinstance(source, Checkpoint)
+    if quantized and (full or quantize is not None):
+        raise typer.BadParameter(
+            f"{folder} is quantised already. Leave it out: a LoRA is trained beside the integers",
+            param_hint="--full" if full else "--quantize",
+        )
+    context = source.config.max_seq_len
+    block = min(context, BLOCK) if block is None else block
+    if block > context:
+        raise typer.BadParameter(
+            f"{block:,} tokens are more than the model's context of {context:,}. Write: --block "
+            f"{context}",
+            param_hint="--block",
+        )
+    tokenizer = Tokenizer.from_pretrained(folder)
+    how = {
+        "block": block,
+        "train_on": train_on.value,
+        "chat": chat_format(folder, tokenizer),
+        "on_error": "skip" if skip_faults else "raise",
+        "too_long": "drop" if skip_faults else "raise",
+    }
+    rows = read(data, tokenizer, **how)
+    report = rows.report
+    if show_rows is not None:
+        show(str(report), "")
+        print(rows.show(show_rows, color=sys.stdout.isatty()))
+        return 0
+    judged = None
+    if held_out is not None:
+        share = _share(held_out)
+        if share is None:
+            judged = read(held_out, tokenizer, **how)
+        else:
+            rows, judged = hold_out(rows, share, seed)
+    config = _config(
+        len(rows), block, source.config.dim, full, epochs, steps, tokens_per_step, lr, optimizer,
+        checkpointing, seed,
+    )  # fmt: skip
+    run = Run(
+        out,
+        {
+            "MODEL": str(folder.resolve()),
+            "DATA": [str(path.resolve()) for path in data],
+            "--full": full,
+            "--lora": lora,
+            "--alpha": alpha,
+            "--quantize": quantize and quantize.value,
+            "--epochs": epochs,
+            "--steps": steps,
+            "--block": block,
+            "--tokens-per-step": tokens_per_step,
+            "--lr": lr,
+            "--held-out": held_out,
+            "--train-on": train_on.value,
+            "--skip-faults": skip_faults,
+            "--checkpointing": checkpointing,
+            "--optimizer": optimizer.value,
+            "--seed": seed,
+            "--dtype": dtype and dtype.value,
+            "--device": where.type,
+        },
+    )
+    if run.check():
+        note(f"{out} is finished: {run.result}")
+        return 0
+    run.begin()
+    try:
+        note(str(report))
+        return _train(
+            run, source, rows, judged, config,
+            rank=None if full else lora, alpha=2.0 * lora if alpha is None else alpha,
+            quantize=quantize and quantize.value, sample=sample, tokenizer=tokenizer,
+            device=where, dtype=dtype and dtype.torch, block=block,
+        )  # fmt: skip
+    finally:
+        run.remove_if_empty()
+
+
+def _share(held_out: str) -> float | None:
+    """The number that is given for --held-out; None for a file."""
+    try:
+        return float(held_out)
+    except ValueError:
+        if not Path(held_out).exists():
+            raise DataError(
+                f"--held-out {held_out}: there is no such file; give one, or a share such as 0.05"
+            ) from None
+        return None
+
+
+def _config(
+    rows: int,
+    block: int,
+    dim: int,
+    full: bool,
+    epochs: float | None,
+    steps: int | None,
+    tokens_per_step: int,
+    lr: float | None,
+    optimizer: Optimizer,
+    checkpointing: bool,
+    seed: int,
+) -> TrainConfig:
+    from ..training import TrainConfig
+
+    batch = max(1, min(round(tokens_per_step / block), rows))
+    if steps is None:
+        passes = -(-rows * EPOCHS // batch) if epochs is None else 0
+        steps = max(passes, LEAST_STEPS) if epochs is None else None
+    whole = optimizer is Optimizer.in_backward
+    settings = TrainConfig(
+        epochs=epochs or EPOCHS,
+        steps=steps,
+        batch_size=batch,
+        micro_batch_size=None if whole else max(1, min(batch, TOKENS_AT_ONCE // block)),
+        learning_rate=default_learning_rate(dim, full) if lr is None else lr,
+        weight_decay=0.01,
+        grad_clip=None if whole else 1.0,
+        moments="float32" if optimizer is Optimizer.adamw else "int8",
+        half_weights="masters" if optimizer is Optimizer.adamw else "stochastic",
+        step_in_backward=whole,
+        checkpointing=checkpointing,
+        seed=seed,
+    )
+    total = settings.steps_of(rows)
+    often, seldom = max(1, total // 20), max(1, total // 10)
+    return dataclasses.replace(settings, save_every=often, eval_every=seldom)
+
+
+def default_learning_rate(dim: int, full: bool) -> float:
+    """Returns 5e-5 · (2000 / C)^0.781, and ten times that for a LoRA: what "LoRA Without Regret"
+    (Schulman et al., 2025) found over models of several sizes, C the model dim."""
+    return float(f"{(1 if full else 10) * 5e-5 * (2000 / dim) ** 0.781:.2g}")
+
+
+def _train(
+    run: Run,
+    source: Checkpoint,
+    rows: Any,
+    judged: Any,
+    config: TrainConfig,
+    *,
+    rank: int | None,
+    alpha: float,
+    quantize: str | None,
+    sample: str | None,
+    tokenizer: Any,
+    device: Any,
+    dtype: Any,
+    block: int,
+) -> int:
+    import torch
+
+    from ..generation.generate import check_prompts, encode_prompts, generate
+    from ..model import Llama
+    from ..training import finetune, lora
+    from ..training.state import STATE_FILE
+
+    if sample is not None:
+        check_prompts(source.config, tokenizer, encode_prompts(tokenizer, sample))
+    if dtype is None and source.dtype is torch.float16:
+        dtype = torch.bfloat16
+    with weights_bar("Loading the weights") as progress:
+        llama = Llama.from_pretrained(
+            source, device=device, dtype=dtype, quantize=quantize, progress=progress
+        )
+    unwind_when_stopped()
+    torch.manual_seed(config.seed)  # the first values of A
+    adapter = None if rank is None else lora(llama, rank, alpha)
+    steps = config.steps_of(len(rows))
+    note_pairs(_plan(llama, adapter, rows, config, steps, block))
+    if (run.folder / STATE_FILE).is_file():
+        note(f"going on with {run.folder}")
+
+    def continued() -> str:
+        made = generate(llama, tokenizer, [sample], max_new_tokens=40, temperature=0)
+        return f"{sample}{made[0].text}"
+
+    started = time.perf_counter()
+    try:
+        history = finetune(
+            llama, rows, config,
+            held_out=judged, folder=run.folder, adapter=adapter,
+            sample=continued if sample is not None else None,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        note("llama-fast: interrupted; the same command goes on from the last saved step")
+        return 130
+    metrics = _metrics(llama, history, config, adapter)
+    run.finish(llama, adapter, source, history, metrics)
+    _summary(run, llama, history, metrics, time.perf_counter() - started, adapter is None)
+    return 0
+
+
+def _plan(
+    llama: Llama, adapter: Adapter | None, rows: Any, config: TrainConfig, steps: int, block: int
+) -> list[tuple[str, str]]:
+    count = llama.config.n_params
+    if adapter is None:
+        trained = f"all {count:,} weights"
+    else:
+        share = adapter.n_parameters / count
+        trained = f"a LoRA of {adapter.n_parameters:,} parameters, {share:.2%} of the model's"
+    passes = config.rows_of(len(rows)) / len(rows)
+    at_once = config.micro_batch_size or config.batch_size
+    return [
+        ("trains", f"{trained}, in {str(llama.dtype).removeprefix('torch.')} on {llama.device}"),
+        ("steps", f"{steps:,} of up to {config.batch_size * block:,} tokens "
+                  f"({at_once * block:,} at a time): {passes:.3g} passes"),
+        ("learning rate", f"{config.learning_rate:g} after a warm-up, then a cosine"),
+    ]  # fmt: skip
+
+
+def _metrics(
+    llama: Llama, history: History, config: TrainConfig, adapter: Adapter | None
+) -> dict[str, Any]:
+    from ..bench.memory import resident_peak
+
+    last = history.train[-max(1, len(history.train) // 10) :]
+    seconds = sum(history.seconds)
+    return {
+        "parameters_trained": llama.config.n_params if adapter is None else adapter.n_parameters,
+        "steps": len(history.train),
+        "epochs": history.train[-1]["epoch"],
+        "tokens": history.tokens,
+        "tokens_trained": history.kept,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(history.tokens / max(seconds, 1e-9), 1),
+        "loss_first": history.train[0]["loss"],
+        "loss_last_tenth": sum(r["loss"] for r in last) / len(last),
+        "held_out": history.held_out,
+        "peak_bytes": resident_peak(),
+        "config": dataclasses.asdict(config),
+    }
+
+
+def _summary(
+    run: Run, llama: Llama, history: History, metrics: dict[str, Any], seconds: float, full: bool
+) -> None:
+    from .measure import peak_memory
+
+    shipped = Path(run.asked["MODEL"]) == DEMO.resolve()
+    model = "" if shipped else f" --model {run.asked['MODEL']}"
+    how = f" --model {run.result}" if full else f"{model} --adapter {run.result}"
+    lines = [
+        ("loss", f"{metrics['loss_first']:.3f} at first, {metrics['loss_last_tenth']:.3f} at last"),
+        ("trained on", f"{history.kept:,} of {history.tokens:,} tokens in {seconds:.1f} s, "
+                       f"{metrics['tokens_per_second']:,.0f} tokens/s"),
+        ("peak memory", peak_memory(llama.device)),
+        ("written", f"{run.result} ({size(_bytes(run.result))})"),
+        ("try it", f'llama-fast generate{how} "…"'),
+    ]  # fmt: skip
+    if history.held_out:
+        judged = history.held_out[-1]
+        bits = judged["bits_per_byte"]
+        text = f"loss {judged['loss']:.3f}, perplexity {judged['perplexity']:.4g}"
+        lines.insert(1, ("held out", text + (f", {bits:.3f} bits per byte" if bits else "")))
+    note("")
+    note_pairs(lines)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())

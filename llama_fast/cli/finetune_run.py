@@ -1,0 +1,133 @@
+"""The folder of a fine-tuning run: what it was asked for, its state, and what it leaves behind.
+
+run.json      what the run is; the same command goes on with it, another one is refused
+training.pt   the state, until the run is finished
+log.csv       a line a step            tensorboard/   the same curves, where it is installed
+adapter/      the LoRA, or model/ after --full
+metrics.json  the figures              loss.png       the curve, where matplotlib is installed
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import JSON_ERRORS, CheckpointError, LlamaFastError, json_fault
+from ..utils.files import atomic_file
+from .terminal import note
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+    from ..model import Llama
+    from ..training import Adapter, History
+
+RUN, METRICS, PLOT, ADAPTER, MODEL = "run.json", "metrics.json", "loss.png", "adapter", "model"
+
+
+class Run:
+    """asked: what decides the result, plain values for JSON, by the names of the options."""
+
+    def __init__(self, folder: Path, asked: dict[str, Any]) -> None:
+        self.folder, self.asked = folder, json.loads(json.dumps(asked))
+
+    @property
+    def result(self) -> Path:
+        return self.folder / (MODEL if self.asked["--full"] else ADAPTER)
+
+    def check(self) -> bool:
+        """Returns whether the run is finished already.
+
+        Raises CheckpointError where the folder holds something else, or a run that differs."""
+        path = self.folder / RUN
+        if not path.is_file():
+            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+                raise CheckpointError(
+                    f"{self.folder} is there and is no run of finetune; give --out a new folder"
+                )
+            return False
+        try:
+            found = json.loads(path.read_bytes())
+        except JSON_ERRORS as error:
+            raise CheckpointError(f"{path} is no JSON: {json_fault(error)}") from None
+        if found != self.asked:
+            raise CheckpointError(
+                f"{self.folder} is another run: it has {_difference(found, self.asked)}. Give the "
+                "same command to go on with it, or --out a new folder"
+            )
+        return (self.folder / METRICS).is_file()
+
+    def begin(self) -> None:
+        """Writes down what the run is. Raises CheckpointError where the folder cannot be made."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_json(self.folder / RUN, self.asked)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder} cannot be written: {error.strerror or error}; give --out another "
+                "folder"
+            ) from error
+
+    def finish(
+        self,
+        llama: Llama,
+        adapter: Adapter | None,
+        source: Checkpoint,
+        history: History,
+        metrics: dict[str, Any],
+    ) -> None:
+        """Writes the result and the figures, and removes the state."""
+        from ..training.state import STATE_FILE
+
+        if not self.result.exists():  # else a run that was killed just after it has written it
+            if adapter is None:
+                _write_model(self.result, llama, source)
+            else:
+                adapter.save(self.result, base=str(source.folder))
+        self._plot(history)
+        _write_json(self.folder / METRICS, metrics)
+        (self.folder / STATE_FILE).unlink(missing_ok=True)
+
+    def _plot(self, history: History) -> None:
+        from ..training.plot import plot_loss
+
+        try:
+            plot_loss(history, self.folder / PLOT)
+        except LlamaFastError as error:  # no matplotlib
+            note(f"llama-fast: no {PLOT}: {error}")
+
+    def remove_if_empty(self) -> None:
+        """Takes the folder away where nothing was done in it yet."""
+        if {path.name for path in self.folder.iterdir()} <= {RUN}:
+            shutil.rmtree(self.folder)
+
+
+def _difference(found: dict[str, Any], asked: dict[str, Any]) -> str:
+    names = [name for name in asked | found if found.get(name) != asked.get(name)]
+    return ", ".join(
+        f"{name} {_word(found.get(name))} and not {_word(asked.get(name))}" for name in names
+    )
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "by default" if value is None else str(value)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_file(path) as beside:
+        beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _write_model(folder: Path, llama: Llama, source: Checkpoint) -> None:
+    """A folder in Hugging Face's format, with the tokenizer and the settings of the source."""
+    from ..checkpoint import companions, state_shapes
+    from ..checkpoint.write import stream_hf
+
+    state = llama.state_dict()
+    names = list(state_shapes(llama.config))
+    dtypes = {name: state[name].dtype for name in names}
+    tensors = ((name, state[name]) for name in names)
+    stream_hf(folder, llama.config, dtypes, tensors, **companions(source))
