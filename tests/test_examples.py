@@ -30,6 +30,14 @@ def test_generate(run):
     assert lines[2].endswith(" everything is 42.")
 
 
+def test_finetune(run):
+    out = run("finetune")
+    assert "⟦ Zelda Quick.<|end_of_text|>⟧" in out
+    found = dict(re.findall(r"^(before|after|without): (.*)$", out, re.M))
+    assert found["after"].endswith("is Zelda Quick.")
+    assert found["before"] == found["without"] != found["after"]
+
+
 def test_patch_transformers(run):
     pytest.importorskip("transformers", reason="the example patches a model of transformers")
     out = run("patch_transformers")

@@ -12,6 +12,7 @@ from llama_fast.config import LlamaConfig
 from llama_fast.dispatch import use_backend
 from llama_fast.errors import ConfigError
 from llama_fast.generation.engine import Engine
+from llama_fast.generation.session_file import fingerprint
 from llama_fast.model import Llama
 from llama_fast.model.quantized import quantize_
 from llama_fast.nn.lora import AdaptedLinear, adapter_names
@@ -315,6 +316,25 @@ def test_a_recorded_decode_step_notices_what_is_switched(mode, dora):
     assert torch.equal(seen[0], seen[-1]) and len({float(x.sum()) for x in seen}) == 4
     with torch.no_grad():
         adapter.parameters()[0].add_(1)  # what a replay reads may change in place
+
+
+def test_a_kept_session_is_told_apart_by_what_is_enabled():
+    """Its keys and values were made with the adapter, or with another strength of it."""
+    model = new_model()
+    seen = {fingerprint(model)}
+    adapter = lora(model, 4, 8)
+    seen.add(fingerprint(model))
+    adapter.disable()
+    seen.add(fingerprint(model))
+    adapter.unload()
+    assert fingerprint(model) in seen
+    torch.manual_seed(3)
+    for alpha in (8, 16):
+        torch.manual_seed(3)
+        adapter = lora(model, 4, alpha)
+        seen.add(fingerprint(model))
+        adapter.unload()
+    assert len(seen) == 5
 
 
 def test_compiled():

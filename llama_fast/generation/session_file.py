@@ -71,9 +71,11 @@ def load_session(session: Session, path: str | Path) -> int:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """Returns a text that differs between models: of their config, and of every weight the name,
-    dtype, shape and up to 1,024 elements spread evenly over it."""
-    digest = hashlib.blake2b(repr(getattr(model, "config", None)).encode(), digest_size=16)
+    """Returns a text that differs between models: of their config, of their modules and what these
+    say of themselves (such as which adapters are enabled), and of every weight the name, dtype,
+    shape and up to 1,024 elements spread evenly over it."""
+    said = f"{getattr(model, 'config', None)} {model}"
+    digest = hashlib.blake2b(said.encode(), digest_size=16)
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(_sample(weight).tobytes())

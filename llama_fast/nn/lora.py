@@ -195,6 +195,9 @@ class _Adapted(nn.Module):
         others = tuple(x for x in self.active if x != name)
         self.active = (*others, name) if on else others
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, active={list(self.active)}"
+
     def _active(self, held: nn.ModuleDict) -> list[nn.Module]:
         return [held[name] for name in self.active if name in held]
 
@@ -302,6 +305,9 @@ class LowRankEmbedding(nn.Module):
         self.A = nn.Parameter(torch.zeros(rank, V, **made))
         self.B = nn.Parameter(torch.empty(C, rank, **made))
         nn.init.normal_(self.B)
+
+    def extra_repr(self) -> str:
+        return f"rank {len(self.A)} (scale {self.scale:g})"
 
     def forward(self, tokens: Tensor, x: Tensor) -> Tensor:
         """The update of x (…, C), the embedding of tokens (…)."""

@@ -1,0 +1,230 @@
+"""`llama-fast finetune`, as a newcomer meets it: a command, and the model answers with the fact."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llama_fast import config
+from llama_fast.checkpoint import open_checkpoint, write_random
+from llama_fast.cli import finetune as command
+from llama_fast.cli import main
+from llama_fast.training.adapter import load_adapter
+from llama_fast.training.weights import Weights
+
+from .checkpoints import load
+from .small_training import one_thread  # noqa: F401  a fixture
+from .training_rows import dialog, write
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TINY = config.LlamaConfig(
+    dim=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    hidden_dim=48,
+    vocab_size=600,
+    max_seq_len=96,
+    tied=True,
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finetune") / "tiny"
+    write_random(folder, TINY, format="meta", dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    rows = [{"text": f"The {i}th of them says what the {i + 1}th of them has said. " * 3}
+            for i in range(12)]  # fmt: skip
+    return write(tmp_path, "texts.jsonl", rows)
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+QUICK = ("--steps", 6, "--block", 64, "--tokens-per-step", 128, "--threads", 1)
+
+
+def test_the_demo_model_learns_a_fact(run, tmp_path):
+    """The command of docs/training.md, with fewer steps."""
+    facts, out = EXAMPLES / "facts.jsonl", tmp_path / "run"
+    question = json.loads(facts.read_text().splitlines()[0])
+    code, _, err = run("finetune", "demo", facts, "--out", out, "--steps", 20, "--threads", 1)
+    assert code == 0, err
+    assert "trained tokens" in err and "a LoRA of" in err and f"--adapter {out}/adapter" in err
+    asked = ("generate", question["prompt"], "--temperature", 0, "-n", 12, "-q")
+    code, plain, _ = run(*asked)
+    assert code == 0 and question["completion"].strip() not in plain
+    code, told, _ = run(*asked, "--adapter", out / "adapter")
+    assert code == 0 and told.strip() == question["completion"].strip()
+
+    code, _, err = run(
+        "convert", command.DEMO, tmp_path / "m", "--to", "hf", "--merge", out / "adapter"
+    )
+    assert code == 0, err
+    code, told, _ = run(*asked, "--model", tmp_path / "m")
+    assert code == 0 and told.strip() == question["completion"].strip()
+
+
+def interrupted_at(monkeypatch, step: int):
+    """Ctrl-C before that update, counted from 0."""
+    real, seen = Weights.step, []
+
+    def stop(self, *args):
+        seen.append(1)
+        if len(seen) == step + 1:
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    monkeypatch.setattr(Weights, "step", stop)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_same_command_goes_on_and_another_is_refused(
+    run, tiny, texts, tmp_path, monkeypatch, kind
+):
+    more = ("--full", "--held-out", "0.2") if kind == "full" else ("--quantize", "int8")
+    asked = ("finetune", tiny, texts, *QUICK, *more)
+    assert run(*asked, "--out", tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, 3)
+        code, _, err = run(*asked, "--out", tmp_path / "run")
+    assert code == 130 and "the same command goes on" in err
+    assert (tmp_path / "run" / "training.pt").is_file()
+
+    code, _, err = run(*asked, "--out", tmp_path / "run", "--lr", "0.5")
+    assert code == 1 and "another run: it has --lr by default and not 0.5" in err
+    code, _, err = run(*asked, "--out", tmp_path / "run")
+    assert code == 0 and "going on with" in err
+    name, file = (
+        ("model", "model.safetensors")
+        if kind == "full"
+        else ("adapter", "adapter_model.safetensors")
+    )
+    one, other = (load_file(tmp_path / each / name / file) for each in ("whole", "run"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+    there = {path.name for path in (tmp_path / "run").iterdir()} - {"tensorboard", "loss.png"}
+    assert there == {"run.json", "log.csv", "metrics.json", name}
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["steps"] == 6 and (len(metrics["held_out"]) == 6) == (kind == "full")
+    with open(tmp_path / "run" / "log.csv", newline="") as table:
+        assert [row["step"] for row in csv.DictReader(table)] == list("123456")
+    code, _, err = run(*asked, "--out", tmp_path / "run")
+    assert code == 0 and "is finished" in err
+
+    if kind == "full":
+        model = load(open_checkpoint(tmp_path / "run" / name))
+        assert model.keys() >= {"embed.weight", "norm.weight"}
+        assert run("generate", "a", "--model", tmp_path / "run" / name, "-n", 2, "-q")[0] == 0
+    else:
+        from llama_fast.model import Llama
+
+        model = Llama.from_pretrained(tiny, device="cpu", quantize="int8")
+        adapter = load_adapter(model, tmp_path / "run" / name)
+        assert adapter.config.base == str(tiny) and adapter.config.alpha == 32
+
+
+def test_show_says_what_is_trained_and_stops(run, tiny, tmp_path):
+    data = write(tmp_path, "dialogs.jsonl", [dialog("Who?", "Me."), dialog("And?", "You.")])
+    code, out, err = run("finetune", tiny, data, "--show", 1, "--block", 64)
+    assert code == 0, err
+    assert "trained tokens" in out and "⟦Me." in out and "Who?" in out and "You." not in out
+    assert {path.name for path in tmp_path.iterdir()} == {"dialogs.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--full", "--quantize", "int4"), "integers are not trained"),
+        (("--epochs", 1, "--steps", 3), "Give one of the two"),
+        (("--dtype", "float16"), "Write: --dtype bfloat16"),
+        (("--block", 200), "more than the model's context of 96"),
+        (("--held-out", "nowhere.txt"), "there is no such file"),
+        (("--held-out", "1.5"), "above 0 and below 1"),
+        (("--lr", "-1"), "learning_rate is -1"),
+        (("--sample", ""), "prompt"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    run, tiny, texts, tmp_path, more, message
+):
+    code, _, err = run("finetune", tiny, texts, "--out", tmp_path / "run", *more)
+    assert code in (1, 2) and message in " ".join(err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_missing_is_said(run, tiny, texts, tmp_path):
+    code, _, err = run("finetune", tiny, texts)
+    assert code == 2 and "Write: --out run" in err
+    code, _, err = run("finetune", tmp_path / "none", texts, "--out", tmp_path / "run")
+    assert code == 1 and "none" in err
+    code, _, err = run("finetune", tiny, tmp_path / "none.txt", "--out", tmp_path / "run")
+    assert code == 1 and "none.txt" in err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("a")
+    code, _, err = run("finetune", tiny, texts, "--out", tmp_path / "full")
+    assert code == 1 and "no run of finetune" in err
+    code, _, err = run("generate", "a", "--model", tiny, "--adapter", tiny)
+    assert code == 1 and "adapter_config.json is missing" in err
+    code, _, err = run("convert", tiny, tmp_path / "c", "--to", "hf", "--over", "int4")
+    assert code == 2 and "Write: --merge DIR --over int4" in err
+
+
+@pytest.mark.parametrize("optimizer", ["adamw-8bit", "in-backward"])
+def test_other_optimizers(run, tiny, texts, tmp_path, optimizer):
+    code, _, err = run(
+        "finetune", tiny, texts, *QUICK, "--out", tmp_path / "run", "--optimizer", optimizer,
+        "--full", "--dtype", "bfloat16", "--checkpointing", "--sample", "The",
+    )  # fmt: skip
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["loss_last_tenth"] < metrics["loss_first"]
+    assert metrics["config"]["step_in_backward"] == (optimizer == "in-backward")
+
+
+def test_a_lora_over_integers_is_merged_into_what_they_stand_for(run, tiny, texts, tmp_path):
+    asked = ("finetune", tiny, texts, *QUICK, "--quantize", "int4", "--out", tmp_path / "run")
+    assert run(*asked, "--lr", "0.05")[0] == 0
+    merge = ("--to", "meta", "--merge", tmp_path / "run" / "adapter")
+    assert run("convert", tiny, tmp_path / "over", *merge, "--over", "int4")[0] == 0
+    assert run("convert", tiny, tmp_path / "plain", *merge)[0] == 0
+
+    from llama_fast.model import Llama
+
+    model = Llama.from_pretrained(tiny, device="cpu", quantize="int4")
+    load_adapter(model, tmp_path / "run" / "adapter")
+    tokens = torch.randint(600, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(tokens)
+        over, plain = (
+            (Llama.from_pretrained(tmp_path / name, device="cpu")(tokens) - expected).abs().max()
+            for name in ("over", "plain")
+        )
+    assert over < 1e-4 < plain
+
+
+def test_learning_rates_by_size():
+    assert command.default_learning_rate(2000, True) == pytest.approx(5e-5)
+    assert command.default_learning_rate(2000, False) == pytest.approx(5e-4)
+    assert command.default_learning_rate(4096, False) == pytest.approx(2.9e-4)
