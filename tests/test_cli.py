@@ -466,7 +466,7 @@ BAD = {
     "context too long": (["generate", "a", "-m", "{tiny}", "--max-seq-len", "97"], 1, "is 96"),
     "no threads": (["generate", "a", "--threads", "0"], 2, "--threads"),
     "unknown option": (["generate", "a", "--frob"], 2, "--frob"),
-    "unknown command": (["frob"], 2, "there are generate, info"),
+    "unknown command": (["frob"], 2, "there are generate, chat"),
     "no size": (["init", "{tmp}/new"], 2, "example: llama-fast init --preset 1b"),
     "no results": (["report"], 2, "example: llama-fast report results.json"),
     "results not there": (["report", "{tmp}/r.json"], 1, "llama-fast bench --json"),
