@@ -24,6 +24,7 @@ from .launch import TYPES, launch
 from .shapes import FULL, Dims, empty
 
 BLOCK = 256  # elements of a scale
+TINY = tl.constexpr(2.0**-126)  # the least scale that is divided by
 
 
 @triton.jit
@@ -101,8 +102,8 @@ def adamw_kernel(
         v_scale = tl.max(v, axis=1) + tl.sum(v * 0.0, axis=1)
         tl.store(exp_avg_scale_ptr + block, m_scale, mask=exists)
         tl.store(exp_avg_sq_scale_ptr + block, v_scale, mask=exists)
-        m_whole = tl.where(m_scale > 0, m_scale, 1.0)[:, None]
-        v_whole = tl.where(v_scale > 0, v_scale, 1.0)[:, None]
+        m_whole = tl.where(m_scale > TINY, m_scale, TINY)[:, None]
+        v_whole = tl.where(v_scale > TINY, v_scale, TINY)[:, None]
         m_up = tl.full((BLOCKS, BLOCK), 0.5, tl.float32)
         v_up = m_up
         if STOCHASTIC:

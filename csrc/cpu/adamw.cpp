@@ -28,12 +28,14 @@ template <class P, class X, class Width> static inline auto load_as(const X* p, 
   }
 }
 
-template <class V> static inline void step(const AdamwArgs& a, V& p, V g, V& m, V& v) {
+// Returns √v.
+template <class V> static inline V step(const AdamwArgs& a, V& p, V g, V& m, V& v) {
   g = g * set(a.grad_scale);
   m = m + (g - m) * set(a.towards_grad);
   v = v * set(a.beta2) + g * g * set(a.of_square);
-  const V denominator = set(a.eps) + sqrt(v) * set(a.correction);
-  p = p * set(a.decay) - m * set(a.step_size) / denominator;
+  const V root = sqrt(v);
+  p = p * set(a.decay) - m * set(a.step_size) / (set(a.eps) + root * set(a.correction));
+  return root;
 }
 
 // Elements `at` … of param, which begin at p.
@@ -77,36 +79,48 @@ static inline void dequantize(const uint8_t* q, float scale, float* v) {
 
 // The largest magnitude of a block; NaN or infinity where it holds one.
 static inline float largest(const float* x) {
-  vf most = zero(), wrong = zero();
-  for (int64_t i = 0; i < BLOCK; i += vf::W) {
-    const vf y = load(x + i);
-    most = max(most, max(y, zero() - y));
-    wrong = wrong + y * zero();  // 0, or NaN
+  constexpr int A = 4;  // in flight at a time
+  vf most[A], wrong[A];
+  for (int j = 0; j < A; ++j) most[j] = wrong[j] = zero();
+  for (int64_t i = 0; i < BLOCK; i += A * vf::W) {
+    for (int j = 0; j < A; ++j) {
+      const vf y = load(x + i + j * vf::W);
+      most[j] = max(most[j], max(y, zero() - y));
+      wrong[j] = fma(y, zero(), wrong[j]);  // 0, or NaN
+    }
   }
-  return max_of(most) + sum(wrong);
+  for (int j = 1; j < A; ++j) {
+    most[0] = max(most[0], most[j]);
+    wrong[0] = wrong[0] + wrong[j];
+  }
+  return max_of(most[0]) + sum(wrong[0]);
+}
+// The scale's inverse; that of the least normal number where it is less, or NaN.
+static inline float inverse(float scale) {
+  return 1.f / (scale > 1.17549435e-38f ? scale : 1.17549435e-38f);
 }
 
 // `up` is what is added before a value is cut: a random share of 1, or half of it.
 static inline void quantize(const float* m, float scale, const float* up, int8_t* q) {
-  const float whole = scale > 0.f ? scale : 1.f;
+  const float unit = inverse(scale);
   for (int64_t i = 0; i < BLOCK; ++i) {
-    float x = __builtin_floorf(__builtin_sqrtf(__builtin_fabsf(m[i]) / whole) * 127.f + up[i]);
+    float x = __builtin_floorf(__builtin_sqrtf(__builtin_fabsf(m[i]) * unit) * 127.f + up[i]);
     x = x < 127.f ? x : 127.f;
     q[i] = int8_t(int(m[i] < 0.f ? -x : x));
   }
 }
-static inline void quantize(const float* v, float scale, const float* up, uint8_t* q) {
-  const float whole = scale > 0.f ? scale : 1.f;
+static inline void quantize_roots(const float* root, float scale, const float* up, uint8_t* q) {
+  const float unit = __builtin_sqrtf(inverse(scale));
   for (int64_t i = 0; i < BLOCK; ++i) {
-    float x = __builtin_floorf(__builtin_sqrtf(__builtin_sqrtf(v[i] / whole)) * 255.f + up[i]);
+    float x = __builtin_floorf(__builtin_sqrtf(root[i] * unit) * 255.f + up[i]);
     x = x < 255.f ? x : 255.f;
-    const float least = v[i] > 0.f ? 1.f : 0.f;
+    const float least = root[i] > 0.f ? 1.f : 0.f;
     q[i] = uint8_t(int(x > least ? x : least));
   }
 }
 
 template <class P, class G> static void in_8_bits(const AdamwArgs& a, int64_t begin, int64_t n) {
-  alignas(64) float m[BLOCK], v[BLOCK], up_m[BLOCK], up_v[BLOCK];
+  alignas(64) float m[BLOCK], v[BLOCK], root[BLOCK], up_m[BLOCK], up_v[BLOCK];
   // Of a last block that is not whole the rest are zeros.
   alignas(64) int8_t q_m[BLOCK] = {};
   alignas(64) uint8_t q_v[BLOCK] = {};
@@ -124,12 +138,13 @@ template <class P, class G> static void in_8_bits(const AdamwArgs& a, int64_t be
   for_each_pair(n, [&](int64_t i, auto width) {
     auto value = load(param + i, width);
     auto first = load_as<P>(m + i, width), second = load_as<P>(v + i, width);
-    step(a, value, load_as<P>(grad + i, width), first, second);
+    const auto its_root = step(a, value, load_as<P>(grad + i, width), first, second);
     store_param(a, param + i, value, begin + i, width);
     store_beside<P>(m + i, first, width);
     store_beside<P>(v + i, second, width);
+    store_beside<P>(root + i, its_root, width);
   });
-  for (int64_t i = n; i < BLOCK; ++i) m[i] = v[i] = 0.f;
+  for (int64_t i = n; i < BLOCK; ++i) m[i] = v[i] = root[i] = 0.f;
   m_scale = largest(m);
   v_scale = largest(v);
   if (a.stochastic) {
@@ -147,7 +162,7 @@ template <class P, class G> static void in_8_bits(const AdamwArgs& a, int64_t be
     std::fill(up_v, up_v + BLOCK, 0.5f);
   }
   quantize(m, m_scale, up_m, q_m);
-  quantize(v, v_scale, up_v, q_v);
+  quantize_roots(root, v_scale, up_v, q_v);
   std::memcpy(exp_avg, q_m, count);
   std::memcpy(exp_avg_sq, q_v, count);
 }

@@ -60,7 +60,8 @@ def quantize(x: Tensor, map: Map, seed: int | None, stream: int) -> tuple[Tensor
     """
     block = _in_blocks(x)
     scale = block.abs().amax(1)
-    share = block.abs() / scale.where(scale > 0, 1)[:, None]
+    least = torch.finfo(torch.float32).tiny  # so that its inverse is a number
+    share = block.abs() / scale.where(scale > least, least)[:, None]
     q = (share.sqrt() if map.power == 2 else share.sqrt().sqrt()) * map.largest
     up = 0.5
     if seed is not None:

@@ -13,7 +13,7 @@ namespace ISA {
 // W unsigned words. The compiler makes their arithmetic, in every instruction set.
 typedef uint32_t vu __attribute__((vector_size(4 * vf::W)));
 
-static inline vu bits(vf x) { vu u; std::memcpy(&u, &x, sizeof(u)); return u; }
+static inline vu as_words(vf x) { vu u; std::memcpy(&u, &x, sizeof(u)); return u; }
 
 // The words of the places j, j + 1, … whose upper halves are that of j, for a key.
 static inline vu random_words(int64_t j, const uint32_t (&key)[2]) {
@@ -36,7 +36,7 @@ static inline uint32_t random_word(int64_t j, const uint32_t (&key)[2]) {
 static inline void store_random(bf16* p, vf2 x, int64_t at, const uint32_t (&key)[2], Pair) {
   const vu words = random_words(at / 2, key);
   const auto rounded = [](vf x, vu draw) {
-    const vu u = bits(x);
+    const vu u = as_words(x);
     // A NaN, which the sum may have carried into a number, becomes the NaN of all ones.
     return (u + draw) | vu((u & 0x7fffffffu) > 0x7f800000u);
   };
