@@ -230,7 +230,7 @@ def file(name: str):
 
 
 OTHERS = {
-    "adapter": (adapter, r"a LoRA adapter of meta/Llama-3\.2-1B .*merge_and_unload"),
+    "adapter": (adapter, r"a LoRA adapter of meta/Llama-3\.2-1B .*with --adapter"),
     "torchtune meta": (file("meta_model_0.pt"), r"meta_model_0\.pt .*torchtune.*consolidated\.00"),
     "torchtune hf": (file("hf_model_0001_0.pt"), r"hf_model_0001_0\.pt .*torchtune"),
     "torchtune own": (file("torchtune_model_0.pt"), r"torchtune_model_0\.pt .*torchtune"),

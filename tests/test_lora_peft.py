@@ -123,6 +123,39 @@ def test_ours_to_peft_to_ours(folder, kind, tmp_path):
     assert torch.equal(logits(again), plain)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "all-linear", "exclude_modules": ["q_proj", "layers.1.mlp.down_proj"]},
+        {"target_modules": "all-linear", "exclude_modules": r".*\.mlp\..*"},
+        {"target_modules": ["v_proj", "up_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [4, 9]}},
+        {"target_modules": ["q_proj"], "use_dora": True, "lora_dropout": 0.1, "r": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_theirs_to_ours(folder, settings, tmp_path):
+    torch.manual_seed(8)
+    config = peft.LoraConfig(
+        **{"r": 4, "task_type": "CAUSAL_LM", "init_lora_weights": False} | settings
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = peft.get_peft_model(theirs(folder), config).eval()
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(0.1)
+    expected = logits(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other.save_pretrained(tmp_path / "theirs")
+    model = ours(folder)
+    load_adapter(model, tmp_path / "theirs")
+    close(logits(model), expected)
+
+
 def changed(folder: Path, tmp_path: Path, **settings) -> Path:
     """An adapter that is saved, with other settings in its file."""
     adapter = lora(ours(folder), 4, targets=["q_proj", "v_proj"])

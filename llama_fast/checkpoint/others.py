@@ -60,7 +60,8 @@ def refuse_other_weights(folder: Path) -> None:
     if (folder / ADAPTER).is_file() or any(folder.glob("adapter_model.*")):
         raise CheckpointError(
             f"{folder} holds a LoRA adapter{_base_of(folder)} and not the weights of a model; give "
-            "the folder of the two merged: peft's merge_and_unload(), then save_pretrained"
+            "the folder of the model here, and this one with --adapter (train.load_adapter in "
+            "Python)"
         )
     for pattern, what, remedy in _KINDS:
         if found := sorted(folder.glob(pattern)):
