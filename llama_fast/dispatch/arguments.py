@@ -138,7 +138,10 @@ class Arguments:
         written = written_of(args)
         if written[-1] is None:  # those that may be left out stand last
             written = tuple(x for x in written if x is not None)
-        _increment_version(written)
+        try:
+            _increment_version(written)
+        except RuntimeError:  # torch.fx's proxies stand for tensors
+            _increment_version(tuple(x for x in written if isinstance(x, Tensor)))
 
 
 def _taker(indices: list[int], count: int) -> Callable[[tuple], tuple]:
