@@ -108,6 +108,7 @@ def test_other_signatures():
         (lambda: Message("assistant", "x", ({"name": "f"},)), "something else than ToolCall"),
         (lambda: Message("user", {"a": 1}), "content of a message of role user is dict"),
         (lambda: Message.from_dict({"role": 3}), "role=3"),
+        (lambda: Message([]), r"role=\[\]"),
         (lambda: ToolDefinition("f", "", [1]), "give a JSON schema"),
         (lambda: ToolDefinition(3), "name of a tool is 3"),
     ],

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llama_fast.errors import DataError
-from llama_fast.tokenizer import Message
+from llama_fast.errors import DataError, PromptError, TokenizerError
+from llama_fast.tokenizer import ChatFormat, Message
 from llama_fast.training import read
 from llama_fast.training.formats import (
     Completion,
@@ -17,9 +22,12 @@ from llama_fast.training.formats import (
     parse_row,
     read_preferences,
 )
+from llama_fast.training.masks import example
+from llama_fast.training.rows import raw_rows
 
 from .test_chat import demo  # noqa: F401  a fixture
-from .training_rows import CALL, TOOL, dialog, write
+from .test_chat_decode import tokenizer_of_demo
+from .training_rows import CALL, MIXED, TOOL, dialog, write
 
 U, A, S = (lambda text, role=role: Message(role, text) for role in ("user", "assistant", "system"))
 CALLS = Message("assistant", "", (CALL,))
@@ -239,3 +247,86 @@ def test_preferences_are_read_for_dpo(tmp_path):
     assert len(list(read_preferences(write(tmp_path, "a.jsonl", rows)))) == 2
     with pytest.raises(DataError, match="line 2: the row is no preference"):
         list(read_preferences(write(tmp_path, "b.jsonl", [*rows[:1], dialog()])))
+
+
+KEYS = ["text", "messages", "conversations", "instruction", "input", "output", "history", "system",
+        "prompt", "completion", "chosen", "rejected", "tools", "role", "content", "from", "value",
+        "tool_calls", "function", "name", "arguments", "type", "parameters"]  # fmt: skip
+SCALARS = ["", "x", "user", "assistant", "human", "gpt", "system", "tool", "function_call", "text",
+           "observation", '{"name": "f", "arguments": {}}', "[]", 0, 1.5, None, True]  # fmt: skip
+anything = st.recursive(
+    st.sampled_from(SCALARS),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5)
+    ),
+    max_leaves=30,
+)
+
+
+VALID = [
+    MIXED,
+    {"instruction": "i", "input": "x", "output": "o", "history": [["q", "a"]], "system": "s"},
+    {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+            {"from": "observation", "value": "r"},
+            {"from": "gpt", "value": "a"},
+        ],
+        "tools": "[]",
+    },
+    {
+        "prompt": [{"role": "user", "content": "q"}],
+        "completion": [{"role": "assistant", "content": "a"}],
+    },
+    {"prompt": "p", "chosen": "c", "rejected": "r"},
+]  # fmt: skip
+
+
+@st.composite
+def odd_rows(draw):
+    """A valid row in which one value, wherever in it, is another."""
+    row = copy.deepcopy(draw(st.sampled_from(VALID)))
+    places = []
+
+    def walk(node):
+        for key in list(node) if isinstance(node, dict) else range(len(node)):
+            places.append((node, key))
+            if isinstance(node[key], dict | list):
+                walk(node[key])
+
+    walk(row)
+    node, key = draw(st.sampled_from(places))
+    node[key] = draw(anything)
+    return row
+
+
+@settings(max_examples=100, deadline=None)
+@given(odd_rows() | anything)
+def test_any_row_is_parsed_or_refused(value):
+    """Skipping rows with faults must not end at a row that is odd in a new way."""
+    vocabulary = tokenizer_of_demo()
+    for form in ("meta", "hf"):
+        with contextlib.suppress(DataError, PromptError, TokenizerError):
+            row = parse_row(value)
+            found = example(row, vocabulary, ChatFormat(vocabulary, "3.1", form=form), "answers")
+            assert len(found.ids) == len(found.mask)
+
+
+FILES = [
+    b'[{"text": "a"},\n {"text": "b"}]',
+    b'{"text": "a"}\n\n{"text": "\xc3\xa9"}\r\n',
+    b'\xef\xbb\xbf{\n "text": "a"\n}',
+]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(FILES), st.data(), st.sampled_from([".json", ".txt"]))
+def test_any_file_is_read_or_refused(content, draw, suffix):
+    """Bytes put in, taken out or changed make faults, and never other exceptions."""
+    start = draw.draw(st.integers(0, len(content)))
+    end = draw.draw(st.integers(start, min(start + 3, len(content))))
+    new = draw.draw(st.binary(max_size=3) | st.sampled_from([b"[", b"]", b"{", b"\n", b'"', b","]))
+    content = content[:start] + new + content[end:]
+    rows = list(raw_rows(Path(f"x{suffix}"), content))
+    assert rows and all(1 <= row.line <= content.count(b"\n") + 1 for row in rows)

@@ -100,7 +100,8 @@ class Message:
     fault: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "role", OTHER_NAMES.get(self.role, self.role))
+        if isinstance(self.role, str):
+            object.__setattr__(self, "role", OTHER_NAMES.get(self.role, self.role))
         if self.role not in ROLES:
             raise PromptError(
                 f"a message has role={self.role!r}; give one of {', '.join(ROLES)} or tool"

@@ -185,7 +185,7 @@ def _sharegpt(turn: Any) -> Message:
     if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
         raise DataError("an entry of conversations lacks from and value")
     role, value = turn["from"], _text(turn, "value")
-    if role not in SHAREGPT_ROLES:
+    if not isinstance(role, str) or role not in SHAREGPT_ROLES:
         raise DataError(
             f"conversations has a message from {role!r}; known are {', '.join(SHAREGPT_ROLES)}"
         )
