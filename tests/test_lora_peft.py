@@ -131,6 +131,8 @@ def test_ours_to_peft_to_ours(folder, kind, tmp_path):
         {"target_modules": ["v_proj", "up_proj"], "layers_to_transform": [1]},
         {"target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
         {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [4, 9]}},
+        {"target_modules": ["q_proj"],
+         "trainable_token_indices": {"embed_tokens": [4, 9], "lm_head": [4, 7, 9]}},
         {"target_modules": ["q_proj"], "use_dora": True, "lora_dropout": 0.1, "r": 3},
     ],
     ids=str,
@@ -152,7 +154,9 @@ def test_theirs_to_ours(folder, settings, tmp_path):
         warnings.simplefilter("ignore")
         other.save_pretrained(tmp_path / "theirs")
     model = ours(folder)
-    load_adapter(model, tmp_path / "theirs")
+    adapter = load_adapter(model, tmp_path / "theirs")
+    close(logits(model), expected)
+    adapter.merge()
     close(logits(model), expected)
 
 

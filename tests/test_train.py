@@ -359,6 +359,10 @@ def test_what_excludes_each_other_is_refused():
     model = new_model().requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing is to be trained"):
         quick(model, counting_data(), TrainConfig(steps=1))
+    adapter = lora(model)
+    adapter.disable()
+    with pytest.raises(ConfigError, match="is disabled"):
+        quick(model, counting_data(), TrainConfig(steps=1), adapter=adapter)
     with pytest.raises(ConfigError, match=r"is float16.*bfloat16"):
         quick(new_model(torch.float16), counting_data(), TrainConfig(steps=1))
 

@@ -57,7 +57,7 @@ def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tup
             shapes[f"{part.hf}.weight"] = part.shape
         if rows := adapter.rows_of(part, config.tied):
             _refuse_rows(part, rows, adapter)
-            if not (config.tied and part.hf == HEAD_MODULE):
+            if part.hf != HEAD_MODULE or not adapter.shares_rows(config.tied):
                 shapes[f"{part.hf}.{ROWS_KEY}"] = (len(rows), part.shape[1])
     _refuse_unmatched(config, adapter)
     return shapes

@@ -144,13 +144,20 @@ class AdapterConfig:
 
     def rows_of(self, part: Part, tied: bool) -> tuple[int, ...]:
         """Returns the ids of its rows that are trained. On a tied model those of the embedding are
-        the head's too."""
-        for name, ids in self.rows.items():
-            if part.hf == name or part.hf.endswith(f".{name}"):
-                return ids
-        if tied and part.hf == HEAD_MODULE:
-            return next((ids for n, ids in self.rows.items() if n.endswith("embed_tokens")), ())
-        return ()
+        the head's too, unless the head is named."""
+        found = self._rows_of(part.hf)
+        if not found and tied and part.hf == HEAD_MODULE:
+            return self._rows_of(EMBED_MODULE)
+        return found
+
+    def shares_rows(self, tied: bool) -> bool:
+        """Whether one tensor is the trained rows of the embedding and of the head."""
+        embed, head = self._rows_of(EMBED_MODULE), self._rows_of(HEAD_MODULE)
+        return tied and bool(embed) and head in ((), embed)
+
+    def _rows_of(self, module: str) -> tuple[int, ...]:
+        named = (ids for n, ids in self.rows.items() if module == n or module.endswith(f".{n}"))
+        return next(named, ())
 
     def _in_layers(self, module: str) -> bool:
         if self.layers is None or isinstance(self.targets, str):
@@ -182,8 +189,8 @@ def _compiled(regex: str) -> re.Pattern[str]:
 def to_peft(config: AdapterConfig, tied: bool) -> dict[str, Any]:
     """Returns what adapter_config.json says, in PEFT's words."""
     rows: Any = {name: list(ids) for name, ids in config.rows.items()} or None
-    if tied and rows is not None:
-        rows = rows.get("embed_tokens", rows)  # PEFT trains the head with it
+    if config.shares_rows(tied):
+        rows = next(iter(rows.values()))  # a list: PEFT trains the head with the embedding
     targets = config.targets
     return {
         "peft_type": "LORA",

@@ -42,6 +42,8 @@ class Merge:
         head = next(part for part in known if part.hf == HEAD_MODULE)
         if self._adapter.adapts(embed) or self._adapter.adapts(head):
             return True
+        if self._adapter.rows and not self._adapter.shares_rows(True):
+            return True
         saved = [self._adapter.saves(part) for part in (embed, head)]
         if saved == [True, True]:
             return not torch.equal(self._saved(embed), self._saved(head))
@@ -90,7 +92,7 @@ class Merge:
         return self._tensors[f"{EMBED_MODULE}.weight"] if own is None else own  # stored once, tied
 
     def _rows(self, part: Part) -> Tensor:
-        hf = EMBED_MODULE if self._tied else part.hf
+        hf = EMBED_MODULE if self._adapter.shares_rows(self._tied) else part.hf
         return self._tensors[f"{hf}.{ROWS_KEY}"]
 
     def _get(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor | None:

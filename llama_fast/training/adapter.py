@@ -181,9 +181,8 @@ class Adapter:
             self._save_whole(part)
         if ids := config.rows_of(part, self.model.config.tied):
             module = self._adapted(part.ours)
-            embed = self._modules.get("embed")
-            if part.hf == HEAD_MODULE and self.model.config.tied and self.name in embed.rows:
-                module.rows[self.name] = embed.rows[self.name]  # one tensor serves both
+            if part.hf == HEAD_MODULE and config.shares_rows(self.model.config.tied):
+                module.rows[self.name] = self._modules["embed"].rows[self.name]  # serves both
             else:
                 module.rows[self.name] = TrainedRows(ids, module.weight, dtype)
 
@@ -323,8 +322,9 @@ class Adapter:
                 found |= self._low_rank_tensors(part)
             if self.config.saves(part):
                 found[f"{part.hf}.weight"] = self._saved[part.ours][0].detach()
-            rows = self.config.rows_of(part, self.model.config.tied)
-            if rows and not (self.model.config.tied and part.hf == HEAD_MODULE):
+            tied = self.model.config.tied
+            rows = self.config.rows_of(part, tied)
+            if rows and not (part.hf == HEAD_MODULE and self.config.shares_rows(tied)):
                 values = self._modules[part.ours].rows[self.name].values
                 found[f"{part.hf}.{ROWS_KEY}"] = values.detach()
         return found

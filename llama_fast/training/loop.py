@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..errors import LlamaFastError
+from ..errors import ConfigError, LlamaFastError
 from ..model import Llama
 from .adapter import Adapter
 from .checkpointing import activation_checkpointing
@@ -75,6 +75,11 @@ class _Training:
         for name, given in (("training", data), ("held-out", held_out)):
             if given is not None and not len(given):
                 raise LlamaFastError(f"the {name} data has no rows; give more text, or other files")
+        if adapter is not None and not (adapter.enabled and adapter.model is model):
+            raise ConfigError(
+                f"the adapter {adapter.name!r} is disabled, or on another model; call "
+                "adapter.enable() on the one that is on this model"
+            )
         self.model, self.data, self.config = model, data, config
         self.held_out, self.sample = held_out, sample
         self.folder = None if folder is None else Path(folder)
