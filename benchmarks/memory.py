@@ -41,7 +41,7 @@ def peak(models: Models, shape: str, form: str, quantize: str | None, gigabytes:
 
 def _load_and_decode(folder: Path, quantize: str | None, tokens: list[int]) -> float:
     from benchmarks.peers.ours import Ours
-    from llama_fast.bench.memory import resident_peak
+    from llama_fast.utils.memory import resident_peak
 
     ours = Ours(folder, len(tokens) + TOKENS, quantize)
     ours.prefill(tokens)

@@ -12,12 +12,13 @@ import torch
 
 from llama_fast.bench import baselines
 from llama_fast.bench import measure as speed
-from llama_fast.bench.memory import extra_memory, resident_peak
+from llama_fast.bench.memory import extra_memory
 from llama_fast.bench.roofline import Roofline
 from llama_fast.bench.shapes import NAMES, Work, problem_shapes
 from llama_fast.config import LlamaConfig
 from llama_fast.dispatch import OPS, Cost, Implementation, backends
 from llama_fast.errors import BackendError, WrongResultError
+from llama_fast.utils.memory import resident_peak
 
 pytest.importorskip("llama_fast._cpu", reason="the C++ kernels are not built")
 TINY = LlamaConfig(

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import DataError
+from .finetune_report import figures, plan, summary
 from .finetune_run import Run
 from .interrupt import unwind_when_stopped
 from .options import (
-    DEMO,
     Debug,
     Device,
     DType,
@@ -26,12 +26,11 @@ from .options import (
     model_folder,
     set_threads,
 )
-from .terminal import note, note_pairs, show, size, weights_bar
+from .terminal import note, note_pairs, show, weights_bar
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
-    from ..model import Llama
-    from ..training import Adapter, History, TrainConfig
+    from ..training import TrainConfig
 
 TOKENS_PER_STEP, TOKENS_AT_ONCE, BLOCK = 4096, 2048, 2048
 EPOCHS, LEAST_STEPS = 3, 100
@@ -393,7 +392,7 @@ def _train(
     torch.manual_seed(config.seed)  # the first values of A
     adapter = None if rank is None else lora(llama, rank, alpha)
     steps = config.steps_of(len(rows))
-    note_pairs(_plan(llama, adapter, rows, config, steps, block))
+    note_pairs(plan(llama, adapter, rows, config, steps, block))
     if (run.folder / STATE_FILE).is_file():
         note(f"going on with {run.folder}")
 
@@ -411,78 +410,7 @@ def _train(
     except KeyboardInterrupt:
         note("llama-fast: interrupted; the same command goes on from the last saved step")
         return 130
-    metrics = _metrics(llama, history, config, adapter)
+    metrics = figures(llama, history, config, adapter)
     run.finish(llama, adapter, source, history, metrics)
-    _summary(run, llama, history, metrics, time.perf_counter() - started, adapter is None)
+    summary(run, llama, history, metrics, time.perf_counter() - started, adapter is None)
     return 0
-
-
-def _plan(
-    llama: Llama, adapter: Adapter | None, rows: Any, config: TrainConfig, steps: int, block: int
-) -> list[tuple[str, str]]:
-    count = llama.config.n_params
-    if adapter is None:
-        trained = f"all {count:,} weights"
-    else:
-        share = adapter.n_parameters / count
-        trained = f"a LoRA of {adapter.n_parameters:,} parameters, {share:.2%} of the model's"
-    passes = config.rows_of(len(rows)) / len(rows)
-    at_once = config.micro_batch_size or config.batch_size
-    return [
-        ("trains", f"{trained}, in {str(llama.dtype).removeprefix('torch.')} on {llama.device}"),
-        ("steps", f"{steps:,} of up to {config.batch_size * block:,} tokens "
-                  f"({at_once * block:,} at a time): {passes:.3g} passes"),
-        ("learning rate", f"{config.learning_rate:g} after a warm-up, then a cosine"),
-    ]  # fmt: skip
-
-
-def _metrics(
-    llama: Llama, history: History, config: TrainConfig, adapter: Adapter | None
-) -> dict[str, Any]:
-    from ..bench.memory import resident_peak
-
-    last = history.train[-max(1, len(history.train) // 10) :]
-    seconds = sum(history.seconds)
-    return {
-        "parameters_trained": llama.config.n_params if adapter is None else adapter.n_parameters,
-        "steps": len(history.train),
-        "epochs": history.train[-1]["epoch"],
-        "tokens": history.tokens,
-        "tokens_trained": history.kept,
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(history.tokens / max(seconds, 1e-9), 1),
-        "loss_first": history.train[0]["loss"],
-        "loss_last_tenth": sum(r["loss"] for r in last) / len(last),
-        "held_out": history.held_out,
-        "peak_bytes": resident_peak(),
-        "config": dataclasses.asdict(config),
-    }
-
-
-def _summary(
-    run: Run, llama: Llama, history: History, metrics: dict[str, Any], seconds: float, full: bool
-) -> None:
-    from .measure import peak_memory
-
-    shipped = Path(run.asked["MODEL"]) == DEMO.resolve()
-    model = "" if shipped else f" --model {run.asked['MODEL']}"
-    how = f" --model {run.result}" if full else f"{model} --adapter {run.result}"
-    lines = [
-        ("loss", f"{metrics['loss_first']:.3f} at first, {metrics['loss_last_tenth']:.3f} at last"),
-        ("trained on", f"{history.kept:,} of {history.tokens:,} tokens in {seconds:.1f} s, "
-                       f"{metrics['tokens_per_second']:,.0f} tokens/s"),
-        ("peak memory", peak_memory(llama.device)),
-        ("written", f"{run.result} ({size(_bytes(run.result))})"),
-        ("try it", f'llama-fast generate{how} "…"'),
-    ]  # fmt: skip
-    if history.held_out:
-        judged = history.held_out[-1]
-        bits = judged["bits_per_byte"]
-        text = f"loss {judged['loss']:.3f}, perplexity {judged['perplexity']:.4g}"
-        lines.insert(1, ("held out", text + (f", {bits:.3f} bits per byte" if bits else "")))
-    note("")
-    note_pairs(lines)
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())

@@ -6,11 +6,11 @@ import dataclasses
 
 import torch
 
-from ..bench.memory import resident_peak
 from ..dispatch import record_decisions
 from ..model import Llama
 from ..nn.kv_cache import cache_dtype
 from ..ops import QuantizedWeight
+from ..utils.memory import resident_peak
 from .terminal import size
 
 

@@ -12,7 +12,6 @@ The modules themselves are in `llama_fast.nn.lora`, the files in `llama_fast.che
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,20 +24,19 @@ from ..checkpoint.adapter_config import EMBED_MODULE, HEAD_MODULE, AdapterConfig
 from ..checkpoint.adapter_merge import Merge
 from ..errors import ConfigError
 from ..model import Llama
-from ..nn import Embedding, GateUp, Linear
 from ..nn.lora import (
     AdaptedEmbedding,
-    AdaptedGateUp,
     AdaptedLinear,
     Block,
     LowRank,
     LowRankEmbedding,
-    TrainedRows,
     adapted_modules,
     adapter_names,
 )
+from ..nn.trained_rows import TrainedRows
 from ..ops import QuantizedWeight
 from ..utils.normal_tensors import normal_tensors
+from .places import adapted, dequantize_, extra_parameters, parts_of, put, set_weight
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -162,7 +160,7 @@ class Adapter:
     # --- putting on -------------------------------------------------------------------------
 
     def _freeze(self) -> list[nn.Parameter]:
-        own = {id(p) for m in adapted_modules(self.model).values() for p in _extra(m)}
+        own = {id(p) for m in adapted_modules(self.model).values() for p in extra_parameters(m)}
         frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -191,7 +189,7 @@ class Adapter:
         if self.name in module.lora:
             return
         config, row, blocks = self.config, 0, []
-        for index, of in enumerate(_parts_of(self.model, part.ours)):
+        for index, of in enumerate(parts_of(self.model, part.ours)):
             if config.adapts(of):
                 rank, scale = config.rank_of(of.hf), config.scale_of(of.hf)
                 blocks.append(Block(index, row, of.shape[0], rank, scale))
@@ -204,18 +202,10 @@ class Adapter:
         """Returns the module of that name, with adapters, which replaces a plain one."""
         module = self.model.get_submodule(name)
         if not isinstance(module, AdaptedLinear | AdaptedEmbedding):
-            module = self._replacement(name, module)
-            _put(self.model, name, module)
+            module = adapted(self.model, name)
+            put(self.model, name, module)
         self._modules[name] = module
         return module
-
-    def _replacement(self, name: str, plain: nn.Module) -> AdaptedLinear | AdaptedEmbedding:
-        if isinstance(plain, Embedding):
-            return AdaptedEmbedding(plain)
-        if not isinstance(plain, Linear):
-            raise ConfigError(f"{name} is a {type(plain).__name__}, which takes no adapter")
-        kind = AdaptedGateUp if isinstance(plain, GateUp) else AdaptedLinear
-        return kind(plain, [part.shape[0] for part in _parts_of(self.model, name)])
 
     def _save_whole(self, part: Part) -> None:
         module = self.model.get_submodule(part.ours)
@@ -268,7 +258,7 @@ class Adapter:
                     "another adapter trains it whole, or it was assigned; disable that one first"
                 )
         for name, (trained, other) in self._saved.items():
-            _set_weight(self.model.get_submodule(name), trained if on else other)
+            set_weight(self.model.get_submodule(name), trained if on else other)
         for module in self._modules.values():
             module.activate(self.name, on)
         self._on = on
@@ -280,7 +270,7 @@ class Adapter:
         for name, module in self._modules.items():
             module.drop(self.name)
             if not module.names():
-                _put(self.model, name, module.plain())
+                put(self.model, name, module.plain())
         if not adapter_names(self.model):
             for parameter in self._frozen:
                 parameter.requires_grad_(True)
@@ -365,7 +355,7 @@ class Adapter:
             own = nn.Parameter(trained.detach().clone(), requires_grad=trained.requires_grad)
             self._saved["head"] = own, other
             if self._on:
-                _set_weight(self.model.head, own)
+                set_weight(self.model.head, own)
 
     def save(self, folder: str | Path, *, base: str | None = None) -> None:
         """Writes a new folder in PEFT's format: adapter_config.json and adapter_model.safetensors.
@@ -390,18 +380,20 @@ class Adapter:
             raise ConfigError(f"the adapter {others[0]!r} is on the model too; take it off first")
         merge = Merge(self.model.config, self.config, self.tensors())
         self.unload()
-        _dequantize(self.model)
+        dequantize_(self.model)
         names = sorted(merge.changed)
         if self.model.config.tied and merge.config.tied:
             names = [name for name in names if name != "head.weight"]
         elif self.model.config.tied:  # the head of its own is the embedding as it was
             weight = self.model.head.weight
             self.model.config = merge.config
-            self.model.head.weight = _parameter(weight.detach().clone(), weight.requires_grad)
+            self.model.head.weight = nn.Parameter(
+                weight.detach().clone(), requires_grad=weight.requires_grad
+            )
         for name in names:
             module = self.model.get_submodule(name.removesuffix(".weight"))
             merged = merge(name, module.weight)
-            module.weight = _parameter(merged, module.weight.requires_grad)
+            module.weight = nn.Parameter(merged, requires_grad=module.weight.requires_grad)
         self.model.tie()
 
     def __repr__(self) -> str:
@@ -410,37 +402,3 @@ class Adapter:
             f"Adapter({self.name!r}, rank {self.config.rank}, {self.n_parameters:,} parameters, "
             f"{state if self._loaded else 'unloaded'})"
         )
-
-
-def _parameter(values: Tensor, trained: bool) -> nn.Parameter:
-    return nn.Parameter(values, requires_grad=trained)
-
-
-def _parts_of(model: Llama, name: str) -> list[Part]:
-    return [part for part in parts(model.config) if part.ours == name]
-
-
-def _extra(module: AdaptedLinear | AdaptedEmbedding) -> Iterator[nn.Parameter]:
-    """The parameters of a module's adapters."""
-    return itertools.chain(module.lora.parameters(), module.rows.parameters())
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
-
-
-def _set_weight(module: nn.Module, weight: nn.Parameter | QuantizedWeight) -> None:
-    if isinstance(module.weight, QuantizedWeight):
-        del module.weight  # torch would refuse a Parameter in a module's place
-    module.weight = weight
-
-
-def _dequantize(model: Llama) -> None:
-    done: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, QuantizedWeight):
-            if id(weight) not in done:
-                done[id(weight)] = nn.Parameter(weight.dequantize(model.dtype))
-            _set_weight(module, done[id(weight)])

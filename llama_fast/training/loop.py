@@ -29,7 +29,7 @@ from .evaluation import Evaluation, evaluate, mode
 from .optim import step_in_backward
 from .progress import TrainingProgress
 from .record import Record
-from .state import History, StateFile, random_state, set_random_state
+from .state import History, StateFile, peak_memory, random_state, set_random_state
 from .weights import Weights
 
 
@@ -131,12 +131,13 @@ class _Training:
                 seconds = time.perf_counter() - started
                 self.history.train.append(found)
                 self.history.seconds.append(seconds)
+                self.history.peak_bytes.append(peak_memory(self.device))
                 done, last = step + 1, step + 1 == self.steps
                 judged = None
                 if _due(done, self.config.eval_every, last):
                     judged = self._evaluate(done)
                     shown.evaluated(done, found["loss"], judged, self._sampled())
-                record.add(found, seconds, judged and self.history.held_out[-1])
+                record.add(done, judged is not None)
                 if self.file is not None and _due(done, self.config.save_every, last):
                     self.file.save(done, self.history, self.weights, self.device)
                 shown.stepped(done, found, seconds)

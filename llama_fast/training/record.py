@@ -11,7 +11,7 @@ from .state import History
 CSV_FILE, TENSORBOARD = "log.csv", "tensorboard"
 COLUMNS = (
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "kept", "seconds",
-    "tokens_per_second", "kept_per_second", "held_out_loss", "held_out_perplexity",
+    "tokens_per_second", "kept_per_second", "peak_bytes", "held_out_loss", "held_out_perplexity",
     "held_out_bits_per_byte",
 )  # fmt: skip
 
@@ -36,8 +36,8 @@ class Record:
         self._table = csv.DictWriter(self._file, COLUMNS)
         self._table.writeheader()
         held_out = {record["step"]: record for record in self._history.held_out}
-        for record, seconds in zip(self._history.train, self._history.seconds, strict=True):
-            self._row(record, seconds, held_out.get(record["step"]))
+        for index, record in enumerate(self._history.train):
+            self._row(index, held_out.get(record["step"]))
         self._file.flush()
         self._board = _tensorboard(self._folder / TENSORBOARD, len(self._history.train))
         return self
@@ -48,26 +48,33 @@ class Record:
         if self._board is not None:
             self._board.close()
 
-    def add(self, record: dict[str, Any], seconds: float, held_out: dict[str, Any] | None) -> None:
+    def add(self, step: int, judged: bool) -> None:
+        """Writes down the step that the history ends with.
+
+        judged  whether there is an evaluation of it
+        """
         if self._file is None:
             return
-        self._row(record, seconds, held_out)
+        held_out = self._history.held_out[-1] if judged else None
+        self._row(-1, held_out)
         self._file.flush()
         if self._board is not None:
-            values = {f"train/{name}": value for name, value in record.items() if name != "step"}
-            values |= {f"held_out/{k}": v for k, v in (held_out or {}).items() if k != "step"}
+            values = {f"train/{name}": x for name, x in self._history.train[-1].items()}
+            values |= {f"held_out/{name}": x for name, x in (held_out or {}).items()}
             for name, value in values.items():
-                if value is not None:
-                    self._board.add_scalar(name, value, record["step"])
+                if value is not None and not name.endswith("/step"):
+                    self._board.add_scalar(name, value, step)
 
-    def _row(self, record: dict[str, Any], seconds: float, held_out: dict[str, Any] | None) -> None:
-        rates = {
+    def _row(self, index: int, held_out: dict[str, Any] | None) -> None:
+        record, seconds = self._history.train[index], self._history.seconds[index]
+        measured = {
             "seconds": round(seconds, 4),
             "tokens_per_second": round(record["tokens"] / max(seconds, 1e-9), 1),
             "kept_per_second": round(record["kept"] / max(seconds, 1e-9), 1),
+            "peak_bytes": self._history.peak_bytes[index],
         }
         judged = {f"held_out_{k}": v for k, v in (held_out or {}).items() if k != "step"}
-        self._table.writerow({**record, **rates, **judged})
+        self._table.writerow({**record, **measured, **judged})
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..utils.files import atomic_file
+from ..utils.memory import resident_peak
 from .weights import Weights
 
 STATE_FILE = "training.pt"
@@ -24,12 +25,14 @@ class History:
     train     of each step {step, epoch, loss, learning_rate, grad_norm, tokens, kept}: the loss in
               nats per trained token, tokens and those trained (kept) of this step
     held_out  of each evaluation {step, loss, perplexity, bits_per_byte}; what is not known is None
-    seconds   of each step, in their order, and of evaluations not: they differ from run to run
+    seconds, peak_bytes   of each step, in their order: how long it took, without its evaluation,
+              and the most memory so far, of the GPU or of the process. They differ from run to run
     """
 
     train: list[dict[str, float | None]] = field(default_factory=list)
     held_out: list[dict[str, float | None]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    peak_bytes: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -38,6 +41,11 @@ class History:
     @property
     def kept(self) -> int:
         return sum(record["kept"] for record in self.train)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns the bytes that torch has held at most on a GPU, or this process on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak()
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

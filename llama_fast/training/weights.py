@@ -56,7 +56,8 @@ class Weights:
     def __init__(self, named: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
         if not named:
             raise ConfigError(
-                "nothing is to be trained: no weight of the model asks for a gradient"
+                "nothing is to be trained: no weight asks for a gradient; put an adapter on the "
+                "model, load one with trainable=True, or call model.requires_grad_(True)"
             )
         for name, weight in named.items():
             if weight.dtype == torch.float16:
