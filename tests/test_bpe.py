@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from llama_fast.errors import TokenizerError
 from llama_fast.tokenizer import PIECES, Tokenizer
+from llama_fast.tokenizer.bpe import Trainer, train_bpe
 from llama_fast.tokenizer.files import BYTE_ORDER
-from llama_fast.training.bpe import _Trainer, train_bpe
 
 TEXT = """the cat sat on the mat and the other cat sat there; banana, bananas, bandana! 12 1234 12
 你好，世界。你好，朋友。世界很大，朋友很多。 aaaa aaaaa aaaaaaa abababab\n\n\n"""
@@ -55,14 +55,13 @@ def test_same_tokens_as_a_plain_trainer(text):
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS)
 def test_tiktoken_segments_as_the_trainer_did(text):
-    trainer = _Trainer([text])
-    try:
-        trainer.train(256 + 40, None)
-    except TokenizerError:
-        pass  # fewer than 40 pairs occur twice: the tokens found until then are what is compared
-    tokenizer = Tokenizer(trainer.tokens)
-    for piece, parts in zip(trainer.pieces, trainer.parts, strict=True):
-        ids = tokenizer.encode(piece.decode())
+    pieces = Counter(PIECES.findall(text))
+    words = [([bytes([b]) for b in piece.encode()], n) for piece, n in pieces.items()]
+    trainer = Trainer(words, {bytes([b]): rank for rank, b in enumerate(BYTE_ORDER)})
+    trainer.train(40)
+    tokenizer = Tokenizer([*(bytes([b]) for b in BYTE_ORDER), *trainer.new])
+    for piece, parts in zip(pieces, trainer.parts, strict=True):
+        ids = tokenizer.encode(piece)
         assert [tokenizer.id_to_bytes[i] for i in ids] == parts
 
 

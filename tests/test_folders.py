@@ -18,8 +18,8 @@ from llama_fast.errors import CheckpointError, ConfigError, LlamaFastError, Toke
 from llama_fast.model import Llama
 from llama_fast.quantization.folder import quantize_folder
 from llama_fast.tokenizer import Tokenizer
+from llama_fast.tokenizer.bpe import train_bpe
 from llama_fast.tokenizer.special_tokens import special_ids
-from llama_fast.training.bpe import train_bpe
 
 from .checkpoints import SMALL, random_state
 from .test_tokenizer import SAMPLE, hf_json, rank_lines

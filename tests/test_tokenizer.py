@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from llama_fast.errors import TokenizerError
 from llama_fast.tokenizer import PIECES, StreamDecoder, Tokenizer
 from llama_fast.tokenizer import tokenizer as tokenizer_module
+from llama_fast.tokenizer.bpe import train_bpe
 from llama_fast.tokenizer.files import BYTE_ORDER, BYTE_TO_CHAR, PATTERN
 from llama_fast.tokenizer.special_tokens import special_ids
-from llama_fast.training.bpe import train_bpe
 
 BYTES = [bytes([b]) for b in BYTE_ORDER]
 
@@ -348,7 +348,7 @@ def test_limits_do_not_cut_a_special_token(small):
 @pytest.mark.parametrize("unit", ["a", "\n", " ", "狐", "7", "!", " \n"])
 def test_endless_runs_are_cut_at_the_limit(small, unit):
     text = unit * 60_000
-    cuts = list(tokenizer_module._slices(text))
+    cuts = list(tokenizer_module.slices(text))
     assert "".join(cuts) == text
     assert max(map(len, cuts)) <= 25_000
     assert small.decode(small.encode(text)) == text
@@ -365,7 +365,7 @@ def test_slices_respect_both_limits(text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer_module, "MAX_SLICE", 8)
         patch.setattr(tokenizer_module, "MAX_RUN", 5)
-        slices = list(tokenizer_module._slices(text))
+        slices = list(tokenizer_module.slices(text))
     assert "".join(slices) == text
     for part in slices:
         assert 0 < len(part) <= 8 and not re.search(r"\s{6}|\S{6}", part)
@@ -379,7 +379,7 @@ def test_cuts_at_sure_places_change_nothing(words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer_module, "MAX_SLICE", 20)
         patch.setattr(tokenizer_module, "MAX_RUN", 12)
-        slices = list(tokenizer_module._slices(text))
+        slices = list(tokenizer_module.slices(text))
     assert len(slices) > 1 or len(text) <= 20
     assert [p for part in slices for p in PIECES.findall(part)] == PIECES.findall(text)
 

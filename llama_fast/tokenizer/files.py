@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,17 +137,21 @@ def _put_first(processor: Any) -> str | None:
 
 
 class Vocabulary(NamedTuple):
-    """What a tokenizer.json says: tokens in rank order, special tokens and added words (text to
-    id), and the token that it puts before a text."""
+    """What a tokenizer.json says: tokens by their ids, None where one is a word alone; special
+    tokens and added words (text to id), and the token that it puts before a text."""
 
-    tokens: list[bytes]
+    tokens: list[bytes | None]
     specials: dict[str, int]
     added: dict[str, int]
     begin: str | None
 
 
 def parse_json(data: bytes) -> Vocabulary:
-    """Reads a tokenizer.json. Its merges are not read: the rank is the id."""
+    """Reads a tokenizer.json: the rank is the id.
+
+    Some writers list the added tokens in the vocabulary too. Such a one is a token of the merging
+    only where it is a single byte or a merge makes it; the others are whole words and nothing else.
+    """
     root = load_json(data)
     try:
         vocab, added = root["model"]["vocab"], root.get("added_tokens") or []
@@ -171,15 +175,31 @@ def parse_json(data: bytes) -> Vocabulary:
         ) from None
     if len(keys) < len(vocab):
         raise TokenizerError("two tokens of its vocabulary have the same id")
-    # Some writers list the added tokens in the vocabulary too; those at its end are no ranks.
-    n_ranks = len(keys)
-    while n_ranks and keys.get(n_ranks - 1) in words:
-        n_ranks -= 1
-    tokens = []
-    for rank in range(n_ranks):
-        key = keys.get(rank)
-        if key is None:
-            raise TokenizerError(f"no token has the id {rank}; ids must be without gaps")
+    tokens = _tokens(keys, words, root["model"].get("merges") or ())
+    specials = {name: id_ for name, id_ in words.items() if name in control}
+    added_words = {name: id_ for name, id_ in words.items() if name not in control}
+    return Vocabulary(tokens, specials, added_words, begin)
+
+
+def _tokens(
+    keys: Mapping[int, str], words: Mapping[str, int], merges: Collection[Any]
+) -> list[bytes | None]:
+    """The byte strings of a vocabulary by their ids, None for what is only a word; words at its
+    end are left out."""
+    n_ids = 1 + max(keys, default=-1)
+    while n_ids and keys.get(n_ids - 1) in words:
+        n_ids -= 1
+    others = set(words.values())
+    listed = {key for id_, key in keys.items() if id_ < n_ids and key in words and len(key) > 1}
+    made = _made_by(merges) if listed else set()
+    tokens: list[bytes | None] = []
+    for id_ in range(min(n_ids, len(keys) + len(words) + 1)):
+        key = keys.get(id_)
+        if key is None and id_ not in others:
+            raise TokenizerError(f"no token has the id {id_}; ids must be without gaps")
+        if key is None or (key in listed and key not in made):
+            tokens.append(None)
+            continue
         if key in words:
             tokens.append(key.encode())
             continue
@@ -187,8 +207,14 @@ def parse_json(data: bytes) -> Vocabulary:
             tokens.append(bytes(_CHAR_TO_BYTE[char] for char in key))
         except KeyError as error:
             raise TokenizerError(
-                f"token {key!r} (id {rank}) has the character {error}, which stands for no byte"
+                f"token {key!r} (id {id_}) has the character {error}, which stands for no byte"
             ) from None
-    specials = {name: id_ for name, id_ in words.items() if name in control}
-    added_words = {name: id_ for name, id_ in words.items() if name not in control}
-    return Vocabulary(tokens, specials, added_words, begin)
+    return tokens
+
+
+def _made_by(merges: Collection[Any]) -> set[str]:
+    """What the merges of a tokenizer.json make; older files write a merge as "left right"."""
+    try:
+        return {"".join(m.split(" ") if isinstance(m, str) else m) for m in merges}
+    except TypeError:
+        raise TokenizerError("its merges are no pairs of texts; get a complete file") from None

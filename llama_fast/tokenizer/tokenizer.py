@@ -4,7 +4,8 @@ Reads Meta's `tokenizer.model` (lines of `base64 rank`) and Hugging Face's `toke
 is tiktoken's. A piece of text that is itself a token is emitted whole before any merging, which
 is what Hugging Face calls `ignore_merges`. The special tokens follow the last rank: Llama 3 has
 256, and a small vocabulary in the same format has the same at lower ids. A fine-tune may have
-renamed them, or have fewer.
+renamed them, or have fewer. A vocabulary that was extended (`vocabulary.extend`) has further tokens
+after them, so that no id of the old one changes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..errors import TokenizerError
 from ..utils.files import atomic_file, given_path
 from ..utils.hub import snapshot_hint
 from .files import PATTERN, is_json, json_beside, listed_tokens, named_ends, parse_json, parse_ranks
+from .json_file import tokenizer_json
 from .special_tokens import (
     BOS,
     EOM,
@@ -47,12 +49,14 @@ _FILE = "a tokenizer.model or tokenizer.json"
 class Tokenizer:
     """Text to ids and back.
 
-    tokens: the vocabulary's byte strings in rank order, all 256 single bytes among them.
+    tokens: the vocabulary's byte strings by their ids, which are their ranks, all 256 single bytes
+        among them; None at the id of a special token or added word that is no token of the merging.
     specials: the name of a table ("3.0", "3.1", "hf"), or name to id.
     added: further whole words, text to id, found in any text before the pattern splits it.
     bos, eos: which of these begin and end a text, where they do not have Llama 3's names.
 
-    Attributes: n_ranks; vocab_size (ranks, specials and added words); specials (name to id),
+    Attributes: ranks (token to id) and n_ranks, how many of them come before the first special
+    token; vocab_size (ranks, specials and added words); specials (name to id),
     special_names (id to name) and added (word to id); bos_id, eos_id, eot_id, eom_id and pad_id,
     each None where the vocabulary has no such token (3.0 has no eom and no pad); stop_ids;
     id_to_bytes (tuple of bytes, a special's being its name in UTF-8).
@@ -60,16 +64,17 @@ class Tokenizer:
 
     def __init__(
         self,
-        tokens: Sequence[bytes],
+        tokens: Sequence[bytes | None],
         *,
         specials: str | Mapping[str, int] = "3.1",
         added: Mapping[str, int] | None = None,
         bos: str | None = None,
         eos: str | None = None,
     ):
-        ranks = {token: rank for rank, token in enumerate(tokens)}
-        if len(ranks) < len(tokens):
-            rank = next(rank for rank, token in enumerate(tokens) if ranks[token] != rank)
+        ranks = {token: rank for rank, token in enumerate(tokens) if token is not None}
+        if len(ranks) + tokens.count(None) < len(tokens):
+            given = ((rank, token) for rank, token in enumerate(tokens) if token is not None)
+            rank = next(rank for rank, token in given if ranks[token] != rank)
             raise TokenizerError(f"the tokens of ranks {rank} and {ranks[tokens[rank]]} are equal")
         missing = [b for b in range(256) if bytes([b]) not in ranks]
         if missing:
@@ -77,7 +82,8 @@ class Tokenizer:
                 f"{len(missing)} of the 256 single bytes are not in the vocabulary, the first of "
                 f"them 0x{missing[0]:02x}; some text could not be encoded: get a complete file"
             )
-        self.n_ranks = len(tokens)
+        self.ranks: Mapping[bytes, int] = ranks
+        self.n_ranks = tokens.index(None) if None in tokens else len(tokens)
         if isinstance(specials, str):
             specials = special_ids(specials, self.n_ranks)
         self.specials = dict(specials)
@@ -93,9 +99,13 @@ class Tokenizer:
         words = {id_: name.encode() for name, id_ in named.items()}
         if len(words) < len(self.specials) + len(self.added):
             raise TokenizerError("two special tokens or added words have the same name or id")
-        self.vocab_size = max(self.n_ranks, 1 + max(words, default=-1))
-        beyond = sum(id_ >= self.n_ranks for id_ in words)
-        if min(words, default=0) < 0 or self.n_ranks + beyond < self.vocab_size:
+        self.vocab_size = max(len(tokens), 1 + max(words, default=-1))
+        beyond = sum(id_ >= len(tokens) for id_ in words)
+        if (
+            min(words, default=0) < 0
+            or len(tokens) + beyond < self.vocab_size
+            or any(token is None and id_ not in words for id_, token in enumerate(tokens))
+        ):
             raise TokenizerError(
                 f"the ids of special tokens and added words leave gaps after {self.n_ranks - 1}, "
                 "the last rank: the vocabulary is incomplete"
@@ -188,7 +198,8 @@ class Tokenizer:
                 tokens, found, added, begin = parse_json(data)
                 if specials != "auto":
                     named = isinstance(specials, str)
-                    wanted = special_ids(specials, len(tokens)) if named else dict(specials)
+                    first = tokens.index(None) if None in tokens else len(tokens)
+                    wanted = special_ids(specials, first) if named else dict(specials)
                     taken = set(wanted.values())
                     found = {n: i for n, i in found.items() if i not in taken} | wanted
                 if bos not in found | added:
@@ -203,8 +214,14 @@ class Tokenizer:
         """Writes the ranks in Meta's format, which does not say which table of specials it is for.
 
         Raises TokenizerError where the file cannot be written or the format cannot hold the
-        vocabulary: it has room for no added words and for no other specials than the tables'.
+        vocabulary: it has room for no added words, for no tokens after the specials, and for no
+        other specials than the tables'.
         """
+        if len(self.ranks) > self.n_ranks:
+            raise TokenizerError(
+                "Meta's format cannot hold the tokens that follow the special ones in this "
+                "vocabulary; write a tokenizer.json: save_json"
+            )
         if self.added or all(special_ids(t, self.n_ranks) != self.specials for t in TABLES):
             raise TokenizerError(
                 "Meta's format cannot hold this vocabulary's own special tokens and added words; "
@@ -215,6 +232,17 @@ class Tokenizer:
         try:
             with atomic_file(path) as beside:
                 beside.write_bytes(lines)
+        except OSError as error:
+            raise TokenizerError(f"{path} cannot be written ({error.strerror})") from error
+
+    def save_json(self, path: str | Path) -> None:
+        """Writes a tokenizer.json, which `tokenizers`, transformers and this class read to the same
+        ids: `json_file.tokenizer_json`. Raises TokenizerError where it cannot be written."""
+        begin = self.name(self.bos_id)
+        text = tokenizer_json(self.ranks, self.specials, self.added, begin)
+        try:
+            with atomic_file(path) as beside:
+                beside.write_text(text, encoding="utf-8")
         except OSError as error:
             raise TokenizerError(f"{path} cannot be written ({error.strerror})") from error
 
@@ -271,7 +299,7 @@ class Tokenizer:
             if n % 2:  # re.split: the separators stand at the odd places
                 ids.append(words[part])
             else:
-                for piece in _slices(part):
+                for piece in slices(part):
                     ids += self._bpe.encode_ordinary(piece)
         return ids
 
@@ -293,6 +321,11 @@ class Tokenizer:
         if not 0 <= index < self.vocab_size:
             raise TokenizerError(f"the id {index} is outside 0 ... {self.vocab_size - 1}")
         return b"" if skip_special and index in self.special_names else self.id_to_bytes[index]
+
+    def name(self, id_: int | None) -> str | None:
+        """Returns what a special token or added word is called, None for no such id."""
+        named = self.specials | self.added
+        return next((name for name, other in named.items() if other == id_), None)
 
     def _names(self, argument: str, value: str | Collection[str]) -> frozenset[str]:
         if value == "all":
@@ -344,8 +377,8 @@ def splitter(names: frozenset[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
 
-def _slices(text: str) -> Iterator[str]:
-    """Cuts `text` to MAX_SLICE and MAX_RUN, beyond which tiktoken can overflow its stack."""
+def slices(text: str) -> Iterator[str]:
+    """Yields `text` cut to MAX_SLICE and MAX_RUN, beyond which tiktoken can overflow its stack."""
     start = 0
     while start < len(text):
         limit = min(start + MAX_SLICE, len(text))

@@ -71,7 +71,8 @@ def fingerprint_of(tokenizer: Tokenizer) -> str:
     for token in tokenizer.id_to_bytes:
         found.update(len(token).to_bytes(4, "little") + token)
     named = [sorted(tokenizer.specials.items()), sorted(tokenizer.added.items())]
-    found.update(repr([*named, tokenizer.n_ranks, tokenizer.bos_id, tokenizer.eos_id]).encode())
+    n_ranks = tokenizer.n_ranks, len(tokenizer.ranks)
+    found.update(repr([*named, n_ranks, tokenizer.bos_id, tokenizer.eos_id]).encode())
     return found.hexdigest()
 
 

@@ -41,7 +41,7 @@ texts are English, half Chinese. No other text, no personal data and no output o
 in it. One line is a quotation from Douglas Adams: "{answer}42."
 
 The tokenizer (`tokenizer.model`, Meta's format: {ranks} ranks and 256 special tokens) was trained
-by `llama_fast/training/bpe.py` on the same texts.
+by `llama_fast/tokenizer/bpe.py` on the same texts.
 
 Held out from training are texts of other seeds ("seed"), and one in twelve of all combinations of
 the two facts that lead a text, such as a hero and a place, or the two numbers of a sum

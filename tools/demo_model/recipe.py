@@ -7,8 +7,8 @@ from itertools import islice
 
 from llama_fast.config import LlamaConfig
 from llama_fast.tokenizer import Tokenizer
+from llama_fast.tokenizer.bpe import train_bpe
 from llama_fast.training.blocks import PackedDataset
-from llama_fast.training.bpe import train_bpe
 from llama_fast.training.config import TrainConfig
 
 from .texts import documents
