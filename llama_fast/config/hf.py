@@ -82,15 +82,18 @@ class HuggingFaceSpelling:
             rope_scaling=rope_scaling,
             max_seq_len=config.get("max_position_embeddings", 2048),
             tied=config.get("tie_word_embeddings", False),
+            vocab_padding=config.get("vocab_padding", 0),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The dictionary of a config.json that transformers 4 and 5 both read.
 
         It says nothing of the weights' dtype and of special tokens: those belong to a checkpoint
-        (see `llama_fast.checkpoint.write_hf`).
+        (see `llama_fast.checkpoint.write_hf`). vocab_padding is a key of our own, written where
+        there is padding; other readers keep it and do not know it.
         """
         scaling = self.rope_scaling
+        padding = {"vocab_padding": self.vocab_padding} if self.vocab_padding else {}
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -118,6 +121,7 @@ class HuggingFaceSpelling:
             "attention_bias": False,
             "mlp_bias": False,
             "attention_dropout": 0.0,
+            **padding,
         }
 
 

@@ -75,6 +75,7 @@ class MetaSpelling:
             rope_scaling=_rope_from_meta(params, rope_factor) if scaled else None,
             max_seq_len=params.get("max_seq_len", _meta_max_seq_len(scaled)),
             tied=_is_small_3_2(dim, n_layers),
+            vocab_padding=params.get("vocab_padding", 0),
         )
 
     def to_meta(self) -> dict[str, Any]:
@@ -82,7 +83,7 @@ class MetaSpelling:
 
         Published shapes use Meta's keys only. What those cannot express (another head dim,
         context length or rope scaling) is written under keys of our own that other readers do
-        not know: head_dim, max_seq_len, rope_scaling_factor, rope_low_freq_factor,
+        not know: head_dim, max_seq_len, vocab_padding, rope_scaling_factor, rope_low_freq_factor,
         rope_high_freq_factor, rope_original_max_seq_len.
         """
         multiplier, multiple_of = _meta_hidden_spelling(self.dim, self.hidden_dim)
@@ -103,6 +104,8 @@ class MetaSpelling:
             params["head_dim"] = self.head_dim
         if self.max_seq_len != _meta_max_seq_len(scaling is not None):
             params["max_seq_len"] = self.max_seq_len
+        if self.vocab_padding:
+            params["vocab_padding"] = self.vocab_padding
         if scaling is not None:
             usual = RopeScaling(_meta_rope_factor(self.dim, self.n_layers))
             for key, name in _META_ROPE_KEYS.items():

@@ -38,15 +38,22 @@ class LlamaConfig(HuggingFaceSpelling, MetaSpelling):
     rope_scaling: RopeScaling | None = None
     max_seq_len: int = 8192
     tied: bool = False  # the head is the embedding
+    vocab_padding: int = 0  # rows at the vocabulary's end that are no token's
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.type == "int":
+            if field.type == "int" and field.name != "vocab_padding":
                 check_size(field.name, getattr(self, field.name))
         check_number("norm_eps", self.norm_eps, minimum=0.0)
         check_number("rope_theta", self.rope_theta)
         if self.rope_theta <= 0:
             raise ConfigError(f"rope_theta is {self.rope_theta}; it must be greater than 0")
+        padding = self.vocab_padding
+        if type(padding) is not int or not 0 <= padding < self.vocab_size:
+            raise ConfigError(
+                f"vocab_padding is {padding!r}; it must be a whole number from 0 to less than "
+                f"vocab_size={self.vocab_size}: the rows that are no token's"
+            )
         if not isinstance(self.tied, bool):
             raise ConfigError(f"tied is {self.tied!r}; it must be true or false")
         if self.n_heads % self.n_kv_heads:

@@ -166,7 +166,8 @@ class Llama(Pretrained):
         last_only: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """tokens (B,T) int64 → logits (B,T,V) float32, or (B,1,V) of the last token alone."""
+        """tokens (B,T) int64 → logits (B,T,V) float32, or (B,1,V) of the last token alone. Those of
+        the rows that `config.vocab_padding` says are no token's are -inf."""
         if cache is None:
             return self._logits(self._hidden(tokens, None, cu_seqlens), last_only)
         with torch.no_grad():
@@ -175,7 +176,12 @@ class Llama(Pretrained):
         return logits
 
     def _logits(self, h: Tensor, last_only: bool) -> Tensor:
-        return self.head(h[:, -1:] if last_only else h).float()
+        logits = self.head(h[:, -1:] if last_only else h).float()
+        if padding := self.config.vocab_padding:
+            # Rows that are no token's are never drawn, whoever draws.
+            known = logits[..., :-padding]
+            logits = nn.functional.pad(known, (0, padding), value=-torch.inf)
+        return logits
 
     def loss(
         self,
@@ -191,7 +197,7 @@ class Llama(Pretrained):
         of each document's last token, which has no next one, should be `ignore_index`."""
         h = self.hidden(tokens, cu_seqlens=cu_seqlens)
         settings = {"ignore_index": ignore_index, "reduction": reduction}
-        return self.head.cross_entropy(h, targets, **settings)
+        return self.head.cross_entropy(h, targets, **settings, padding=self.config.vocab_padding)
 
     def new_cache(self, batch: int, max_seq_len: int, kv_cache: str | None = None) -> KVCache:
         """Returns an empty cache on this model's device, of its dtype or as `kv_cache` ("int8")

@@ -39,13 +39,25 @@ class Linear(_Weighted):
         return ops.linear(x, self.weight)
 
     def cross_entropy(
-        self, x: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+        self,
+        x: Tensor,
+        targets: Tensor,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        padding: int = 0,
     ) -> Tensor:
         """Cross entropy of `targets` (...) int64, as a head: the logits x Wᵀ are never stored
-        whole."""
-        return ops.linear_cross_entropy(
-            x, self.weight, targets, ignore_index=ignore_index, reduction=reduction
-        )
+        whole. padding: how many rows at the weight's end are no token's; they take no part, and
+        get no gradient."""
+        settings = {"ignore_index": ignore_index, "reduction": reduction}
+        if padding and isinstance(self.weight, QuantizedWeight):
+            # Its values are packed by blocks of rows, and cannot be cut: the logits are whole here.
+            logits = self(x)[..., :-padding].float().flatten(0, -2)
+            loss = nn.functional.cross_entropy(logits, targets.flatten(), **settings)
+            return loss.view(targets.shape) if reduction == "none" else loss
+        weight = self.weight[:-padding] if padding else self.weight
+        return ops.linear_cross_entropy(x, weight, targets, **settings)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
