@@ -105,6 +105,18 @@ def test_every_command_explains_itself(run, name):
     assert "Example: llama-fast " + name in " ".join(out.split())
 
 
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [(group, c.__name__) for group, module in app.GROUPS.items() for c in module.COMMANDS],
+)
+def test_every_command_of_a_group_explains_itself(run, group, name):
+    code, out, _ = run(group, name, "--help")
+    assert code == 0
+    assert f"Example: llama-fast {group} {name}" in " ".join(out.split())
+    code, out, _ = run(group, "--help")
+    assert code == 0 and name in out and f"Example: llama-fast {group} " in " ".join(out.split())
+
+
 def test_no_arguments_show_the_help_and_version_the_version(run):
     code, out, _ = run()
     assert code == 0 and all(command.__name__ in out for command in app.COMMANDS)

@@ -130,6 +130,18 @@ def test_extended_model_in_transformers(folder, longer, tmp_path):
     assert theirs.generation_config.suppress_tokens == list(range(V + 30, 640))
 
 
+def test_extended_twice(folder, longer, tmp_path):
+    """Rows that were padding become tokens', which nothing suppresses then."""
+    again = vocabulary.extend(longer, ["我们去山上看月亮。" * 4], 5)
+    extend_folder(folder, longer, tmp_path / "new")
+    new = extend_folder(tmp_path / "new", again, tmp_path / "newer")
+    assert list(new) == list(range(V + 30, V + 35))
+    found = open_checkpoint(tmp_path / "newer")
+    assert found.config.vocab_size == 640 and found.config.vocab_padding == 640 - V - 35
+    settings = json.loads((tmp_path / "newer" / "generation_config.json").read_text())
+    assert settings["suppress_tokens"] == list(range(V + 35, 640))
+
+
 def test_generation_from_an_extended_folder(folder, longer, tmp_path):
     extend_folder(folder, longer, tmp_path / "new")
     model = Llama.from_pretrained(tmp_path / "new", device="cpu")

@@ -86,10 +86,12 @@ def extend_folder(
     target: str | Path,
     *,
     multiple: int = MULTIPLE,
+    input_rows: Tensor | None = None,
     progress: Progress | None = None,
 ) -> dict[int, list[int]]:
     """Writes the model of folder `source` with the rows of a longer vocabulary as folder `target`;
-    returns the new ids, each with the old ids that spell it.
+    returns the new ids, each with the old ids that spell it. input_rows (n,C): the embedding's rows
+    of the new ids, in their order, in place of the means; the head's too where it is tied.
 
     One weight at a time is in memory. Raises TokenizerError for a vocabulary that is no extension
     of the model's, CheckpointError for a folder that cannot be read or is quantised, LlamaFastError
@@ -98,12 +100,19 @@ def extend_folder(
     checkpoint, old = _open(source, target)
     new = vocabulary.new_tokens(longer, old)
     config = padded_config(checkpoint.config, longer.vocab_size, multiple)
+
+    def rows(name: str, weight: Tensor) -> Tensor:
+        made = extended_rows(weight, new, old.vocab_size, config.vocab_size)
+        if input_rows is not None and name == EMBED:
+            made[list(new)] = input_rows.to(made)
+        return made
+
     _write(
         checkpoint,
         target,
         config,
         longer,
-        lambda weight: extended_rows(weight, new, old.vocab_size, config.vocab_size),
+        rows,
         ids=None,
         progress=progress,
     )
@@ -139,7 +148,7 @@ def prune_folder(
         target,
         config,
         short,
-        lambda weight: kept_rows(weight, kept, config.vocab_size),
+        lambda _, weight: kept_rows(weight, kept, config.vocab_size),
         ids=pruned.new_ids(),
         progress=progress,
     )
@@ -168,7 +177,7 @@ def _write(
     target: str | Path,
     config: LlamaConfig,
     tokenizer: Tokenizer,
-    rows: Callable[[Tensor], Tensor],
+    rows: Callable[[str, Tensor], Tensor],
     *,
     ids: Mapping[int, int] | None,
     progress: Progress | None,
@@ -185,25 +194,33 @@ def _write(
         if generation is None:
             generation = {**special, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
         else:
+            generation = _drop_padding(generation, checkpoint.config)
             generation = remap(generation, ids, "generation_config.json")
         stream_hf(
             target,
             config,
             checkpoint.dtypes,
             (
-                (name, rows(tensor) if name in (EMBED, HEAD) else tensor)
+                (name, rows(name, tensor) if name in (EMBED, HEAD) else tensor)
                 for name, tensor in checkpoint.tensors(progress=progress)
             ),
             special=special,
-            generation=_without_padding(generation, config),
+            generation=_suppress_padding(generation, config),
             copies=files,
         )
 
 
-def _without_padding(generation: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:
-    """The settings of generation that keep transformers from drawing the rows of no token."""
+def _drop_padding(generation: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:
+    """The settings of generation without the padding of the model that is read: its ids may be
+    tokens of the new one."""
     tokens = config.vocab_size - config.vocab_padding
     suppressed = [id_ for id_ in generation.get("suppress_tokens") or () if id_ < tokens]
-    suppressed += range(tokens, config.vocab_size)
     others = {key: value for key, value in generation.items() if key != "suppress_tokens"}
     return {**others, "suppress_tokens": suppressed} if suppressed else others
+
+
+def _suppress_padding(generation: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:
+    """The settings of generation that keep transformers from drawing the rows of no token."""
+    suppressed = list(generation.get("suppress_tokens") or ())
+    suppressed += range(config.vocab_size - config.vocab_padding, config.vocab_size)
+    return {**generation, "suppress_tokens": suppressed} if suppressed else generation

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
+from . import vocab
 from .bench import bench
 from .chat import chat
 from .convert import convert
@@ -63,6 +64,14 @@ def _help(command: Callable) -> str:
 
 for _command in COMMANDS:
     app.command(help=_help(_command), epilog=_command.example)(_command)
+
+# Commands of commands, by their names: modules with COMMANDS, HELP and EXAMPLE.
+GROUPS = {"vocab": vocab}
+for _name, _group in GROUPS.items():
+    _of_group = typer.Typer(help=_group.HELP, epilog=_group.EXAMPLE, rich_markup_mode="rich")
+    for _command in _group.COMMANDS:
+        _of_group.command(help=_help(_command), epilog=_command.example)(_command)
+    app.add_typer(_of_group, name=_name)
 
 
 def command() -> Any:

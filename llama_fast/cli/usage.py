@@ -20,7 +20,7 @@ def usage_line(error: Any) -> str:
     hints = [f"see: {context.command_path} --help"]
     if "Missing" in type(error).__name__ and context.command.epilog:
         hints.insert(0, context.command.epilog[0].lower() + context.command.epilog[1:])
-    if "No such command" in text:
+    if "No such command" in text or "Missing command" in text:
         commands = context.command.commands
         hints.insert(0, f"there are {', '.join(commands)}")
     return f"{text} ({'; '.join(hints)})"

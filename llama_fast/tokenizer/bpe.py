@@ -83,11 +83,20 @@ class Trainer:
         self._heap = [(-n, made) for made, n in self._pairs.items()]
         heapq.heapify(self._heap)
 
-    def train(self, n: int, progress: Progress | None = None, *, min_count: int = 2) -> None:
-        """Finds `n` new tokens more, fewer where no further pair occurs `min_count` times.
-        progress(done, n) is called after each."""
+    def train(
+        self,
+        n: int,
+        progress: Progress | None = None,
+        *,
+        min_count: int = 2,
+        max_chars: int | None = None,
+    ) -> None:
+        """Finds `n` new tokens more, fewer where no further pair occurs `min_count` times and has
+        at most `max_chars` characters. progress(done, n) is called after each."""
         for done in range(1, n + 1):
             token = self._most_frequent(min_count)
+            while token is not None and max_chars is not None and _chars(token) > max_chars:
+                token = self._most_frequent(min_count)
             if token is None:
                 return
             self._add(token, min_count)
@@ -144,6 +153,11 @@ class Trainer:
                 if rank is not None and (best is None or rank < best[0]):
                     best = rank, way
         return None if best is None else best[1]
+
+
+def _chars(token: bytes) -> int:
+    """How many characters begin in a token."""
+    return sum(byte & 0xC0 != 0x80 for byte in token)
 
 
 def merge(text: bytes, ranks: Mapping[bytes, int]) -> tuple[list[bytes], list[bytes]]:

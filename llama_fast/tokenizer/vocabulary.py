@@ -28,6 +28,7 @@ def extend(
     n: int,
     *,
     min_count: int = 2,
+    max_chars: int | None = None,
     scripts: Collection[str] = (),
     use_reserved: bool = False,
     progress: Progress | None = None,
@@ -36,16 +37,20 @@ def extend(
 
     The new tokens follow the last id, special tokens included; with use_reserved they first take
     the ids of the <|reserved_special_token_N|>, which leave the vocabulary. min_count: how often
-    the pair that becomes a token must occur. scripts: names of Unicode scripts ("Han"), of whose
-    characters alone new tokens are made. progress(done, n) is called after each. The same texts in
-    the same order give the same tokens; up to `corpus.MAX_PIECES` distinct pieces the order is of
-    no matter.
+    the pair that becomes a token must occur. max_chars: how many characters a new token may have;
+    where the corpus repeats whole clauses, as templates do, these would become tokens that no other
+    text contains. scripts: names of Unicode scripts ("Han"), of whose characters alone new tokens
+    are made. progress(done, n) is called after each. The same texts in the same order give the same
+    tokens; up to `corpus.MAX_PIECES` distinct pieces the order is of no matter.
 
     Raises TokenizerError where the texts are empty or hold too few pairs for so many tokens.
     """
     if isinstance(texts, str):
         raise TokenizerError("extend takes several texts, not one str; give [text]")
-    for name, value, least in (("n", n, 1), ("min_count", min_count, 1)):
+    longest = 1 if max_chars is None else max_chars
+    for name, value, least in (
+        ("n", n, 1), ("min_count", min_count, 1), ("max_chars", longest, 1)
+    ):  # fmt: skip
         if type(value) is not int or value < least:
             raise TokenizerError(f"{name} is {value!r}; give a whole number from {least} on")
     places = _reserved(tokenizer) if use_reserved else []
@@ -59,11 +64,11 @@ def extend(
             f"the corpus has no piece of two tokens or more{where}; there is nothing to join"
         )
     del found
-    trainer.train(n, progress, min_count=min_count)
+    trainer.train(n, progress, min_count=min_count, max_chars=max_chars)
     if len(trainer.new) < n:
         raise TokenizerError(
             f"the corpus gives {len(trainer.new)} new tokens whose pair occurs {min_count} times, "
-            f"not {n}: give more text, a smaller number of tokens, or a smaller least count"
+            f"not {n}: give more text, fewer tokens, or a smaller min_count"
         )
     names = set(places[:n])
     specials = {name: id_ for name, id_ in tokenizer.specials.items() if name not in names}
