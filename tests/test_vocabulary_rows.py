@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama_fast import training as train
 from llama_fast.checkpoint import open_checkpoint, write_hf, write_meta
 from llama_fast.checkpoint.vocabulary import (
     extend_folder,
@@ -240,6 +241,30 @@ def test_padding_takes_no_part_in_the_loss(tied, longer):
         padded, bare = (getattr(each, name).weight.grad for each in (model, plain))
         assert not padded[V + 30 :].any(), "no gradient, and not NaN"
         torch.testing.assert_close(padded[: V + 30], bare)
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("q_proj", "lm_head")])
+def test_padding_under_an_adapter_with_trained_rows(targets, longer):
+    """New rows alone are trained in embedding and head; with "lm_head" the logits are whole."""
+    losses, gradients = [], []
+    for multiple in (64, 1):
+        model = model_of(False)
+        new = vocabulary.resize(model, longer, multiple=multiple)
+        with torch.no_grad():
+            model.head.weight[V + 30 :] = torch.nan
+        rows = None if "lm_head" in targets else new
+        torch.manual_seed(1)
+        train.lora(model, rank=2, targets=targets, rows=rows)
+        tokens = torch.tensor([longer.encode(CHINESE)])
+        loss = model.loss(tokens, tokens.roll(-1, 1))
+        loss.backward()
+        losses.append(loss.detach())
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        gradients.append({n: p.grad for n, p in trained.items() if "head.lora" not in n})
+    torch.testing.assert_close(*losses)
+    assert len(gradients[0]) >= 2 and gradients[0].keys() == gradients[1].keys()
+    for name, found in gradients[0].items():
+        torch.testing.assert_close(found, gradients[1][name])
 
 
 def test_padding_of_a_quantised_head(longer):

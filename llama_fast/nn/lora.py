@@ -192,18 +192,26 @@ class AdaptedLinear(_Adapted, Linear):
         return y
 
     def cross_entropy(
-        self, x: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+        self,
+        x: Tensor,
+        targets: Tensor,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        padding: int = 0,
     ) -> Tensor:
         """As `Linear.cross_entropy`. With an adapter of low rank the logits are whole for a while;
         with trained rows they are not."""
         settings = {"ignore_index": ignore_index, "reduction": reduction}
         rows = self._active(self.rows)
         if self._active(self.lora) or len(rows) > 1:
-            logits = self(x).float().movedim(-1, 1) if x.ndim > 2 else self(x).float()
+            logits = self(x).float()
+            logits = logits[..., :-padding] if padding else logits
+            logits = logits.movedim(-1, 1) if x.ndim > 2 else logits
             return nn.functional.cross_entropy(logits, targets, **settings)
         if not rows:
-            return super().cross_entropy(x, targets, **settings)
-        return rows_cross_entropy(x, self.weight, rows[0], targets, **settings)
+            return super().cross_entropy(x, targets, **settings, padding=padding)
+        return rows_cross_entropy(x, self.weight, rows[0], targets, **settings, padding=padding)
 
 
 class AdaptedGateUp(AdaptedLinear, GateUp):

@@ -56,8 +56,9 @@ def rows_cross_entropy(
     *,
     ignore_index: int,
     reduction: str,
+    padding: int = 0,
 ) -> Tensor:
-    """Cross entropy of a head some rows of which are trained.
+    """Cross entropy of a head some rows of which are trained, without the last `padding` rows.
 
     Of the head's gradient (P - Y)ᵀ x only those rows are made: a matrix of their size, not of V.
     It is carried by a term whose value is zero.
@@ -66,6 +67,7 @@ def rows_cross_entropy(
         weight = weight.dequantize(x.dtype)
     values = rows.values.to(x.dtype)
     whole = weight.detach().index_copy(0, rows.ids, values.detach())
+    whole = whole[:-padding] if padding else whole
     losses = ops.linear_cross_entropy(
         x, whole, targets, ignore_index=ignore_index, reduction="none"
     )
