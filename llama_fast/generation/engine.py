@@ -9,6 +9,9 @@ verified, rows that end and are given other prompts.
         several = engine.step(drafts)  # (2, T) → (2, T, V)
         engine.truncate([6, 4])  # what of the drafts is kept
 
+Rows of texts that come and go are set aside with `hold` and taken up again with `resume`, and
+`step_first` steps only as many rows as there are texts.
+
 Capturing a step takes about as long as decoding tens of tokens, and a graph is bound to the memory
 it was captured with. So on a GPU a model keeps its cache and the steps captured on it, and the next
 engine of the model finds them: a batch of 3 replays the graph of 4 rows, the last of which holds
@@ -37,6 +40,8 @@ BATCH_SIZES = (1, 2, 4, 8, 16)
 SLOTS = 256
 # Tokens of each row that a prefill takes at once: bounds the memory of activations.
 PREFILL_CHUNK = 1024
+# The length of a row that is held: steps count up from it, and padding is neither stored nor seen.
+AWAY = -(2**30)
 
 
 def captured_batch_size(batch: int) -> int:
@@ -71,6 +76,8 @@ class Engine:
         self._capture_on = capture
         self._steps = {} if steps is None else steps
         self._free = {*range(self.batch, cache.batch)}
+        self._held: dict[int, int] = {}  # rows set aside, and the tokens that each holds
+        self._first: dict[int, tuple[KVCache, dict[int, CapturedStep]]] = {}
 
     @classmethod
     @contextmanager
@@ -115,8 +122,9 @@ class Engine:
     @property
     def lengths(self) -> list[int]:
         """Tokens that each row holds; 0 for one that is free."""
-        held = self.cache.host_lengths[: self.batch]
-        return [0 if row in self._free else length for row, length in enumerate(held)]
+        counted = self.cache.host_lengths[: self.batch]
+        lengths = [0 if row in self._free else length for row, length in enumerate(counted)]
+        return [self._held.get(row, length) for row, length in enumerate(lengths)]
 
     def prefill(self, prompts: Tensor | Sequence[Sequence[int]], first_row: int = 0) -> Tensor:
         """Appends a prompt to each of the rows from `first_row` on, while the others stay as they
@@ -136,6 +144,8 @@ class Engine:
                 f"{self.batch}; give each row a prompt of one token or more"
             )
         rows = {*range(first_row, stop)}
+        if aside := rows & self._held.keys():
+            raise PromptError(f"the rows {sorted(aside)} are held; resume them before a prefill")
         self._empty(self._free & rows)
         before = self.cache.host_lengths
         try:
@@ -188,6 +198,23 @@ class Engine:
             logits = self.captured(T)(self.model, tokens.view(self.batch, T))
         return logits if several else logits[:, 0]
 
+    def step_first(self, tokens: Tensor) -> Tensor:
+        """As `step` with a token a row, of the first rows alone: tokens (n,) → logits (n,V). Steps
+        of every n are captured apart."""
+        n = len(tokens)
+        if not 0 < n < self.batch:
+            return self.step(tokens)
+        if n not in self._first:
+            self._first[n] = self.cache.first(n), {}
+        part, steps = self._first[n]
+        self.cache.give_lengths(part)
+        engine = Engine(self.model, part, capture=self._capture_on, steps=steps)
+        engine._free = {row for row in self._free if row < n}
+        try:
+            return engine.step(tokens)
+        finally:
+            self.cache.take_lengths(part)
+
     def captured(self, T: int = 1) -> CapturedStep:
         """Returns what `step` runs for T tokens of each row."""
         if T not in self._steps:
@@ -205,6 +232,8 @@ class Engine:
                 f"rows that hold {self.lengths} tokens cannot be truncated to {lengths}; give each "
                 "row's length, from 0 to what it holds"
             )
+        self._held = {row: lengths[row] for row in self._held}
+        lengths = [AWAY if row in self._held else n for row, n in enumerate(lengths)]
         self.cache.truncate([*lengths, *[0] * (self.cache.batch - self.batch)])
 
     def restore(self, row: int, held: Mapping[str, Tensor]) -> None:
@@ -213,15 +242,39 @@ class Engine:
         with torch.inference_mode(self.cache.lengths.is_inference()), torch.no_grad():
             self.cache.restore(row, held)
         self._free.discard(row)
+        self._held.pop(row, None)
+
+    def hold(self, row: int) -> None:
+        """Sets a row aside with its tokens: until `resume`, steps neither change nor read it."""
+        row = range(self.batch)[row]
+        if row not in self._held:
+            self._held[row] = self.lengths[row]
+            self._free.discard(row)
+            self.cache.restart(row, AWAY)
+
+    def resume(self, row: int, length: int) -> None:
+        """Takes up a row that is held, with its first `length` tokens. Raises ShapeError where it
+        holds fewer, or is not held."""
+        row = range(self.batch)[row]
+        if not 0 <= length <= self._held.get(row, -1):
+            raise ShapeError(
+                f"row {row} was to go on after {length} tokens, and "
+                + (f"holds {self._held[row]}" if row in self._held else "is not held")
+            )
+        del self._held[row]
+        self.cache.restart(row, length)
 
     def free(self, row: int) -> None:
         """Empties a row that has ended, so that it takes no more room."""
         row = range(self.batch)[row]
         self._free.add(row)
+        if self._held.pop(row, None) is not None:
+            self.cache.restart(row)
         self._empty({row})
 
     def reset(self) -> None:
         """Empties every row."""
+        self._held = {}
         self._free = {*range(self.batch, self.cache.batch)}
         self.cache.reset()
 

@@ -103,6 +103,23 @@ class Sampling:
         return ids.gather(-1, position.clamp(max=p.shape[-1] - 1)).squeeze(-1)
 
 
+def sample_each(
+    logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]
+) -> Tensor:
+    """logits (B,V) float32 → token ids (B,) int64; row b is drawn as samplings[b] says, with
+    generators[b]. Rows of equal settings are drawn at once."""
+    if len(set(samplings)) == 1:
+        return samplings[0].sample(logits, generators)
+    groups: dict[Sampling, list[int]] = {}
+    for row, sampling in enumerate(samplings):
+        groups.setdefault(sampling, []).append(row)
+    tokens = torch.empty(len(samplings), dtype=torch.int64, device=logits.device)
+    for sampling, rows in groups.items():
+        where = torch.tensor(rows, device=logits.device)
+        tokens[where] = sampling.sample(logits[where], [generators[row] for row in rows])
+    return tokens
+
+
 def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Natural log of the untempered probability of `tokens` (B,) under `logits` (B,V): (B,)."""
     return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

@@ -132,9 +132,10 @@ class KVCache:
             )
         self._set_lengths([-count for count in padding])
 
-    def restart(self, row: int) -> None:
-        """Empties one row, while the others go on: one that ended takes no more room."""
-        self._set_lengths([*self._lengths[:row], 0, *self._lengths[row + 1 :]])
+    def restart(self, row: int, length: int = 0) -> None:
+        """Gives one row this length, while the others go on. Its slots below it must have been
+        filled, and are taken as they are; a negative length is padding, as in `reset`."""
+        self._set_lengths([*self._lengths[:row], length, *self._lengths[row + 1 :]])
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forgets the last tokens of each row b, so that `lengths[b]` are left. Raises ShapeError
@@ -198,6 +199,11 @@ class KVCache:
         """Counts what a cache of some rows has counted."""
         part._return_lengths()
         self._lengths[part._start : part._start + part.batch] = part._lengths
+
+    def give_lengths(self, part: KVCache) -> None:
+        """The way back of `take_lengths`: a cache of some rows counts what this one has counted."""
+        self._return_lengths()
+        part._lengths = self._lengths[part._start : part._start + part.batch]
 
     def ahead(self, T: int) -> Tensor:
         """The lengths after T more tokens, (B,). Raises PromptError where they have no room."""
