@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import PromptError
 from ..model import Llama
 from ..nn.kv_cache import cache_dtype
 from ..tokenizer import StreamDecoder, Tokenizer
@@ -25,6 +26,7 @@ from .arguments import (
     whole_number,
 )
 from .engine import Engine
+from .grammar import Grammar, masked
 from .not_finite import not_finite
 from .sampling import Sampling, logprobs
 
@@ -68,6 +70,7 @@ def generate(
     stop: Iterable[str] | None = None,
     stop_ids: int | Iterable[int] | None = None,
     kv_cache: str | None = None,
+    grammar: Grammar | None = None,
 ) -> list[Completion]:
     """Continues each prompt; see `stream` for the arguments. Returns one Completion a prompt."""
     prompts = encode_prompts(tokenizer, prompts)
@@ -83,6 +86,7 @@ def generate(
         stop=stop,
         stop_ids=stop_ids,
         kv_cache=kv_cache,
+        grammar=grammar,
     )
     completions = [Completion() for _ in prompts]
     for chunk in chunks:
@@ -108,6 +112,7 @@ def stream(
     stop: Iterable[str] | None = None,
     stop_ids: int | Iterable[int] | None = None,
     kv_cache: str | None = None,
+    grammar: Grammar | None = None,
 ) -> Iterator[Chunk]:
     """Yields a Chunk for each new token of each prompt, as they are made.
 
@@ -123,14 +128,18 @@ def stream(
                     (`tokenizer.stop_ids`)
     kv_cache        "int8" stores keys and values in about half the memory, and rounds them; None:
                     in the model's dtype
+    grammar         what each answer must be: see `llama_fast.generation.grammar.Grammar`. A row
+                    whose text is whole ends with "stop", without a stop token where nothing could
+                    follow. Logprobs are the model's own, those of refused tokens included
 
     Tokens that the model has and the tokenizer has not (padding of the vocabulary) are never drawn.
     Raises PromptError for an empty prompt, one that fills the context, token ids that the model
-    does not have, or values out of range, and ConfigError for another kv_cache; and while the text
-    is made, LogitsError where the logits are NaN or infinite.
+    does not have, values out of range, or a grammar that cannot be met, and ConfigError for another
+    kv_cache; and while the text is made, LogitsError where the logits are NaN or infinite, and
+    PromptError where the grammar becomes too complex.
     """
     prompts = encode_prompts(tokenizer, prompts)
-    rows = Rows(model, tokenizer, prompts, max_new_tokens, seed, stop, stop_ids, kv_cache)
+    rows = Rows(model, tokenizer, prompts, max_new_tokens, seed, stop, stop_ids, kv_cache, grammar)
     return rows.run(Sampling(temperature, top_p, top_k))
 
 
@@ -147,6 +156,7 @@ class Rows:
         stop: Iterable[str] | None,
         stop_ids: int | Iterable[int] | None,
         kv_cache: str | None,
+        grammar: Grammar | None = None,
     ) -> None:
         check_prompts(model.config, tokenizer, prompts)
         cache_dtype(kv_cache, model.dtype)
@@ -164,6 +174,9 @@ class Rows:
         self.texts = [
             _Text(StreamDecoder(tokenizer, skip_special=True), stop, marks) for _ in prompts
         ]
+        if not isinstance(grammar, Grammar | None):
+            raise PromptError(f"grammar is {type(grammar).__name__}; give a Grammar or None")
+        self.matchers = [grammar and grammar.matcher(tokenizer, self.stop_ids) for _ in prompts]
 
     def run(self, sampling: Sampling) -> Iterator[Chunk]:
         slots = max(len(prompt) + n for prompt, n in zip(self.prompts, self.limits, strict=True))
@@ -183,7 +196,8 @@ class Rows:
         active = set(range(len(self.prompts)))
         while True:
             logits = logits[:, : self.known]
-            tokens = sampling.sample(logits, self.generators)
+            matchers = [m if n in active else None for n, m in enumerate(self.matchers)]
+            tokens = sampling.sample(masked(logits, matchers), self.generators)
             scores = logprobs(logits, tokens).tolist()
             for index, token in enumerate(tokens.tolist()):
                 if index not in active:
@@ -192,7 +206,7 @@ class Rows:
                 if not math.isfinite(scores[index]):
                     what = f"token {counts[index]} of prompt {index}"
                     raise not_finite(self.model, logits[index], what)
-                text, reason = self._finish(index, token, counts[index])
+                text, reason = self.finish(index, token, counts[index])
                 if reason:
                     active.remove(index)
                     ended(index)
@@ -201,14 +215,19 @@ class Rows:
                 return
             logits = engine.step(tokens)
 
-    def _finish(self, index: int, token: int, count: int) -> tuple[str, str | None]:
-        """What to show after this token, and why the row ends with it, or None."""
-        text = self.texts[index]
+    def finish(self, index: int, token: int, count: int) -> tuple[str, str | None]:
+        """Takes the token that row `index` has drawn as its `count`-th. Returns what to show after
+        it, and why the row ends with it, or None."""
+        text, matcher = self.texts[index], self.matchers[index]
         if token in self.stop_ids:
             return text.flush(), "stop"
+        if matcher is not None:
+            matcher.push(token)
         shown = text.push(token)
         if text.stopped:
             return shown, "stop_string"
+        if matcher is not None and matcher.ended:
+            return shown + text.flush(), "stop"
         if count == self.limits[index]:
             return shown + text.flush(), "length"
         return shown, None

@@ -26,6 +26,7 @@ from ..tokenizer import Tokenizer
 from .arguments import encode_prompts, whole_number
 from .engine import Engine
 from .generate import Chunk, Rows
+from .grammar import Grammar
 from .sampling import Sampling
 from .snapshot import Snapshot
 
@@ -133,6 +134,7 @@ class Session:
         seed: int | None = None,
         stop: Iterable[str] | None = None,
         stop_ids: int | Iterable[int] | None = None,
+        grammar: Grammar | None = None,
     ) -> Iterator[Chunk]:
         """Yields a Chunk for each new token, as `generate.stream` does, which explains the
         arguments and what is raised. The prompt is the whole text, from its beginning.
@@ -142,7 +144,15 @@ class Session:
         """
         (ids,) = encode_prompts(self.tokenizer, prompt)
         rows = Rows(
-            self.model, self.tokenizer, [ids], max_new_tokens, seed, stop, stop_ids, self.kv_cache
+            self.model,
+            self.tokenizer,
+            [ids],
+            max_new_tokens,
+            seed,
+            stop,
+            stop_ids,
+            self.kv_cache,
+            grammar,
         )
         if len(ids) >= self.max_seq_len:
             raise PromptError(
