@@ -38,6 +38,21 @@ class DataError(LlamaFastError):
         super().__init__(place + reason)
 
 
+class RequestError(LlamaFastError):
+    """A request to the server that is malformed, or asks for what is not served. status: HTTP's;
+    param: the field; code: OpenAI's word for the reason."""
+
+    def __init__(
+        self, text: str, *, param: str | None = None, code: str | None = None, status: int = 400
+    ) -> None:
+        super().__init__(text)
+        self.param, self.code, self.status = param, code, status
+
+
+class BusyError(LlamaFastError):
+    """A request that the server cannot take now: its queue is full, or it is shutting down."""
+
+
 class LogitsError(LlamaFastError):
     """Logits from which no token can be drawn, since they are NaN or infinite."""
 

@@ -40,6 +40,7 @@ MAY_IMPORT |= {
 }
 BELOW_BENCH = MODEL | {"tokenizer", "quantization", "generation", "training", "hf", "inspect"}
 MAY_IMPORT["bench"] = BELOW_BENCH | KERNELS
+MAY_IMPORT["serve"] = MODEL | {"tokenizer", "generation"}
 FREE = {"__init__", "__main__", "cli", "demo"}  # the top of the house
 WITHOUT_TORCH = {"errors", "tokenizer"}
 

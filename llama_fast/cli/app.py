@@ -24,10 +24,11 @@ from .options import Debug
 from .profile import profile
 from .quantize import quantize
 from .report import report
+from .serve import serve
 from .tokenize import tokenize
 
 COMMANDS = (
-    generate, chat, finetune, info, tokenize, convert, quantize, init, doctor, explain, bench,
+    generate, chat, serve, finetune, info, tokenize, convert, quantize, init, doctor, explain, bench,
     profile, report, inspect,
 )  # fmt: skip
 

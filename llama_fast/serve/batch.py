@@ -1,0 +1,351 @@
+"""Makes many answers at once: a loop in a thread of its own over the rows of one engine.
+
+Each turn of the loop takes requests from the queue into rows that are free, computes some tokens of
+their prompts, and then makes one step of all rows that answer. A row's tokens depend on its own
+request: it has its own sampling, seed, stop strings and grammar (`Rows`, as in `generate`). Rows
+that are free, or whose prompt is only half computed, are held (`Engine.hold`), so steps leave them
+alone; the lowest rows are taken first, and a step computes only as many as it needs.
+
+The row of an answer that has ended keeps its tokens. A request whose prompt begins with them goes
+on from there, as the next turn of a dialog does.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from ..dispatch import use_backend
+from ..errors import BusyError, LlamaFastError
+from ..generation.engine import Engine, captured_batch_size
+from ..generation.grammar import masked
+from ..generation.not_finite import not_finite
+from ..generation.sampling import logprobs, sample_each
+from ..model import Llama
+from .job import Job, Piece
+from .metrics import Metrics
+
+# Tokens of prompts that are computed between two steps of the rows that answer.
+PREFILL_TOKENS = 512
+# A common beginning shorter than this is computed again: the lowest free row is worth more.
+LEAST_REUSED = 32
+
+Publish = Callable[[list[tuple[Job, Piece]]], None]
+
+
+class _Row:
+    """A row of the engine. tokens: those whose keys and values it holds, or may be resumed with.
+    drawn: the token that the next step takes; None while the prompt is not computed."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.job: Job | None = None
+        self.tokens: list[int] = []
+        self.drawn: int | None = None
+
+
+class Batch:
+    """Answers jobs, up to `rows` at once, while up to `queue` wait.
+
+    publish: is called with the new pieces of a turn, in the batch's thread and at the end also in
+    the one that calls `drain`. max_seq_len: tokens of a row, prompt and answer. kv_cache: as in
+    `generate`. backend: asked for strictly, as by `use_backend`. reuse: keep the tokens of rows
+    that have ended.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        publish: Publish,
+        *,
+        rows: int = 16,
+        queue: int = 64,
+        max_seq_len: int | None = None,
+        kv_cache: str | None = None,
+        backend: str | None = None,
+        reuse: bool = True,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.model, self.publish = model, publish
+        self.max_seq_len = max_seq_len or model.config.max_seq_len
+        self.kv_cache, self.backend, self.reuse = kv_cache, backend, reuse
+        self.queue = queue
+        self.metrics = metrics or Metrics()
+        self._rows = [_Row(index) for index in range(rows)]
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()  # guards what is below, and the queue
+        self._draining = self._aborted = False
+        self._ready = threading.Event()
+        self._failed: Exception | None = None
+        self._new: list[tuple[Job, Piece]] = []
+        self._thread = threading.Thread(target=self._run, name="llama-fast batch", daemon=True)
+
+    @property
+    def rows(self) -> int:
+        return len(self._rows)
+
+    @property
+    def rows_in_use(self) -> int:
+        return sum(row.job is not None for row in self._rows)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def failed(self) -> Exception | None:
+        """What ended the loop, where that was an error."""
+        return self._failed
+
+    def start(self) -> None:
+        """Begins; returns when the cache is there. Raises what making it raises."""
+        self._thread.start()
+        self._ready.wait()
+        if self._failed is not None:
+            raise self._failed
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Puts all of the jobs into the queue, or none: raises BusyError where there is no room, or
+        the batch is at its end."""
+        with self._changed:
+            if self._draining or self._failed is not None:
+                raise BusyError("the server is shutting down; ask another one")
+            idle = sum(row.job is None for row in self._rows)
+            room = self.queue + idle - len(self._waiting)
+            if len(jobs) > room:
+                raise BusyError(
+                    f"{len(self._waiting)} answers wait already, and the queue holds {self.queue}; "
+                    "ask again later"
+                )
+            self._waiting.extend(jobs)
+            self._changed.notify()
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Ends the jobs: their rows are free at the next turn. Those that have ended stay so."""
+        with self._changed:
+            for job in jobs:
+                job.cancelled = True
+            self._waiting = deque(job for job in self._waiting if not job.cancelled)
+            self._changed.notify()
+
+    def drain(self) -> None:
+        """Answers no more than what has a row: what waits gets a BusyError."""
+        with self._changed:
+            self._draining = True
+            waiting, self._waiting = list(self._waiting), deque()
+            self._changed.notify()
+        if waiting:
+            error = BusyError("the server is shutting down; ask another one")
+            self.publish([(job, Piece(error=error)) for job in waiting])
+
+    def stop(self) -> None:
+        """Ends at once, after the step that runs, whatever has not been answered."""
+        self.drain()
+        with self._changed:
+            self._aborted = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    # In the thread -------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            asked = use_backend(self.backend, strict=True) if self.backend else nullcontext()
+            with (
+                asked,
+                torch.inference_mode(),
+                Engine.acquire(self.model, self.rows, self.max_seq_len, self.kv_cache) as engine,
+            ):
+                for row in self._rows:
+                    engine.hold(row.index)
+                self._ready.set()
+                while self._wait():
+                    self._turn(engine)
+                    self._publish()
+        except Exception as error:  # of the engine itself; those of an answer are its own
+            self._failed = error
+            self._ready.set()
+        finally:
+            self.drain()
+            ended = BusyError("the server has stopped before the answer was whole")
+            for row in self._rows:
+                if row.job is not None:
+                    self._new.append((row.job, Piece(error=self._failed or ended)))
+                    row.job = None
+            self._publish()
+
+    def _wait(self) -> bool:
+        """Waits for work; whether there is any more."""
+        with self._changed:
+            while not self._aborted:
+                if self._waiting or any(row.job for row in self._rows):
+                    return True
+                if self._draining:
+                    return False
+                self._changed.wait()
+            return False
+
+    def _turn(self, engine: Engine) -> None:
+        for row in self._rows:
+            if row.job is not None and row.job.cancelled:
+                self._retire(engine, row)
+        budget = PREFILL_TOKENS
+        while budget > 0 and (row := self._filling() or self._admit()):
+            budget -= self._fill(engine, row, budget)
+        answering = [row for row in self._rows if row.drawn is not None]
+        if answering:
+            self._step(engine, answering)
+
+    def _publish(self) -> None:
+        new, self._new = self._new, []
+        new = [(job, piece) for job, piece in new if not job.cancelled]
+        if new:
+            self.publish(new)
+
+    def _filling(self) -> _Row | None:
+        """The row whose prompt is not all computed; there is one at most."""
+        return next((row for row in self._rows if row.job and row.drawn is None), None)
+
+    def _admit(self) -> _Row | None:
+        """Gives the first request that waits a row, if one is free: the one that holds most of its
+        beginning, else the lowest."""
+        free = [row for row in self._rows if row.job is None]
+        with self._changed:
+            if not free or not self._waiting:
+                return None
+            job = self._waiting.popleft()
+            common = [common_beginning(row.tokens, job.ids[:-1]) for row in free]
+            most = max(common)
+            row = free[common.index(most) if most >= LEAST_REUSED else 0]
+            row.job = job
+        kept = most if most >= LEAST_REUSED else 0
+        del row.tokens[kept:]
+        job.reused = kept
+        self.metrics.count("prompt_tokens", len(job.ids))
+        self.metrics.count("reused_tokens", kept)
+        return row
+
+    def _fill(self, engine: Engine, row: _Row, budget: int) -> int:
+        """Computes up to `budget` more tokens of a row's prompt; returns how many. After the last
+        of them the first token of the answer is drawn."""
+        job, held = row.job, len(row.tokens)
+        part = job.ids[held : held + budget]
+        engine.resume(row.index, held)
+        try:
+            logits = engine.prefill([part], row.index)
+        except Exception as error:  # out of memory, a kernel: the other rows go on
+            self._end(engine, row, error)
+            return len(part)
+        row.tokens += part
+        if len(row.tokens) < len(job.ids):
+            engine.hold(row.index)
+        else:
+            self._draw(engine, [row], logits)
+        return len(part)
+
+    def _step(self, engine: Engine, rows: list[_Row]) -> None:
+        """Makes one step of the rows that answer, and draws a token of each."""
+        n = min(captured_batch_size(rows[-1].index + 1), self.rows)
+        tokens = [0] * n
+        for row in rows:
+            tokens[row.index] = row.drawn
+        try:
+            where = engine.cache.lengths.device
+            logits = engine.step_first(torch.tensor(tokens, device="cpu").to(where))
+        except Exception as error:
+            for row in rows:
+                self._end(engine, row, error)
+            return
+        for row in rows:
+            row.tokens.append(row.drawn)
+        if len(rows) < n:
+            logits = logits[torch.tensor([row.index for row in rows], device=logits.device)]
+        self._draw(engine, rows, logits)
+
+    def _draw(self, engine: Engine, rows: list[_Row], logits: Tensor) -> None:
+        """Draws a token of each row from its logits (B,V), and hands it on."""
+        logits = logits[:, : rows[0].job.rows.known]
+        allowed = self._allowed(engine, rows, logits)
+        jobs = [row.job for row in rows if row.job]
+        if len(jobs) < len(rows):
+            kept = [n for n, row in enumerate(rows) if row.job]
+            rows, logits, allowed = [rows[n] for n in kept], logits[kept], allowed[kept]
+        if not rows:
+            return
+        generators = [job.rows.generators[0] for job in jobs]
+        tokens = sample_each(allowed, [job.sampling for job in jobs], generators)
+        scores = logprobs(logits, tokens).tolist()
+        for n, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            try:
+                self._take(engine, row, token, scores[n], logits[n])
+            except LlamaFastError as error:
+                self._end(engine, row, error)
+        self.metrics.count("generated_tokens", len(rows))
+
+    def _allowed(self, engine: Engine, rows: list[_Row], logits: Tensor) -> Tensor:
+        """The logits with -inf where a row's grammar says so; a row whose grammar fails ends."""
+        if not any(row.job.matcher for row in rows):
+            return logits
+        parts = []
+        for n, row in enumerate(rows):
+            part = logits[n : n + 1]
+            try:
+                part = masked(part, [row.job.matcher])
+            except LlamaFastError as error:
+                self._end(engine, row, error)
+            parts.append(part)
+        return torch.cat(parts)
+
+    def _take(self, engine: Engine, row: _Row, token: int, score: float, logits: Tensor) -> None:
+        """Adds a token to the text of its row. Raises LogitsError, PromptError."""
+        job = row.job
+        job.made += 1
+        if not math.isfinite(score):
+            raise not_finite(self.model, logits, f"token {job.made} of an answer")
+        text, reason = job.rows.finish(0, token, job.made)
+        top: tuple[tuple[int, float], ...] = ()
+        if job.top:
+            best = logits.log_softmax(-1).topk(min(job.top, len(logits)))
+            top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        if job.made == 1:
+            self.metrics.observe("time_to_first_token", time.perf_counter() - job.submitted)
+        self._new.append((job, Piece(token, text, score, top, reason)))
+        row.drawn = token
+        if reason:
+            self._retire(engine, row)
+
+    def _end(self, engine: Engine, row: _Row, error: Exception) -> None:
+        """Ends an answer with an error."""
+        self._new.append((row.job, Piece(error=error)))
+        self._retire(engine, row)
+
+    def _retire(self, engine: Engine, row: _Row) -> None:
+        """Frees a row; it is held, with the tokens that are computed."""
+        row.job, row.drawn = None, None
+        engine.hold(row.index)
+        if not self.reuse:
+            row.tokens.clear()
+
+
+def common_beginning(a: Sequence[int], b: Sequence[int]) -> int:
+    """Returns how many of the first elements are equal."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
