@@ -44,23 +44,27 @@ def alone(model, prompt, steps, kv_cache=None):
 @pytest.mark.parametrize("capture", [None, RecordedGraphs])
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_row_that_is_held_stays_as_it_is(model, backend, kv_cache, capture, inference):
-    """Row 1 is set aside for 20 steps of the others, which take more than its free slots."""
+    """Row 1 is set aside, nearly full, for more steps of the others than it has room for."""
+    long = [1 + n % 40 for n in range(60)]
     with use_backend(backend), torch.inference_mode(inference):
-        expected, tokens = alone(model, PROMPTS[1], 8, kv_cache)
+        expected, tokens = alone(model, long, 4, kv_cache)
         with Engine.acquire(model, 3, 64, kv_cache, capture=capture) as engine:
-            first = engine.prefill(PROMPTS[:3])
+            first = engine.prefill([PROMPTS[0], long, PROMPTS[2]])
             torch.testing.assert_close(first[1], expected[0], **CLOSE)
             before = engine.cache.held(1)
             engine.hold(1)
             engine.hold(1)  # once more changes nothing
-            assert engine.lengths == [4, 2, 3]
-            poison(engine, 1, 2)
+            assert engine.lengths == [4, 60, 3]
+            poison(engine, 1, 60)
             for _ in range(20):
                 assert engine.step(torch.tensor([3, 4, 5]))[[0, 2]].isfinite().all()
-            assert engine.lengths == [24, 2, 23]
-            engine.resume(1, 2)
+            assert engine.lengths == [24, 60, 23]
+            assert all(
+                x[1, :, 60:].isnan().all() for x in engine.cache.tensors() if x.is_floating_point()
+            )
+            engine.resume(1, 60)
             assert all(torch.equal(x, before[name]) for name, x in engine.cache.held(1).items())
-            for n, token in enumerate(tokens[:8]):
+            for n, token in enumerate(tokens[:4]):
                 logits = engine.step(torch.tensor([0, token, 0]))[1]
                 torch.testing.assert_close(logits, expected[n + 1], **CLOSE)
 
