@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
+from llama_fast.cli import main
 from llama_fast.serve import app
 
 from .serving import demo, serving
@@ -202,17 +208,25 @@ def test_other_paths_and_methods(server):
     assert status == 405 and headers["allow"] == "POST" and "error" in found
 
 
+def test_without_a_key_only_this_machine_is_served(server):
+    body = {"prompt": "x", "max_tokens": 1}
+    for host, status in (("evil.example", 403), ("localhost:1", 200), ("[::1]:8000", 200)):
+        assert ask(server, TEXT, body, {"host": host})[0] == status
+        assert ask(server, "/v1/models", headers={"host": host})[0] == status
+
+
 def test_after_all_that_it_answers(server):
     assert ask(server, "/health")[2] == {"status": "ok"}
     assert ask(server, TEXT, {"prompt": "Once", "max_tokens": 3})[0] == 200
     until(lambda: server.batch.rows_in_use == 0 == server.batch.waiting)
 
 
-def opened(server, body, path=TEXT):
+def opened(server, body, headers=None):
     """A stream that has begun: its connection and its response."""
     connection = connect(server)
     data = json.dumps(body | {"stream": True})
-    connection.request("POST", path, data, {"content-type": "application/json"})
+    headers = {"content-type": "application/json"} | (headers or {})
+    connection.request("POST", TEXT, data, headers)
     response = connection.getresponse()
     assert response.status == 200, response.read()
     assert response.getheader("content-type").startswith("text/event-stream")
@@ -321,3 +335,43 @@ def test_the_end_waits_for_answers_that_have_begun(served):
         rest = response.read().decode()
         assert rest.rstrip().endswith("data: [DONE]") and '"finish_reason":"length"' in rest
         connection.close()
+
+
+def test_the_command(tmp_path):
+    """`llama-fast serve`, from its first line to a termination while it answers."""
+    key = tmp_path / "key.txt"
+    key.write_text("secret-2\n")
+    command = [sys.executable, "-m", "llama_fast", "serve", "--port", "0", "--max-batch", "2"]
+    process = subprocess.Popen(
+        [*command, "--api-key", f"@{key}", "--kv-cache", "int8", "--name", "small"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        lines = []
+        while not (found := re.search(r"listening on (http://127\.0\.0\.1:\d+);", "".join(lines))):
+            lines.append(process.stderr.readline())
+            assert lines[-1], "".join(lines)
+        assert "2 answers at once of 512 tokens" in lines[-2]
+        server = SimpleNamespace(url=found[1])
+        right = {"authorization": "Bearer secret-2"}
+        assert ask(server, "/v1/models", headers=right)[2]["data"][0]["id"] == "small"
+        assert ask(server, TEXT, {"prompt": "x"})[0] == 401
+        connection, response = opened(server, ENDLESS | {"max_tokens": 60}, headers=right)
+        process.send_signal(signal.SIGTERM)
+        assert response.read().decode().rstrip().endswith("data: [DONE]")
+        connection.close()
+        assert process.stderr.read().endswith("stopped\n") and process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_what_the_command_refuses(capsys, monkeypatch):
+    assert main(["serve", "--api-key", "two words"]) == 1
+    assert "--api-key" in capsys.readouterr().err
+    assert main(["serve", "--api-key", "@/no/such/file"]) == 1
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve"]) == 1
+    assert "llama_fast[serve]" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from ipaddress import ip_address
 from typing import Annotated
 
 import typer
@@ -107,7 +106,7 @@ def serve(
     from ..checkpoint import open_checkpoint
     from ..model import Llama
     from ..serve.requests import Served
-    from ..serve.server import run
+    from ..serve.server import is_loopback, run
     from ..tokenizer import Tokenizer
     from ..tokenizer.chat_choice import chat_format
 
@@ -177,10 +176,3 @@ def held(llama, served) -> int:
     vectors = 2 * config.n_layers * config.n_kv_heads * served.max_seq_len * served.most_choices
     each = config.head_dim + 4 if served.kv_cache else config.head_dim * llama.dtype.itemsize
     return vectors * each
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -27,7 +27,13 @@ from .requests import Asked, Served, chat_request, text_request
 MOST_BODY = 4 << 20  # bytes
 BODY_SECONDS = 30  # for the whole body to come in
 RETRY_SECONDS = 1
-KINDS = {401: "authentication_error", 404: "not_found_error", 503: "overloaded_error"}
+LOCAL = ("localhost", "127.0.0.1", "::1")
+KINDS = {
+    403: "permission_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    503: "overloaded_error",
+}
 
 
 class Gone(Exception):
@@ -37,15 +43,17 @@ class Gone(Exception):
 class Server:
     """The application over a batch, and what hands the batch's pieces to the requests.
 
-    key: what requests must bring as a bearer token; None: nothing. Made before the batch, whose
-    `publish` it is; `batch` and `loop` are set before the first request.
+    key: what requests must bring as a bearer token; None: nothing. local: without a key, take
+    requests only that name this machine as their host. Made before the batch, whose `publish` it
+    is; `batch` and `loop` are set before the first request.
     """
 
-    def __init__(self, served: Served, key: str | None = None) -> None:
+    def __init__(self, served: Served, key: str | None = None, *, local: bool = False) -> None:
         self.served = served
         self.batch: Batch
         self.loop: asyncio.AbstractEventLoop | None = None
         self._key = None if key is None else key.encode()
+        self._local = local
         self._created = int(time.time())
         # Which queue each job's pieces go into. Touched in the event loop alone.
         self._boxes: dict[Job, asyncio.Queue[tuple[Job, Piece] | None]] = {}
@@ -180,6 +188,14 @@ class Server:
 
     def _check_key(self, request: Request) -> None:
         if self._key is None:
+            # A page of another site can give its own name this machine's address, and then passes
+            # for one of ours; but its requests name its own host.
+            if self._local and request.url.hostname not in LOCAL:
+                raise RequestError(
+                    f"the host {request.url.hostname!r} is not served; ask for localhost, or start "
+                    "the server with --api-key",
+                    status=403,
+                )
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # Compared in full, so that the time tells nothing about the key.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -175,6 +176,8 @@ class Batch:
                     self._turn(engine)
                     self._publish()
         except Exception as error:  # of the engine itself; those of an answer are its own
+            if self._ready.is_set():
+                traceback.print_exception(error)
             self._failed = error
             self._ready.set()
         finally:

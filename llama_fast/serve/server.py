@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
+from ipaddress import ip_address
 from typing import Any
 
 import uvicorn
@@ -58,7 +59,7 @@ def run(
     ready: called with the address when connections are taken. Uvicorn raises SystemExit where
     the port cannot be had.
     """
-    server = Server(served, key)
+    server = Server(served, key, local=is_loopback(host))
     server.batch = batch = Batch(
         served.model,
         server.publish,
@@ -92,3 +93,11 @@ def run(
     finally:
         sys.setswitchinterval(before)
         batch.stop()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server on this host is reached from this machine alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
