@@ -28,8 +28,8 @@ from .serve import serve
 from .tokenize import tokenize
 
 COMMANDS = (
-    generate, chat, serve, finetune, info, tokenize, convert, quantize, init, doctor, explain, bench,
-    profile, report, inspect,
+    generate, chat, serve, finetune, info, tokenize, convert, quantize, init, doctor, explain,
+    bench, profile, report, inspect,
 )  # fmt: skip
 
 app = typer.Typer(
