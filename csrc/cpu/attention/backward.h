@@ -32,7 +32,7 @@ constexpr int STRIP = 24;  // rows whose scores stay in L1
 static_assert(TILE % MR == 0 && TILE % PANEL == 0 && STRIP % MR == 0);
 
 // Rows of a block at most, where a token has no more: its working memory stays in L2.
-static inline int64_t block_rows(int64_t D) { return D <= 64 ? 192 : 96; }
+static inline int64_t block_rows(int64_t D) { return D <= 128 ? 192 : 96; }
 
 // Working memory of a thread, laid out from `memory`, which may be null to learn the size.
 template <class T> struct Memory {

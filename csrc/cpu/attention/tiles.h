@@ -23,7 +23,7 @@ static inline void multiply(const float* a, int64_t a_stride, const float* b, in
     for (int i = 0; i < N; ++i) x[i] = load(b + (step * N + i) * W);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
-      const vf y = set(DOWN ? a[step * a_stride + r] : a[r * a_stride + step]);
+      const vf y = keep(set(DOWN ? a[step * a_stride + r] : a[r * a_stride + step]));
       for (int i = 0; i < N; ++i) total[r][i] = Unit<T>::madd(y, x[i], total[r][i]);
     }
   }
