@@ -34,6 +34,10 @@ for keys and values in q's dtype. Float16 has few exponents, and a key that a qu
 have a b far below the others', so there acc is in parts of the query's largest p · b so far
 (`part_size`). What differs besides is how large a tile is best.
 
+**Packed documents** (DOCUMENTS) are the batch: b is one of them, with its own tokens of one row.
+A grid has a tile for each that a document as long as the row would have; those that are beyond the
+end of theirs return at once, so no length is read back, and none sees another document's memory.
+
 **Backward.** P = exp(s - lse) is made again from the lse of the forward pass, tile by tile:
 
     delta = Σ_d o · g        dP = g vᵀ        dS = P ∘ (dP - delta)
@@ -74,6 +78,15 @@ def load_length(lengths_ptr, b, T, S, HAS_LENGTHS: tl.constexpr):
         return tl.minimum(tl.maximum(tl.load(lengths_ptr + b), -T), S).to(tl.int32)
     else:
         return S
+
+
+@triton.jit
+def load_document(cu_seqlens_ptr, b, T):
+    """(its first token, how many it has) of document b; within the T of the row, whatever was
+    given."""
+    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b), 0), T)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b + 1), begin), T)
+    return begin, end - begin
 
 
 @triton.jit
@@ -151,6 +164,7 @@ def attention_fwd_kernel(
     k_scales_ptr,  # where CODED, (B, S, K) float32
     v_scales_ptr,
     lengths_ptr,  # (B,) int64
+    cu_seqlens_ptr,  # where DOCUMENTS, (B + 1,) int32
     o_ptr,  # (B, T, H, D) contiguous; where SPLIT, (parts, B, T, H, D) float32
     lse_ptr,  # (B, H, T); where SPLIT, (parts, B, H, T)
     unit,
@@ -179,6 +193,7 @@ def attention_fwd_kernel(
     CODED: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
     NEED_LSE: tl.constexpr,
     SPLIT: tl.constexpr,
     ODD_D: tl.constexpr,
@@ -190,7 +205,17 @@ def attention_fwd_kernel(
     # The last queries see the most keys: they go first, so that the programs end together.
     m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     b, kv_head = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
-    length = load_length(lengths_ptr, b, T, S, HAS_LENGTHS)
+    row_T = T
+    if DOCUMENTS:
+        token, T = load_document(cu_seqlens_ptr, b, T)
+        length, b = T, b * 0
+        if m >= T * G:
+            return
+        q_ptr += token.to(tl.int64) * stride_qt
+        k_ptr += token.to(tl.int64) * stride_ks
+        v_ptr += token.to(tl.int64) * stride_vs
+    else:
+        token, length = 0, load_length(lengths_ptr, b, T, S, HAS_LENGTHS)
     rows = T * G
     row, d = m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     t = tl.minimum(row // G, T - 1)
@@ -260,14 +285,14 @@ def attention_fwd_kernel(
     batch = b
     if SPLIT:
         batch += tl.program_id(2).to(tl.int64) * (tl.num_programs(1) // K)
-    o_at = ((batch * T + t) * H + h) * D
+    o_at = ((batch * row_T + token + t) * H + h) * D
     inside = (row[:, None] < rows) & (d[None, :] < D)
     tl.store(o_ptr + o_at[:, None] + d[None, :], o.to(o_ptr.dtype.element_ty), mask=inside)
     if NEED_LSE or SPLIT:
         dtype = lse_ptr.dtype.element_ty
         # -inf without a key, as log 0 is.
         lse = top.to(dtype) * factor + tl.log2(total.to(dtype)) * LN_2
-        tl.store(lse_ptr + (batch * H + h) * T + t, lse, mask=row < rows)
+        tl.store(lse_ptr + (batch * H + h) * row_T + token + t, lse, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["parts", "N", "T"])
@@ -340,6 +365,7 @@ def attention_bwd_dk_dv_kernel(
     lse_ptr,  # (B, H, T)
     delta_ptr,  # (B, H, T)
     lengths_ptr,  # (B,) int64
+    cu_seqlens_ptr,  # where DOCUMENTS, (B + 1,) int32
     dk_ptr,  # (B, S, K, D) contiguous
     dv_ptr,  # (B, S, K, D) contiguous
     unit,
@@ -363,13 +389,25 @@ def attention_bwd_dk_dv_kernel(
     G: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N  # the first keys are seen by the most queries: they go first
     b, kv_head = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
-    length = load_length(lengths_ptr, b, T, S, HAS_LENGTHS)
+    row_T = T
+    if DOCUMENTS:
+        token, T = load_document(cu_seqlens_ptr, b, T)
+        length, S, b = T, T, b * 0
+        if first >= T:
+            return
+        q_ptr += token.to(tl.int64) * stride_qt
+        k_ptr += token.to(tl.int64) * stride_ks
+        v_ptr += token.to(tl.int64) * stride_vs
+        grad_ptr += token.to(tl.int64) * stride_gt
+    else:
+        token, length = 0, load_length(lengths_ptr, b, T, S, HAS_LENGTHS)
     n, d = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     # Queries before `some` see no key of the tile; those from `all` on see each of them.
     some, whole = 0, 0
@@ -393,7 +431,7 @@ def attention_bwd_dk_dv_kernel(
     v = tl.load(v_row + key * stride_vs + d[None, :], mask=inside, other=0.0)
     q_row = q_ptr + b * stride_qb + kv_head * G * stride_qh
     g_row = grad_ptr + b * stride_gb + kv_head * G * stride_gh
-    of_heads = (b * K + kv_head) * G * T
+    of_heads = (b * K + kv_head) * G * row_T + token
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for masked in tl.static_range(1, -1, -1):  # the queries on the diagonal, then the others
@@ -401,7 +439,7 @@ def attention_bwd_dk_dv_kernel(
             row = start + tl.arange(0, BLOCK_M)
             q = load_queries(q_row, row, d, rows, D, stride_qt, stride_qh, G)
             g = load_queries(g_row, row, d, rows, D, stride_gt, stride_gh, G)
-            at = of_heads + (row % G) * T + row // G
+            at = of_heads + (row % G) * row_T + row // G
             lse, lse_low = load_lse(lse_ptr + at, row < rows, factor)
             delta = tl.load(delta_ptr + at, mask=row < rows, other=0.0)
             s = tl.dot(k, tl.trans(q), input_precision="ieee")
@@ -414,7 +452,7 @@ def attention_bwd_dk_dv_kernel(
             ds = p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     inside = (n[:, None] < S) & (d[None, :] < D)
-    at = ((b * S + n.to(tl.int64)) * K + kv_head) * D
+    at = ((b * S + token + n.to(tl.int64)) * K + kv_head) * D
     dk = (dk * (unit * factor)).to(dk_ptr.dtype.element_ty)
     tl.store(dk_ptr + at[:, None] + d[None, :], dk, mask=inside)
     tl.store(dv_ptr + at[:, None] + d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=inside)
@@ -429,6 +467,7 @@ def attention_bwd_dq_kernel(
     lse_ptr,  # (B, H, T)
     delta_ptr,  # (B, H, T)
     lengths_ptr,  # (B,) int64
+    cu_seqlens_ptr,  # where DOCUMENTS, (B + 1,) int32
     dq_ptr,  # (B, T, H, D) contiguous
     unit,
     factor,
@@ -451,6 +490,7 @@ def attention_bwd_dq_kernel(
     G: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
     SUM_DELTA: tl.constexpr,  # this launch makes delta, by the same walk, and no dq
     ODD_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -459,7 +499,18 @@ def attention_bwd_dq_kernel(
 ):
     m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     b, kv_head = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
-    length = load_length(lengths_ptr, b, T, S, HAS_LENGTHS)
+    row_T = T
+    if DOCUMENTS:
+        token, T = load_document(cu_seqlens_ptr, b, T)
+        length, b = T, b * 0
+        if m >= T * G:
+            return
+        q_ptr += token.to(tl.int64) * stride_qt
+        k_ptr += token.to(tl.int64) * stride_ks
+        v_ptr += token.to(tl.int64) * stride_vs
+        grad_ptr += token.to(tl.int64) * stride_gt
+    else:
+        token, length = 0, load_length(lengths_ptr, b, T, S, HAS_LENGTHS)
     rows = T * G
     row, d = m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     t = tl.minimum(row // G, T - 1)
@@ -472,7 +523,7 @@ def attention_bwd_dq_kernel(
     g_row = grad_ptr + b * stride_gb + kv_head * G * stride_gh
     q = load_queries(q_row, row, d, rows, D, stride_qt, stride_qh, G)
     g = load_queries(g_row, row, d, rows, D, stride_gt, stride_gh, G)
-    at = (b * K + kv_head) * G * T + (row % G) * T + t
+    at = (b * K + kv_head) * G * row_T + (row % G) * row_T + token + t
     lse, lse_low = load_lse(lse_ptr + at, row < rows, factor)
     delta = tl.zeros((BLOCK_M,), tl.float32)
     if not SUM_DELTA:
@@ -500,7 +551,7 @@ def attention_bwd_dq_kernel(
     if SUM_DELTA:
         tl.store(delta_ptr + at, delta, mask=row < rows)
     else:
-        at = ((b * T + t) * (K * G) + kv_head * G + row % G) * D
+        at = ((b * row_T + token + t) * (K * G) + kv_head * G + row % G) * D
         inside = (row[:, None] < rows) & (d[None, :] < D)
         dq = (dq * (unit * factor)).to(dq_ptr.dtype.element_ty)
         tl.store(dq_ptr + at[:, None] + d[None, :], dq, mask=inside)
@@ -649,10 +700,14 @@ def attention(
         **({} if scales is None else {"kv": "int8"}),
     )
     tiles = -(-T * G // config.block_m)
+    sequences = B
     parts, part = parts_for(chip, tiles * B * K, S, config.block_n)
+    if cu_seqlens is not None:
+        cu_seqlens, sequences = cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1
+        parts, part = 1, S
     split = parts > 1
     tiled = (None, None)
-    if config.tma and D == block_d and fits_tma(k) and fits_tma(v):
+    if config.tma and cu_seqlens is None and D == block_d and fits_tma(k) and fits_tma(v):
         tile = [1, config.block_n, 1, D]
         tiled = [TensorDescriptor(x, [*x.shape], [*x.stride()], tile) for x in (k, v)]
     if split:
@@ -660,13 +715,14 @@ def attention(
         part_lse = torch.empty((parts, B, H, T), dtype=exact, device=q.device)
     launch(
         attention_fwd_kernel,
-        (tiles, B * K, parts),
+        (tiles, sequences * K, parts),
         q,
         k,
         v,
         *tiled,
         *(scales or (None, None)),
         lengths,
+        cu_seqlens,
         part_o if split else o,
         part_lse if split else lse,
         *split_scale(scale, D),
@@ -683,6 +739,7 @@ def attention(
         CODED=scales is not None,
         CAUSAL=causal,
         HAS_LENGTHS=lengths is not None,
+        DOCUMENTS=cu_seqlens is not None,
         NEED_LSE=need_lse,
         SPLIT=split,
         ODD_D=D != block_d,
@@ -759,10 +816,19 @@ def attention_backward(
             BLOCK_D=block_d,
             num_warps=config.num_warps,
         )
-    given = (q, k, v, grad, lse, delta, lengths)
+    sequences = B
+    if cu_seqlens is not None:
+        cu_seqlens, sequences = cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1
+    given = (q, k, v, grad, lse, delta, lengths, cu_seqlens)
     sizes = (*split_scale(scale, D), T, S, K, D)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
-    same = {"G": G, "CAUSAL": causal, "HAS_LENGTHS": lengths is not None, "BLOCK_D": block_d}
+    same = {
+        "G": G,
+        "CAUSAL": causal,
+        "HAS_LENGTHS": lengths is not None,
+        "DOCUMENTS": cu_seqlens is not None,
+        "BLOCK_D": block_d,
+    }
     of_keys, of_queries = (
         chosen("attention", kernel, chip, config, D=D, dtype=TYPES[q.dtype])
         for kernel, config in zip(
@@ -774,7 +840,7 @@ def attention_backward(
     for sum_delta in (True, False) if exact else (False,):
         launch(
             attention_bwd_dq_kernel,
-            (-(-T * G // of_queries.block_m), B * K),
+            (-(-T * G // of_queries.block_m), sequences * K),
             *given,
             dq,
             *sizes,
@@ -789,7 +855,7 @@ def attention_backward(
         )
     launch(
         attention_bwd_dk_dv_kernel,
-        (-(-S // of_keys.block_n), B * K),
+        (-(-S // of_keys.block_n), sequences * K),
         *given,
         dk,
         dv,
@@ -810,6 +876,9 @@ def aot_calls(models: list[Dims], brief: bool) -> Iterator[tuple[str, tuple]]:
         caches, lengths = cache(dims), empty(B, dtype=torch.int64)
         step = empty(B, 1, dims.H, dims.D)
         yield from training_calls(q, k, v)
+        if not brief:
+            row = q[:1], k[:1], v[:1]
+            yield from training_calls(*row, empty(9, dtype=torch.int32))
         for queries in (step,) if brief else (q, q[:, :8], step):
             yield "attention", (queries, *caches, True, None, lengths, False)
         (k8, k_scale), (v8, v_scale) = map(quantized, caches)
@@ -828,8 +897,10 @@ def aot_calls(models: list[Dims], brief: bool) -> Iterator[tuple[str, tuple]]:
             yield "attention", (queries, k8, v8, True, None, None, False, k_scale, v_scale)
 
 
-def training_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple]:
-    lse = empty(B, q.shape[2], T, dtype=torch.float64 if q.dtype == FULL else FULL)
-    yield "attention", (q, k, v, True, None, None, True)
+def training_calls(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None = None
+) -> Iterator[tuple]:
+    lse = empty(q.shape[0], q.shape[2], T, dtype=torch.float64 if q.dtype == FULL else FULL)
+    yield "attention", (q, k, v, True, None, None, True, None, None, cu_seqlens)
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
-    yield "attention_backward", (o, q, k, v, o, lse, True, None, None)
+    yield "attention_backward", (o, q, k, v, o, lse, True, None, None, cu_seqlens)

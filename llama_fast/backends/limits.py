@@ -11,6 +11,9 @@ import torch
 
 from .layout import DTYPES, stride_reasons
 
+# Blocks of a grid along its second and its third axis.
+MAX_GRID = 65535
+
 
 def not_loaded(language: str, module: str, error: ImportError) -> str:
     """Says why the extension module llama_fast.<module> is not here: not built, or not loadable."""

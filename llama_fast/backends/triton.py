@@ -19,7 +19,7 @@ from ..dispatch import OPS, Backend, Implementation, register_backend
 from ..ops.attention_checks import head_dim_reasons
 from ..ops.cross_entropy import chunked
 from ..utils.environment import triton_interpreter
-from . import composed
+from . import composed, limits
 from .layout import DTYPES, dense, stride_reasons
 
 INTERPRETED = triton_interpreter()
@@ -115,7 +115,11 @@ def attention_reasons(q, k, v, scale, lengths, cu_seqlens) -> list[str]:
     if lengths is not None and not lengths.is_contiguous():
         reasons.append("lengths is not contiguous")
     if cu_seqlens is not None:
-        reasons.append("it has no kernel for packed documents (cu_seqlens)")
+        programs = (cu_seqlens.shape[0] - 1) * k.shape[2]
+        if programs > limits.MAX_GRID:
+            reasons.append(
+                f"documents times K is {programs}; a grid has room for {limits.MAX_GRID}"
+            )
     return reasons
 
 
