@@ -266,7 +266,8 @@ def _attention(
         wide = tuple(q.new_empty(wide_rows, K, S, D) for _ in "kv")
     return _cuda.attention(
         *(place, q, k, v, causal, scale, lengths, k_scales, v_scales),
-        *_kv_splits(place, q, S, K),
+        cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous(),
+        *(_kv_splits(place, q, S, K) if cu_seqlens is None else (1, None, None)),
         *wide,
         WARPGROUPS and _has_warpgroups(q.device),
         _new(q),
@@ -296,8 +297,10 @@ def _attention_unsupported(
             found.append(f"the heads of {name} do not all lie multiples of 16 bytes apart")
     if lengths is not None and not lengths.is_contiguous():
         found.append("lengths is not contiguous")
-    if cu_seqlens is not None:
-        found.append("it has no kernel for packed documents (cu_seqlens)")
+    if cu_seqlens is not None and cu_seqlens.shape[0] - 1 > limits.MAX_GRID:
+        found.append(
+            f"there are {cu_seqlens.shape[0] - 1} documents; a grid has room for {limits.MAX_GRID}"
+        )
     return found
 
 

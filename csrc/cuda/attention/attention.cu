@@ -1,6 +1,6 @@
 // o = softmax(scale · q·kᵀ) v with grouped heads. The launcher takes one of three kernels:
 // decode.cuh where 16 rows hold all the queries of a KV head, otherwise prefill_sm90.cuh where it is
-// asked for and serves the call, prefill.cuh where not.
+// asked for and serves the call, prefill.cuh where not. Packed documents are the prefill's.
 #include "decode.cuh"
 #include "prefill.cuh"
 #include "prefill_sm90.cuh"
@@ -22,18 +22,20 @@ static void launch_prefill(const Target& target, const AttentionArgs& a) {
   static_assert(sizeof(Shared) <= MOST_SHARED, "fits every GPU");
   const int64_t rows = a.T * (a.H / a.K);
   const Launch how{"attention_prefill",
-                   {unsigned(a.K), unsigned(ceil_div(rows, WARPS * 16)), unsigned(a.B)},
+                   {unsigned(a.K), unsigned(ceil_div(rows, WARPS * 16)),
+                    unsigned(a.cu_seqlens ? a.documents : a.B)},
                    {WARPS * WARP},
                    sizeof(Shared)};
   launch(target, how, attention_prefill_kernel<T, D, WARPS>, a);
 }
 
-// A tensor map has no strides of 0, and a scale that is negative would make a maximum a minimum.
+// A tensor map has no strides of 0, and a scale that is negative would make a maximum a minimum. Tiles
+// of its boxes could not end where a document does.
 static bool fits_warpgroups(const AttentionArgs& a) {
   const auto fits = [&](const HeadStrides& stride) {
     return (a.S == 1 || stride.t > 0) && (a.K == 1 || stride.h > 0) && (a.B == 1 || stride.b > 0);
   };
-  return a.S > 0 && a.scale.unit > 0.0f && fits(a.k.stride) && fits(a.v.stride);
+  return !a.cu_seqlens && a.S > 0 && a.scale.unit > 0.0f && fits(a.k.stride) && fits(a.v.stride);
 }
 
 template <class T, int D>
@@ -63,7 +65,7 @@ template <class T, int D>
 static void launch_attention(const Target& target, const AttentionArgs& a,
                              const AttentionScratch& scratch) {
   const int64_t rows = a.T * (a.H / a.K);
-  if (is_decode(a.T, a.H, a.K)) launch_decode<T, D>(target, a, scratch);
+  if (!a.cu_seqlens && is_decode(a.T, a.H, a.K)) launch_decode<T, D>(target, a, scratch);
   else if (scratch.warpgroups && fits_warpgroups(a)) launch_warpgroups<T, D>(target, a);
   else if (rows <= SMALL_PREFILL_ROWS) launch_prefill<T, D, 4>(target, a);
   else launch_prefill<T, D, 8>(target, a);
@@ -76,7 +78,7 @@ int64_t attention_partial_bytes(int64_t D) {
 void attention_quantized(const Target&, const AttentionArgs&, const AttentionScratch&);
 
 void attention(const Target& target, const AttentionArgs& a, const AttentionScratch& scratch) {
-  if (a.B == 0 || a.T == 0 || a.H == 0) return;
+  if (a.B == 0 || a.T == 0 || a.H == 0 || (a.cu_seqlens && a.documents == 0)) return;
   if (a.k_scales.data) return attention_quantized(target, a, scratch);
   with_type(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;

@@ -87,9 +87,9 @@ __device__ __forceinline__ void merge_splits(const AttentionArgs& a, const Atten
   const int64_t head = int64_t(b) * gridDim.y + kv;
   auto* all_partials = static_cast<Partial<D>*>(scratch.partials) + head * splits * rows;
   const auto write = [&](int r, int d, float value, float max, float sum) {
-    static_cast<T*>(a.o)[problem.out_row(r, kv, b) * D + d] =
+    static_cast<T*>(a.o)[problem.out_row(r, kv) * D + d] =
         from_float<T>(sum == 0.0f ? 0.0f : value / sum);
-    if (a.lse && d == 0) static_cast<float*>(a.lse)[problem.lse_at(r, kv, b)] =
+    if (a.lse && d == 0) static_cast<float*>(a.lse)[problem.lse_at(r, kv)] =
           log_sum(max, sum, a.scale);
   };
   for (int i = threadIdx.x; i < rows * D; i += DECODE_WARPS * WARP) {

@@ -17,7 +17,7 @@ __device__ __forceinline__ void write_rows(const AttentionArgs& a, const Problem
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if (row[i] >= problem.rows()) continue;
-    T* out = static_cast<T*>(a.o) + problem.out_row(row[i], kv, b) * D;
+    T* out = static_cast<T*>(a.o) + problem.out_row(row[i], kv) * D;
     const float r = softmax.l[i] == 0.0f ? 0.0f : 1.0f / softmax.l[i];
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
@@ -25,7 +25,7 @@ __device__ __forceinline__ void write_rows(const AttentionArgs& a, const Problem
           pack<T>(o[n][2 * i] * r, o[n][2 * i + 1] * r);
     }
     if (a.lse && t == 0)
-      static_cast<float*>(a.lse)[problem.lse_at(row[i], kv, b)] = 
+      static_cast<float*>(a.lse)[problem.lse_at(row[i], kv)] =
           log_sum(softmax.m[i], softmax.l[i], a.scale);
   }
 }

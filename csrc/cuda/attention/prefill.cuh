@@ -25,6 +25,8 @@ attention_prefill_kernel(AttentionArgs a) {
   const int kv = blockIdx.x, b = blockIdx.z;
   const Problem<T> problem(a, kv, b);
   const int block_row = int(gridDim.y - 1 - blockIdx.y) * ROWS;
+  // A document may be shorter than the row whose tiles the grid has.
+  if (a.cu_seqlens && block_row >= problem.rows()) return;
   const int row[2] = {block_row + thread / WARP * 16 + g, block_row + thread / WARP * 16 + g + 8};
   const int limit[2] = {problem.limit(row[0]), problem.limit(row[1])};
   const int end = problem.limit(min(block_row + ROWS, problem.rows()) - 1);
