@@ -56,7 +56,10 @@ def test_bytes_numbers_and_nothing_cross_as_tuples():
     results = []
     for wrap in (lambda x: x, Older):
         o, lse = torch.zeros_like(q), torch.empty(0)
-        tensors = (wrap(q), wrap(k), wrap(v)), (wrap(scales), wrap(scales), None, wrap(o), wrap(lse))
+        tensors = (
+            (wrap(q), wrap(k), wrap(v)),
+            (wrap(scales), wrap(scales), None, wrap(o), wrap(lse)),
+        )
         assert _cpu.attention(*tensors[0], True, None, wrap(lengths), *tensors[1]) == -1
         results.append(o)
     assert results[0].abs().sum() > 0 and torch.equal(*results)
