@@ -102,22 +102,24 @@ struct Block {
   bool is_last() const { return t_end == of.T; }
 };
 
+// Rows of the left side of a product: the D elements at `from` as units, at `to`.
+template <class T> static void put_units(const T* from, int64_t D, float* to) {
+  constexpr int W = vf::W, SIZE = Unit<T>::size;
+  for (int64_t u = 0; u < D / SIZE; u += W)
+    store(to + u, (u + W) * SIZE <= D ? Unit<T>::load(from + u * SIZE)
+                                      : Unit<T>::load(from + u * SIZE, int(D - u * SIZE)));
+}
+
 // Rows r of `x` (B, T, H, D), one after another: in memory.rows, as units of a row and in panels.
 template <class T>
 static void pack_queries(const Block& block, const Heads& x, const Memory<T>& m, int64_t D, float* units_of,
                          float* panels) {
-  constexpr int W = vf::W, SIZE = Unit<T>::size;
-  const int64_t rows = block.rows(), units = D / SIZE;
+  const int64_t rows = block.rows();
   for (int64_t r = 0; r < rows; ++r)
     std::memcpy(m.rows + r * D, x.at<T>(block.b, block.token(r)) + block.query_head(r) * x.stride.h,
                 size_t(D) * sizeof(T));
   std::memset(static_cast<void*>(m.rows + rows * D), 0, size_t((m.padded - rows) * D) * sizeof(T));
-  for (int64_t r = 0; r < m.padded; ++r) {
-    const T* from = m.rows + r * D;
-    for (int64_t u = 0; u < units; u += W)
-      store(units_of + r * m.columns + u, u + W <= units ? Unit<T>::load(from + u * SIZE)
-                                                         : Unit<T>::load(from + u * SIZE, int(D - u * SIZE)));
-  }
+  for (int64_t r = 0; r < m.padded; ++r) put_units(m.rows + r * D, D, units_of + r * m.columns);
   pack_values<T, PANEL>(m.rows, D, m.padded, D, panels);
 }
 
@@ -204,10 +206,13 @@ static void weigh_strip(const Memory<T>& m, const ScoreScale& scale, int64_t str
 }
 
 // What the forward pass left of each row: lse in units of the scores, as a sum of two floats, and delta.
+// That is summed as dP is, so that dS of a query with a single key, such as the first of a document, is
+// 0 as it should be. The units of o lie in dq's memory meanwhile.
 template <class T> static void read_rows(const Block& block, const Memory<T>& m) {
+  constexpr int ROWS = 8;  // whose sums do not wait for each other
   const AttentionArgs& of = block.of;
   for (int64_t r = 0; r < m.padded; ++r) {
-    m.lse_high[r] = m.lse_low[r] = m.delta[r] = 0.f;
+    m.lse_high[r] = m.lse_low[r] = 0.f;
     m.visible[r] = 0;
     if (r >= block.rows()) continue;
     const int64_t t = block.token(r), h = block.query_head(r);
@@ -217,12 +222,23 @@ template <class T> static void read_rows(const Block& block, const Memory<T>& m)
     lse /= of.scale.factor;
     m.lse_high[r] = float(lse);
     m.lse_low[r] = float(lse - m.lse_high[r]);
-    const T* g = block.grad.at<T>(block.b, t) + h * block.grad.stride.h;
-    const T* o = block.o.at<T>(block.b, t) + h * block.o.stride.h;
-    vf delta = zero();
-    for_each_vector(of.D, [&](int64_t d, auto n) { delta = fma(load(g + d, n), load(o + d, n), delta); });
-    m.delta[r] = sum(delta);
     m.visible[r] = int32_t(block.row.visible(of, t));
+    put_units(block.o.at<T>(block.b, t) + h * block.o.stride.h, of.D, m.dq + r * m.columns);
+  }
+  for (int64_t r = 0; r < m.padded; r += ROWS) {
+    const int64_t rows = std::min<int64_t>(ROWS, block.rows() - r);
+    vf delta[ROWS];
+    for (vf& x : delta) x = zero();
+    for (int64_t u = 0; rows > 0 && u < of.D / Unit<T>::size; ++u)
+      for (int i = 0; i < ROWS; ++i) {
+        const int64_t at = (r + std::min<int64_t>(i, rows - 1)) * m.columns + u;
+        delta[i] = Unit<T>::madd(set(m.g[at]), set(m.dq[at]), delta[i]);
+      }
+    for (int i = 0; i < ROWS && r + i < m.padded; ++i) {
+      float lanes[vf::W];
+      store(lanes, delta[i]);
+      m.delta[r + i] = lanes[0];
+    }
   }
 }
 
