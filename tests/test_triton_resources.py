@@ -27,7 +27,7 @@ for launch in launches(chip, stems, brief=True):
 """
 # The rest of the table, other models, dtypes and kernels: llama-fast doctor --resources.
 ATTENTION = "attention"
-ALL = "rms_norm add_rms_norm swiglu rope kv_append attention cross_entropy linear"
+ALL = "rms_norm add_rms_norm swiglu rope kv_append attention cross_entropy linear adamw"
 MATRIX = {"sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 

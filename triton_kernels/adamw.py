@@ -33,6 +33,7 @@ def random_words(j, key0, key1):
     x = j.to(tl.uint32) ^ key0.to(tl.uint32) ^ ((j >> 32).to(tl.uint32) * 0x9E3779B9)
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = ((x ^ (x >> 15)) ^ key1.to(tl.uint32)) * 0x846CA68B
+    tl.static_assert(x.dtype == tl.uint32)  # a wider product would be another one
     return x ^ (x >> 16)
 
 
