@@ -67,9 +67,13 @@ def convert(
     refuse_existing(target)
     checkpoint = open_checkpoint(source, rope_factor=rope_factor)
     if isinstance(checkpoint, QuantizedCheckpoint):
+        over = checkpoint.quantization
+        remedy = "convert the folder that it was made from"
+        if merge is not None:
+            remedy += ", with --over int4 or int8 where the LoRA was trained over integers"
         raise CheckpointError(
-            f"{checkpoint.folder} is quantised ({checkpoint.quantization}), and floats cannot be "
-            "made of it again; convert the folder that it was made from"
+            f"{checkpoint.folder} is quantised ({over}), and floats cannot be made of it again; "
+            f"{remedy}"
         )
     dtypes = checkpoint.dtypes
     if dtype is not None:

@@ -38,7 +38,7 @@ class TrainingProgress:
         self._task = self._bar.add_task(
             "train", total=steps, completed=first_step, loss=0.0, speed=0.0
         )
-        self._loss: float | None = None
+        self._loss, self._count = 0.0, 0
         self._tokens, self._seconds = 0.0, 0.0
 
     def __enter__(self) -> TrainingProgress:
@@ -50,7 +50,9 @@ class TrainingProgress:
 
     def stepped(self, step: int, found: dict[str, Any], seconds: float) -> None:
         loss = found["loss"]
-        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
+        self._count += 1
+        share = max(0.05, 1 / self._count)  # a plain mean at first
+        self._loss += share * (loss - self._loss)
         self._tokens += found["tokens"]
         self._seconds += seconds
         speed = self._tokens / max(self._seconds, 1e-9)
