@@ -224,6 +224,17 @@ def test_several_adapters_add_up_and_are_switched_and_unloaded():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_model_that_takes_no_adapter_is_left_as_it_was():
+    model = new_model()
+    model.layers[1].mlp.down = torch.nn.Linear(96, 64, bias=False)
+    before = dict(model.named_modules())
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.down is a Linear, which takes no"):
+        lora(model)
+    after = dict(model.named_modules())
+    assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_two_adapters_that_train_one_module_whole_exclude_each_other():
     model = new_model()
     first = lora(model, modules_to_save=["norm"], name="first")

@@ -144,18 +144,22 @@ class Adapter:
         if not dtype.is_floating_point:
             raise ConfigError(f"dtype is {dtype}; give a float one")
         self.model, self.config, self.name = model, config, name
-        self._on, self._loaded = True, True
+        self._on, self._loaded = False, True
         self._frozen = self._freeze() if trainable else []
         self._modules: dict[str, AdaptedLinear | AdaptedEmbedding] = {}
         # Of modules trained whole: the trained weight, and the one that is there without it.
         self._saved: dict[str, tuple[nn.Parameter, nn.Parameter | QuantizedWeight]] = {}
-        for part in parts(model.config):
-            self._add(part, dtype)
-        for parameter in self.parameters():
-            parameter.requires_grad_(trainable)
-        for module in self._modules.values():
-            module.train(module.training)  # what is new in it too
-        self._switch(True)
+        try:
+            for part in parts(model.config):
+                self._add(part, dtype)
+            for parameter in self.parameters():
+                parameter.requires_grad_(trainable)
+            for module in self._modules.values():
+                module.train(module.training)  # what is new in it too
+            self._switch(True)
+        except BaseException:
+            self._take_off()
+            raise
 
     # --- putting on -------------------------------------------------------------------------
 
@@ -267,6 +271,9 @@ class Adapter:
         """Takes it off: the model's weights and modules are those that they were, and what was
         frozen can be trained again unless another adapter is left."""
         self.disable()
+        self._take_off()
+
+    def _take_off(self) -> None:
         for name, module in self._modules.items():
             module.drop(self.name)
             if not module.names():
