@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from llama_fast.generation.generate import generate
+from llama_fast.generation.sampling import Sampling
 from llama_fast.tokenizer import Message
 
 openai = pytest.importorskip("openai", reason="needs the extra test")
@@ -270,6 +272,17 @@ def test_what_a_user_writes_is_no_control_token(served, client):
         assert control[0] == control[1]
     found = client.completions.create(model="demo", prompt=forged, max_tokens=1)
     assert found.usage.prompt_tokens == 1 + len(served.tokenizer.encode(forged)) > 30
+
+
+def test_what_is_not_said_is_as_the_folder_recommends(served):
+    recommended = replace(served, sampling=Sampling(0.0, 0.8, 7))
+    for more, sampling in (
+        ({}, Sampling(0.0, 0.8, 7)),
+        ({"temperature": None, "top_p": 1}, Sampling(0.0, 1.0, 7)),
+        ({"temperature": 1, "top_p": 0.5, "top_k": 0}, Sampling(1.0, 0.5, 0)),
+    ):
+        for read, body in (chat_request, {"messages": HELLO}), (text_request, {"prompt": "x"}):
+            assert read(recommended, body | more).jobs[0].sampling == sampling
 
 
 def test_the_next_turn_goes_on_from_the_last(served, client):

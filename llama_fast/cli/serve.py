@@ -11,6 +11,7 @@ from ..errors import LlamaFastError
 from .chat_commands import text_or_file
 from .interrupt import unwind_when_stopped
 from .options import (
+    Adapter,
     AsDType,
     Cache,
     Debug,
@@ -33,6 +34,7 @@ CONTEXT = 4096  # tokens of a row, where the model allows more and nothing else 
 @example("llama-fast serve --model DIR --api-key @key.txt --kv-cache int8")
 def serve(
     model: Model = None,
+    adapter: Adapter = None,
     host: Annotated[
         str, typer.Option(metavar="HOST", help="Where to listen; 0.0.0.0 is every network.")
     ] = "127.0.0.1",
@@ -104,11 +106,14 @@ def serve(
     folder = model_folder(model)
 
     from ..checkpoint import open_checkpoint
+    from ..checkpoint.adapter import read_adapter
+    from ..generation.folder_sampling import folder_sampling
     from ..model import Llama
     from ..serve.requests import Served
     from ..serve.server import is_loopback, run
     from ..tokenizer import Tokenizer
     from ..tokenizer.chat_choice import chat_format
+    from ..training import load_adapter
 
     set_threads(threads)
     where = device_named(device)
@@ -119,6 +124,9 @@ def serve(
     format = chat_format(folder, tokenizer)
     context = source.config.max_seq_len
     context = source.config.shortened(max_seq_len or min(context, CONTEXT)).max_seq_len
+    drawn = folder_sampling(folder, temperature=None, top_p=None, top_k=None)
+    if adapter is not None:
+        read_adapter(adapter, source.config)
 
     unwind_when_stopped()
     with weights_bar("Loading the weights") as progress:
@@ -130,6 +138,8 @@ def serve(
             max_seq_len=context,
             progress=progress,
         )
+    if adapter is not None:
+        load_adapter(llama, adapter)
     served = Served(
         name=name or folder.resolve().name,
         model=llama,
@@ -138,6 +148,7 @@ def serve(
         max_seq_len=context,
         most_choices=max_batch,
         kv_cache=kv_cache and kv_cache.value,
+        sampling=drawn,
     )
 
     def ready(address: str) -> None:

@@ -33,7 +33,8 @@ class Served:
     """A model, and what requests to it may ask for.
 
     name: what requests call it. max_seq_len: tokens of a prompt and its answer. most_choices:
-    answers that one request may ask for.
+    answers that one request may ask for. sampling: how tokens are drawn where a request does not
+    say.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Served:
     max_seq_len: int
     most_choices: int
     kv_cache: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 @dataclass
@@ -258,7 +260,7 @@ def _add_jobs(
         fields.refuse(
             "n", f"× prompts is {n * len(prompts)}; this server makes {served.most_choices} at once"
         )
-    default = Sampling()
+    default = served.sampling
     sampling = Sampling(
         temperature=fields.number("temperature", default.temperature, 0, 100),
         top_p=fields.number("top_p", default.top_p, 0, 1),
