@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 from llama_fast.cli import main
-from llama_fast.serve import app
+from llama_fast.serve import bodies
 
 from .serving import demo, serving
 
@@ -169,7 +169,7 @@ def test_a_bad_request_is_told_why(server, path, body, param):
         (b'{"prompt": "x", "temperature": 1e999}', {}, 400),
         (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", {}, 400),
         (b'{"prompt": "x"}', {"content-type": "text/plain"}, 415),
-        (b'{"prompt": "' + b"x" * app.MOST_BODY + b'"}', {}, 413),
+        (b'{"prompt": "' + b"x" * bodies.MOST_BODY + b'"}', {}, 413),
     ],
 )
 def test_a_body_that_is_no_request(server, raw, headers, status):
@@ -178,7 +178,7 @@ def test_a_body_that_is_no_request(server, raw, headers, status):
 
 
 def test_a_body_without_a_length_is_bounded(server, monkeypatch):
-    monkeypatch.setattr(app, "MOST_BODY", 1000)
+    monkeypatch.setattr(bodies, "MOST_BODY", 1000)
 
     def parts():
         yield b'{"prompt": "'
@@ -192,7 +192,7 @@ def test_a_body_without_a_length_is_bounded(server, monkeypatch):
 
 
 def test_a_body_that_does_not_come(server, monkeypatch):
-    monkeypatch.setattr(app, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.1)
     connection = connect(server)
     connection.putrequest("POST", TEXT)
     connection.putheader("content-type", "application/json")

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import time
-import traceback
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -18,26 +16,15 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..errors import JSON_ERRORS, BusyError, LlamaFastError, LogitsError, RequestError, json_fault
-from .answers import Answer, to_json
+from ..errors import LlamaFastError, RequestError
+from .answers import Answer
 from .batch import Batch
+from .bodies import read_json
 from .job import Job, Piece
 from .requests import Asked, Served, chat_request, text_request
+from .responses import EventStream, Gone, answer_json, failure
 
-MOST_BODY = 4 << 20  # bytes
-BODY_SECONDS = 30  # for the whole body to come in
-RETRY_SECONDS = 1
 LOCAL = ("localhost", "127.0.0.1", "::1")
-KINDS = {
-    403: "permission_error",
-    401: "authentication_error",
-    404: "not_found_error",
-    503: "overloaded_error",
-}
-
-
-class Gone(Exception):
-    """The client has left."""
 
 
 class Server:
@@ -231,126 +218,3 @@ class Server:
                 self.batch.metrics.observe("request", time.perf_counter() - begin)
 
         return measured
-
-
-class EventStream(Response):
-    """An answer as server-sent events. What fails on the way is an event too, the last one."""
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self,
-        answer: Answer,
-        first: list[tuple[Job, Piece]],
-        pieces: AsyncIterator[list[tuple[Job, Piece]]],
-    ) -> None:
-        self.status_code, self.background = 200, None
-        self._answer, self._first, self._pieces = answer, first, pieces
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-
-        async def body(data: bytes, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": data, "more_body": more})
-
-        try:
-            await send(start)
-            await body(self._events(self._first))
-            async for several in self._pieces:
-                await body(self._events(several))
-            last = [self._answer.last_chunk()] if self._answer.asked.include_usage else []
-            await body(b"".join(map(event, last)) + b"data: [DONE]\n\n", more=False)
-        except (Gone, OSError):  # nobody reads
-            pass
-        except Exception as error:
-            _, shown = described(error)
-            await body(event(shown), more=False)
-        finally:
-            await self._pieces.aclose()
-
-    def _events(self, several: list[tuple[Job, Piece]]) -> bytes:
-        chunks = (chunk for job, piece in several for chunk in self._answer.chunks(job, piece))
-        return b"".join(map(event, chunks))
-
-
-def event(value: Any) -> bytes:
-    return b"data: " + to_json(value) + b"\n\n"
-
-
-async def read_json(request: Request) -> Any:
-    """Returns the JSON of a request's body. Raises RequestError for one that is too large, too
-    slow, no JSON, or not said to be."""
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":
-        # A page of another site may send forms and plain texts unasked, but not this.
-        raise RequestError(
-            "the content type must be application/json", code="unsupported_media_type", status=415
-        )
-    try:
-        data = await asyncio.wait_for(_body(request), BODY_SECONDS)
-    except asyncio.TimeoutError:
-        raise RequestError(
-            f"the body was not whole after {BODY_SECONDS} s; send it again", status=408
-        ) from None
-    try:
-        return json.loads(data, parse_constant=_no_constant)
-    except JSON_ERRORS as error:
-        raise RequestError(
-            f"the body is no JSON: {json_fault(error)}", code="invalid_json"
-        ) from None
-
-
-async def _body(request: Request) -> bytes:
-    too_large = RequestError(
-        f"the body has more than {MOST_BODY} bytes; send less", code="body_too_large", status=413
-    )
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > MOST_BODY:
-        raise too_large
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MOST_BODY:
-            raise too_large
-    return bytes(data)
-
-
-def _no_constant(name: str) -> Any:
-    raise json.JSONDecodeError(f"{name} is no number of JSON", name, 0)
-
-
-def described(error: Exception) -> tuple[int, dict[str, Any]]:
-    """Returns the HTTP status of an error, and OpenAI's object of it."""
-    param = code = None
-    text = str(error)
-    if isinstance(error, RequestError):
-        status, param, code = error.status, error.param, error.code
-    elif isinstance(error, BusyError):
-        status, code = 503, "server_busy"
-    elif isinstance(error, LogitsError):
-        status = 500
-    elif isinstance(error, LlamaFastError):
-        status, code = 400, "invalid_request"
-    elif isinstance(error, HTTPException):
-        status, text = error.status_code, f"{error.detail}: see docs/serve.md for what is served"
-    else:
-        traceback.print_exception(error)
-        status, text = 500, f"the server failed ({type(error).__name__}); its log says more"
-    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return status, {"error": {"message": text, "type": kind, "param": param, "code": code}}
-
-
-async def failure(request: Request, error: Exception) -> Response:
-    """Returns the response of an error."""
-    status, shown = described(error)
-    headers = dict(getattr(error, "headers", None) or {})
-    if status == 503:
-        headers["retry-after"] = str(RETRY_SECONDS)
-    if status == 401:
-        headers["www-authenticate"] = "Bearer"
-    return answer_json(shown, status, headers)
-
-
-def answer_json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(to_json(value), status, headers, media_type="application/json")
