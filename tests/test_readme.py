@@ -24,6 +24,7 @@ PAGES = (
     "docs/quantization.md",
     "docs/inspect.md",
     "docs/training.md",
+    "docs/vocabulary.md",
     "docs/walk-through.md",
     "docs/walk-through.zh-CN.md",
 )
@@ -58,11 +59,14 @@ def test_every_command_line_is_understood(page):
         with group.make_context("llama-fast", words[:1], resilient_parsing=True) as context:
             known = group.resolve_command(context, words[:1])[1]
             options = {o for param in known.params for o in (*param.opts, *param.secondary_opts)}
+        if commands_of := getattr(known, "commands", None):  # a group: its own command comes next
+            known, words = commands_of[words[1]], words[1:]
+            options = {o for param in known.params for o in (*param.opts, *param.secondary_opts)}
         given = {word for word in words[1:] if word.startswith("-")}
         assert given <= options, f"{page}: {line}"
 
 
-@pytest.mark.parametrize("page", (*READMES, "docs/commands.md"))
+@pytest.mark.parametrize("page", (*READMES, "docs/commands.md", "docs/vocabulary.md"))
 def test_every_python_block_is_python(page):
     assert blocks(page, "python")
     for block in blocks(page, "python"):

@@ -87,8 +87,9 @@ def _check(model: Path, out: Path, pruned: Pruned, texts: list[str]) -> None:
             continue
         new_ids = pruned.new_ids()
         with torch.inference_mode():
-            expected = before(torch.tensor([ids]))[..., kept]
-            found = after(torch.tensor([[new_ids[id_] for id_ in ids]]))[..., : len(kept)]
+            expected = before(torch.tensor([ids], device="cpu"))[..., kept]
+            ids = torch.tensor([[new_ids[id_] for id_ in ids]], device="cpu")
+            found = after(ids)[..., : len(kept)]
         checked += 1
         largest = max(largest, (found - expected).abs().max().item())
         size = max(size, expected.abs().max().item())
