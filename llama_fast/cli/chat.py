@@ -14,6 +14,7 @@ from .chat_talk import Talk
 from .chat_tools import Tools
 from .interrupt import unwind_when_stopped
 from .options import (
+    CHAT_DEMO,
     Adapter,
     AsDType,
     Cache,
@@ -96,7 +97,7 @@ def chat(
     Ctrl-C ends an answer, Ctrl-D the chat; /help lists the commands. What you type never becomes a
     control token. From a pipe each line is a message.
     """
-    folder = model_folder(model)
+    folder = model_folder(model, CHAT_DEMO)
     told = chat_commands.text_or_file(system, "--system") if system else None
     functions = Tools.from_file(tools) if tools else Tools()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import __version__
-from .options import DEMO, Debug, example
+from .options import CHAT_DEMO, DEMO, Debug, example
 from .resources import show_resources
 from .terminal import show, size, table
 
@@ -99,8 +99,9 @@ def _machine() -> list[str]:
         )
     if not torch.cuda.is_available():
         rows.add_row("GPU", "none that this torch can use")
-    demo = DEMO / "consolidated.00.pth"
-    rows.add_row("demo model", str(DEMO) if demo.is_file() else "not part of this installation")
+    for name, folder in (("demo model", DEMO), ("chat demo", CHAT_DEMO)):
+        there = (folder / "consolidated.00.pth").is_file()
+        rows.add_row(name, str(folder) if there else "not part of this installation")
     show("Machine", rows)
     return []
 

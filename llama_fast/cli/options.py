@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 DEMO = Path(__file__).parent.parent / "demo"
+CHAT_DEMO = DEMO / "chat"
 
 Command = TypeVar("Command", bound=Callable)
 
@@ -174,15 +175,16 @@ Debug = Annotated[
 ]
 
 
-def model_folder(model: Path | None) -> Path:
-    """Returns the folder to open: the one given, or the demo model's. Raises CheckpointError."""
+def model_folder(model: Path | None, shipped: Path = DEMO) -> Path:
+    """Returns the folder to open: the one given, or that of a model that ships. Raises
+    CheckpointError."""
     if model is not None:
         return model
-    if not (DEMO / "params.json").is_file():
+    if not (shipped / "params.json").is_file():
         raise CheckpointError(
             "this installation has no demo model; give the folder of a model with --model DIR"
         )
-    return DEMO
+    return shipped
 
 
 def set_threads(threads: int | None) -> None:

@@ -11,6 +11,7 @@ from ..errors import LlamaFastError
 from .chat_commands import text_or_file
 from .interrupt import unwind_when_stopped
 from .options import (
+    CHAT_DEMO,
     Adapter,
     AsDType,
     Cache,
@@ -103,7 +104,7 @@ def serve(
         raise LlamaFastError(
             "--api-key must be a word of printable ASCII characters; it is sent in a header"
         )
-    folder = model_folder(model)
+    folder = model_folder(model, CHAT_DEMO)
 
     from ..checkpoint import open_checkpoint
     from ..checkpoint.adapter import read_adapter
