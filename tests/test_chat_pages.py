@@ -22,7 +22,8 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     for block in data:
         exec(compile(block, page, "exec"), names)
     if page.endswith("chat.md"):
-        assert capsys.readouterr().out.strip() in re.findall(r"# (.*)", data[0])
+        (described,) = re.findall(r"describe\(\)\)  # (.*)", "".join(data))
+        assert described in capsys.readouterr().out
         assert "weather" in names["tokenizer"].decode(names["encoded"].ids)
     else:
         assert names["batch"].kept > 0
