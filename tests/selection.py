@@ -14,10 +14,20 @@ import pytest
 import torch
 
 EVERY = 3
-# These take Triton's interpreter half a minute and more; shorter cases meet the same kernels.
+# Each takes Triton's interpreter 4 to 60 seconds; shorter cases meet the same kernels.
 SLOW = (
     "test_gradient[attention-long-float32-triton]",
     "test_gradient[attention-long-bfloat16-triton]",
+    "test_gradient[attention-long decode-float32-triton]",
+    "test_gradient[attention-1b heads-float32-triton]",
+    "test_gradient[attention-1b heads-bfloat16-triton]",
+    "test_gradient[attention-8b decode-float32-triton]",
+    "test_gradient[attention-few queries, long-float32-triton]",
+    "test_gradient[attention-few queries, long-bfloat16-triton]",
+    "test_gradient[linear_cross_entropy-two blocks-float32-triton]",
+    "test_gradient[linear-swiglu, decode, 4 bits-float32-triton]",
+    "test_gradient[linear-swiglu, decode, 8 bits-float32-triton]",
+    "test_gradient[linear-quantised, decode, 4 bits-float32-triton]",
 )
 
 

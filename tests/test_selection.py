@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama_fast.ops.attention import OP
+from llama_fast import ops  # noqa: F401
+from llama_fast.dispatch import OPS
 
 from .selection import SLOW, full_dtype, short_run
 
@@ -61,5 +62,10 @@ def test_what_is_marked_thorough_is_left_out():
 def test_what_takes_very_long_is_left_out():
     slow = SimpleNamespace(name=SLOW[0], get_closest_marker=lambda name: None)
     assert short_run([slow]) == []
-    names = {f"test_gradient[attention-{case}-float32-triton]" for case in OP.cases()}
-    assert SLOW[0] in names
+    names = {
+        f"test_gradient[{name}-{case}-{dtype}-triton]"
+        for name, op in OPS.items()
+        for case in (op.cases() if op.cases else ())
+        for dtype in ("float32", "bfloat16")
+    }
+    assert set(SLOW) <= names

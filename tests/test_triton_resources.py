@@ -33,8 +33,15 @@ MATRIX = {"sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 @pytest.mark.parametrize(
     ("chip", "stems"),
-    [("sm_90", ALL)]
-    + [(c, ATTENTION) for c in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942")],
+    [
+        ("sm_90", ALL),
+        *((chip, ATTENTION) for chip in ("sm_80", "sm_100", "gfx942")),
+        # Half a minute each, with the instructions of sm_80.
+        *(
+            pytest.param(chip, ATTENTION, marks=pytest.mark.thorough)
+            for chip in ("sm_86", "sm_89", "sm_120")
+        ),
+    ],
 )
 def test_the_configurations_of_the_8b_model(chip, stems, tmp_path):
     environment = dict(os.environ, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
