@@ -10,7 +10,8 @@ from .state import History
 
 
 def plot_loss(history: History, path: str | Path, *, title: str = "Training loss") -> None:
-    """Writes a PNG with the loss of each step, its running mean, and the held-out loss.
+    """Writes a PNG with the loss of each step, its running mean, and the held-out loss, over steps
+    and tokens.
 
     Needs matplotlib, which the package does not install. Raises LlamaFastError without it.
     """
@@ -36,6 +37,11 @@ def plot_loss(history: History, path: str | Path, *, title: str = "Training loss
         )  # fmt: skip
     axes.set_title(title)
     axes.set_xlabel("step")
+    per_step = history.tokens / steps[-1]
+    above = axes.secondary_xaxis(
+        "top", functions=(lambda step: step * per_step, lambda tokens: tokens / per_step)
+    )
+    above.set_xlabel("tokens")
     axes.set_ylabel("loss (nats per token)")
     axes.set_ylim(0, max(losses) * 1.05)
     axes.set_xlim(0, steps[-1])
@@ -45,7 +51,9 @@ def plot_loss(history: History, path: str | Path, *, title: str = "Training loss
         figure.savefig(beside, format="png")
 
 
-def _running_mean(values: list[float], keep: float = 0.97) -> list[float]:
+def _running_mean(values: list[float]) -> list[float]:
+    """Over about a tenth of a short training, and 33 steps of a long one."""
+    keep = min(0.97, max(0.0, 1 - 10 / len(values)))
     means: list[float] = []
     for value in values:
         means.append(value if not means else keep * means[-1] + (1 - keep) * value)
