@@ -59,7 +59,8 @@ def test_every_command_line_is_understood(page):
         with group.make_context("llama-fast", words[:1], resilient_parsing=True) as context:
             known = group.resolve_command(context, words[:1])[1]
             options = {o for param in known.params for o in (*param.opts, *param.secondary_opts)}
-        if commands_of := getattr(known, "commands", None):  # a group: its own command comes next
+        # Of a group its own command comes next, where one is named.
+        if len(words) > 1 and (commands_of := getattr(known, "commands", None)):
             known, words = commands_of[words[1]], words[1:]
             options = {o for param in known.params for o in (*param.opts, *param.secondary_opts)}
         given = {word for word in words[1:] if word.startswith("-")}
