@@ -14,6 +14,7 @@ from llama_fast import config
 from llama_fast.checkpoint import open_checkpoint, write_random
 from llama_fast.cli import finetune as command
 from llama_fast.cli import main
+from llama_fast.cli.options import DEMO
 from llama_fast.training.adapter import load_adapter
 from llama_fast.training.weights import Weights
 
@@ -78,9 +79,7 @@ def test_the_demo_model_learns_a_fact(run, tmp_path):
     code, told, _ = run(*asked, "--adapter", out / "adapter")
     assert code == 0 and told.strip() == question["completion"].strip()
 
-    code, _, err = run(
-        "convert", command.DEMO, tmp_path / "m", "--to", "hf", "--merge", out / "adapter"
-    )
+    code, _, err = run("convert", DEMO, tmp_path / "m", "--to", "hf", "--merge", out / "adapter")
     assert code == 0, err
     code, told, _ = run(*asked, "--model", tmp_path / "m")
     assert code == 0 and told.strip() == question["completion"].strip()

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 import time
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,7 @@ from .terminal import note, note_pairs, show, weights_bar
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..training import TrainConfig
+    from ..training.dpo import DPO
 
 TOKENS_PER_STEP, TOKENS_AT_ONCE, BLOCK = 4096, 2048, 2048
 EPOCHS, LEAST_STEPS = 3, 100
@@ -125,7 +127,8 @@ def finetune(
         typer.Option(
             metavar="X",
             help="The highest learning rate.",
-            show_default="by the model's size; for a LoRA 10 × that of --full",
+            show_default="by the model's size; for a LoRA 10 × that of --full; for --full with "
+            "--dpo a 30th",
         ),
     ] = None,
     held_out: Annotated[
@@ -140,6 +143,20 @@ def finetune(
     train_on: Annotated[
         TrainOn, typer.Option(help="What of a dialog is trained: its answers, the last, or all.")
     ] = TrainOn.answers,
+    dpo: Annotated[
+        bool,
+        typer.Option(
+            "--dpo", help="Learn to prefer one answer to another: rows of prompt, chosen, rejected."
+        ),
+    ] = False,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Of --dpo: the less, the farther the model may go from what it was.",
+            show_default="0.1",
+        ),
+    ] = None,
     skip_faults: Annotated[
         bool,
         typer.Option(
@@ -205,6 +222,13 @@ def finetune(
     if epochs is not None and steps is not None:
         raise typer.BadParameter("it is given beside --steps. Give one of the two",
                                  param_hint="--epochs")  # fmt: skip
+    if beta is not None and not dpo:
+        raise typer.BadParameter("it is a setting of DPO. Write: --dpo --beta X",
+                                 param_hint="--beta")  # fmt: skip
+    if dpo and train_on is not TrainOn.answers:
+        raise typer.BadParameter(
+            "of preferences the two answers are trained. Leave it out", param_hint="--train-on"
+        )
     if dtype is DType.float16:
         raise typer.BadParameter(
             "gradients are too small for float16. Write: --dtype bfloat16", param_hint="--dtype"
@@ -214,7 +238,8 @@ def finetune(
     from ..checkpoint import Checkpoint, open_checkpoint
     from ..tokenizer import Tokenizer
     from ..tokenizer.chat_choice import chat_format
-    from ..training import read
+    from ..training import read, read_pairs
+    from ..training.dpo import DPO
     from ..training.split import hold_out
 
     # Everything that can be wrong with the request is found before the weights are read.
@@ -236,13 +261,17 @@ def finetune(
             param_hint="--block",
         )
     tokenizer = Tokenizer.from_pretrained(folder)
+    objective = DPO(0.1 if beta is None else beta) if dpo else None
     how = {
         "block": block,
-        "train_on": train_on.value,
         "chat": chat_format(folder, tokenizer),
         "on_error": "skip" if skip_faults else "raise",
         "too_long": "drop" if skip_faults else "raise",
     }
+    if dpo:
+        read = read_pairs
+    else:
+        how["train_on"] = train_on.value
     rows = read(data, tokenizer, **how)
     report = rows.report
     if show_rows is not None:
@@ -257,8 +286,8 @@ def finetune(
         else:
             rows, judged = hold_out(rows, share, seed)
     config = _config(
-        len(rows), block, source.config.dim, full, epochs, steps, tokens_per_step, lr, optimizer,
-        checkpointing, seed,
+        len(rows), report.block, source.config.dim, full, epochs, steps, tokens_per_step, lr,
+        optimizer, checkpointing, seed, dpo,
     )  # fmt: skip
     run = Run(
         out,
@@ -282,6 +311,7 @@ def finetune(
             "--seed": seed,
             "--dtype": dtype and dtype.value,
             "--device": where.type,
+            **({} if objective is None else {"--dpo": True, "--beta": objective.beta}),
         },
     )
     if run.check():
@@ -294,7 +324,7 @@ def finetune(
             run, source, rows, judged, config,
             rank=None if full else lora, alpha=2.0 * lora if alpha is None else alpha,
             quantize=quantize and quantize.value, sample=sample, tokenizer=tokenizer,
-            device=where, dtype=dtype and dtype.torch, block=block,
+            device=where, dtype=dtype and dtype.torch, block=report.block, objective=objective,
         )  # fmt: skip
     finally:
         run.remove_if_empty()
@@ -324,6 +354,7 @@ def _config(
     optimizer: Optimizer,
     checkpointing: bool,
     seed: int,
+    dpo: bool,
 ) -> TrainConfig:
     from ..training import TrainConfig
 
@@ -337,7 +368,7 @@ def _config(
         steps=steps,
         batch_size=batch,
         micro_batch_size=None if whole else max(1, min(batch, TOKENS_AT_ONCE // block)),
-        learning_rate=default_learning_rate(dim, full) if lr is None else lr,
+        learning_rate=default_learning_rate(dim, full, dpo) if lr is None else lr,
         weight_decay=0.01,
         grad_clip=None if whole else 1.0,
         moments="float32" if optimizer is Optimizer.adamw else "int8",
@@ -351,10 +382,12 @@ def _config(
     return dataclasses.replace(settings, save_every=often, eval_every=seldom)
 
 
-def default_learning_rate(dim: int, full: bool) -> float:
+def default_learning_rate(dim: int, full: bool, dpo: bool = False) -> float:
     """Returns 5e-5 · (2000 / C)^0.781, and ten times that for a LoRA: what "LoRA Without Regret"
-    (Schulman et al., 2025) found over models of several sizes, C the model dim."""
-    return float(f"{(1 if full else 10) * 5e-5 * (2000 / dim) ** 0.781:.2g}")
+    (Schulman et al., 2025) found over models of several sizes, C the model dim. DPO of all weights
+    takes a 30th, which is torchtune's 1e-6 for 8B; of a LoRA the same (torchtune: 5e-4)."""
+    factor = (1 / 30 if dpo else 1) if full else 10
+    return float(f"{factor * 5e-5 * (2000 / dim) ** 0.781:.2g}")
 
 
 def _train(
@@ -372,12 +405,13 @@ def _train(
     device: Any,
     dtype: Any,
     block: int,
+    objective: DPO | None,
 ) -> int:
     import torch
 
     from ..generation.generate import check_prompts, encode_prompts, generate
     from ..model import Llama
-    from ..training import finetune, lora
+    from ..training import finetune, finetune_dpo, lora
     from ..training.state import STATE_FILE
 
     if sample is not None:
@@ -392,7 +426,7 @@ def _train(
     torch.manual_seed(config.seed)  # the first values of A
     adapter = None if rank is None else lora(llama, rank, alpha)
     steps = config.steps_of(len(rows))
-    note_pairs(plan(llama, adapter, rows, config, steps, block))
+    note_pairs(plan(llama, adapter, rows, config, steps, block, objective))
     if (run.folder / STATE_FILE).is_file():
         note(f"going on with {run.folder}")
 
@@ -402,7 +436,8 @@ def _train(
 
     started = time.perf_counter()
     try:
-        history = finetune(
+        learn = finetune if objective is None else partial(finetune_dpo, beta=objective.beta)
+        history = learn(
             llama, rows, config,
             held_out=judged, folder=run.folder, adapter=adapter,
             sample=continued if sample is not None else None,

@@ -14,10 +14,17 @@ from .terminal import note, note_pairs, size
 if TYPE_CHECKING:
     from ..model import Llama
     from ..training import Adapter, History, TrainConfig
+    from ..training.dpo import DPO
 
 
 def plan(
-    llama: Llama, adapter: Adapter | None, rows: Any, config: TrainConfig, steps: int, block: int
+    llama: Llama,
+    adapter: Adapter | None,
+    rows: Any,
+    config: TrainConfig,
+    steps: int,
+    block: int,
+    objective: DPO | None = None,
 ) -> list[tuple[str, str]]:
     count = llama.config.n_params
     if adapter is None:
@@ -27,7 +34,9 @@ def plan(
         trained = f"a LoRA of {adapter.n_parameters:,} parameters, {share:.2%} of the model's"
     passes = config.rows_of(len(rows)) / len(rows)
     at_once = config.micro_batch_size or config.batch_size
+    of = [] if objective is None else [("objective", f"DPO, beta {objective.beta:g}")]
     return [
+        *of,
         ("trains", f"{trained}, in {str(llama.dtype).removeprefix('torch.')} on {llama.device}"),
         ("steps", f"{steps:,} of up to {config.batch_size * block:,} tokens "
                   f"({at_once * block:,} at a time): {passes:.3g} passes"),
@@ -49,7 +58,11 @@ def figures(
         "seconds": round(seconds, 2),
         "tokens_per_second": round(history.tokens / max(seconds, 1e-9), 1),
         "loss_first": history.train[0]["loss"],
-        "loss_last_tenth": sum(r["loss"] for r in last) / len(last),
+        **{
+            f"{name}_last_tenth": sum(r[name] for r in last) / len(last)
+            for name in ("loss", "reward_margin", "accuracy")
+            if name in last[0]
+        },
         "held_out": history.held_out,
         "peak_bytes": resident_peak(),
         "config": dataclasses.asdict(config),
@@ -74,11 +87,26 @@ def summary(
     ]  # fmt: skip
     if history.held_out:
         judged = history.held_out[-1]
-        bits = judged["bits_per_byte"]
-        text = f"loss {judged['loss']:.3f}, perplexity {judged['perplexity']:.4g}"
-        lines.insert(1, ("held out", text + (f", {bits:.3f} bits per byte" if bits else "")))
+        lines.insert(1, ("held out", _measures(judged)))
+    if "accuracy_last_tenth" in metrics:
+        last = {n: metrics[f"{n}_last_tenth"] for n in ("reward_margin", "accuracy")}
+        lines.insert(1, ("preferences", f"{_measures(last)}, at last"))
     note("")
     note_pairs(lines)
+
+
+def _measures(record: dict[str, Any]) -> str:
+    """The measures of an evaluation as text; those that are not known are left out."""
+    words = {
+        "loss": "loss {:.3f}",
+        "perplexity": "perplexity {:.4g}",
+        "bits_per_byte": "{:.3f} bits per byte",
+        "reward_margin": "reward margin {:.3f}",
+        "accuracy": "accuracy {:.1%}",
+    }
+    return ", ".join(
+        text.format(record[name]) for name, text in words.items() if record.get(name) is not None
+    )
 
 
 def _bytes(folder: Path) -> int:

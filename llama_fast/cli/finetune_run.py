@@ -1,7 +1,7 @@
 """The folder of a fine-tuning run: what it was asked for, its state, and what it leaves behind.
 
 run.json      what the run is; the same command goes on with it, another one is refused
-training.pt   the state, until the run is finished
+training.pt   the state, until the run is finished, and with --dpo --full reference-….safetensors
 log.csv       a line a step            tensorboard/   the same curves, where it is installed
 adapter/      the LoRA, or model/ after --full
 metrics.json  the figures              loss.png       the curve, where matplotlib is installed
@@ -78,6 +78,7 @@ class Run:
         metrics: dict[str, Any],
     ) -> None:
         """Writes the result and the figures, and removes the state."""
+        from ..training.reference import REFERENCE_FILES
         from ..training.state import STATE_FILE
 
         if not self.result.exists():  # else a run that was killed just after it has written it
@@ -87,13 +88,15 @@ class Run:
                 adapter.save(self.result, base=str(source.folder))
         self._plot(history)
         _write_json(self.folder / METRICS, metrics)
-        (self.folder / STATE_FILE).unlink(missing_ok=True)
+        for path in (self.folder / STATE_FILE, *self.folder.glob(REFERENCE_FILES)):
+            path.unlink(missing_ok=True)
 
     def _plot(self, history: History) -> None:
         from ..training.plot import plot_loss
 
         try:
-            plot_loss(history, self.folder / PLOT)
+            unit = "nats per pair" if self.asked.get("--dpo") else "nats per token"
+            plot_loss(history, self.folder / PLOT, unit=unit)
         except LlamaFastError as error:  # no matplotlib
             note(f"llama-fast: no {PLOT}: {error}")
 

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from .data import Batch as Batch
     from .data import Data as Data
     from .data import read as read
+    from .dpo import finetune_dpo as finetune_dpo
     from .evaluation import Evaluation as Evaluation
     from .evaluation import evaluate as evaluate
     from .loop import finetune as finetune
+    from .pairs import read_pairs as read_pairs
     from .state import History as History
 
 # Public names and their modules.
@@ -28,11 +30,13 @@ _HOME = {
     "History": ".state",
     "PackedDataset": ".blocks",
     "TrainConfig": ".config",
+    "finetune_dpo": ".dpo",
     "evaluate": ".evaluation",
     "finetune": ".loop",
     "load_adapter": ".adapter",
     "lora": ".adapter",
     "read": ".data",
+    "read_pairs": ".pairs",
 }
 
 __all__ = [*_HOME]

@@ -41,7 +41,8 @@ class Batch(NamedTuple):
     tokens: (1,N) int64. targets: (1,N) int64, the token to predict after each, or -100. cu_seqlens:
     (n+1,) int32 from 0 to N, the borders of the pieces; each sees itself only. longest: of the
     pieces, in positions. kept: how many targets are trained. n_bytes: UTF-8 bytes of these targets,
-    special tokens 0, for bits per byte.
+    special tokens 0, for bits per byte. reference: (P,2) float32, of data of preferences alone, if
+    it was made before: the log-probabilities of the P pairs under the first model.
     """
 
     tokens: Tensor
@@ -50,10 +51,11 @@ class Batch(NamedTuple):
     longest: int
     kept: int
     n_bytes: int
+    reference: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch with its tensors on a device."""
-        moved = {name: getattr(self, name).to(device) for name in self._fields[:3]}
+        moved = {n: t.to(device) for n, t in self._asdict().items() if isinstance(t, Tensor)}
         return self._replace(**moved)
 
 
@@ -215,7 +217,7 @@ def read(
     return Data(sources, rows, tokenizer, block, report)
 
 
-def _without_numbers(reason: str) -> str:
+def without_numbers(reason: str) -> str:
     """A reason as one of a kind, so that equal ones are counted together."""
     return re.sub(r"\d[\d,]*", "N", reason.split(";")[0])
 
@@ -228,7 +230,7 @@ def _packed(
     whole: list[tuple[int, int, int]] = []
     for n, source in enumerate(sources):
         for line, reason in source.faults:
-            report.drop(_without_numbers(reason), f"{source.path}, line {line}")
+            report.drop(without_numbers(reason), f"{source.path}, line {line}")
         report.rows += len(source.lines) + len(source.faults)
         starts, ends = source.borders[:-1].tolist(), (source.borders[1:] - 1).tolist()
         trained = source.trained(source.borders[:-1] + 1, source.borders[1:])
@@ -247,7 +249,7 @@ def _packed(
                         line,
                     )
                 if too_long == "drop":
-                    report.drop(_without_numbers(reason), f"{source.path}, line {line}")
+                    report.drop(without_numbers(reason), f"{source.path}, line {line}")
                     continue
                 end = start + block
                 report.cut += 1

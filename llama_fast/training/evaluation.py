@@ -26,6 +26,11 @@ class Evaluation:
     bits_per_byte: float | None
     tokens: int
 
+    def __str__(self) -> str:
+        text = f"loss {self.loss:.3f}, perplexity {self.perplexity:.4g}"
+        bits = self.bits_per_byte
+        return text if bits is None else f"{text}, {bits:.3f} bits per byte"
+
     def record(self, step: int) -> dict[str, float | None]:
         found = dataclasses.asdict(self)
         del found["tokens"]

@@ -226,8 +226,12 @@ def _answer(row: Mapping[str, Any], key: str) -> Dialog | Completion:
     if "instruction" in row and prompt is None:
         return _alpaca({**row, "output": answer})
     if isinstance(answer, list):
-        # The prompt of a preference may be a part of both of its answers.
-        before = [] if prompt is None else _list(row, "prompt")
-        messages = [Message.from_dict(m) for m in (*before, *_list(row, key))]
+        # The prompt of a preference may be a part of both of its answers, and a text besides.
+        messages = [Message.from_dict(m) for m in _list(row, key)]
+        before = [] if prompt is None or isinstance(prompt, str) else _list(row, "prompt")
+        before = [Message.from_dict(m) for m in before]
+        if isinstance(prompt, str) and messages[0].role == "assistant":
+            before = [Message("user", prompt)]
+        messages = [*before, *messages]
         return _dialog(_with_system(row, messages), row, len(before))
     return Completion(_text(row, "prompt"), _text(row, key, needed=True))

@@ -4,6 +4,8 @@
                     for each micro-batch:  (Σ loss of its tokens / n).backward()
                     clip, AdamW
 
+Other objectives than the next token (`objective`, `dpo`) count other terms than tokens.
+
 So the loss of a step, and its gradient, are those of one large batch, however it is cut and however
 the trained tokens are spread over it.
 """
@@ -25,7 +27,8 @@ from ..model import Llama
 from .adapter import Adapter
 from .checkpointing import activation_checkpointing
 from .config import RowsOfSteps, TrainConfig
-from .evaluation import Evaluation, evaluate, mode
+from .evaluation import mode
+from .objective import Judged, NextToken, Objective
 from .optim import step_in_backward
 from .progress import TrainingProgress
 from .record import Record
@@ -43,6 +46,7 @@ def finetune(
     adapter: Adapter | None = None,
     progress: bool = True,
     sample: Callable[[], str] | None = None,
+    objective: Objective | None = None,
 ) -> History:
     """Trains `model` in place and returns what was recorded.
 
@@ -53,12 +57,15 @@ def finetune(
                      weights and the history that it would have had without the interruption (on the
                      same machine with the same number of threads, from the same first weights)
     sample           is called at each evaluation; the text that it returns is shown
+    objective        what is minimised; None: the cross entropy of the next token
 
     Raises CheckpointError if that state is damaged or of another training, or cannot be written;
     LlamaFastError for data without rows or without targets, and when the loss is no longer finite.
     Then the last saved state is as it was.
     """
-    return _Training(model, data, config, held_out, folder, adapter, sample).run(progress)
+    objective = NextToken() if objective is None else objective
+    parts = model, data, config, held_out, folder, adapter, sample, objective
+    return _Training(*parts).run(progress)
 
 
 class _Training:
@@ -71,6 +78,7 @@ class _Training:
         folder: str | Path | None,
         adapter: Adapter | None,
         sample: Callable[[], str] | None,
+        objective: Objective,
     ) -> None:
         for name, given in (("training", data), ("held-out", held_out)):
             if given is not None and not len(given):
@@ -81,7 +89,7 @@ class _Training:
                 "adapter.enable() on the one that is on this model"
             )
         self.model, self.data, self.config = model, data, config
-        self.held_out, self.sample = held_out, sample
+        self.held_out, self.sample, self.objective = held_out, sample, objective
         self.folder = None if folder is None else Path(folder)
         self.rows = RowsOfSteps(data, config)
         self.steps = config.steps_of(len(data))
@@ -97,13 +105,15 @@ class _Training:
         for name in ("eval_every", "save_every"):
             del settings[name]
         held_out = None if self.held_out is None else self.held_out.fingerprint()
-        return {
+        identity = {
             "settings": settings | {"eval_every": self.config.eval_every},
             "model": dataclasses.asdict(self.model.config) | {"dtype": str(self.model.dtype)},
             "adapter": None if adapter is None else dataclasses.asdict(adapter.config),
             "data": self.data.fingerprint(),
             "held-out data": held_out,
         }
+        objective = self.objective.identity()
+        return identity if objective is None else identity | {"objective": objective}
 
     def run(self, progress: bool) -> History:
         before = random_state(self.device)
@@ -121,7 +131,7 @@ class _Training:
         if saved is not None:
             first, self.history = saved
         with (
-            Record(self.folder, self.history) as record,
+            Record(self.folder, self.history, *self._names()) as record,
             TrainingProgress(self.steps, first, shown=progress) as shown,
             self._stepping(),
         ):
@@ -142,6 +152,9 @@ class _Training:
                     self.file.save(done, self.history, self.weights, self.device)
                 shown.stepped(done, found, seconds)
 
+    def _names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return self.objective.measures, self.objective.judged
+
     def _stepping(self) -> AbstractContextManager[Any]:
         if not self.config.step_in_backward:
             return nullcontext()
@@ -150,14 +163,15 @@ class _Training:
     def _step(self, step: int) -> dict[str, float | None]:
         batches = [self.data.batch(rows) for rows in self.rows.of(step)]
         kept = sum(batch.kept for batch in batches)
-        if not kept:
+        count = sum(map(self.objective.count, batches))
+        if not count:
             raise LlamaFastError(
                 f"step {step + 1}: no token of its rows is a target, all are masked, so there is "
                 "nothing to learn from them; look at the rows with data.show(3), and at train_on"
             )
         scale = self.config.scale_at(step, self.steps)
         self.weights.set_rate(scale)
-        total = self._backward(batches, kept)
+        total, sums = self._backward(batches, count)
         loss, norm = total.item(), None
         if not self.config.step_in_backward:
             norm = self.weights.gradient_norm()
@@ -179,6 +193,7 @@ class _Training:
             "grad_norm": norm,
             "tokens": sum(batch.tokens.numel() for batch in batches),
             "kept": kept,
+            **dict(zip(self.objective.measures, (sums / count).tolist(), strict=True)),
         }
 
     def _clip(self, norm: float) -> float:
@@ -186,28 +201,30 @@ class _Training:
         most = self.config.grad_clip
         return 1.0 if most is None or norm <= most else most / norm
 
-    def _backward(self, batches: list[Any], kept: int) -> torch.Tensor:
-        """Leaves the gradients of the step's mean loss, and returns it."""
+    def _backward(self, batches: list[Any], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Leaves the gradients of the step's mean loss; returns it and the sums of the measures."""
         total = torch.zeros((), device=self.device)
+        sums = torch.zeros(len(self.objective.measures), device=self.device)
         checkpointing = self.config.checkpointing
         with activation_checkpointing(self.model) if checkpointing else nullcontext():
             for batch in batches:
-                batch = batch.to(self.device)
-                loss = self.model.loss(
-                    batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, reduction="sum"
-                )
-                loss = loss / kept
+                loss, measured = self.objective.loss(self.model, batch.to(self.device))
+                loss = loss / count
                 total += loss.detach()
+                if measured is not None:
+                    sums += measured
                 if self.config.step_in_backward and not torch.isfinite(loss):
                     break  # before any weight is updated by it
                 loss.backward()
                 self.weights.take_gradients()
-        return total
+        return total, sums
 
-    def _evaluate(self, step: int) -> Evaluation | None:
+    def _evaluate(self, step: int) -> Judged | None:
         if self.held_out is None:
             return None
-        judged = evaluate(self.model, self.held_out, self.config.micro_batch_size or 8)
+        judged = self.objective.evaluate(
+            self.model, self.held_out, self.config.micro_batch_size or 8
+        )
         self.history.held_out.append(judged.record(step))
         return judged
 

@@ -6,13 +6,15 @@ searched in the ids, so they are right for every template.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from ..errors import DataError
 from ..tokenizer import ChatFormat, TemplateFormat, Tokenizer
-from .formats import Completion, Dialog, Document, Row
+from .formats import Completion, Dialog, Document, Preference, Row
 
 TRAIN_ON = ("answers", "last", "all")
+PREFERENCES = "preferences"  # rows of two answers, each of which is one example
 Chat = ChatFormat | TemplateFormat
 
 
@@ -22,6 +24,42 @@ class Example(NamedTuple):
     ids: list[int]
     mask: list[bool]
     may_be_cut: bool
+
+
+def examples(
+    row: Row, tokenizer: Tokenizer, chat: Chat | None, train_on: str
+) -> tuple[Example, ...]:
+    """Returns the examples that a row is: one, or with PREFERENCES two, the chosen answer and the
+    rejected one. Raises as `example` does, and for a row that does not prefer one of two answers.
+    """
+    if train_on != PREFERENCES:
+        return (example(row, tokenizer, chat, train_on),)
+    if not isinstance(row, Preference):
+        raise DataError(
+            "the row is no preference: prompt, chosen and rejected are needed; a training on "
+            "answers alone takes it (leave --dpo out)"
+        )
+    chosen, rejected = (
+        example(answer, tokenizer, chat, "answers") for answer in _after_the_prompt(row)
+    )
+    if not (any(chosen.mask) and any(rejected.mask)):
+        raise DataError("one of the two dialogs has no answer where it differs from the other")
+    if chosen.ids == rejected.ids:
+        raise DataError("the chosen and the rejected answer are the same, so none is preferred")
+    return chosen, rejected
+
+
+def _after_the_prompt(row: Preference) -> tuple[Dialog | Completion, Dialog | Completion]:
+    """Both answers. Of dialogs only the messages in which they differ are answers: what both begin
+    with is the prompt, whatever the file calls it."""
+    chosen, rejected = row.chosen, row.rejected
+    if not (isinstance(chosen, Dialog) and isinstance(rejected, Dialog)):
+        return chosen, rejected
+    pairs = zip(chosen.messages, rejected.messages, strict=False)
+    common = next((n for n, (one, other) in enumerate(pairs) if one != other), None)
+    if common is None:  # one is the other's beginning, or they are the same
+        common = min(len(chosen.messages), len(rejected.messages)) - 1
+    return tuple(replace(answer, first=max(answer.first, common)) for answer in (chosen, rejected))
 
 
 def example(row: Row, tokenizer: Tokenizer, chat: Chat | None, train_on: str) -> Example:
@@ -42,7 +80,9 @@ def example(row: Row, tokenizer: Tokenizer, chat: Chat | None, train_on: str) ->
         trained = train_on == "all"
         return Example(prompt + answer, [trained] * len(prompt) + [True] * len(answer), False)
     if not isinstance(row, Dialog):
-        raise DataError("the row is a preference, which DPO trains on; read_preferences reads it")
+        raise DataError(
+            "the row is a preference, which DPO trains on: give --dpo, or read it by read_pairs"
+        )
     if chat is None:
         raise DataError("the row is a dialog, and this vocabulary has no chat format; give chat=")
     encoded = chat.encode(row.messages, tools=row.tools or None, add_generation_prompt=False)

@@ -9,7 +9,13 @@ from ..utils.files import atomic_file
 from .state import History
 
 
-def plot_loss(history: History, path: str | Path, *, title: str = "Training loss") -> None:
+def plot_loss(
+    history: History,
+    path: str | Path,
+    *,
+    title: str = "Training loss",
+    unit: str = "nats per token",
+) -> None:
     """Writes a PNG with the loss of each step, its running mean, and the held-out loss, over steps
     and tokens.
 
@@ -42,7 +48,7 @@ def plot_loss(history: History, path: str | Path, *, title: str = "Training loss
         "top", functions=(lambda step: step * per_step, lambda tokens: tokens / per_step)
     )
     above.set_xlabel("tokens")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss ({unit})")
     axes.set_ylim(0, max(losses) * 1.05)
     axes.set_xlim(0, steps[-1])
     axes.grid(alpha=0.25)

@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .evaluation import Evaluation
+from .objective import Judged
 
 
 class TrainingProgress:
@@ -58,17 +58,13 @@ class TrainingProgress:
         speed = self._tokens / max(self._seconds, 1e-9)
         self._bar.update(self._task, completed=step, loss=self._loss, speed=speed)
 
-    def evaluated(
-        self, step: int, loss: float, judged: Evaluation | None, sample: str | None
-    ) -> None:
+    def evaluated(self, step: int, loss: float, judged: Judged | None, sample: str | None) -> None:
         """A line that stays, also where the output is no terminal."""
         if not self._shown or (judged is None and sample is None):
             return
         text = f"step {step}: loss {loss:.3f}"
         if judged is not None:
-            text += f", held-out loss {judged.loss:.3f}, perplexity {judged.perplexity:.4g}"
-            if judged.bits_per_byte is not None:
-                text += f", {judged.bits_per_byte:.3f} bits per byte"
+            text += f", held-out {judged}"
         if sample is not None:
             text += f"\n  {' '.join(sample.split())}"
         self._bar.console.print(text, markup=False, highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,27 @@ from .state import History
 CSV_FILE, TENSORBOARD = "log.csv", "tensorboard"
 COLUMNS = (
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "kept", "seconds",
-    "tokens_per_second", "kept_per_second", "peak_bytes", "held_out_loss", "held_out_perplexity",
-    "held_out_bits_per_byte",
+    "tokens_per_second", "kept_per_second", "peak_bytes",
 )  # fmt: skip
 
 
 class Record:
-    """A context manager. A folder of None: nothing is written.
+    """A context manager. A folder of None: nothing is written. measures, judged: names of what the
+    objective records of a step and of an evaluation.
 
     log.csv has a line a step, written as the step ends. It is begun anew from the history when a
     training is resumed, since the steps after the last saved state are taken once more.
     """
 
-    def __init__(self, folder: Path | None, history: History) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        history: History,
+        measures: Sequence[str] = (),
+        judged: Sequence[str] = (),
+    ) -> None:
         self._folder, self._history = folder, history
+        self._columns = (*COLUMNS, *measures, *(f"held_out_{name}" for name in judged))
         self._file: Any = None
         self._board: Any = None
 
@@ -33,7 +41,7 @@ class Record:
             return self
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file = open(self._folder / CSV_FILE, "w", newline="", encoding="utf-8")
-        self._table = csv.DictWriter(self._file, COLUMNS)
+        self._table = csv.DictWriter(self._file, self._columns)
         self._table.writeheader()
         held_out = {record["step"]: record for record in self._history.held_out}
         for index, record in enumerate(self._history.train):

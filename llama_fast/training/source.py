@@ -24,7 +24,7 @@ from ..errors import JSON_ERRORS, DataError, PromptError, TokenizerError
 from ..tokenizer import Tokenizer
 from ..utils.files import atomic_file
 from .formats import parse_row
-from .masks import Chat, example
+from .masks import Chat, examples
 from .rows import raw_rows
 
 VERSION = "data-1"
@@ -77,7 +77,7 @@ def fingerprint_of(tokenizer: Tokenizer) -> str:
 
 
 class Encoder:
-    """Files to sources, by one tokenizer, chat format and masking."""
+    """Files to sources, by one tokenizer, chat format and masking (TRAIN_ON, PREFERENCES)."""
 
     def __init__(
         self, tokenizer: Tokenizer, chat: Chat | None, train_on: str, cache: Path | None
@@ -129,17 +129,18 @@ class Encoder:
                 if raw.fault is not None:
                     raise DataError(raw.fault)
                 row = parse_row(raw.value)
-                new = example(row, self.tokenizer, self.chat, self.train_on)
+                found = examples(row, self.tokenizer, self.chat, self.train_on)
             except (DataError, PromptError, TokenizerError) as error:
                 if not skip:
                     raise DataError(str(error), path, raw.line) from None
                 faults.append((raw.line, str(error)))
                 continue
-            ids.extend(new.ids)
-            mask.extend(new.mask)
-            borders.append(len(ids))
-            lines.append(raw.line)
-            may_be_cut.append(new.may_be_cut)
+            for new in found:
+                ids.extend(new.ids)
+                mask.extend(new.mask)
+                borders.append(len(ids))
+                lines.append(raw.line)
+                may_be_cut.append(new.may_be_cut)
             if (now := len(data) * raw.line // n_lines) > done + 50_000:
                 advance(now - done)
                 done = now
