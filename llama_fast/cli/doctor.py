@@ -100,7 +100,7 @@ def _machine() -> list[str]:
     if not torch.cuda.is_available():
         rows.add_row("GPU", "none that this torch can use")
     for name, folder in (("demo model", DEMO), ("chat demo", CHAT_DEMO)):
-        there = (folder / "consolidated.00.pth").is_file()
+        there = (folder / "tokenizer.model").is_file()
         rows.add_row(name, str(folder) if there else "not part of this installation")
     show("Machine", rows)
     return []

@@ -180,7 +180,7 @@ def model_folder(model: Path | None, shipped: Path = DEMO) -> Path:
     CheckpointError."""
     if model is not None:
         return model
-    if not (shipped / "params.json").is_file():
+    if not (shipped / "tokenizer.model").is_file():
         raise CheckpointError(
             "this installation has no demo model; give the folder of a model with --model DIR"
         )

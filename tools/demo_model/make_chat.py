@@ -26,7 +26,6 @@ from llama_fast.tokenizer.chat_choice import chat_format
 from llama_fast.utils.files import atomic_file
 
 from .conversations import conversations
-from .make import CHECKPOINT_FILES
 from .recipe import SEED
 
 STATE_FOLDER = Path("build") / "demo-chat"
@@ -35,6 +34,10 @@ TRAINING = (
     "--full", "--epochs", "1", "--tokens-per-step", "2048", "--lr", "1e-3", "--threads", "1",
 )  # fmt: skip
 CARD = "DATA_CARD.md"
+FILES = (
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.model",
+    "tokenizer_config.json",
+)  # fmt: skip
 
 # What the card shows: dialogs of which the user's part is given.
 DIALOGS = (
@@ -91,7 +94,7 @@ def make(
     command = ["finetune", "demo", data, "--held-out", judged, *training, "--out", run]
     if code := llama_fast([str(part) for part in command]):
         raise LlamaFastError(f"the training ended with {code}; the same command goes on with it")
-    for name in CHECKPOINT_FILES:
+    for name in FILES:
         with atomic_file(folder / name) as beside:
             shutil.copyfile(run / "model" / name, beside)
     metrics = json.loads((run / "metrics.json").read_text())
