@@ -221,7 +221,10 @@ def _read(mask: Tensor, B: int, T: int, S: int) -> Rows | None:
         return None
     position = torch.arange(end - T, end, device=mask.device)[:, None]  # (T,1)
     expected = (keys >= starts[:, None, None]) & (keys <= position)  # (B,T,S)
-    padding = position[None] < starts[:, None, None]  # queries of which no result is used
+    # Queries before a row's first key are padding, of which no result is used, only where they see
+    # nothing, or everything, as transformers has it for SDPA. Otherwise documents are kept apart.
+    padding = position[None] < starts[:, None, None]
+    padding &= (~seen).all(2, keepdim=True) | seen.all(2, keepdim=True)
     if not ((seen == expected) | padding).all():
         return None
     return starts.tolist() * (B // len(starts)), end
