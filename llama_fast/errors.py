@@ -57,6 +57,10 @@ class LogitsError(LlamaFastError):
     """Logits from which no token can be drawn, since they are NaN or infinite."""
 
 
+class ProcessError(LlamaFastError):
+    """Processes that train one model, of which one has ended or is at another place."""
+
+
 class BackendError(LlamaFastError):
     """A backend that was asked for by name and cannot serve the call."""
 

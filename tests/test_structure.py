@@ -35,7 +35,8 @@ MODEL = MAY_IMPORT["model"] | {"model"}
 MAY_IMPORT |= {
     "quantization": MODEL,
     "generation": MODEL | {"tokenizer", "_cpu"},
-    "training": MODEL | {"tokenizer"},
+    "distributed": MODEL,
+    "training": MODEL | {"tokenizer", "distributed"},
     "inspect": MODEL | {"tokenizer", "generation", "hf"},
 }
 BELOW_BENCH = MODEL | {"tokenizer", "quantization", "generation", "training", "hf", "inspect"}

@@ -31,6 +31,7 @@ from .terminal import note, note_pairs, show, weights_bar
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
+    from ..distributed import Processes
     from ..training import TrainConfig
     from ..training.dpo import DPO
 
@@ -236,6 +237,7 @@ def finetune(
     folder = model_folder(None) if model == "demo" else Path(model)
 
     from ..checkpoint import Checkpoint, open_checkpoint
+    from ..distributed import Processes, started
     from ..tokenizer import Tokenizer
     from ..tokenizer.chat_choice import chat_format
     from ..training import read, read_pairs
@@ -314,20 +316,28 @@ def finetune(
             **({} if objective is None else {"--dpo": True, "--beta": objective.beta}),
         },
     )
-    if run.check():
-        note(f"{out} is finished: {run.result}")
-        return 0
-    run.begin()
-    try:
-        note(str(report))
-        return _train(
-            run, source, rows, judged, config,
-            rank=None if full else lora, alpha=2.0 * lora if alpha is None else alpha,
-            quantize=quantize and quantize.value, sample=sample, tokenizer=tokenizer,
-            device=where, dtype=dtype and dtype.torch, block=report.block, objective=objective,
-        )  # fmt: skip
-    finally:
-        run.remove_if_empty()
+    with started(where) as where:
+        processes = Processes()
+        if run.check():
+            if processes.main:
+                note(f"{out} is finished: {run.result}")
+            return 0
+        processes.wait()  # until all have seen the folder as it was
+        if processes.main:
+            run.begin()
+        try:
+            if processes.main:
+                note(str(report))
+            return _train(
+                run, source, rows, judged, config,
+                rank=None if full else lora, alpha=2.0 * lora if alpha is None else alpha,
+                quantize=quantize and quantize.value, sample=sample, tokenizer=tokenizer,
+                device=where, dtype=dtype and dtype.torch, block=report.block,
+                objective=objective, processes=processes,
+            )  # fmt: skip
+        finally:
+            if processes.main:
+                run.remove_if_empty()
 
 
 def _share(held_out: str) -> float | None:
@@ -406,6 +416,7 @@ def _train(
     dtype: Any,
     block: int,
     objective: DPO | None,
+    processes: Processes,
 ) -> int:
     import torch
 
@@ -426,9 +437,10 @@ def _train(
     torch.manual_seed(config.seed)  # the first values of A
     adapter = None if rank is None else lora(llama, rank, alpha)
     steps = config.steps_of(len(rows))
-    note_pairs(plan(llama, adapter, rows, config, steps, block, objective))
-    if (run.folder / STATE_FILE).is_file():
-        note(f"going on with {run.folder}")
+    if processes.main:
+        note_pairs(plan(llama, adapter, rows, config, steps, block, objective, processes.size))
+        if (run.folder / STATE_FILE).is_file():
+            note(f"going on with {run.folder}")
 
     def continued() -> str:
         made = generate(llama, tokenizer, [sample], max_new_tokens=40, temperature=0)
@@ -445,6 +457,8 @@ def _train(
     except KeyboardInterrupt:
         note("llama-fast: interrupted; the same command goes on from the last saved step")
         return 130
+    if not processes.main:
+        return 0
     metrics = figures(llama, history, config, adapter)
     run.finish(llama, adapter, source, history, metrics)
     summary(run, llama, history, metrics, time.perf_counter() - started, adapter is None)

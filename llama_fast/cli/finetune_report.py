@@ -25,6 +25,7 @@ def plan(
     steps: int,
     block: int,
     objective: DPO | None = None,
+    processes: int = 1,
 ) -> list[tuple[str, str]]:
     count = llama.config.n_params
     if adapter is None:
@@ -35,6 +36,8 @@ def plan(
     passes = config.rows_of(len(rows)) / len(rows)
     at_once = config.micro_batch_size or config.batch_size
     of = [] if objective is None else [("objective", f"DPO, beta {objective.beta:g}")]
+    if processes > 1:
+        of.append(("processes", f"{processes}, each with its part of every step"))
     return [
         *of,
         ("trains", f"{trained}, in {str(llama.dtype).removeprefix('torch.')} on {llama.device}"),

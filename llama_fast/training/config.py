@@ -121,11 +121,14 @@ class RowsOfSteps:
         self._data, self._config = data, config
         self._orders: dict[int, list[int]] = {}
 
-    def of(self, step: int) -> list[list[int]]:
-        """Returns the rows of a step, counted from 0, by micro-batches."""
+    def of(self, step: int, rank: int = 0, processes: int = 1) -> list[list[int]]:
+        """Returns the rows of a step, counted from 0, by micro-batches: of several processes those
+        of one, every so many-th of the step's, so all of them together take the same rows. A
+        process has none in a step of fewer rows than processes."""
         size = self._config.batch_size
         most = self._config.rows_of(len(self._data))
         rows = [self._row(i) for i in range(step * size, min((step + 1) * size, most))]
+        rows = rows[rank::processes]
         at_once = self._config.micro_batch_size or size
         return [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
 

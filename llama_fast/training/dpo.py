@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..distributed import Processes
 from ..errors import ConfigError, LlamaFastError
 from ..model import Llama
 from .adapter import Adapter
@@ -116,16 +117,18 @@ class DPO:
 
     @torch.no_grad()
     def evaluate(self, model: Llama, data: Any, batch_size: int) -> PreferenceEvaluation:
+        processes = Processes()
         total, sums, pairs = 0.0, [0.0, 0.0], 0
         with mode(model, training=False):
-            for start in range(0, len(data), batch_size):
+            for start in processes.part(range(0, len(data), batch_size)):
                 batch = data.batch(range(start, min(start + batch_size, len(data))))
                 loss, found = self.loss(model, batch.to(model.device))
                 total, pairs = total + float(loss), pairs + self.count(batch)
                 sums = [a + b for a, b in zip(sums, found.tolist()[:2], strict=True)]
+        total, *sums, pairs = processes.sum((total, *sums, pairs), model.device)
         if not pairs:
             raise LlamaFastError("the held-out data has no pairs to judge by; give some")
-        return PreferenceEvaluation(total / pairs, sums[0] / pairs, sums[1] / pairs, pairs)
+        return PreferenceEvaluation(total / pairs, sums[0] / pairs, sums[1] / pairs, int(pairs))
 
 
 def finetune_dpo(

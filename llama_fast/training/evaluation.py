@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed import Processes
 from ..errors import LlamaFastError
 
 
@@ -41,11 +42,12 @@ class Evaluation:
 def evaluate(model: nn.Module, data: Any, batch_size: int = 8) -> Evaluation:
     """Returns the loss over all targets of `data`, each with the same weight, in evaluation mode.
 
-    Raises LlamaFastError where no token of it is a target.
+    Of several processes each takes its part. Raises LlamaFastError where no token is a target.
     """
+    processes = Processes()
     total, kept, n_bytes = 0.0, 0, 0
     with mode(model, training=False):
-        for start in range(0, len(data), batch_size):
+        for start in processes.part(range(0, len(data), batch_size)):
             batch = data.batch(range(start, min(start + batch_size, len(data))))
             if not batch.kept:
                 continue
@@ -54,6 +56,8 @@ def evaluate(model: nn.Module, data: Any, batch_size: int = 8) -> Evaluation:
                 batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, reduction="sum"
             )
             total, kept, n_bytes = total + float(loss), kept + batch.kept, n_bytes + batch.n_bytes
+    total, kept, n_bytes = processes.sum((total, kept, n_bytes), model.device)
+    kept, n_bytes = int(kept), int(n_bytes)
     if not kept:
         raise LlamaFastError(
             "no token of the held-out data is a target, so there is nothing to judge by; look at "

@@ -4,7 +4,9 @@
                     for each micro-batch:  (Σ loss of its tokens / n).backward()
                     clip, AdamW
 
-Other objectives than the next token (`objective`, `dpo`) count other terms than tokens.
+Of several processes (`distributed`) each computes its part of a step's rows: n, the loss and the
+gradients are sums over all of them. Other objectives than the next token (`objective`, `dpo`) count
+other terms than tokens.
 
 So the loss of a step, and its gradient, are those of one large batch, however it is cut and however
 the trained tokens are spread over it.
@@ -22,8 +24,10 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, LlamaFastError
+from ..distributed import Processes
+from ..errors import ConfigError, LlamaFastError, ProcessError
 from ..model import Llama
+from ..ops.random_bits import splitmix64
 from .adapter import Adapter
 from .checkpointing import activation_checkpointing
 from .config import RowsOfSteps, TrainConfig
@@ -93,6 +97,12 @@ class _Training:
         self.folder = None if folder is None else Path(folder)
         self.rows = RowsOfSteps(data, config)
         self.steps = config.steps_of(len(data))
+        self.processes = Processes()
+        if self.processes.size > 1 and config.step_in_backward:
+            raise ConfigError(
+                "step_in_backward updates a weight before the gradients of other processes are "
+                "known; leave it out where there are several"
+            )
         self.device = model.device
         named = model.named_parameters() if adapter is None else adapter.named_parameters()
         self.weights = Weights({name: w for name, w in named if w.requires_grad}, config)
@@ -130,9 +140,11 @@ class _Training:
         first, saved = 0, None if self.file is None else self.file.load(self.weights)
         if saved is not None:
             first, self.history = saved
+        self._agree(first)
+        main = self.processes.main
         with (
-            Record(self.folder, self.history, *self._names()) as record,
-            TrainingProgress(self.steps, first, shown=progress) as shown,
+            Record(self.folder if main else None, self.history, *self._names()) as record,
+            TrainingProgress(self.steps, first, shown=progress and main) as shown,
             self._stepping(),
         ):
             for step in range(first, self.steps):
@@ -146,11 +158,23 @@ class _Training:
                 judged = None
                 if _due(done, self.config.eval_every, last):
                     judged = self._evaluate(done)
-                    shown.evaluated(done, found["loss"], judged, self._sampled())
+                    shown.evaluated(done, found["loss"], judged, self._sampled() if main else None)
                 record.add(done, judged is not None)
-                if self.file is not None and _due(done, self.config.save_every, last):
+                if main and self.file is not None and _due(done, self.config.save_every, last):
                     self.file.save(done, self.history, self.weights, self.device)
                 shown.stepped(done, found, seconds)
+
+    def _agree(self, first: int) -> None:
+        """All processes begin with the same step and, of what is trained, with the same bits."""
+        processes = self.processes
+        found = processes.gather(first)
+        if len(set(found)) > 1:
+            raise ProcessError(
+                f"the processes found states of different steps in {self.folder}: {found}, by "
+                "their ranks; give a folder that all of them see, on every machine"
+            )
+        processes.broadcast(self.weights.named.values())
+        processes.broadcast(self.weights.masters.values())
 
     def _names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return self.objective.measures, self.objective.judged
@@ -161,9 +185,17 @@ class _Training:
         return step_in_backward(self.model, self.weights.optimizer)
 
     def _step(self, step: int) -> dict[str, float | None]:
-        batches = [self.data.batch(rows) for rows in self.rows.of(step)]
-        kept = sum(batch.kept for batch in batches)
-        count = sum(map(self.objective.count, batches))
+        processes = self.processes
+        parts = self.rows.of(step, processes.rank, processes.size)
+        batches = [self.data.batch(rows) for rows in parts]
+        counts = (
+            sum(batch.tokens.numel() for batch in batches),
+            sum(batch.kept for batch in batches),
+            sum(map(self.objective.count, batches)),
+        )
+        tokens, kept, count = map(int, processes.sum(counts, self.device))
+        if processes.size > 1:  # other dropout in each, whatever was drawn before
+            torch.manual_seed(_seed(self.config.seed, step, processes.rank))
         if not count:
             raise LlamaFastError(
                 f"step {step + 1}: no token of its rows is a target, all are masked, so there is "
@@ -172,8 +204,10 @@ class _Training:
         scale = self.config.scale_at(step, self.steps)
         self.weights.set_rate(scale)
         total, sums = self._backward(batches, count)
-        loss, norm = total.item(), None
+        loss, *sums = processes.sum((total.item(), *sums.tolist()), self.device)
+        norm = None
         if not self.config.step_in_backward:
+            self.weights.sum_gradients(processes)
             norm = self.weights.gradient_norm()
         if not (math.isfinite(loss) and (norm is None or math.isfinite(norm))):
             self.weights.forget_gradients()
@@ -191,9 +225,9 @@ class _Training:
             "loss": loss,
             "learning_rate": self.config.learning_rate * scale,
             "grad_norm": norm,
-            "tokens": sum(batch.tokens.numel() for batch in batches),
+            "tokens": tokens,
             "kept": kept,
-            **dict(zip(self.objective.measures, (sums / count).tolist(), strict=True)),
+            **dict(zip(self.objective.measures, [s / count for s in sums], strict=True)),
         }
 
     def _clip(self, norm: float) -> float:
@@ -238,6 +272,11 @@ class _Training:
                 return self.sample()
         finally:
             set_random_state(state)
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    """Another one for each step and process, from 0 to 2⁶³ - 1."""
+    return splitmix64(splitmix64(splitmix64(seed) ^ step) ^ rank) >> 1
 
 
 def _due(step: int, every: int, last: bool) -> bool:

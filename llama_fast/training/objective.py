@@ -46,7 +46,8 @@ class Objective(Protocol):
         measures (n,), without a gradient; None where there are none."""
 
     def evaluate(self, model: Llama, data: Any, batch_size: int) -> Judged:
-        """Returns how the model does on held-out data, `batch_size` rows at a time."""
+        """Returns how the model does on held-out data, `batch_size` rows at a time; each of several
+        processes takes its part, and all return the same."""
 
 
 class NextToken:

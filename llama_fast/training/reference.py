@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..distributed import Processes
 from ..errors import CheckpointError
 from ..model import Llama
 from ..utils.files import atomic_file
@@ -72,7 +73,7 @@ def with_reference(
     values = None if path is None else _load(path, len(data))
     if values is None:
         values = _made(model, data, progress)
-        if path is not None:
+        if path is not None and Processes().main:
             _save(path, values)
     return WithReference(data, values, key)
 
@@ -88,18 +89,24 @@ def checksum(model: nn.Module) -> str:
 
 @torch.no_grad()
 def _made(model: Llama, data: Any, progress: bool) -> list[Tensor]:
+    """Each of several processes makes its part."""
+    processes = Processes()
     rows = track(
-        range(len(data)),
+        processes.part(range(len(data))),
         "reference",
         console=Console(stderr=True),
         transient=True,
-        disable=not progress,
+        disable=not (progress and processes.main),
     )
     with mode(model, training=False):
-        return [
+        own = [
             log_probabilities(model, data.batch([row]).to(model.device)).float().cpu()
             for row in rows
         ]
+    values: list[Any] = [None] * len(data)
+    for rank, part in enumerate(processes.gather(own)):
+        values[rank :: processes.size] = part
+    return values
 
 
 def _save(path: Path, values: list[Tensor]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from ..distributed import Processes
 from ..errors import ConfigError
 from .config import TrainConfig
 from .optim import AdamW
@@ -94,6 +95,10 @@ class Weights:
     def set_rate(self, scale: float) -> None:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * scale
+
+    def sum_gradients(self, processes: Processes) -> None:
+        """Adds up what the processes of a training have left in their gradients."""
+        processes.sum_gradients(self.updated)
 
     def gradient_norm(self) -> float:
         """Returns the norm of all gradients together."""
