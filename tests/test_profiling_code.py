@@ -206,7 +206,8 @@ def test_a_step_recorded_without_contents_costs_what_it_costs(name, quantize):
             TINY, layers=2, dtype=torch.bfloat16, device=device, quantize=quantize
         )
         if device == "meta":
-            found = [(c.label, c.count, c.cost) for c in record_calls(STEPS[name](model))]
+            recorded = record_calls(STEPS[name](model))
+            found = [(c.label, c.count, c.cost) for c in recorded if c.label != "adamw"]
         else:
             ran = calls.count(STEPS[name](model), ROOFLINE)
             found = [(c.op, 1, c) for c in ran if c.op != "AdamW"]

@@ -175,11 +175,12 @@ Debug = Annotated[
 ]
 
 
-def model_folder(model: Path | None, shipped: Path = DEMO) -> Path:
-    """Returns the folder to open: the one given, or that of a model that ships. Raises
-    CheckpointError."""
+def model_folder(model: Path | None, shipped: Path | None = None) -> Path:
+    """Returns the folder to open: the one given, or that of a model that ships, by default the
+    demo model. Raises CheckpointError."""
     if model is not None:
         return model
+    shipped = shipped or DEMO
     if not (shipped / "tokenizer.model").is_file():
         raise CheckpointError(
             "this installation has no demo model; give the folder of a model with --model DIR"

@@ -326,7 +326,7 @@ def float_cases() -> list[Case]:
         def make(g, dtype, device):
             targets = randint(g, V, *rows)
             targets[rand(g, *rows) < ignored] = -100
-            weights = randn(g, *rows, dtype=accumulate(dtype), device=device) if weighted else None
+            weights = rand(g, *rows).to(device, accumulate(dtype)) if weighted else None
             return (
                 randn(g, *rows, C, dtype=dtype, device=device, scale=scale),
                 randn(g, V, C, dtype=dtype, device=device, scale=C**-0.5),

@@ -129,7 +129,9 @@ def test_flops_of_gradients_are_counted(op, args, with_gradient):
 
     forward = op.cost(*op.complete(args)).flops
     total = sum(flops(run).values())
-    assert total == forward if op.gradient_in_forward else total > 1.5 * forward
+    # The gradient of a loss a row is made when its upstream gradient is known.
+    in_forward = op.gradient_in_forward and "none" not in args
+    assert total == forward if in_forward else total > 1.5 * forward
 
 
 @pytest.mark.parametrize(("op", "args", "with_gradient"), SMALL)
