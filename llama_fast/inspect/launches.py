@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +62,15 @@ class Observer:
                 self.inside = False
 
         return launched
+
+    @contextmanager
+    def as_one(self) -> Iterator[None]:
+        """Inside the block launches are a part of something that is seen already."""
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
 
     def watches(self) -> bool:
         """Whether launches of the current thread are to be seen."""

@@ -175,11 +175,8 @@ class _Watch(Observer):
     def __init__(self, clock: HostClock | DeviceClock) -> None:
         self.now = clock.now
         self.stamps: list[tuple] = []
-        self.in_section = False  # whose ops are a part of it
 
     def see(self, op: Op, backend: str, launch: Callable[..., Any], args: tuple) -> Any:
-        if self.in_section:
-            return launch(*args)
         start = self.now()
         results = launch(*args)
         self.stamps.append((start, self.now()))
@@ -187,11 +184,9 @@ class _Watch(Observer):
 
     @contextmanager
     def section(self, name: str, cost: Cost) -> Iterator[None]:
-        start, self.in_section = self.now(), True
-        try:
+        start = self.now()
+        with self.as_one():
             yield
-        finally:
-            self.in_section = False
         self.stamps.append((start, self.now()))
 
 
@@ -199,11 +194,8 @@ class _Counter(Observer):
     def __init__(self, roofline: Roofline) -> None:
         self.roofline = roofline
         self.calls: list[Call] = []
-        self.in_section = False
 
     def see(self, op: Op, backend: str, launch: Callable[..., Any], args: tuple) -> Any:
-        if self.in_section:
-            return launch(*args)
         results = launch(*args)
         least = op.cost(*args)
         tensors = [x for x in args if isinstance(x, Tensor)]
@@ -216,11 +208,8 @@ class _Counter(Observer):
 
     @contextmanager
     def section(self, name: str, cost: Cost) -> Iterator[None]:
-        self.in_section = True
-        try:
+        with self.as_one():
             yield
-        finally:
-            self.in_section = False
         copy = self.roofline.copy
         self.calls.append(
             Call(name, "torch", "", *cost, "copy", cost.bytes / copy if copy else None)
