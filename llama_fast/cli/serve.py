@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +28,9 @@ from .options import (
     set_threads,
 )
 from .terminal import note, size, weights_bar
+
+if TYPE_CHECKING:
+    from ..serve.requests import Served
 
 CONTEXT = 4096  # tokens of a row, where the model allows more and nothing else is asked for
 
@@ -155,7 +158,7 @@ def serve(
     def ready(address: str) -> None:
         note(
             f"{served.name}: {format.describe()}; {max_batch} answers at once of {context:,} "
-            f"tokens, for which keys and values take up to {size(held(llama, served))}"
+            f"tokens, for which keys and values take up to {size(held(served))}"
         )
         note(f"listening on {address}; Ctrl-C ends it")
         if key is None and not is_loopback(host):
@@ -182,9 +185,10 @@ def serve(
     return 0
 
 
-def held(llama, served) -> int:
+def held(served: Served) -> int:
     """Returns the bytes of the keys and values of all rows."""
-    config = llama.config
-    vectors = 2 * config.n_layers * config.n_kv_heads * served.max_seq_len * served.most_choices
-    each = config.head_dim + 4 if served.kv_cache else config.head_dim * llama.dtype.itemsize
-    return vectors * each
+    from ..nn.kv_cache import cache_dtype
+
+    llama = served.model
+    each = llama.config.kv_bytes_per_token(cache_dtype(served.kv_cache, llama.dtype))
+    return each * served.max_seq_len * served.most_choices

@@ -172,7 +172,7 @@ class KVCache:
             )
         for name, x in named.items():
             x[row, :, :length].copy_(held[name])
-        self._set_lengths([*self._lengths[:row], length, *self._lengths[row + 1 :]])
+        self.restart(row, length)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for kind, layers in zip(("k", "v", "k_scale", "v_scale"), self._stored, strict=True):
