@@ -33,6 +33,11 @@ def splitmix64(x: int) -> int:
     return x ^ x >> 31
 
 
+def seed_of(seed: int, first: int, second: int) -> int:
+    """Returns a seed for each pair of numbers, another one each, from 0 to 2⁶³ - 1."""
+    return splitmix64(splitmix64(splitmix64(seed) ^ first) ^ second) >> 1
+
+
 def key(seed: int, stream: int) -> tuple[int, int]:
     """Returns (k0, k1), 32 bits each."""
     k = splitmix64((seed + stream * GOLDEN64) & LONG)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import ConfigError
+from .optim import MOMENTS
 
 SCHEDULES = ("cosine", "linear", "constant")
-MOMENTS = ("float32", "int8")
 HALF_WEIGHTS = ("masters", "stochastic")
 
 

@@ -27,7 +27,7 @@ import torch
 from ..distributed import Processes
 from ..errors import ConfigError, LlamaFastError, ProcessError
 from ..model import Llama
-from ..ops.random_bits import splitmix64
+from ..ops.random_bits import seed_of
 from .adapter import Adapter
 from .checkpointing import activation_checkpointing
 from .config import RowsOfSteps, TrainConfig
@@ -195,7 +195,7 @@ class _Training:
         )
         tokens, kept, count = map(int, processes.sum(counts, self.device))
         if processes.size > 1:  # other dropout in each, whatever was drawn before
-            torch.manual_seed(_seed(self.config.seed, step, processes.rank))
+            torch.manual_seed(seed_of(self.config.seed, step, processes.rank))
         if not count:
             raise LlamaFastError(
                 f"step {step + 1}: no token of its rows is a target, all are masked, so there is "
@@ -272,11 +272,6 @@ class _Training:
                 return self.sample()
         finally:
             set_random_state(state)
-
-
-def _seed(seed: int, step: int, rank: int) -> int:
-    """Another one for each step and process, from 0 to 2⁶³ - 1."""
-    return splitmix64(splitmix64(splitmix64(seed) ^ step) ^ rank) >> 1
 
 
 def _due(step: int, every: int, last: bool) -> bool:

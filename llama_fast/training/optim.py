@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..ops import adamw
 from ..ops.quantized_moments import BLOCK, FIRST, SECOND, blocks_of
-from ..ops.random_bits import splitmix64
+from ..ops.random_bits import seed_of
 
 MOMENTS = ("float32", "int8")
 
@@ -108,7 +108,7 @@ class AdamW(torch.optim.Optimizer):
         state["step"] += 1
         seed = None
         if group["stochastic_rounding"]:
-            seed = _seed(group["seed"], place, state["step"])
+            seed = seed_of(group["seed"], place, state["step"])
         adamw(
             param,
             param.grad.contiguous(),
@@ -153,11 +153,6 @@ def _new_state(param: Tensor, moments: str) -> dict[str, Any]:
         for name in ("exp_avg_scale", "exp_avg_sq_scale"):
             state[name] = zeros(full, blocks_of(param.numel()))
     return state
-
-
-def _seed(seed: int, place: int, step: int) -> int:
-    """Another one for each parameter and step, from 0 to 2⁶³ - 1."""
-    return splitmix64(splitmix64(splitmix64(seed) ^ place) ^ step) >> 1
 
 
 class StepInBackward:
