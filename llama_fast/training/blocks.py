@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import LlamaFastError
 from ..tokenizer import Tokenizer
 from .data import Batch
+from .packing import shuffled
 
 
 class PackedDataset:
@@ -95,8 +96,7 @@ class PackedDataset:
 
     def order(self, seed: int, epoch: int) -> list[int]:
         """The blocks of an epoch, each once, shuffled; it depends on the arguments alone."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        return torch.randperm(len(self), generator=generator, device="cpu").tolist()
+        return shuffled(len(self), seed, epoch)
 
     def fingerprint(self) -> str:
         """A checksum of tokens and block; a training is resumed only with the same data."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import DataError, PromptError
 from ..tokenizer import ChatFormat, Tokenizer
 from .masks import TRAIN_ON, Chat
-from .packing import best_fit, cut
+from .packing import best_fit, cut, shuffled
 from .progress import ReadingProgress
 from .report import DataReport
 from .rows import data_files
@@ -125,8 +125,7 @@ class Data:
     def order(self, seed: int, epoch: int) -> list[int]:
         """Returns the rows in the order of an epoch: a shuffle that depends on the arguments and
         the number of rows alone."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        return torch.randperm(len(self), generator=generator, device="cpu").tolist()
+        return shuffled(len(self), seed, epoch)
 
     def fingerprint(self) -> str:
         """Returns a text that differs where the rows do: their tokens, masks, packing or order."""

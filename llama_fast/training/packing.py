@@ -9,6 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
+
+
+def shuffled(rows: int, seed: int, epoch: int) -> list[int]:
+    """Returns the rows of an epoch, each once, in an order that depends on the arguments alone."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(rows, generator=generator, device="cpu").tolist()
 
 
 def best_fit(lengths: Sequence[int], block: int) -> list[list[int]]:

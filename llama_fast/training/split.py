@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import DataError
+from .packing import shuffled
 
 
 class Rows:
@@ -25,8 +26,7 @@ class Rows:
 
     def order(self, seed: int, epoch: int) -> list[int]:
         """The rows of an epoch, shuffled; it depends on the arguments alone."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        return torch.randperm(len(self), generator=generator, device="cpu").tolist()
+        return shuffled(len(self), seed, epoch)
 
     def fingerprint(self) -> str:
         rows = ",".join(map(str, self.rows))
