@@ -23,6 +23,7 @@ from ..errors import PromptError
 from ..model import Llama
 from ..nn.kv_cache import cache_dtype
 from ..tokenizer import Tokenizer
+from ..utils.sequences import common_beginning
 from .arguments import encode_prompts, whole_number
 from .engine import Engine
 from .generate import Chunk, Rows
@@ -119,9 +120,8 @@ class Session:
         """Returns how many of the first tokens of `ids` need not be computed again."""
         if not self._is_of_this_model():
             return 0
-        held = self.tokens[: len(ids) - 1]  # the logits after the last token come from computing it
-        pairs = zip(held, ids, strict=False)
-        return next((n for n, (a, b) in enumerate(pairs) if a != b), len(held))
+        # The logits after the last token come from computing it.
+        return common_beginning(self.tokens, list(ids)[:-1])
 
     def stream(
         self,

@@ -30,6 +30,7 @@ from ..generation.grammar import masked
 from ..generation.not_finite import not_finite
 from ..generation.sampling import logprobs, sample_each
 from ..model import Llama
+from ..utils.sequences import common_beginning
 from .job import Job, Piece
 from .metrics import Metrics
 
@@ -340,15 +341,3 @@ class Batch:
         engine.hold(row.index)
         if not self.reuse:
             row.tokens.clear()
-
-
-def common_beginning(a: Sequence[int], b: Sequence[int]) -> int:
-    """Returns how many of the first elements are equal."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

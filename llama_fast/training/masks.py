@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ..errors import DataError
 from ..tokenizer import ChatFormat, TemplateFormat, Tokenizer
+from ..utils.sequences import common_beginning
 from .formats import Completion, Dialog, Document, Preference, Row
 
 TRAIN_ON = ("answers", "last", "all")
@@ -55,10 +56,9 @@ def _after_the_prompt(row: Preference) -> tuple[Dialog | Completion, Dialog | Co
     chosen, rejected = row.chosen, row.rejected
     if not (isinstance(chosen, Dialog) and isinstance(rejected, Dialog)):
         return chosen, rejected
-    pairs = zip(chosen.messages, rejected.messages, strict=False)
-    common = next((n for n, (one, other) in enumerate(pairs) if one != other), None)
-    if common is None:  # one is the other's beginning, or they are the same
-        common = min(len(chosen.messages), len(rejected.messages)) - 1
+    # Where one is the other's beginning, or they are the same, its last message is an answer.
+    shorter = min(len(chosen.messages), len(rejected.messages))
+    common = min(common_beginning(chosen.messages, rejected.messages), shorter - 1)
     return tuple(replace(answer, first=max(answer.first, common)) for answer in (chosen, rejected))
 
 
