@@ -32,6 +32,7 @@ from .source import Encoder, Source
 __all__ = ["IGNORED", "Batch", "Data", "read"]
 
 IGNORED = -100  # the target of a position that is not trained
+ON_ERROR = ("raise", "skip")
 TOO_LONG = ("raise", "drop", "cut")
 
 
@@ -64,6 +65,7 @@ class Data:
 
     sources: the encoded files. rows: of each row its pieces (source, start, end), positions of the
     source's ids. block: positions that a row can hold. report: what became of the files' rows.
+    Raises DataError for no rows.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class Data:
         self._bytes = np.array(
             [0 if n in special else len(b) for n, b in enumerate(tokenizer.id_to_bytes)], np.int64
         )
+        if not rows:
+            raise DataError(f"of {report.rows} rows nothing is left to train on:\n{report}")
         report.packed, report.block = len(self), block
         report.tokens = int((self._pieces[:, 2] - self._pieces[:, 1]).sum())
         for n, source in enumerate(self.sources):
@@ -186,34 +190,53 @@ def read(
     Raises DataError, which names the file and the line, for a row with a fault, a missing or an
     empty file, and data of which nothing is left.
     """
-    for name, value, allowed in (
+    check_words(
         ("train_on", train_on, TRAIN_ON),
-        ("on_error", on_error, ("raise", "skip")),
+        ("on_error", on_error, ON_ERROR),
         ("too_long", too_long, TOO_LONG),
-    ):
-        if value not in allowed:
-            raise DataError(f"{name}={value!r} is unknown; give one of {', '.join(allowed)}")
+    )
     if not isinstance(block, int) or block < 1:
         raise DataError(f"block is {block!r}; a row needs at least one position")
     if stride is not None and not (isinstance(stride, int) and 1 <= stride <= block):
         raise DataError(f"stride is {stride!r}; give 1 … {block} (the block)")
+    sources, report = encoded(paths, tokenizer, chat, train_on, cache, on_error, progress)
+    rows = _packed(sources, block, stride, too_long, report)
+    return Data(sources, rows, tokenizer, block, report)
+
+
+def check_words(*settings: tuple[str, str, Sequence[str]]) -> None:
+    """Raises DataError for a setting (name, value, words) that is none of its words."""
+    for name, value, allowed in settings:
+        if value not in allowed:
+            raise DataError(f"{name}={value!r} is unknown; give one of {', '.join(allowed)}")
+
+
+def encoded(
+    paths: Any,
+    tokenizer: Tokenizer,
+    chat: Chat | None,
+    train_on: str,
+    cache: str | Path | None,
+    on_error: str,
+    progress: bool,
+) -> tuple[list[Source], DataReport]:
+    """Returns the sources of files, and a report that counts the files and the rows left out.
+    Arguments as in `read`; train_on may be PREFERENCES."""
     if chat is None:
         try:
             chat = ChatFormat.for_tokenizer(tokenizer)
         except PromptError:
-            chat = None  # plain text needs none; a dialog says so
+            chat = None  # texts need none; a dialog says so
     files = data_files(paths)
-    report = DataReport(files=len(files))
     encoder = Encoder(tokenizer, chat, train_on, None if cache is None else Path(cache))
-    sources = []
     with ReadingProgress(sum(path.stat().st_size for path in files), shown=progress) as bar:
-        for path in files:
-            sources.append(encoder.source(path, on_error == "skip", bar.advance))
-    report.cached = encoder.from_cache
-    rows = _packed(sources, block, stride, too_long, report)
-    if not rows:
-        raise DataError(f"of {report.rows} rows nothing is left to train on:\n{report}")
-    return Data(sources, rows, tokenizer, block, report)
+        sources = [encoder.source(path, on_error == "skip", bar.advance) for path in files]
+    report = DataReport(files=len(files), cached=encoder.from_cache)
+    for source in sources:
+        report.rows += len(source.faults)
+        for line, reason in source.faults:
+            report.drop(without_numbers(reason), f"{source.path}, line {line}")
+    return sources, report
 
 
 def without_numbers(reason: str) -> str:
@@ -228,9 +251,7 @@ def _packed(
     texts: list[tuple[int, int, int]] = []
     whole: list[tuple[int, int, int]] = []
     for n, source in enumerate(sources):
-        for line, reason in source.faults:
-            report.drop(without_numbers(reason), f"{source.path}, line {line}")
-        report.rows += len(source.lines) + len(source.faults)
+        report.rows += len(source.lines)
         starts, ends = source.borders[:-1].tolist(), (source.borders[1:] - 1).tolist()
         trained = source.trained(source.borders[:-1] + 1, source.borders[1:])
         for d, (start, end) in enumerate(zip(starts, ends, strict=True)):

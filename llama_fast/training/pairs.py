@@ -10,15 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, PromptError
-from ..tokenizer import ChatFormat, Tokenizer
-from .data import Data, without_numbers
+from ..errors import DataError
+from ..tokenizer import Tokenizer
+from .data import ON_ERROR, Data, check_words, encoded, without_numbers
 from .masks import PREFERENCES, Chat
 from .packing import best_fit
-from .progress import ReadingProgress
 from .report import DataReport
-from .rows import data_files
-from .source import Encoder, Source
+from .source import Source
 
 
 def read_pairs(
@@ -44,26 +42,11 @@ def read_pairs(
     Raises DataError, which names the file and the line, for a row with a fault, for one that is no
     preference or whose answers are the same, and for data of which nothing is left.
     """
-    for name, value, allowed in (("on_error", on_error, ("raise", "skip")),
-                                 ("too_long", too_long, ("raise", "drop"))):  # fmt: skip
-        if value not in allowed:
-            raise DataError(f"{name}={value!r} is unknown; give one of {', '.join(allowed)}")
+    check_words(("on_error", on_error, ON_ERROR), ("too_long", too_long, ("raise", "drop")))
     if not isinstance(block, int) or block < 1:
         raise DataError(f"block is {block!r}; an answer needs at least one position")
-    if chat is None:
-        try:
-            chat = ChatFormat.for_tokenizer(tokenizer)
-        except PromptError:
-            chat = None  # prompts and answers that are texts need none; a dialog says so
-    files = data_files(paths)
-    report = DataReport(files=len(files))
-    encoder = Encoder(tokenizer, chat, PREFERENCES, None if cache is None else Path(cache))
-    with ReadingProgress(sum(path.stat().st_size for path in files), shown=progress) as bar:
-        sources = [encoder.source(path, on_error == "skip", bar.advance) for path in files]
-    report.cached = encoder.from_cache
+    sources, report = encoded(paths, tokenizer, chat, PREFERENCES, cache, on_error, progress)
     rows = _packed(sources, block, too_long, report)
-    if not rows:
-        raise DataError(f"of {report.rows} rows nothing is left to train on:\n{report}")
     return Data(sources, rows, tokenizer, 2 * block, report)
 
 
@@ -73,9 +56,7 @@ def _packed(
     """Rows of pieces (source, start, end), two for each pair."""
     pairs: list[tuple[tuple[int, int, int], tuple[int, int, int]]] = []
     for n, source in enumerate(sources):
-        for line, reason in source.faults:
-            report.drop(without_numbers(reason), f"{source.path}, line {line}")
-        report.rows += len(source.lines) // 2 + len(source.faults)
+        report.rows += len(source.lines) // 2
         pieces = [
             (n, start, end - 1)
             for start, end in zip(source.borders[:-1].tolist(), source.borders[1:].tolist(),
