@@ -12,15 +12,16 @@ prompt, chosen, rejected            preferences, for DPO; or conversations, or i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import JSON_ERRORS, DataError, PromptError
 from ..tokenizer import Message, ToolCall
 from ..tokenizer.chat_messages import order_fault
 from ..tokenizer.chat_tools import as_tools
-from .rows import data_files, raw_rows
+from .rows import Raw, data_files, raw_rows
 
 
 @dataclass(frozen=True)
@@ -97,18 +98,24 @@ def parse_row(value: Any) -> Row:
 def read_preferences(paths: Any) -> Iterator[Preference]:
     """Yields the rows of files of preferences. Raises DataError (file, line) for anything else."""
     for path in data_files(paths):
-        for raw in raw_rows(path, path.read_bytes()):
-            try:
-                row = parse_row(raw.value) if raw.fault is None else None
-            except (DataError, PromptError) as error:
-                raise DataError(str(error), path, raw.line) from None
+        for line, row in parsed(path, raw_rows(path, path.read_bytes())):
             if not isinstance(row, Preference):
                 raise DataError(
-                    raw.fault or "the row is no preference: prompt, chosen and rejected are needed",
-                    path,
-                    raw.line,
+                    "the row is no preference: prompt, chosen and rejected are needed", path, line
                 )
             yield row
+
+
+def parsed(path: Path, rows: Iterable[Raw]) -> Iterator[tuple[int, Row]]:
+    """Yields a file's rows with their lines. Raises DataError (file, line) for the first fault."""
+    for raw in rows:
+        if raw.fault is not None:
+            raise DataError(raw.fault, path, raw.line)
+        try:
+            row = parse_row(raw.value)
+        except (DataError, PromptError) as error:
+            raise DataError(str(error), path, raw.line) from None
+        yield raw.line, row
 
 
 def _kind(value: Any) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, PromptError
+from ..errors import DataError
 from ..tokenizer.tokenizer import MAX_SLICE, slices
-from .formats import Completion, Dialog, Document, Preference, Row, parse_row
+from .formats import Completion, Dialog, Document, Preference, Row, parsed
 from .rows import TEXT_FILES, Raw, data_files, raw_rows
 
 BLOCK = 2**20  # bytes read at a time
@@ -67,13 +67,7 @@ def _text(path: Path) -> Iterator[str]:
 
 
 def _json(path: Path) -> Iterator[str]:
-    for raw in _rows(path):
-        try:
-            row = parse_row(raw.value) if raw.fault is None else None
-        except (DataError, PromptError) as error:
-            raise DataError(str(error), path, raw.line) from None
-        if row is None:
-            raise DataError(raw.fault, path, raw.line)
+    for _, row in parsed(path, _rows(path)):
         yield from _texts_of(row)
 
 
