@@ -17,6 +17,7 @@ from .terminal import note, weights_bar
 from .vocab_train import Corpus, Out
 
 if TYPE_CHECKING:
+    from ..tokenizer import Tokenizer
     from ..tokenizer.vocabulary import Pruned
 
 CHECKED_TEXTS, CHECKED_TOKENS = 8, 128
@@ -61,7 +62,7 @@ def prune(
     report_written(out, start)
     note(f"kept {len(pruned.kept):,} of {old.vocab_size:,} tokens")
     if check:
-        _check(model, out, pruned, _first_lines(read_texts(corpus)))
+        _check(model, out, old, pruned, _first_lines(read_texts(corpus)))
 
 
 def _first_lines(texts: Iterable[str]) -> list[str]:
@@ -69,23 +70,21 @@ def _first_lines(texts: Iterable[str]) -> list[str]:
     return list(islice(lines, CHECKED_TEXTS))
 
 
-def _check(model: Path, out: Path, pruned: Pruned, texts: list[str]) -> None:
+def _check(model: Path, out: Path, old: Tokenizer, pruned: Pruned, texts: list[str]) -> None:
     """Notes how far the logits of the kept tokens are from what they were. Raises CheckpointError
     where that is more than rounding."""
     import torch
 
     from ..model import Llama
-    from ..tokenizer import Tokenizer
 
-    old, kept = Tokenizer.from_pretrained(model), pruned.kept
+    kept, new_ids = pruned.kept, pruned.new_ids()
     before, after = (Llama.from_pretrained(folder, device="cpu") for folder in (model, out))
     longest = min(CHECKED_TOKENS, before.config.max_seq_len)
     checked = largest = size = 0
     for text in texts:
         ids = old.encode(text[: 8 * longest])[:longest]
-        if not ids or not set(ids) <= set(kept):
+        if not ids or not new_ids.keys() >= set(ids):
             continue
-        new_ids = pruned.new_ids()
         with torch.inference_mode():
             expected = before(torch.tensor([ids], device="cpu"))[..., kept]
             ids = torch.tensor([[new_ids[id_] for id_ in ids]], device="cpu")
