@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import JSON_ERRORS, CheckpointError, LlamaFastError, json_fault
-from ..utils.files import atomic_file
 from .terminal import note
+from .units import write_json
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -62,7 +62,7 @@ class Run:
         """Writes down what the run is. Raises CheckpointError where the folder cannot be made."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_json(self.folder / RUN, self.asked)
+            write_json(self.folder / RUN, self.asked)
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder} cannot be written: {error.strerror or error}; give --out another "
@@ -87,7 +87,7 @@ class Run:
             else:
                 adapter.save(self.result, base=str(source.folder))
         self._plot(history)
-        _write_json(self.folder / METRICS, metrics)
+        write_json(self.folder / METRICS, metrics)
         for path in (self.folder / STATE_FILE, *self.folder.glob(REFERENCE_FILES)):
             path.unlink(missing_ok=True)
 
@@ -117,11 +117,6 @@ def _word(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return "by default" if value is None else str(value)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_file(path) as beside:
-        beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _write_model(folder: Path, llama: Llama, source: Checkpoint) -> None:
