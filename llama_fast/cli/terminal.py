@@ -162,16 +162,31 @@ def weights_bar(doing: str, *, lines: bool = False) -> Iterator[Progress | None]
 def _progress_lines(doing: str) -> Progress:
     """Returns what writes a plain line at its first call, and wherever LINE_SECONDS have passed
     since the last line, and a LINE_SHARE of the whole."""
-    shown = at = -math.inf
+    shown, due = -math.inf, every(LINE_SECONDS, at_once=True)
 
     def advance(done: int, total: int, name: str) -> None:
-        nonlocal shown, at
-        now = time.monotonic()
-        if done >= shown + LINE_SHARE * total and now >= at + LINE_SECONDS:
-            shown, at = done, now
+        nonlocal shown
+        if done >= shown + LINE_SHARE * total and due():
+            shown = done
             note(f"{doing}: {done / total:.0%} of {size(total)}")
 
     return advance
+
+
+def every(seconds: float, *, at_once: bool = False) -> Callable[[], bool]:
+    """Returns what says whether so many seconds have passed since it last said yes; first since
+    now, or `at_once`."""
+    last = -math.inf if at_once else time.monotonic()
+
+    def due() -> bool:
+        nonlocal last
+        now = time.monotonic()
+        if now < last + seconds:
+            return False
+        last = now
+        return True
+
+    return due
 
 
 def text_or_stdin(text: str | None, usage: str) -> str:

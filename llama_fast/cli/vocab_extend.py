@@ -11,8 +11,8 @@ import typer
 
 from .convert import report_written
 from .options import Debug, Threads, example, set_threads
-from .terminal import note, weights_bar
-from .vocab_train import Out, tokenizer_of
+from .terminal import every, note, weights_bar
+from .vocab_train import SECONDS, Out, tokenizer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,12 +110,10 @@ def _distilled(
     with weights_bar("Loading the weights") as progress:
         llama = Llama.from_pretrained(model, progress=progress)
     ids = vocabulary.resize(llama, longer, old=old)
-    at = time.monotonic()
+    due = every(SECONDS)
 
     def lines(done: int, steps: int, loss: float) -> None:
-        nonlocal at
-        if time.monotonic() > at + 5:
-            at = time.monotonic()
+        if due():
             note(f"step {done:,} of {steps:,}: loss {loss:.3g}")
 
     found = vocabulary.distill(

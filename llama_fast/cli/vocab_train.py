@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import Debug, example, model_folder
-from .terminal import note, show, table
+from .terminal import every, note, show, table
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
 SHOWN = 12  # new tokens
+SECONDS = 5.0  # between two lines of progress
 
 Corpus = Annotated[
     list[Path],
@@ -126,14 +128,12 @@ def piece(token: bytes) -> str:
         return repr(token)
 
 
-def _lines():
-    """Returns what notes, every few seconds, how many tokens are found."""
-    at = time.monotonic()
+def _lines() -> Callable[[int, int], None]:
+    """Returns what notes now and then how many tokens are found."""
+    due = every(SECONDS)
 
     def advance(done: int, total: int) -> None:
-        nonlocal at
-        if time.monotonic() > at + 5:
-            at = time.monotonic()
+        if due():
             note(f"{done:,} of {total:,} tokens")
 
     return advance
