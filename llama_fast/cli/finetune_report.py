@@ -75,6 +75,7 @@ def figures(
 def summary(
     run: Run, llama: Llama, history: History, metrics: dict[str, Any], seconds: float, full: bool
 ) -> None:
+    from ..training.evaluation import measures_text
     from .measure import peak_memory
 
     shipped = Path(run.asked["MODEL"]) == DEMO.resolve()
@@ -90,26 +91,12 @@ def summary(
     ]  # fmt: skip
     if history.held_out:
         judged = history.held_out[-1]
-        lines.insert(1, ("held out", _measures(judged)))
+        lines.insert(1, ("held out", measures_text(judged)))
     if "accuracy_last_tenth" in metrics:
         last = {n: metrics[f"{n}_last_tenth"] for n in ("reward_margin", "accuracy")}
-        lines.insert(1, ("preferences", f"{_measures(last)}, at last"))
+        lines.insert(1, ("preferences", f"{measures_text(last)}, at last"))
     note("")
     note_pairs(lines)
-
-
-def _measures(record: dict[str, Any]) -> str:
-    """The measures of an evaluation as text; those that are not known are left out."""
-    words = {
-        "loss": "loss {:.3f}",
-        "perplexity": "perplexity {:.4g}",
-        "bits_per_byte": "{:.3f} bits per byte",
-        "reward_margin": "reward margin {:.3f}",
-        "accuracy": "accuracy {:.1%}",
-    }
-    return ", ".join(
-        text.format(record[name]) for name, text in words.items() if record.get(name) is not None
-    )
 
 
 def _bytes(folder: Path) -> int:

@@ -12,7 +12,6 @@ are made once, before the first step.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,14 +27,14 @@ from ..errors import ConfigError, LlamaFastError
 from ..model import Llama
 from .adapter import Adapter
 from .config import TrainConfig
-from .evaluation import mode
+from .evaluation import Measured, held_out_batches, mode
 from .loop import finetune
 from .reference import WithReference, log_probabilities, with_reference
 from .state import History
 
 
 @dataclass(frozen=True)
-class PreferenceEvaluation:
+class PreferenceEvaluation(Measured):
     """loss in nats a pair; reward_margin: the mean of β m; accuracy: the share of pairs whose
     chosen answer has gained more than the rejected one."""
 
@@ -43,17 +42,6 @@ class PreferenceEvaluation:
     reward_margin: float
     accuracy: float
     pairs: int
-
-    def __str__(self) -> str:
-        return (
-            f"loss {self.loss:.3f}, reward margin {self.reward_margin:.3f}, "
-            f"accuracy {self.accuracy:.1%}"
-        )
-
-    def record(self, step: int) -> dict[str, float | None]:
-        found = dataclasses.asdict(self)
-        del found["pairs"]
-        return {"step": step, **found}
 
 
 class DPO:
@@ -120,8 +108,7 @@ class DPO:
         processes = Processes()
         total, sums, pairs = 0.0, [0.0, 0.0], 0
         with mode(model, training=False):
-            for start in processes.part(range(0, len(data), batch_size)):
-                batch = data.batch(range(start, min(start + batch_size, len(data))))
+            for batch in held_out_batches(data, batch_size, processes):
                 loss, found = self.loss(model, batch.to(model.device))
                 total, pairs = total + float(loss), pairs + self.count(batch)
                 sums = [a + b for a, b in zip(sums, found.tolist()[:2], strict=True)]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,35 @@ from torch import nn
 from ..distributed import Processes
 from ..errors import LlamaFastError
 
+# What evaluations and steps record, as text.
+MEASURES = {
+    "loss": "loss {:.3f}",
+    "perplexity": "perplexity {:.4g}",
+    "bits_per_byte": "{:.3f} bits per byte",
+    "reward_margin": "reward margin {:.3f}",
+    "accuracy": "accuracy {:.1%}",
+}
+
+
+def measures_text(record: Mapping[str, Any]) -> str:
+    """Returns the measures of a record as text; those that are not known are left out."""
+    return ", ".join(
+        text.format(record[name]) for name, text in MEASURES.items() if record.get(name) is not None
+    )
+
+
+class Measured:
+    """What a dataclass of measures gives the history and the screen; its counts are no measures."""
+
+    def __str__(self) -> str:
+        return measures_text(vars(self))
+
+    def record(self, step: int) -> dict[str, float | None]:
+        return {"step": step, **{name: x for name, x in vars(self).items() if name in MEASURES}}
+
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Measured):
     """loss in nats per trained token; perplexity e^loss; bits_per_byte: the same loss in bits for
     each byte of the targets' text, which alone compares models of different vocabularies (None
     where the bytes are not known)."""
@@ -26,16 +51,6 @@ class Evaluation:
     perplexity: float
     bits_per_byte: float | None
     tokens: int
-
-    def __str__(self) -> str:
-        text = f"loss {self.loss:.3f}, perplexity {self.perplexity:.4g}"
-        bits = self.bits_per_byte
-        return text if bits is None else f"{text}, {bits:.3f} bits per byte"
-
-    def record(self, step: int) -> dict[str, float | None]:
-        found = dataclasses.asdict(self)
-        del found["tokens"]
-        return {"step": step, **found}
 
 
 @torch.no_grad()
@@ -47,8 +62,7 @@ def evaluate(model: nn.Module, data: Any, batch_size: int = 8) -> Evaluation:
     processes = Processes()
     total, kept, n_bytes = 0.0, 0, 0
     with mode(model, training=False):
-        for start in processes.part(range(0, len(data), batch_size)):
-            batch = data.batch(range(start, min(start + batch_size, len(data))))
+        for batch in held_out_batches(data, batch_size, processes):
             if not batch.kept:
                 continue
             batch = batch.to(model.device)
@@ -66,6 +80,12 @@ def evaluate(model: nn.Module, data: Any, batch_size: int = 8) -> Evaluation:
     loss = total / kept
     bits = total / math.log(2) / n_bytes if n_bytes else None
     return Evaluation(loss, math.exp(min(loss, 700)), bits, kept)
+
+
+def held_out_batches(data: Any, batch_size: int, processes: Processes) -> Iterator[Any]:
+    """Yields this process's part of the data, `batch_size` rows at a time, in their order."""
+    for start in processes.part(range(0, len(data), batch_size)):
+        yield data.batch(range(start, min(start + batch_size, len(data))))
 
 
 @contextmanager
