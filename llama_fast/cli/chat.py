@@ -13,6 +13,7 @@ from . import chat_commands
 from .chat_talk import Talk
 from .chat_tools import Tools
 from .interrupt import unwind_when_stopped
+from .loading import check_adapter, context_of, load_model
 from .options import (
     CHAT_DEMO,
     Adapter,
@@ -34,7 +35,7 @@ from .options import (
     model_folder,
     set_threads,
 )
-from .terminal import note, weights_bar
+from .terminal import note, text_or_file
 
 CONTEXT = 8192  # tokens, where the model allows more and nothing else is asked for
 
@@ -98,19 +99,16 @@ def chat(
     control token. From a pipe each line is a message.
     """
     folder = model_folder(model, CHAT_DEMO)
-    told = chat_commands.text_or_file(system, "--system") if system else None
+    told = text_or_file(system, "--system") if system else None
     functions = Tools.from_file(tools) if tools else Tools()
 
     from ..checkpoint import open_checkpoint
-    from ..checkpoint.adapter import read_adapter
     from ..dispatch import use_backend
     from ..generation.chat import Chat
     from ..generation.folder_sampling import folder_sampling
     from ..generation.session import Session
-    from ..model import Llama
     from ..tokenizer import Tokenizer
     from ..tokenizer.chat_choice import chat_format
-    from ..training import load_adapter
 
     set_threads(threads)
     where = device_named(device)
@@ -120,23 +118,16 @@ def chat(
     source = open_checkpoint(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
     format = chat_format(folder, tokenizer)
-    context = source.config.max_seq_len
-    context = source.config.shortened(max_seq_len or min(context, CONTEXT)).max_seq_len
-
-    if adapter is not None:
-        read_adapter(adapter, source.config)
-
-    with weights_bar("Loading the weights") as progress:
-        llama = Llama.from_pretrained(
-            source,
-            device=where,
-            dtype=dtype and dtype.torch,
-            quantize=quantize and quantize.value,
-            max_seq_len=context,
-            progress=progress,
-        )
-    if adapter is not None:
-        load_adapter(llama, adapter)
+    context = context_of(source, max_seq_len, CONTEXT)
+    check_adapter(adapter, source)
+    llama = load_model(
+        source,
+        adapter=adapter,
+        device=where,
+        dtype=dtype and dtype.torch,
+        quantize=quantize and quantize.value,
+        max_seq_len=context,
+    )
     sampling = vars(drawn) | {"seed": seed}
     unwind_when_stopped()
     with (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import JSON_ERRORS, CheckpointError, LlamaFastError
 from ..utils.files import atomic_file
-from .terminal import note, note_pairs
+from .terminal import note, note_pairs, text_or_file
 
 if TYPE_CHECKING:
     from .chat_talk import Talk
@@ -116,16 +116,6 @@ def run(talk: Talk, line: str) -> None:
             "A message that begins with a slash is written //…"
         )
     COMMANDS[name][1](talk, text.strip())
-
-
-def text_or_file(text: str, option: str) -> str:
-    """Returns the text, or what is in the file that "@FILE" names. Raises LlamaFastError."""
-    if not text.startswith("@"):
-        return text
-    try:
-        return Path(text[1:]).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LlamaFastError(f"{option} {text}: the file cannot be read ({error})") from error
 
 
 def save_dialog(talk: Talk, path: Path) -> str:

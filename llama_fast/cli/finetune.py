@@ -16,6 +16,7 @@ from ..errors import DataError
 from .finetune_report import figures, plan, summary
 from .finetune_run import Run
 from .interrupt import unwind_when_stopped
+from .loading import load_model
 from .options import (
     Debug,
     Device,
@@ -27,7 +28,7 @@ from .options import (
     model_folder,
     set_threads,
 )
-from .terminal import note, note_pairs, show, weights_bar
+from .terminal import note, note_pairs, show
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -421,7 +422,6 @@ def _train(
     import torch
 
     from ..generation.generate import check_prompts, encode_prompts, generate
-    from ..model import Llama
     from ..training import finetune, finetune_dpo, lora
     from ..training.state import STATE_FILE
 
@@ -429,10 +429,7 @@ def _train(
         check_prompts(source.config, tokenizer, encode_prompts(tokenizer, sample))
     if dtype is None and source.dtype is torch.float16:
         dtype = torch.bfloat16
-    with weights_bar("Loading the weights") as progress:
-        llama = Llama.from_pretrained(
-            source, device=device, dtype=dtype, quantize=quantize, progress=progress
-        )
+    llama = load_model(source, device=device, dtype=dtype, quantize=quantize)
     unwind_when_stopped()
     torch.manual_seed(config.seed)  # the first values of A
     adapter = None if rank is None else lora(llama, rank, alpha)

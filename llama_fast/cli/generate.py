@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import LogitsError, PromptError
+from .loading import check_adapter, load_model
 from .options import (
     Adapter,
     AsDType,
@@ -29,7 +30,7 @@ from .options import (
     model_folder,
     set_threads,
 )
-from .terminal import note, note_pairs, show_prompt, size, text_or_stdin, weights_bar
+from .terminal import note, note_pairs, show_prompt, size, text_or_stdin
 
 if TYPE_CHECKING:
     from ..model import Llama
@@ -94,13 +95,10 @@ def generate(
     from contextlib import nullcontext
 
     from ..checkpoint import open_checkpoint
-    from ..checkpoint.adapter import read_adapter
     from ..dispatch import use_backend
     from ..generation.folder_sampling import folder_sampling
     from ..generation.generate import check_prompts, encode_prompts, stream
-    from ..model import Llama
     from ..tokenizer import Tokenizer
-    from ..training import load_adapter
 
     # Everything that can be wrong with the request is found before the weights are read.
     set_threads(threads)
@@ -113,25 +111,21 @@ def generate(
     prompts = encode_prompts(tokenizer, text)
     config = source.config.shortened(max_seq_len)
     check_prompts(config, tokenizer, prompts)
-    if adapter is not None:
-        read_adapter(adapter, source.config)
+    check_adapter(adapter, source)
     # No more of the rotary tables than this text can need: those of 131,072 tokens take 34 MB.
     needed = min(config.max_seq_len, len(prompts[0]) + max_new_tokens)
 
     form = kv_cache and kv_cache.value
 
     start = time.perf_counter()
-    with weights_bar("Loading the weights") as progress:
-        llama = Llama.from_pretrained(
-            source,
-            device=where,
-            dtype=dtype and dtype.torch,
-            quantize=quantize and quantize.value,
-            max_seq_len=needed,
-            progress=progress,
-        )
-    if adapter is not None:
-        load_adapter(llama, adapter)
+    llama = load_model(
+        source,
+        adapter=adapter,
+        device=where,
+        dtype=dtype and dtype.torch,
+        quantize=quantize and quantize.value,
+        max_seq_len=needed,
+    )
     loaded = time.perf_counter() - start
 
     ended = None

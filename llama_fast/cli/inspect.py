@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import CheckpointError, LlamaFastError, PromptError
+from .loading import load_model
 from .options import (
     Debug,
     Device,
@@ -25,7 +26,7 @@ from .options import (
     model_folder,
     set_threads,
 )
-from .terminal import columns, show, size, table, text_or_stdin, weights_bar
+from .terminal import columns, show, size, table, text_or_stdin
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint, QuantizedCheckpoint
     from ..inspect import Comparison, Trace
     from ..inspect.trace import Prediction
+    from ..model import Llama
 
 EAGER = "eager"
 WIDE = 130  # characters that the whole table of steps takes
@@ -98,7 +100,6 @@ def inspect(
     from ..checkpoint import open_checkpoint
     from ..dispatch import use_backend
     from ..inspect import trace
-    from ..model import Llama
     from ..tokenizer import Tokenizer
 
     set_threads(threads)
@@ -112,14 +113,7 @@ def inspect(
     other_checkpoint = open_checkpoint(Path(compare)) if other_folder else None
 
     def loaded(source: Checkpoint | QuantizedCheckpoint, quantize: str | None = None) -> Llama:
-        with weights_bar("Loading the weights") as progress:
-            return Llama.from_pretrained(
-                source,
-                device=where,
-                dtype=dtype and dtype.torch,
-                quantize=quantize,
-                progress=progress,
-            )
+        return load_model(source, device=where, dtype=dtype and dtype.torch, quantize=quantize)
 
     tokenizer = Tokenizer.from_pretrained(folder)
     llama = loaded(checkpoint)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import LlamaFastError
-from .chat_commands import text_or_file
 from .interrupt import unwind_when_stopped
+from .loading import check_adapter, context_of, load_model
 from .options import (
     CHAT_DEMO,
     Adapter,
@@ -27,7 +27,7 @@ from .options import (
     model_folder,
     set_threads,
 )
-from .terminal import note, size, weights_bar
+from .terminal import note, size, text_or_file
 
 if TYPE_CHECKING:
     from ..serve.requests import Served
@@ -110,14 +110,11 @@ def serve(
     folder = model_folder(model, CHAT_DEMO)
 
     from ..checkpoint import open_checkpoint
-    from ..checkpoint.adapter import read_adapter
     from ..generation.folder_sampling import folder_sampling
-    from ..model import Llama
     from ..serve.requests import Served
     from ..serve.server import is_loopback, run
     from ..tokenizer import Tokenizer
     from ..tokenizer.chat_choice import chat_format
-    from ..training import load_adapter
 
     set_threads(threads)
     where = device_named(device)
@@ -126,24 +123,19 @@ def serve(
     source = open_checkpoint(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
     format = chat_format(folder, tokenizer)
-    context = source.config.max_seq_len
-    context = source.config.shortened(max_seq_len or min(context, CONTEXT)).max_seq_len
-    drawn = folder_sampling(folder, temperature=None, top_p=None, top_k=None)
-    if adapter is not None:
-        read_adapter(adapter, source.config)
+    context = context_of(source, max_seq_len, CONTEXT)
+    drawn = folder_sampling(folder)
+    check_adapter(adapter, source)
 
     unwind_when_stopped()
-    with weights_bar("Loading the weights") as progress:
-        llama = Llama.from_pretrained(
-            source,
-            device=where,
-            dtype=dtype and dtype.torch,
-            quantize=quantize and quantize.value,
-            max_seq_len=context,
-            progress=progress,
-        )
-    if adapter is not None:
-        load_adapter(llama, adapter)
+    llama = load_model(
+        source,
+        adapter=adapter,
+        device=where,
+        dtype=dtype and dtype.torch,
+        quantize=quantize and quantize.value,
+        max_seq_len=context,
+    )
     served = Served(
         name=name or folder.resolve().name,
         model=llama,

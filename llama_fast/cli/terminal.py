@@ -9,9 +9,10 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import PromptError
+from ..errors import LlamaFastError, PromptError
 from .interrupt import unwind_when_stopped
 
 if TYPE_CHECKING:
@@ -208,3 +209,13 @@ def text_or_stdin(text: str | None, usage: str) -> str:
             f"standard input is not UTF-8 (byte {error.start}); convert it, for example with iconv"
         ) from None
     return text.removeprefix(BYTE_ORDER_MARK).removesuffix("\n").removesuffix("\r")
+
+
+def text_or_file(text: str, option: str) -> str:
+    """Returns the text, or what is in the file that "@FILE" names. Raises LlamaFastError."""
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LlamaFastError(f"{option} {text}: the file cannot be read ({error})") from error

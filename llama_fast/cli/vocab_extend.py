@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .convert import report_written
+from .loading import load_model
 from .options import Debug, Threads, example, set_threads
 from .terminal import every, note, weights_bar
 from .vocab_train import SECONDS, Out, tokenizer_of
@@ -100,15 +101,13 @@ def _distilled(
     model: Path, longer: Tokenizer, texts: list[Path], snippets: int, lr: float
 ) -> Tensor:
     """The new input rows (n,C)."""
-    from ..model import Llama
     from ..tokenizer import Tokenizer
     from ..training import vocabulary
     from ..training.texts import read_texts
 
     old = Tokenizer.from_pretrained(model)
     vocabulary.new_tokens(longer, old)  # raises before the weights are loaded
-    with weights_bar("Loading the weights") as progress:
-        llama = Llama.from_pretrained(model, progress=progress)
+    llama = load_model(model)
     ids = vocabulary.resize(llama, longer, old=old)
     due = every(SECONDS)
 
