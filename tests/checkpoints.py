@@ -16,6 +16,19 @@ SMALL = LlamaConfig(
     dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=176, vocab_size=320
 )
 
+# What the tests of commands run on.
+TINY = LlamaConfig(
+    dim=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    hidden_dim=48,
+    vocab_size=600,
+    max_seq_len=96,
+    tied=True,
+)
+
 _CUT_BY_COLUMNS = ("wo.weight", "w2.weight")
 
 

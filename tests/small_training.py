@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from llama_fast.model import Llama
 from llama_fast.training.blocks import PackedDataset
 from llama_fast.training.loop import finetune
 from llama_fast.training.state import History
+from llama_fast.training.weights import Weights
 
 CONFIG = LlamaConfig(
     dim=32,
@@ -61,6 +64,20 @@ def bits(model: Llama) -> dict[str, torch.Tensor]:
 def assert_same_bits(left: Llama, right: Llama) -> None:
     for (name, one), other in zip(bits(left).items(), bits(right).values(), strict=True):
         assert torch.equal(one, other), name
+
+
+def interrupting(step: int) -> Callable[..., None]:
+    """Returns what to put in the place of `Weights.step`: Ctrl-C comes before that update, counted
+    from 0."""
+    real, seen = Weights.step, []
+
+    def stop(self, *args):
+        seen.append(1)
+        if len(seen) == step + 1:
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    return stop
 
 
 @pytest.fixture

@@ -27,20 +27,9 @@ from llama_fast.generation.sampling import Sampling
 from llama_fast.model import Llama
 from llama_fast.tokenizer import Tokenizer
 
-from .checkpoints import load
+from .checkpoints import TINY, load
 
 ROOT = Path(__file__).parent.parent
-TINY = config.LlamaConfig(
-    dim=32,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=8,
-    hidden_dim=48,
-    vocab_size=600,
-    max_seq_len=96,
-    tied=True,
-)
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +47,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Runs a command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object, stdin: bytes | None = None) -> tuple[int, str, str]:
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 def start(*arguments: object, stdout: int = subprocess.PIPE) -> subprocess.Popen:

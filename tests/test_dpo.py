@@ -25,7 +25,7 @@ from llama_fast.training.reference import with_reference
 from llama_fast.training.split import hold_out
 
 from .small_training import assert_same_bits, bits, one_thread  # noqa: F401  a fixture
-from .test_finetune import interrupted_at, run, tiny  # noqa: F401  fixtures
+from .test_finetune import interrupted_at, tiny  # noqa: F401  a fixture
 from .training_rows import dialog, write
 
 pytestmark = [
@@ -283,7 +283,7 @@ def test_faults_of_preferences(tmp_path):
         read_pairs(only, TOKENIZER, block=14, chat=CHAT, too_long="drop")
 
 
-def test_the_demo_model_learns_to_prefer(run, tmp_path):  # noqa: F811
+def test_the_demo_model_learns_to_prefer(run, tmp_path):
     """And it says the chosen answer, of which the other was the likelier before."""
     prompt, likes, dislikes = "Once upon a time there was a", " dragon", " school"
     rows = [

@@ -10,32 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llama_fast import config
 from llama_fast.checkpoint import open_checkpoint, write_random
 from llama_fast.cli import finetune as command
-from llama_fast.cli import main
 from llama_fast.cli.options import DEMO
 from llama_fast.training.adapter import load_adapter
 from llama_fast.training.weights import Weights
 
-from .checkpoints import load
-from .small_training import one_thread  # noqa: F401  a fixture
+from .checkpoints import TINY, load
+from .small_training import interrupting, one_thread  # noqa: F401  a fixture
 from .training_rows import dialog, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-TINY = config.LlamaConfig(
-    dim=32,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=8,
-    hidden_dim=48,
-    vocab_size=600,
-    max_seq_len=96,
-    tied=True,
-)
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +37,6 @@ def texts(tmp_path) -> Path:
     rows = [{"text": f"The {i}th of them says what the {i + 1}th of them has said. " * 3}
             for i in range(12)]  # fmt: skip
     return write(tmp_path, "texts.jsonl", rows)
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 QUICK = ("--steps", 6, "--block", 64, "--tokens-per-step", 128, "--threads", 1)
@@ -87,15 +63,7 @@ def test_the_demo_model_learns_a_fact(run, tmp_path):
 
 def interrupted_at(monkeypatch, step: int):
     """Ctrl-C before that update, counted from 0."""
-    real, seen = Weights.step, []
-
-    def stop(self, *args):
-        seen.append(1)
-        if len(seen) == step + 1:
-            raise KeyboardInterrupt
-        real(self, *args)
-
-    monkeypatch.setattr(Weights, "step", stop)
+    monkeypatch.setattr(Weights, "step", interrupting(step))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

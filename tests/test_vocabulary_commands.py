@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from llama_fast.cli import main
 from llama_fast.errors import DataError, TokenizerError
 from llama_fast.tokenizer import Tokenizer, vocabulary_report
 from llama_fast.tokenizer.files import BYTE_ORDER
@@ -16,17 +15,6 @@ from llama_fast.training.texts import read_texts
 
 DEMO = Path(__file__).parent.parent / "llama_fast" / "demo"
 CHINESE = "有中文字幕的电影，没有文字幕的电影。\n我们去山上看月亮，你好世界！\n"
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 @pytest.fixture

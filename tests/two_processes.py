@@ -24,7 +24,7 @@ from llama_fast.training.config import TrainConfig
 from llama_fast.training.state import History
 from llama_fast.training.weights import Weights
 
-from .small_training import bits, counting_data, masked_data, new_model, quick
+from .small_training import bits, counting_data, interrupting, masked_data, new_model, quick
 
 # Steps of five rows, in micro-batches of two: the parts of two processes differ in rows and in
 # trained tokens, and the clip is at work. The last step has one row, so one process has none.
@@ -47,15 +47,7 @@ def trained(kind: str, **more) -> tuple[Llama, History]:
 
 def stopped_at(step: int, **more) -> None:
     """A training of all weights that is interrupted before that update, counted from 0."""
-    real, seen = Weights.step, []
-
-    def stop(self, *args):
-        seen.append(1)
-        if len(seen) == step + 1:
-            raise KeyboardInterrupt
-        real(self, *args)
-
-    Weights.step = stop
+    real, Weights.step = Weights.step, interrupting(step)
     try:
         trained("full", **more)
     except KeyboardInterrupt:
