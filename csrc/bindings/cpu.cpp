@@ -24,6 +24,18 @@
 namespace py = pybind11;
 using namespace llama_fast;
 
+// Linux gives a process the tile registers of AMX when it asks for them. The tests, which emulate them,
+// define this as true.
+#ifndef MAY_USE_TILES
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#define MAY_USE_TILES (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0)
+#else
+#define MAY_USE_TILES false
+#endif
+#endif
+
 namespace {
 
 // The instruction sets of this build that this CPU has, best first.
@@ -39,11 +51,16 @@ std::vector<std::pair<std::string, const KernelTable*>> usable_isas() {
                                        __builtin_cpu_supports("avx512vl") &&
                                        __builtin_cpu_supports("avx512dq") &&
                                        __builtin_cpu_supports("avx512vnni");
+  [[maybe_unused]] const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   [[maybe_unused]] const bool avx_vnni = avx2 && __builtin_cpu_supports("avxvnni");
 #endif
+#ifdef LLAMA_FAST_HAS_AMX
+  if (avx512_bf16 && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+      MAY_USE_TILES)
+    usable.emplace_back("amx", &amx::kernels);
+#endif
 #ifdef LLAMA_FAST_HAS_AVX512_BF16
-  if (avx512 && __builtin_cpu_supports("avx512bf16"))
-    usable.emplace_back("avx512_bf16", &avx512_bf16::kernels);
+  if (avx512_bf16) usable.emplace_back("avx512_bf16", &avx512_bf16::kernels);
 #endif
 #ifdef LLAMA_FAST_HAS_AVX512
   if (avx512) usable.emplace_back("avx512", &avx512::kernels);
@@ -66,7 +83,7 @@ auto chosen = usable.front();
 // The instruction sets of this build, whatever the CPU has, best first.
 std::vector<std::string> built_isas() {
 #ifdef LLAMA_FAST_HAS_AVX2
-  return {"avx512_bf16", "avx512", "avx_vnni", "avx2", "scalar"};
+  return {"amx", "avx512_bf16", "avx512", "avx_vnni", "avx2", "scalar"};
 #else
   return {"scalar"};
 #endif
@@ -123,6 +140,7 @@ int64_t row_beyond(const AttentionArgs& a) {
 // to use, if torch was built with it; and no vector instructions of ours means that torch's are better.
 bool own_gemm(DType dtype, bool onednn) {
   if (chosen.first == "scalar" || dtype == DType::f32) return false;
+  if (chosen.first == "amx") return true;
   return dtype == DType::f16 || !(onednn && chosen.first == "avx512_bf16");
 }
 

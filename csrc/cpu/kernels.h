@@ -45,5 +45,6 @@ namespace avx2 { extern const KernelTable kernels; }
 namespace avx_vnni { extern const KernelTable kernels; }
 namespace avx512 { extern const KernelTable kernels; }
 namespace avx512_bf16 { extern const KernelTable kernels; }
+namespace amx { extern const KernelTable kernels; }
 
 }  // namespace llama_fast
