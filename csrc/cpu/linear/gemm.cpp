@@ -13,6 +13,7 @@
 #include <cstring>
 
 #include "../../args.h"
+#include "../dispatch.h"
 #include "../parallel.h"
 #include "../scratch.h"
 #include "gemm_tiles.h"
@@ -24,7 +25,8 @@ namespace ISA {
 constexpr int ROWS = vf::W == 16 ? 12 : vf::W == 8 ? 6 : 4;
 constexpr int VECTORS = vf::W == 1 ? 4 : 2;
 constexpr int WIDTH = VECTORS * vf::W;
-constexpr int64_t CHUNK_UNITS = 256;    // of K: a panel's share is 32 KB, or 16 on AVX2
+// Of K: a panel's share is 32 KB, or 16 on AVX2. A scalar build needs short chunks for exactness.
+constexpr int64_t CHUNK_UNITS = vf::W == 1 ? 32 : 256;
 constexpr int64_t BLOCK_TILES = 16;     // of rows in a task, at most: 192 KB, or 96
 constexpr int64_t LANES = 512;          // packed at a time: the sums of a task stay in L2,
 constexpr int64_t DEPTH_UNITS = 4096;   // of K: with the lanes 8 MB, for a shared cache
@@ -204,11 +206,11 @@ template <class T> static void multiply_matrices(const GemmArgs& a) {
 }
 
 void gemm(const GemmArgs& a) {
+  if (a.R == 0 || a.L == 0) return;
 #ifdef ISA_HAS_TILES
   if (a.dtype == DType::bf16) return gemm_by_tiles(a);
 #endif
-  if (a.dtype == DType::bf16) multiply_matrices<bf16>(a);
-  else multiply_matrices<f16>(a);
+  with_type(a.dtype, [&](auto t) { multiply_matrices<decltype(t)>(a); });
 }
 
 }  // namespace ISA

@@ -14,7 +14,6 @@
 #include "../dispatch.h"
 #include "../parallel.h"
 #include "../scratch.h"
-#include "../simd/amx.h"
 #include "../simd/dot.h"
 
 namespace llama_fast {
@@ -174,20 +173,7 @@ template <class T> static void multiply_rows(const LinearArgs& a) {
   });
 }
 
-void gemm(const GemmArgs&);
-
 void gemv(const LinearArgs& a) {
-#ifdef ISA_HAS_TILES
-  if (a.dtype == DType::bf16)  // they read rows as they lie where there are few of x
-    return gemm({.dtype = a.dtype,
-                 .rows = {a.weight, {1, 1, a.C_out, 0, 0, a.C_in}, false},
-                 .lanes = {a.x, a.rows, false},
-                 .out = a.y,
-                 .out_transposed = true,
-                 .R = a.C_out,
-                 .L = a.rows.count(),
-                 .K = a.C_in});
-#endif
   with_type(a.dtype, [&](auto t) { multiply_rows<decltype(t)>(a); });
 }
 
