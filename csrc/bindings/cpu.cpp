@@ -264,7 +264,7 @@ PYBIND11_MODULE(_cpu, m) {
     const KernelTable& table = *chosen.second;
     launch(pairs ? &KernelTable::multiply_add_bf16 : &KernelTable::multiply_add_f32,
            RooflineArgs{.steps = steps, .threads = threads, .sink = pointer<float>(sink)});
-    return steps * threads * 12 * table.lanes * (pairs && table.bf16_pairs ? 4 : 2);
+    return steps * threads * (pairs ? table.bf16_flops : table.f32_flops);
   }, "Runs the loop and returns its floating-point operations.");
 
   // The ops: their results, which Python has made, come last among the tensors and are returned.
