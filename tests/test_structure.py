@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "checkpoint": {"utils", "config", "tokenizer"},
     "model": {"utils", "config", "dispatch", "ops", "nn", "checkpoint"},
     "hf": {"utils", "dispatch", "ops"},
+    "engines": {"dispatch", "ops"},
 }
 MODEL = MAY_IMPORT["model"] | {"model"}
 MAY_IMPORT |= {

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from transformers.models.llama import modeling_llama
 
 from .. import ops
-from ..dispatch import ORDER, backends, needs_dispatcher
+from ..dispatch import kernels, needs_dispatcher
 from ..ops.attention_checks import head_dim_reasons
 from .conditions import fits, is_learnt, needs_gradient
 
@@ -166,20 +166,8 @@ def _served(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return all((name, query.device.type) in KERNELS for name in names)
 
 
-def _kernels() -> set[tuple[str, str]]:
-    """The ops of attention that have a kernel here, with the type of its device."""
-    return {
-        (op, device)
-        for op in ("attention", "attention_backward")
-        for device, order in ORDER.items()
-        for name in order
-        if name in backends()
-        and not backends()[name].unavailable
-        and op in backends()[name].implementations
-    }
-
-
-KERNELS = _kernels()
+# The ops that have a kernel here, with the type of its device.
+KERNELS = kernels()
 
 
 def _rows(mask: Tensor, query: Tensor, key: Tensor) -> Rows | None:
