@@ -157,6 +157,7 @@ OP_HELPERS = {
     "__init__",
     "attention_cases",
     "attention_checks",
+    "attention_varlen",
     "checks",
     "documents",
     "inputs",

@@ -1,34 +1,20 @@
 """Our attention as the kernel behind torch's `varlen_attn`: sequences one behind another.
 
-q (Tq, H, D), k and v (Tk, K, D); sequence i has the queries cum_seq_q[i] … cum_seq_q[i + 1] - 1
-and the keys that cum_seq_k says in the same way. Causal: its queries are the last of its keys, as
-in the op. Where both say the same, the op takes all sequences in one call, as packed documents.
-Otherwise (keys of a cache, pages) each sequence is a call, on the CPU alone, where the values can
-be read.
+q (Tq, H, D), k and v (Tk, K, D); ops/attention_varlen.py says what belongs together, and computes
+it. On a GPU the op serves calls alone in which queries and keys are of the same tokens; keys of a
+cache would need values that the GPU has.
 """
 
 from __future__ import annotations
 
-import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.attention import BACKWARD, OP
+from ..ops.attention import BACKWARD
+from ..ops.attention_varlen import Keys, attend, is_same, packed, spans
 from .torch_kernels import TorchKernel, for_backward, unsupported
-
-
-class Keys(NamedTuple):
-    """Where a call of `varlen_attn` says that keys are.
-
-    used   (n,) how many keys of each sequence are valid; None: all
-    pages  (n, pages of a sequence): which pages of k and v (pages, page size, K, D) hold its keys
-    """
-
-    cum_seq: Tensor | None
-    used: Tensor | None = None
-    pages: Tensor | None = None
 
 
 def forward(
@@ -75,8 +61,10 @@ def forward(
             num_splits=num_splits,
         )
     with torch.no_grad():
-        o, lse = _attend(query, key, value, cum_seq_q, keys, causal, scale)
-    return o, lse, *without_dropout(query)
+        o, lse = attend(
+            query, key, value, cum_seq_q, keys, causal=causal, scale=scale, need_lse=True
+        )
+    return o, lse.to(torch.float32), *without_dropout(query)
 
 
 def forward_into(
@@ -130,12 +118,12 @@ def backward(
         )
     results = tuple(map(torch.zeros_like, (query, key, value)))
     with torch.no_grad():
-        if _packed(query, key, cum_seq_q, cum_seq_k):
+        if packed(query, key, cum_seq_q, cum_seq_k):
             g, q, k, v, o, lse = (x[None] for x in (grad_out, query, key, value, out, logsumexp))
             documents = cum_seq_q.to(torch.int32)
             found = BACKWARD(g, q, k, v, o, for_backward(lse, q), causal, scale, None, documents)
             return tuple(result.copy_(x[0]) for result, x in zip(results, found, strict=True))
-        for at, keys in zip(_spans(cum_seq_q), _spans(cum_seq_k), strict=True):
+        for at, keys in zip(spans(cum_seq_q), spans(cum_seq_k), strict=True):
             g, q, k, v, o = (
                 x[None] for x in (grad_out[at], query[at], key[keys], value[keys], out[at])
             )
@@ -164,56 +152,6 @@ def without_dropout(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return seed, offset, torch.empty(0, dtype=query.dtype, device=device)
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cum_seq_q: Tensor,
-    keys: Keys,
-    causal: bool,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    if keys.used is None and _packed(query, key, cum_seq_q, keys.cum_seq):
-        q, k, v = query[None], key[None], value[None]
-        documents = cum_seq_q.to(torch.int32)
-        o, lse = OP(q, k, v, causal, scale, None, True, None, None, documents)
-        return o[0], lse[0].to(torch.float32)
-    o = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
-    for i, at in enumerate(_spans(cum_seq_q)):
-        q, k, v = query[None, at], _keys_of(i, key, keys), _keys_of(i, value, keys)
-        if q.numel() and k.numel():
-            o[at], lse[:, at] = (x[0] for x in OP(q, k, v, causal, scale, None, True))
-    return o, lse
-
-
-def _keys_of(i: int, x: Tensor, keys: Keys) -> Tensor:
-    """The keys or values of sequence i, (1, S, K, D)."""
-    if keys.pages is None:
-        found = x[int(keys.cum_seq[i]) : int(keys.cum_seq[i + 1])]
-    else:
-        count = -(-int(keys.used[i]) // x.shape[1])
-        found = x[keys.pages[i, :count].long()].flatten(0, 1)
-    return found[None] if keys.used is None else found[None, : int(keys.used[i])]
-
-
-def _spans(cum_seq: Tensor) -> list[slice]:
-    ends = cum_seq.tolist()
-    return [slice(begin, end) for begin, end in itertools.pairwise(ends)]
-
-
-def _packed(query: Tensor, key: Tensor, cum_seq_q: Tensor, cum_seq_k: Tensor | None) -> bool:
-    """Whether each sequence attends to itself, and all tokens are of one."""
-    if cum_seq_k is None or query.shape[0] != key.shape[0]:
-        return False
-    same = cum_seq_q.data_ptr() == cum_seq_k.data_ptr() and cum_seq_q.shape == cum_seq_k.shape
-    if not query.is_cpu:  # values cannot be read without waiting for the GPU
-        return same
-    if not same and not torch.equal(cum_seq_q, cum_seq_k):
-        return False
-    return int(cum_seq_q[0]) == 0 and int(cum_seq_q[-1]) == query.shape[0]
-
-
 def _causal(
     is_causal: bool, left: int | None, right: int | None, max_k: int
 ) -> tuple[bool, list[str]]:
@@ -229,13 +167,12 @@ def _causal(
 def _layout_reasons(query: Tensor, cum_seq_q: Tensor | None, keys: Keys) -> list[str]:
     if cum_seq_q is None or query.ndim != 3:
         return ["query is not a row of sequences with cum_seq_q"]
-    if keys.pages is None and keys.cum_seq is None:
+    if keys.pages is None and keys.cum is None:
         return ["neither cum_seq_k nor a block table says where the keys are"]
     if keys.pages is not None and keys.used is None:
         return ["a block table without seqused_k"]
     if query.is_cpu:
         return []
-    same = keys.cum_seq is not None and cum_seq_q.data_ptr() == keys.cum_seq.data_ptr()
-    if keys.used is not None or not same:
+    if keys.used is not None or keys.cum is None or not is_same(cum_seq_q, keys.cum):
         return ["keys other than those of the queries' own sequences"]
     return []
