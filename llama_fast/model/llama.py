@@ -211,7 +211,7 @@ class Llama(Pretrained):
             batch,
             max_seq_len,
             n_layers=self.config.n_layers,
-            n_kv_heads=self.config.n_kv_heads,
+            n_kv_heads=self.layers[0].attention.heads[1],  # this rank's
             head_dim=self.config.head_dim,
             device=self.device,
             dtype=cache_dtype(kv_cache, self.dtype),
