@@ -157,12 +157,13 @@ def test_the_command_under_torchrun(folder):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (["Once", "--model", DEMO], "n_heads=3 cannot be cut into 2 equal parts; numbers of ranks"),
-        (["--model", DEMO], "torchrun has started 2 processes, which have one standard input"),
+        (["generate", "Once"], "n_heads=3 cannot be cut into 2 equal parts; numbers of ranks"),
+        (["generate"], "torchrun has started 2 processes, which have one standard input"),
+        (["serve"], "torchrun has started 2 processes, and serve is a command of one"),
     ],
 )
 def test_what_cannot_be_served_ends_at_once(asked, said):
-    ended = torchrun(2, "-m", "llama_fast", "generate", *asked, timeout=60)
+    ended = torchrun(2, "-m", "llama_fast", *asked, "--model", DEMO, timeout=60)
     assert ended.returncode != 0
     assert said in ended.stderr
 
