@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from llama_fast import checkpoint
 from llama_fast.checkpoint.stored import PthFile, SafetensorsFile
 from llama_fast.config import LlamaConfig
+from llama_fast.distributed import Ranks
 from llama_fast.errors import LlamaFastError, ProcessError
 from llama_fast.generation.generate import generate
 from llama_fast.model import Llama
@@ -69,6 +70,7 @@ def found_with(folder: Path, case: str, mesh=None) -> dict:
         else:
             logits = model(TOKENS)
     found = {"logits": logits, "bytes": bytes_read, "held": held - rope}
+    found["given"] = given_in_a_step(model)
     tokenizer = Tokenizer.from_pretrained(folder / "tied")
     for kind, count, drawn in TEXTS:
         if kind == "greedy" or case == "hf":
@@ -76,6 +78,26 @@ def found_with(folder: Path, case: str, mesh=None) -> dict:
             made = generate(model, tokenizer, PROMPTS, max_new_tokens=count, **drawn)
             found[kind] = [completion.tokens for completion in made]
     return found
+
+
+def given_in_a_step(model: Llama) -> dict[str, list[int]]:
+    """The bytes that this rank gives to each exchange of a step of two rows."""
+    given, own = {"sum": [], "gather": []}, {}
+
+    def counted(name):
+        def exchange(ranks, x):
+            given[name].append(x.nbytes)
+            return own[name](ranks, x)
+
+        return exchange
+
+    for name in given:
+        own[name] = getattr(Ranks, name)
+        setattr(Ranks, name, counted(name))
+    model(TOKENS[:, :1], cache=model.new_cache(2, 64), last_only=True)
+    for name in given:
+        setattr(Ranks, name, own[name])
+    return given
 
 
 class counting:

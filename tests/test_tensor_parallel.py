@@ -16,8 +16,11 @@ import pytest
 import torch
 
 from llama_fast import checkpoint
+from llama_fast.bench.plan import plan
 from llama_fast.cli.options import DEMO
+from llama_fast.cli.terminal import size as size_of
 from llama_fast.config import LlamaConfig
+from llama_fast.config.quantization import NAMED
 from llama_fast.config.share import Share
 from llama_fast.errors import ConfigError
 from llama_fast.model import Llama
@@ -119,6 +122,57 @@ def test_a_rank_reads_its_share(found, alone, case, size):
         assert of_rank[case]["bytes"] <= 1.02 * of_rank[case]["held"] * stored
         if case != "tied":
             assert of_rank[case]["held"] <= 1.02 * whole["held"] * own / in_all
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", ["hf", "tied", "int4", "bfloat16"])
+def test_the_plan_says_what_ranks_take(found, folder, case, size):
+    """Bytes held, and bytes given to each exchange."""
+    name, settings = ranks.CASES[case]
+    source = checkpoint.open_checkpoint(folder / name)
+    quantization = getattr(source, "quantization", None)
+    dtype = settings["dtype"]
+    planned = plan(source.config, size, dtype=dtype, quantization=quantization, batch=2, context=64)
+    of_rank = found(size)[0][case]
+    assert planned.weights == of_rank["held"]
+    assert [planned.sums, planned.summed] == [
+        len(of_rank["given"]["sum"]),
+        sum(of_rank["given"]["sum"]),
+    ]
+    assert [planned.gathered] == of_rank["given"]["gather"]
+    K = max(1, ranks.CONFIG.n_kv_heads // size)
+    assert planned.cache == 2 * 64 * 2 * ranks.CONFIG.n_layers * K * 32 * dtype.itemsize
+
+
+def test_info_of_ranks(run):
+    code, out, err = run("info", "405b", "--ranks", 8, "--device", "h100", "--quantize", "int4",
+                         "--context", "64k", "--batch", 2)  # fmt: skip
+    words = " ".join(out.split())
+    assert (code, err) == (0, "")
+    whole = plan(LlamaConfig.preset("405b"), 1, quantization=NAMED["int4"], context=65536, batch=2)
+    assert f"weights {size_of(whole.weights / 8)} in int4" in words
+    assert "KV cache 8.46 GB, rows: 2, tokens of each: 65,536" in words
+    assert "253 sums" in words and "memory fits: " in words and "450 GB/s to the others" in words
+    for arguments, said in (
+        (["405b", "--ranks", 8, "--device", "h100"], "memory does not fit: "),
+        (["8b", "--ranks", 1, "--device", "rtx4090"], "memory fits: "),
+    ):
+        assert said in " ".join(run("info", *arguments)[1].split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["8b", "--device", "h100"], "say for what --ranks N is to be shown"),
+        (["8b", "--ranks", 2, "--device", "h1"], "--device is 'h1'; it must be one of a100, h100"),
+        (["8b", "--ranks", 2, "--context", "0k"], "--context is '0k'; write a number of tokens"),
+        (["8b", "--ranks", 2, "--context", "128k"], "this model's context is 8192 tokens"),
+        (["8b", "--ranks", 3], "n_heads=32 cannot be cut into 3 equal parts"),
+    ],
+)
+def test_info_of_ranks_refuses(run, arguments, said):
+    code, _, err = run("info", *arguments)
+    assert code == 1 and said in err
 
 
 @pytest.mark.parametrize("size", SIZES)
