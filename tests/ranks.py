@@ -23,6 +23,7 @@ from llama_fast.checkpoint.stored import PthFile, SafetensorsFile
 from llama_fast.config import LlamaConfig
 from llama_fast.distributed import Ranks
 from llama_fast.errors import LlamaFastError, ProcessError
+from llama_fast.generation.engine import Engine
 from llama_fast.generation.generate import generate
 from llama_fast.model import Llama
 from llama_fast.tokenizer import Tokenizer
@@ -71,6 +72,11 @@ def found_with(folder: Path, case: str, mesh=None) -> dict:
             logits = model(TOKENS)
     found = {"logits": logits, "bytes": bytes_read, "held": held - rope}
     found["given"] = given_in_a_step(model)
+    with Engine.acquire(model, 1, 8) as engine:
+        engine.prefill([[5]])
+        for _ in range(3):
+            engine.step(torch.tensor([7]))
+        found["replayed"] = engine.captured().replay is not None
     tokenizer = Tokenizer.from_pretrained(folder / "tied")
     for kind, count, drawn in TEXTS:
         if kind == "greedy" or case == "hf":
@@ -139,6 +145,7 @@ def refusals(folder: Path, mesh) -> dict[str, str]:
         "loss": lambda: model.loss(TOKENS, TOKENS),
         "save": lambda: model.save_pretrained(folder / "saved"),
         "token": lambda: model(torch.tensor([[CONFIG.vocab_size]])),
+        "device": lambda: Llama.from_pretrained(folder / "hf", mesh=mesh, device="meta"),
         "two dims": lambda: Llama.from_pretrained(
             folder / "hf", mesh=init_device_mesh("cpu", (mesh.size(), 1), mesh_dim_names=("a", "b"))
         ),

@@ -103,6 +103,7 @@ def test_the_logits_and_texts_of_one_process(found, alone, case, size):
     tolerance = {"bfloat16": 2e-2, "int8 cache": 1e-2}.get(case, 1e-5)
     assert (given - expected).abs().max() <= tolerance * expected.abs().max()
     assert of_ranks[0]["logits"][..., known:].isneginf().all()
+    assert of_ranks[0]["replayed"]
     if tolerance == 1e-5:
         assert of_ranks[0]["greedy"] == own["greedy"]
         assert of_ranks[0].get("drawn") == own.get("drawn")
@@ -181,6 +182,7 @@ def test_what_it_is_not_for(found, size):
         assert said["loss"].startswith("GradientError: a model over ranks is for inference")
         assert f"spread over {size} ranks" in said["save"]
         assert said["token"].startswith("IndexError: tokens 2296 to 2296")
+        assert "device is meta and the mesh is of cpu" in said["device"]
         assert "the mesh has 2 dims" in said["two dims"] and 'mesh["b"]' in said["two dims"]
         assert f"n_heads=3 cannot be cut into {size} equal parts" in said["heads"]
 

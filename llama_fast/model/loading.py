@@ -78,7 +78,15 @@ class Pretrained(nn.Module):
         if dtype is not None:
             check_dtype(dtype)
         ranks = None if mesh is None else Ranks.of(mesh)
-        device = _device(device if ranks is None or device != "auto" else ranks.device)
+        if ranks is not None and device == "auto":
+            device = ranks.device
+        device = _device(device)
+        if ranks is not None and device.type != ranks.device.type:
+            raise ConfigError(
+                f"device is {device} and the mesh is of {ranks.device.type}: leave device out"
+            )
+        if ranks is not None and ranks.size == 1:
+            ranks = None
         opened = isinstance(path, checkpoint.Checkpoint | checkpoint.QuantizedCheckpoint)
         source = path if opened else checkpoint.open_checkpoint(path)
         whole = config = source.config.shortened(max_seq_len)
