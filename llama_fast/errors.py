@@ -58,7 +58,8 @@ class LogitsError(LlamaFastError):
 
 
 class ProcessError(LlamaFastError):
-    """Processes that train one model, of which one has ended or is at another place."""
+    """Processes that have one model between them, or train one, of which one has ended or is at
+    another place; or that were started for what one process does."""
 
 
 class BackendError(LlamaFastError):

@@ -15,7 +15,7 @@ from torch import nn
 import llama_fast
 from llama_fast.errors import PatchError
 from llama_fast.hf.patched import is_patched
-from tests.hf_models import config, left_padded, model, tokens
+from tests.hf_models import left_padded, model, tokens
 
 
 def both(change=None, *, net=None, run=None) -> tuple:
@@ -478,20 +478,3 @@ class TestCompiled:
             )
             given = program.module()(input_ids=ids, use_cache=False).logits
         torch.testing.assert_close(given, own, rtol=1e-5, atol=1e-5)
-
-
-def test_continuous_batching_gives_the_tokens_of_the_unpatched_model():
-    if not hasattr(transformers.GenerationMixin, "generate_batch"):
-        pytest.skip("needs a transformers with generate_batch")
-    settings = transformers.GenerationConfig(
-        max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-
-    def run(net):
-        prompts = [[5, 9, 17, 3], [8, 8, 1], list(range(2, 14))]
-        found = net.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
-        return torch.tensor([found[key].generated_tokens for key in sorted(found)])
-
-    net = model(config().model_type.title())
-    found = both(net=net, run=run)
-    assert found[0].numel() and torch.equal(found[0], found[1])

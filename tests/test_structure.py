@@ -28,15 +28,16 @@ MAY_IMPORT = {
     "backends": {"utils", "config", "dispatch", "ops"} | KERNELS,
     "nn": {"utils", "config", "dispatch", "ops"},
     "checkpoint": {"utils", "config", "tokenizer"},
-    "model": {"utils", "config", "dispatch", "ops", "nn", "checkpoint"},
+    "distributed": {"utils", "config", "dispatch", "ops", "nn", "checkpoint"},
+    "model": {"utils", "config", "dispatch", "ops", "nn", "checkpoint", "distributed"},
     "hf": {"utils", "dispatch", "ops"},
+    "engines": {"dispatch", "ops"},
 }
 MODEL = MAY_IMPORT["model"] | {"model"}
 MAY_IMPORT |= {
     "quantization": MODEL,
     "generation": MODEL | {"tokenizer", "_cpu"},
-    "distributed": MODEL,
-    "training": MODEL | {"tokenizer", "distributed"},
+    "training": MODEL | {"tokenizer"},
     "inspect": MODEL | {"tokenizer", "generation", "hf"},
 }
 BELOW_BENCH = MODEL | {"tokenizer", "quantization", "generation", "training", "hf", "inspect"}
@@ -156,6 +157,7 @@ OP_HELPERS = {
     "__init__",
     "attention_cases",
     "attention_checks",
+    "attention_varlen",
     "checks",
     "documents",
     "inputs",

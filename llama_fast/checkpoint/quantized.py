@@ -20,11 +20,13 @@ from torch import Tensor
 
 from ..config import LlamaConfig
 from ..config.quantization import Quantization
+from ..config.share import Share
 from ..errors import CheckpointError, ConfigError
 from .hf import CONFIG, SINGLE
 from .names import state_shapes
 from .pieces import refuse_few_tensors
-from .stored import SafetensorsFile, open_files, read_json
+from .share import part_of_quantized
+from .stored import SafetensorsFile, StoredFile, open_files, read_json
 
 ENTRY, METHOD, VERSION = "quantization_config", "llama_fast", 2
 
@@ -76,7 +78,7 @@ class QuantizedCheckpoint:
     folder: Path
     config: LlamaConfig
     quantization: Quantization
-    _file: SafetensorsFile = field(repr=False)
+    _file: StoredFile = field(repr=False)
     format: ClassVar[str] = "quantized"
 
     @property
@@ -88,9 +90,15 @@ class QuantizedCheckpoint:
         """Of the weights that are not quantised."""
         return self._file.dtypes["norm.weight"]
 
+    def part(self, share: Share) -> QuantizedCheckpoint:
+        """Returns what a rank has of the folder: its config is the part's, and no more is read of
+        the file. Raises ConfigError where a block of rows or a group of columns would be cut."""
+        file = part_of_quantized(self._file, self.quantization, share)
+        return QuantizedCheckpoint(self.folder, share.part, self.quantization, file)
+
     def tensors(self, *, check_finite: bool = True) -> dict[str, Tensor | dict[str, Tensor]]:
         """By our names: a tensor, or the buffers of a QuantizedWeight by theirs. All of them are
-        views of the mapped file.
+        views of the mapped file, but for columns of a rank's part.
 
         Raises CheckpointError for scales, minima and floats that are not finite
         (`check_finite=False` skips that, and then no page is read).
@@ -99,7 +107,7 @@ class QuantizedCheckpoint:
         for name in state_shapes(self.config):
             form = self.quantization.of_weight(name)
             keys = [name] if form is None else [f"{name}.{key}" for key in form.buffers((0, 0))]
-            views = {key: file.rows(key, 0, file.shapes[key][0]) for key in keys}
+            views = {key: file.rows(key, 0, file.shapes[key][0]).contiguous() for key in keys}
             for key, view in views.items():
                 if check_finite and view.is_floating_point():
                     _refuse_non_finite(file.path, key, view)

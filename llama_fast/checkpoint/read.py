@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config import LlamaConfig
+from ..config.share import Share
 from ..errors import CheckpointError
 from ..utils.files import given_path
 from ..utils.hub import snapshot_hint
@@ -30,6 +31,7 @@ from .names import EMBED, HEAD, Weight, state_shapes, weights
 from .others import refuse_other_weights
 from .pieces import MAPPED_BYTES, Layout, Piece, equal_bits, row_blocks
 from .quantized import QuantizedCheckpoint, is_quantized, open_quantized
+from .share import part_of_layout
 from .stored import StoredFile
 
 Format = Literal["hf", "meta"]
@@ -197,6 +199,11 @@ class Checkpoint:
         if self.config.tied and HEAD in state and state[HEAD].data_ptr() != state[EMBED].data_ptr():
             with torch.no_grad():
                 state[HEAD].copy_(state[EMBED])
+
+    def part(self, share: Share) -> Checkpoint:
+        """Returns what a rank has of the checkpoint: its config is the part's, and no more is read
+        of the files."""
+        return Checkpoint(self.folder, self.format, part_of_layout(self._layout, share))
 
     def _by_name(self) -> list[tuple[str, list[tuple[Weight, list[Piece]]]]]:
         pieces = self._layout.pieces

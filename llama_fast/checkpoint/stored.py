@@ -23,6 +23,10 @@ from ..errors import JSON_ERRORS, LFS_POINTER, LFS_START, CheckpointError, json_
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+# (start, stop) of rows or columns.
+Range = tuple[int, int]
+
+
 class StoredFile:
     """A weight file. `shapes` and `dtypes` by key; a dtype that is no float of ours is a string."""
 
@@ -30,8 +34,9 @@ class StoredFile:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype | str]
 
-    def rows(self, key: str, start: int, stop: int) -> Tensor:
-        """Rows start:stop along dim 0: a view of the mapped file, to be read and let go."""
+    def rows(self, key: str, start: int, stop: int, columns: Range | None = None) -> Tensor:
+        """Rows start:stop along dim 0, of dim 1 these columns: a view of the mapped file, to be
+        read and let go."""
         raise NotImplementedError
 
     def release(self) -> None:
@@ -66,10 +71,11 @@ class SafetensorsFile(StoredFile):
         if self._file is None:
             self._file = safe_open(self.path, framework="pt")
 
-    def rows(self, key: str, start: int, stop: int) -> Tensor:
+    def rows(self, key: str, start: int, stop: int, columns: Range | None = None) -> Tensor:
         self._map()
         with torch.device("cpu"):  # safetensors would use torch's default device
-            return self._file.get_slice(key)[start:stop]
+            found = self._file.get_slice(key)
+            return found[start:stop] if columns is None else found[start:stop, slice(*columns)]
 
     def release(self) -> None:
         self._file = None
@@ -134,9 +140,10 @@ class PthFile(StoredFile):
                 )
         return {str(key): value.detach() for key, value in content.items()}
 
-    def rows(self, key: str, start: int, stop: int) -> Tensor:
+    def rows(self, key: str, start: int, stop: int, columns: Range | None = None) -> Tensor:
         self._map()
-        return self._tensors[key][start:stop]
+        found = self._tensors[key][start:stop]
+        return found if columns is None else found[:, slice(*columns)]
 
     def release(self) -> None:
         self._tensors = None

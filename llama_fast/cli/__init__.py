@@ -13,10 +13,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from ..utils.environment import processes_started
 from .interrupt import INTERRUPTED, leave_at_once
 from .streams import abandon_stdout, forgiving
 
 FAILED, WRONG_USAGE, BROKEN_PIPE = 1, 2, 141
+# Commands that processes of one launch run together; of the others each would run a whole one.
+OF_SEVERAL_PROCESSES = ("generate", "finetune")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,9 +59,16 @@ def _end(arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> int:
     import typer
 
+    from ..errors import ProcessError
     from .app import command
     from .usage import usage_line
 
+    if processes_started() > 1 and arguments[0] not in OF_SEVERAL_PROCESSES:
+        several = " and ".join(OF_SEVERAL_PROCESSES)
+        raise ProcessError(
+            f"torchrun has started {processes_started()} processes, and {arguments[0]} is a "
+            f"command of one: start it without torchrun ({several} take several)"
+        )
     usage_error = typer.BadParameter.__mro__[2]  # ClickException, of click or of typer's own copy
     try:
         with command().make_context("llama-fast", arguments) as context:

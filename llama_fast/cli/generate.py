@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import LogitsError, PromptError
+from ..errors import LogitsError, ProcessError, PromptError
+from ..utils.environment import processes_started
 from .loading import check_adapter, load_model
 from .options import (
     Adapter,
@@ -87,6 +88,11 @@ def generate(
     The text goes to standard output as it is made, on a terminal after the prompt, dimmed; then
     time to the first token, speed, memory and the backends that served go to standard error.
     """
+    if prompt is None and processes_started() > 1:
+        raise PromptError(
+            f"torchrun has started {processes_started()} processes, which have one standard input: "
+            'give the text as an argument: generate "Once upon a time"'
+        )
     text = text_or_stdin(prompt, "llama-fast generate")
     if not text:
         raise PromptError("the prompt is empty; give some text to continue")
@@ -96,6 +102,7 @@ def generate(
 
     from ..checkpoint import open_checkpoint
     from ..dispatch import use_backend
+    from ..distributed import Processes, launched
     from ..generation.folder_sampling import folder_sampling
     from ..generation.generate import check_prompts, encode_prompts, stream
     from ..tokenizer import Tokenizer
@@ -117,47 +124,55 @@ def generate(
 
     form = kv_cache and kv_cache.value
 
-    start = time.perf_counter()
-    llama = load_model(
-        source,
-        adapter=adapter,
-        device=where,
-        dtype=dtype and dtype.torch,
-        quantize=quantize and quantize.value,
-        max_seq_len=needed,
-    )
-    loaded = time.perf_counter() - start
-
-    ended = None
-    times = [time.perf_counter()]
-    with use_backend(backend.value, strict=True) if backend else nullcontext():
-        chunks = stream(
-            llama,
-            tokenizer,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            stop=stop or (),
-            kv_cache=form,
-            **vars(drawn),
+    with launched(where) as (where, mesh):
+        main = Processes().main  # of several processes it alone speaks
+        start = time.perf_counter()
+        llama = load_model(
+            source,
+            adapter=adapter,
+            device=where,
+            dtype=dtype and dtype.torch,
+            quantize=quantize and quantize.value,
+            max_seq_len=needed,
+            mesh=mesh,
         )
-        try:
-            show_prompt(text)
-            for chunk in chunks:
-                times.append(time.perf_counter())
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
-                ended = chunk.finish_reason
-        except KeyboardInterrupt:
-            print(flush=True)
-            note(f"llama-fast: interrupted after {len(times) - 1} tokens")
-            return 130
-        except LogitsError:
-            print(flush=True)  # the error stands on a line of its own
-            raise
-        print(flush=True)
-        if not quiet:
-            _summary(llama, prompts[0], form, times, loaded, ended)
+        loaded = time.perf_counter() - start
+
+        ended = None
+        times = [time.perf_counter()]
+        with use_backend(backend.value, strict=True) if backend else nullcontext():
+            chunks = stream(
+                llama,
+                tokenizer,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                stop=stop or (),
+                kv_cache=form,
+                **vars(drawn),
+            )
+            try:
+                if main:
+                    show_prompt(text)
+                for chunk in chunks:
+                    times.append(time.perf_counter())
+                    if main:
+                        sys.stdout.write(chunk.text)
+                        sys.stdout.flush()
+                    ended = chunk.finish_reason
+            except KeyboardInterrupt:
+                if main:
+                    print(flush=True)
+                    note(f"llama-fast: interrupted after {len(times) - 1} tokens")
+                return 130
+            except (LogitsError, ProcessError):
+                if main:
+                    print(flush=True)  # the error stands on a line of its own
+                raise
+            if main:
+                print(flush=True)
+            if not quiet:
+                _summary(llama, prompts[0], form, times, loaded, ended)
     return 0
 
 
@@ -170,6 +185,8 @@ def _summary(
     ended: str | None,
 ) -> None:
     from ..bench import roofline
+    from ..distributed import Processes
+    from ..distributed.tensor_parallel import share_of
     from ..model.quantized import quantization_of
     from . import measure
 
@@ -200,5 +217,8 @@ def _summary(
         ("peak memory", peak),
         ("backends", served),
     ]
-    note("")
-    note_pairs(lines)
+    if share := share_of(llama):
+        lines.insert(0, ("ranks", f"{share.ranks}; the figures are of the first"))
+    if Processes().main:  # all ranks have computed the line of the backends together
+        note("")
+        note_pairs(lines)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import CheckpointError, ConfigError
-from .options import Debug, example, model_folder
+from .options import Debug, KvCache, Named, example, model_folder
 from .sizes import sized
 from .terminal import show, size, table
 
@@ -39,10 +39,49 @@ def info(
             show_default="the small model that ships",
         ),
     ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Show what each of N ranks takes (torchrun)."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --ranks: whether they fit, and the least time of a token, by the published "
+            "figures of a100, h100, h200, b200, mi300x or rtx4090.",
+        ),
+    ] = None,
+    quantize: Annotated[
+        Named | None, typer.Option(help="With --ranks: the form of the weights.")
+    ] = None,
+    kv_cache: Annotated[
+        KvCache | None, typer.Option("--kv-cache", help="With --ranks: the form of the cache.")
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="With --ranks: tokens of a row, such as 8192 or 128k.",
+            show_default="the model's own",
+        ),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --ranks: rows at a time.")
+    ] = 1,
     debug: Debug = False,
 ) -> None:
-    """Show a model's configuration, parameters, files, and the memory it needs."""
-    quantization = None
+    """Show a model's configuration, parameters, files, and the memory it needs.
+
+    With --ranks also what a model over several devices takes of each, whether it fits, what they
+    exchange and how fast it can be at most: an estimate from published figures.
+    """
+    asked = device or quantize or kv_cache or context or batch != 1
+    if ranks is None and asked:
+        raise ConfigError(
+            "--device, --quantize, --kv-cache, --context and --batch say for what --ranks N is to "
+            "be shown; give --ranks 1 for one device"
+        )
+    quantization, dtype = None, None
     if model is not None and not Path(model).exists():
         try:
             config = sized(model)
@@ -53,7 +92,7 @@ def info(
         from ..checkpoint import open_checkpoint
 
         source = open_checkpoint(model_folder(model and Path(model)))
-        config = source.config
+        config, dtype = source.config, source.dtype
         if source.format == "quantized":
             quantization = source.quantization
             show(f"{source.folder} (quantised)", _config(config, source.dtype, quantization))
@@ -61,12 +100,91 @@ def info(
             kind = "Meta" if source.format == "meta" else "Hugging Face"
             show(f"{source.folder} ({kind}'s format)", _config(config, source.dtype))
         show("Files", _files(source.folder))
+    if ranks is not None:
+        form = quantize.value if quantize else quantization
+        _show_ranks(config, ranks, device, dtype, form, kv_cache is not None, context, batch)
+        return
     show(
         "Memory for one sequence: weights and KV cache, by tokens of context",
         _memory(config, quantization),
     )
     show("Memory of the KV cache alone", _caches(config))
     show("A process holds about 0.3 GB more for PyTorch and the program itself.")
+
+
+def _show_ranks(
+    config: LlamaConfig,
+    ranks: int,
+    device: str | None,
+    dtype: torch.dtype | None,
+    quantize: str | Quantization | None,
+    int8_cache: bool,
+    context: str | None,
+    batch: int,
+) -> None:
+    import torch
+
+    from ..bench.plan import EXCHANGE, MACHINES, RESERVED, plan
+    from ..config.quantization import Quantization
+    from .units import duration
+
+    if device is not None and device not in MACHINES:
+        raise ConfigError(f"--device is {device!r}; it must be one of {', '.join(MACHINES)}")
+    dtype = dtype or torch.bfloat16
+    quantization = None if quantize is None else Quantization.of(quantize)
+    tokens = _tokens(context) or config.max_seq_len
+    found = plan(
+        config,
+        ranks,
+        dtype=dtype,
+        quantization=quantization,
+        context=tokens,
+        batch=batch,
+        cache_dtype=torch.int8 if int8_cache else None,
+    )
+    kind = str(quantization or dtype).removeprefix("torch.")
+    rows = table("", "")
+    rows.add_row("weights", f"{size(found.weights)} in {kind}")
+    rows.add_row("KV cache", f"{size(found.cache)}, rows: {batch}, tokens of each: {tokens:,}")
+    if ranks > 1:
+        rows.add_row(
+            "exchanges of a step",
+            f"{found.sums} sums of {size(found.summed)} in all, and logits of "
+            f"{size(found.gathered)}; a rank sends {size(found.sent)}",
+        )
+    if device is None:
+        show(f"Each of {ranks} ranks, at most", rows)
+        return
+    machine = MACHINES[device]
+    held = found.weights + found.cache
+    verdict = "fits" if found.fits(machine) else "does not fit"
+    rows.add_row(
+        "memory",
+        f"{verdict}: {size(held)}, and {size(RESERVED)} for PyTorch and activations, of "
+        f"{size(machine.memory)}",
+    )
+    seconds = found.seconds(machine)
+    rows.add_row(
+        "least time of a step",
+        f"{duration(seconds)} with full caches: {1 / seconds:,.0f} tokens/s a row, "
+        f"{batch / seconds:,.0f} in all",
+    )
+    show(f"Each of {ranks} ranks, at most", rows)
+    show(
+        f"Times are an estimate, for bytes alone: {machine.product} with "
+        f"{machine.bandwidth / 1e9:,.0f} GB/s of memory and {machine.link / 1e9:,.0f} GB/s to the "
+        f"others, as published, and {duration(EXCHANGE)} for each exchange, which is assumed."
+    )
+
+
+def _tokens(text: str | None) -> int | None:
+    """Returns the number that "8192" or "128k" (of 1024) says. Raises ConfigError."""
+    if text is None:
+        return None
+    digits, thousands = text.lower().removesuffix("k"), text.lower().endswith("k")
+    if not digits.isdecimal() or not int(digits):
+        raise ConfigError(f"--context is {text!r}; write a number of tokens, such as 8192 or 128k")
+    return int(digits) * (1024 if thousands else 1)
 
 
 def _config(

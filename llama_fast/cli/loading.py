@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,11 @@ def check_adapter(adapter: Path | None, source: Checkpoint | QuantizedCheckpoint
 def load_model(source: Any, *, adapter: Path | None = None, **settings: Any) -> Llama:
     """Returns the model of a folder or a checkpoint, with the LoRA of the folder `adapter`; source
     and settings as `Llama.from_pretrained` takes them."""
+    from ..distributed import Processes
     from ..model import Llama
 
-    with weights_bar("Loading the weights") as progress:
+    shown = weights_bar("Loading the weights") if Processes().main else nullcontext()
+    with shown as progress:
         llama = Llama.from_pretrained(source, progress=progress, **settings)
     if adapter is not None:
         from ..training import load_adapter

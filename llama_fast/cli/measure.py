@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from ..dispatch import record_decisions
+from ..distributed.tensor_parallel import share_of
 from ..model import Llama
 from ..nn.kv_cache import cache_dtype
 from ..ops import QuantizedWeight
@@ -30,13 +31,16 @@ def weight_bytes(llama: Llama) -> int:
 
 def bytes_per_token(llama: Llama, context: float, kv_cache: str | None = None) -> float:
     """Returns the bytes that decoding a token reads: every weight, of an untied embedding one row
-    alone, and the keys and values of `context` tokens, stored as `kv_cache` says."""
+    alone, and the keys and values of `context` tokens, stored as `kv_cache` says. Of a model over
+    ranks, those that this one reads."""
     read = weight_bytes(llama)
     if not llama.config.tied:
         weight = llama.embed.weight
         read -= weight.nbytes - weight.nbytes // weight.shape[0]
     dtype = cache_dtype(kv_cache, llama.dtype)
-    return read + context * llama.config.kv_bytes_per_token(dtype)
+    share = share_of(llama)
+    config = llama.config if share is None else share.part
+    return read + context * config.kv_bytes_per_token(dtype)
 
 
 def who_served(llama: Llama, prompt: list[int], kv_cache: str | None = None) -> str:

@@ -40,6 +40,17 @@ def backends() -> dict[str, Backend]:
     return _backends
 
 
+def kernels() -> set[tuple[str, str]]:
+    """The ops that more than their definition can serve here, each with a type of device."""
+    return {
+        (op, device)
+        for device, order in ORDER.items()
+        for name in order
+        if name in backends() and not backends()[name].unavailable
+        for op in backends()[name].implementations
+    }
+
+
 @functools.cache
 def _load_backends() -> None:
     import_module("..ops", __package__)  # every op is declared before its implementations

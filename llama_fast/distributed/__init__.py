@@ -1,5 +1,7 @@
-"""Several processes that train one model: see docs/training.md, "Many processes"."""
+"""Several processes: those that train one model (docs/training.md, "Many processes"), and those
+over which one model is spread (docs/distributed.md)."""
 
 from .processes import Processes, started
+from .tensor_parallel import Ranks, launched
 
-__all__ = ["Processes", "started"]
+__all__ = ["Processes", "Ranks", "launched", "started"]

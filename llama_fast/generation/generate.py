@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..distributed.tensor_parallel import agreed
 from ..errors import PromptError
 from ..model import Llama
 from ..nn.kv_cache import cache_dtype
@@ -169,7 +170,11 @@ class Rows:
         context = model.config.max_seq_len
         self.limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
         self.stop_ids = stop_token_ids(stop_ids, model.config) | frozenset(tokenizer.stop_ids)
-        self.generators = [_generator(row_seed) for row_seed in seeds(seed, len(prompts))]
+        row_seeds = seeds(seed, len(prompts))
+        if None in row_seeds:  # every rank of a model over several draws the same
+            fresh = agreed(model, [torch.Generator().seed() for _ in prompts])
+            row_seeds = [a if b is None else b for a, b in zip(fresh, row_seeds, strict=True)]
+        self.generators = [torch.Generator().manual_seed(row_seed) for row_seed in row_seeds]
         marks, stop = _mark_specials(tokenizer, stop)
         self.texts = [
             _Text(StreamDecoder(tokenizer, skip_special=True), stop, marks) for _ in prompts
@@ -282,12 +287,3 @@ class _Text:
     def _release(self, count: int) -> str:
         shown, self.held = self.held[:count], self.held[count:]
         return shown.translate(self.unmarked)
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator

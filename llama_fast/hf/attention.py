@@ -19,8 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from transformers.models.llama import modeling_llama
 
 from .. import ops
-from ..dispatch import ORDER, backends, needs_dispatcher
+from ..dispatch import kernels, needs_dispatcher
 from ..ops.attention_checks import head_dim_reasons
+from . import paged
 from .conditions import fits, is_learnt, needs_gradient
 
 NAME = "llama_fast"
@@ -78,20 +79,28 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """As `attention`, with the function that serves what the op cannot."""
     rows = None
+    pages = paged.is_paged(kwargs) and paged.served(query, kwargs)
+    known = HARMLESS | paged.ARGUMENTS if pages else HARMLESS
     if (
         dropout
         or is_learnt(scaling)
-        or any(arg is not None for name, arg in kwargs.items() if name not in HARMLESS)
+        or any(arg is not None for name, arg in kwargs.items() if name not in known)
         or _wants_weights(module, kwargs)
         or not fits(query, key, value)
         or key.shape != value.shape
         or not _served(query, key, value)
-        or (attention_mask is not None and (rows := _rows(attention_mask, query, key)) is None)
+        or (
+            attention_mask is not None
+            and not pages
+            and (rows := _rows(attention_mask, query, key)) is None
+        )
     ):
         given = kwargs if is_causal is None else {**kwargs, "is_causal": is_causal}
         return other(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **given
         )
+    if pages:
+        return paged.attend_paged(module, query, key, value, scaling, kwargs), None
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if rows is not None:
         return _attend_rows(q, k, v, rows, scaling), None
@@ -166,20 +175,8 @@ def _served(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return all((name, query.device.type) in KERNELS for name in names)
 
 
-def _kernels() -> set[tuple[str, str]]:
-    """The ops of attention that have a kernel here, with the type of its device."""
-    return {
-        (op, device)
-        for op in ("attention", "attention_backward")
-        for device, order in ORDER.items()
-        for name in order
-        if name in backends()
-        and not backends()[name].unavailable
-        and op in backends()[name].implementations
-    }
-
-
-KERNELS = _kernels()
+# The ops that have a kernel here, with the type of its device.
+KERNELS = kernels()
 
 
 def _rows(mask: Tensor, query: Tensor, key: Tensor) -> Rows | None:

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .. import ops
-from . import attention
+from . import attention, paged
 from .conditions import fits, hooked, is_learnt, needs_gradient
 from .logits import DeferredLogits
 from .patched import own_class, own_forward, replaced_forward
@@ -128,7 +128,8 @@ def _attend(
     if window is not None:
         kwargs["sliding_window"] = window
     attend = attention.own_function(self)
-    if fused and self.config._attn_implementation in attention.REPLACED:
+    name = self.config._attn_implementation
+    if fused and (name in attention.REPLACED or (name == paged.EAGER and paged.is_paged(kwargs))):
         attend = partial(attention.attend, attend)
     output, weights = attend(
         self,

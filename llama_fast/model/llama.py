@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..config import LlamaConfig
 from ..config.checks import check_dtype
+from ..distributed.tensor_parallel import share_of
 from ..errors import PromptError, ShapeError
 from ..nn import (
     MLP,
@@ -207,11 +208,12 @@ class Llama(Pretrained):
                 f"a cache for {max_seq_len} tokens was asked for; this model's context is "
                 f"1 to {self.config.max_seq_len} tokens"
             )
+        share = share_of(self)
         return KVCache(
             batch,
             max_seq_len,
             n_layers=self.config.n_layers,
-            n_kv_heads=self.config.n_kv_heads,
+            n_kv_heads=(share.part if share else self.config).n_kv_heads,
             head_dim=self.config.head_dim,
             device=self.device,
             dtype=cache_dtype(kv_cache, self.dtype),

@@ -17,6 +17,7 @@ from ..config import LlamaConfig
 from ..config.checks import check_dtype
 from ..config.quantization import Quantization
 from ..dispatch import reserve
+from ..distributed.tensor_parallel import Ranks, refuse_spread, spread
 from ..errors import ConfigError
 from ..nn.lora import refuse_adapters
 from ..ops import QuantizedWeight
@@ -25,6 +26,7 @@ from ..utils.normal_tensors import normal_tensors
 from .quantized import quantization_of
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Self
 
 
@@ -52,6 +54,7 @@ class Pretrained(nn.Module):
         dtype: torch.dtype | None = None,
         quantize: str | Quantization | None = None,
         max_seq_len: int | None = None,
+        mesh: DeviceMesh | None = None,
         progress: checkpoint.Progress | None = None,
     ) -> Self:
         """Loads a folder of Meta's (`params.json`) or Hugging Face's (`config.json`) format, or of
@@ -62,6 +65,8 @@ class Pretrained(nn.Module):
         quantize     "int8", "int4" or a `Quantization`: weights are stored as integers, each as it
                      is read. None keeps them; a folder that is quantised is loaded as it is
         max_seq_len  a shorter context than the model's own: smaller tables and caches
+        mesh         a mesh of one dim, over whose ranks the model is spread (tensor parallel): each
+                     reads its rows and columns alone, and is given the same tokens. For inference
         progress     called as progress(bytes done, bytes in all, name) while the weights stream in
 
         Weights are streamed: the peak of memory is the model and a few blocks of one weight, also
@@ -72,11 +77,26 @@ class Pretrained(nn.Module):
         settings = None if quantize is None else Quantization.of(quantize)
         if dtype is not None:
             check_dtype(dtype)
+        ranks = None if mesh is None else Ranks.of(mesh)
+        if ranks is not None and device == "auto":
+            device = ranks.device
         device = _device(device)
+        if ranks is not None and device.type != ranks.device.type:
+            raise ConfigError(
+                f"device is {device} and the mesh is of {ranks.device.type}: leave device out"
+            )
+        if ranks is not None and ranks.size == 1:
+            ranks = None
         opened = isinstance(path, checkpoint.Checkpoint | checkpoint.QuantizedCheckpoint)
         source = path if opened else checkpoint.open_checkpoint(path)
-        config = source.config.shortened(max_seq_len)
+        whole = config = source.config.shortened(max_seq_len)
+        if ranks is not None:
+            share = ranks.share(whole)
+            source, config = source.part(share), share.part
         model = cls(config, device="meta", dtype=dtype or source.dtype)
+        if ranks is not None:
+            spread(model, share, ranks)
+            model.config = whole
         shapes = checkpoint.state_shapes(config)
         if isinstance(source, checkpoint.QuantizedCheckpoint):
             if settings is not None:
@@ -102,7 +122,7 @@ class Pretrained(nn.Module):
             source.load_into(model.state_dict(), progress=progress)
         model.tie()
         model.rope.to_empty(device=device)
-        return model.eval()
+        return model.eval().requires_grad_(ranks is None)
 
     @normal_tensors()
     def set_weight(self, name: str, weight: Tensor | QuantizedWeight) -> None:
@@ -124,6 +144,7 @@ class Pretrained(nn.Module):
         if format not in ("hf", "meta"):
             raise ConfigError(f'format is {format!r}; it must be "hf" or "meta"')
         refuse_adapters(self, "a folder of the model")
+        refuse_spread(self, "a folder")
         quantization = quantization_of(self)
         if quantization is None:
             write = checkpoint.write_hf if format == "hf" else checkpoint.write_meta

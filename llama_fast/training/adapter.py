@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..checkpoint.adapter import ROWS_KEY, adapter_shapes, read_adapter, write_adapter
 from ..checkpoint.adapter_config import EMBED_MODULE, HEAD_MODULE, AdapterConfig, Part, parts
 from ..checkpoint.adapter_merge import Merge
+from ..distributed.tensor_parallel import refuse_spread
 from ..errors import ConfigError
 from ..model import Llama
 from ..nn.lora import (
@@ -137,6 +138,7 @@ class Adapter:
         *,
         trainable: bool = True,
     ) -> None:
+        refuse_spread(model, "an adapter")
         if not name.isidentifier():
             raise ConfigError(f"the adapter's name is {name!r}; give letters, digits and _ alone")
         if name in adapter_names(model):

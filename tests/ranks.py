@@ -1,0 +1,195 @@
+"""What tests/test_tensor_parallel.py runs over several ranks, once: to begin them takes the most
+time.
+
+torchrun --nproc-per-node N -m tests.ranks FOLDER
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from llama_fast import checkpoint
+from llama_fast.checkpoint.stored import PthFile, SafetensorsFile
+from llama_fast.config import LlamaConfig
+from llama_fast.distributed import Ranks
+from llama_fast.errors import LlamaFastError, ProcessError
+from llama_fast.generation.engine import Engine
+from llama_fast.generation.generate import generate
+from llama_fast.model import Llama
+from llama_fast.tokenizer import Tokenizer
+
+# Of 8 heads and 2 KV heads: two ranks have one each, and of four, two share one. The vocabulary
+# cannot be cut into equal parts.
+CONFIG = LlamaConfig(
+    dim=256, n_layers=2, n_heads=8, n_kv_heads=2, head_dim=32, hidden_dim=768, vocab_size=2304 - 8,
+    max_seq_len=256, vocab_padding=3,
+)  # fmt: skip
+FOLDERS = ("hf", "meta", "tied", "int8", "int4")
+# A folder, and how it is loaded.
+CASES: dict[str, tuple[str, dict]] = {
+    **{name: (name, {"dtype": torch.float32}) for name in FOLDERS},
+    "bfloat16": ("hf", {"dtype": torch.bfloat16}),
+    "rounded to int4": ("hf", {"dtype": torch.float32, "quantize": "int4"}),
+    "int8 cache": ("hf", {"dtype": torch.float32}),
+}
+TOKENS = torch.randint(0, 2200, (2, 33), generator=torch.Generator().manual_seed(0))
+PROMPTS = [[5, 9, 17], [1000, 3]]
+# Several processes on few cores take their time, so not every case makes long texts.
+LONG = ("hf", "int4")
+TEXTS = (
+    ("greedy", 200, {"temperature": 0}),
+    ("drawn", 12, {"seed": 3}),
+    ("fresh", 12, {}),
+)
+
+
+def found_with(folder: Path, case: str, mesh=None) -> dict:
+    """What a model gives: logits, greedy texts and drawn ones."""
+    name, settings = CASES[case]
+    # Before what is counted: of Meta's files a block of the embedding and of the head tells whether
+    # they are one.
+    source = checkpoint.open_checkpoint(folder / name)
+    with counting() as count:
+        model = Llama.from_pretrained(source, mesh=mesh, **settings)
+    bytes_read = count()
+    held = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    rope = sum(x.nbytes for x in model.rope.buffers())
+    with torch.inference_mode():
+        if case == "int8 cache":
+            cache = model.new_cache(2, 64, "int8")
+            logits = torch.cat([model(part, cache=cache) for part in TOKENS.split((32, 1), 1)], 1)
+        else:
+            logits = model(TOKENS)
+    found = {"logits": logits, "bytes": bytes_read, "held": held - rope}
+    found["given"] = given_in_a_step(model)
+    with Engine.acquire(model, 1, 8) as engine:
+        engine.prefill([[5]])
+        for _ in range(3):
+            engine.step(torch.tensor([7]))
+        found["replayed"] = engine.captured().replay is not None
+    tokenizer = Tokenizer.from_pretrained(folder / "tied")
+    for kind, count, drawn in TEXTS:
+        if kind == "greedy" or case == "hf":
+            count = count if case in LONG else 12
+            made = generate(model, tokenizer, PROMPTS, max_new_tokens=count, **drawn)
+            found[kind] = [completion.tokens for completion in made]
+    return found
+
+
+def given_in_a_step(model: Llama) -> dict[str, list[int]]:
+    """The bytes that this rank gives to each exchange of a step of two rows."""
+    given, own = {"sum": [], "gather": []}, {}
+
+    def counted(name):
+        def exchange(ranks, x):
+            given[name].append(x.nbytes)
+            return own[name](ranks, x)
+
+        return exchange
+
+    for name in given:
+        own[name] = getattr(Ranks, name)
+        setattr(Ranks, name, counted(name))
+    model(TOKENS[:, :1], cache=model.new_cache(2, 64), last_only=True)
+    for name in given:
+        setattr(Ranks, name, own[name])
+    return given
+
+
+class counting:
+    """Counts the bytes that are read of weight files inside the block."""
+
+    def __enter__(self) -> Callable[[], int]:
+        self.own = [(kind, kind.rows) for kind in (SafetensorsFile, PthFile)]
+        total = 0
+
+        def counted(own):
+            def rows(*args):
+                nonlocal total
+                found = own(*args)
+                total += found.nbytes
+                return found
+
+            return rows
+
+        for kind, own in self.own:
+            kind.rows = counted(own)
+        return lambda: total
+
+    def __exit__(self, *_) -> None:
+        for kind, own in self.own:
+            kind.rows = own
+
+
+def refusals(folder: Path, mesh) -> dict[str, str]:
+    """What is said of what a model over ranks is not for."""
+    model = Llama.from_pretrained(folder / "hf", mesh=mesh)
+
+    def three_heads():
+        config = checkpoint.open_checkpoint(folder / "hf").config
+        one = folder / f"odd-{mesh.size()}-{dist.get_rank()}"
+        checkpoint.write_random(one, dataclasses.replace(config, n_heads=3, n_kv_heads=3), seed=0)
+        Llama.from_pretrained(one, mesh=mesh)
+
+    tries = {
+        "loss": lambda: model.loss(TOKENS, TOKENS),
+        "save": lambda: model.save_pretrained(folder / "saved"),
+        "token": lambda: model(torch.tensor([[CONFIG.vocab_size]])),
+        "device": lambda: Llama.from_pretrained(folder / "hf", mesh=mesh, device="meta"),
+        "two dims": lambda: Llama.from_pretrained(
+            folder / "hf", mesh=init_device_mesh("cpu", (mesh.size(), 1), mesh_dim_names=("a", "b"))
+        ),
+        "heads": three_heads,
+    }
+    said = {}
+    for name, attempt in tries.items():
+        try:
+            attempt()
+        except (LlamaFastError, IndexError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
+
+
+def die(folder: Path, mesh) -> None:
+    """The second rank ends in the middle of a text."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's: the others are to end by themselves
+    model = Llama.from_pretrained(folder / "hf", mesh=mesh)
+    if dist.get_rank() == 1:
+        step, count = type(model.head).forward, 0
+
+        def end(*args):
+            nonlocal count
+            count += 1
+            return step(*args) if count < 6 else os._exit(3)
+
+        type(model.head).forward = end
+    tokenizer = Tokenizer.from_pretrained(folder / "tied")
+    begun = time.perf_counter()
+    try:
+        generate(model, tokenizer, PROMPTS, max_new_tokens=200, temperature=0)
+    except ProcessError as error:
+        (folder / f"said-{dist.get_world_size()}-{dist.get_rank()}.txt").write_text(
+            f"{time.perf_counter() - begun} {error}"
+        )
+        os._exit(4)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
+    found = {case: found_with(folder, case, mesh) for case in CASES}
+    found["refusals"] = refusals(folder, mesh)
+    torch.save(found, folder / f"found-{mesh.size()}-{dist.get_rank()}.pt")
+    dist.barrier()
+    die(folder, mesh)
