@@ -8,9 +8,11 @@
 //
 // A thread owns a contiguous range of blocks, and then takes pieces of what is left. It takes two
 // blocks at a time through all rows of x, in tiles of rows whose sums stay in registers; where there
-// are several tiles, in chunks of columns that stay in L1, and there nibbles are unpacked first. Sums
-// are taken group after group whatever the number of rows or threads, so neither changes a result.
+// are several tiles, in chunks of columns that stay in L1, and there nibbles are unpacked first. With
+// tile registers, many rows take quantized_tiles.h instead. Sums are taken group after group whatever
+// the number of rows or threads, so neither changes a result.
 #include "quantized.h"
+#include "quantized_tiles.h"
 
 namespace llama_fast {
 namespace ISA {
@@ -223,6 +225,9 @@ static Part part_of(const LinearQuantizedArgs& a, const Shape& s, int64_t n0, in
 
 template <class T>
 static void by_bytes(const LinearQuantizedArgs& a, const Shape& s, int64_t row0, int64_t M) {
+#ifdef ISA_HAS_TILES
+  if (M >= quantized_tile_rows(a.bits)) return tiles::QuantizedProduct<T>(a, s, row0, M).run();
+#endif
   const int64_t tiles = tiles_of(M);
   const bool nibbles = a.bits == 4, unpacked = nibbles && tiles >= UNPACK_FROM;
   const int64_t chunk = tiles == 1 ? s.groups : std::max<int64_t>(1, CHUNK / s.group_size);
