@@ -11,6 +11,9 @@ namespace llama_fast {
 constexpr int64_t GEMV_ROWS = 16, GEMV_ROWS_BESIDE_GEMM = 28;
 // Rows from which our own GEMM is the faster one for the gradients.
 constexpr int64_t GEMM_GRADIENT_ROWS = 8;
+// linear by quantised weights: rows from which tile registers (AMX), which turn weights into bytes
+// first, are the faster ones; there are fewer weights of 8 bits to a cache line.
+inline int64_t quantized_tile_rows(int bits) { return bits == 4 ? 13 : 25; }
 
 // attention: query heads of a KV head up to which a row of the batch is decoded (split-KV). Packing
 // keys and values, as prefill does, pays beyond.

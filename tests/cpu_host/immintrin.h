@@ -140,6 +140,7 @@ FLOATS_2(unpackhi_ps)
 FLOATS_3(fmadd_ps)
 FLOATS_3(fmaddsub_ps)
 INTS_2(add_epi32, add_epi32)
+INTS_2(sub_epi8, sub_epi8)
 INTS_2(mullo_epi32, mullo_epi32)
 INTS_2(and_si512, and_si256)
 INTS_2(unpacklo_epi16, unpacklo_epi16)
@@ -416,7 +417,13 @@ static inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 namespace host {
 
 struct Tile { uint8_t row[16][64]; };
-static thread_local Tile tiles[8];  // all of them are configured as large as they can be
+struct TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t bytes[16];  // of a row
+  uint8_t rows[16];
+};
+static thread_local Tile tiles[8];  // zero beyond what is configured
+static thread_local TileConfig config;
 
 template <class T> static inline T element(const Tile& tile, int row, int i) {
   T x;
@@ -438,16 +445,21 @@ template <class A, class B> static inline void dot_bytes(int to, int a, int b) {
 
 }  // namespace host
 
-static inline void _tile_loadconfig(const void*) {}
-static inline void _tile_release() {}
+static inline void _tile_loadconfig(const void* p) {
+  std::memcpy(&host::config, p, sizeof(host::config));
+}
+static inline void _tile_release() { host::config = {}; }
 static inline void _tile_zero(int to) { host::tiles[to] = {}; }
 static inline void _tile_loadd(int to, const void* p, int64_t stride) {
-  for (int m = 0; m < 16; ++m)
-    std::memcpy(host::tiles[to].row[m], static_cast<const char*>(p) + m * stride, 64);
+  using namespace host;
+  _tile_zero(to);
+  for (int m = 0; m < config.rows[to]; ++m)
+    std::memcpy(tiles[to].row[m], static_cast<const char*>(p) + m * stride, config.bytes[to]);
 }
 static inline void _tile_stored(int from, void* p, int64_t stride) {
-  for (int m = 0; m < 16; ++m)
-    std::memcpy(static_cast<char*>(p) + m * stride, host::tiles[from].row[m], 64);
+  using namespace host;
+  for (int m = 0; m < config.rows[from]; ++m)
+    std::memcpy(static_cast<char*>(p) + m * stride, tiles[from].row[m], config.bytes[from]);
 }
 // Row m, word n of `to`: over the rows k of b, the even products of a[m] and b[k] by themselves, and the
 // odd ones, each a fused multiply-add; both together; then to what was there. Subnormal numbers count

@@ -266,6 +266,7 @@ static void print_hashes() {
   HASH(_mm512_fmadd_ps, in.a, in.b, in.c);
   HASH(_mm512_fmaddsub_ps, in.a, in.b, in.c);
   HASH(_mm512_add_epi32, in.i, in.j);
+  HASH(_mm512_sub_epi8, in.i, in.j);
   HASH(_mm512_mullo_epi32, in.i, in.j);
   HASH(_mm512_and_si512, in.i, in.j);
   HASH(_mm512_unpacklo_epi16, in.i, in.j);

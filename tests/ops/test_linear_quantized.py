@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 import pickle
@@ -12,11 +13,12 @@ import torch
 
 from llama_fast import QuantizedWeight, linear
 from llama_fast.backends import cpu
-from llama_fast.dispatch import OPS
+from llama_fast.dispatch import OPS, use_backend
 from llama_fast.errors import BackendError, GradientError, ShapeError
 from llama_fast.nn import Linear
 
-from .backends import BACKENDS, on
+from .backends import BACKENDS, EMULATED, PRODUCTS, name_of, on
+from .oracle import same_bits
 
 KINDS = list(itertools.product((8, 4), (32, 64, 128), (True, False)))
 C_OUT, C_IN = 37, 135  # a block and groups that are not full
@@ -237,3 +239,53 @@ def test_threads_change_no_bit(isa, rows, bits):
                 assert torch.equal(linear(x, weight), one), f"{threads} threads"
     finally:
         torch.set_num_threads(before)
+
+
+# Every instruction set; AMX, which has a product of its own, emulated where this CPU lacks it.
+ISAS_OF_THIS_CPU = [f"cpu-{isa}" for isa in cpu.isas()]
+ISAS = ISAS_OF_THIS_CPU + [b for b in PRODUCTS if name_of(b) == f"cpu-amx{EMULATED}"]
+# Around the tiles of rows of each instruction set, and the rows that are rounded together.
+COMPANIES = (2, 4, 5, 6, 7, 12, 13, 16, 17, 24, 25, 31, 32, 33, 65, 100, 511, 512, 513, 600)
+COMPANIES_OF_SLOW = (5, 13, 33)
+
+
+@functools.cache
+def alone(kind: tuple, dtype: torch.dtype, isa: str) -> tuple[QuantizedWeight, torch.Tensor, ...]:
+    """A weight, rows of x, and their products in instruction set `isa`, each computed by itself."""
+    # More blocks than a task of tile registers takes, and several chunks of columns.
+    weight = QuantizedWeight.from_float(random_weight(16 * 18 + 5, 1100), *kind)
+    x = torch.randn(max(COMPANIES), 1100, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with on(f"cpu-{isa}"):
+        return weight, x, torch.cat([linear(row[None], weight) for row in x])
+
+
+@pytest.mark.skipif(not cpu.isas(), reason="this needs llama_fast._cpu")
+@pytest.mark.parametrize("backend", ISAS)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_in_any_company(backend, kind, dtype):
+    """On any number of threads, in every instruction set that has a fused multiply-add: the sums of
+    a group are exact, and the groups are added in order."""
+    fused = backend != "cpu-scalar"
+    weight, x, expected = alone(kind, dtype, cpu.isas()[0] if fused else "scalar")
+    companies = COMPANIES if fused and backend in ISAS_OF_THIS_CPU else COMPANIES_OF_SLOW
+    before = torch.get_num_threads()
+    try:
+        with on(backend):
+            for rows, threads in itertools.product(companies, (1, 2)):
+                torch.set_num_threads(threads)
+                found = linear(x[:rows], weight)
+                assert same_bits(found, expected[:rows]), f"{rows} rows, {threads} threads"
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not cpu.isas(), reason="this needs llama_fast._cpu")
+def test_the_order_of_groups_shows_in_the_bits():
+    """Or the test above would pass whatever the order is."""
+    w, kind = random_weight(37, 1024), (8, 32, True)
+    weight, flipped = (QuantizedWeight.from_float(a, *kind) for a in (w, w.flip(1)))
+    assert torch.equal(weight.dequantize(), flipped.dequantize().flip(1))
+    x = torch.randn(33, 1024, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with use_backend("cpu", strict=True):
+        assert not same_bits(linear(x, weight), linear(x.flip(1), flipped))

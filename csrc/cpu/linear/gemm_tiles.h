@@ -18,6 +18,7 @@
 
 #include "../parallel.h"
 #include "../scratch.h"
+#include "ahead.h"
 #include "pack.h"
 
 namespace llama_fast {
@@ -32,37 +33,6 @@ constexpr int64_t CHUNK = 8 * STEP;        // of K: 16 KB of a tile of rows, as 
 constexpr int64_t BLOCK_TILES = 8;         // of rows in a task, at most: 128 KB of a chunk
 constexpr int64_t LANES = 512;             // packed at a time: the sums of a task stay in L2
 constexpr int64_t DIRECT_PANELS = 4;       // up to which rows are multiplied as they lie
-
-// Lines of memory to fetch into L2 while something else is computed, some at each of its steps: many
-// requests at once would make what follows wait.
-class Ahead {
- public:
-  Ahead() = default;
-  // Runs of `run` lines, `stride` bytes apart, in so many steps.
-  Ahead(const void* first, int64_t runs, int64_t run, int64_t stride, int64_t steps)
-      : line_(static_cast<const char*>(first)), left_(runs * run), run_(run), of_run_(run),
-        jump_(stride - (run - 1) * TILE_BYTES), each_(steps ? ceil_div(left_, steps) : 0) {}
-
-  void step() {
-    for (int64_t i = std::min(each_, left_); i > 0; --i) {
-      __builtin_prefetch(line_, 0, 2);
-      next();
-    }
-  }
-
- private:
-  void next() {
-    --left_;
-    if (--of_run_) {
-      line_ += TILE_BYTES;
-    } else {
-      line_ += jump_;
-      of_run_ = run_;
-    }
-  }
-  const char* line_ = nullptr;
-  int64_t left_ = 0, run_ = 0, of_run_ = 0, jump_ = 0, each_ = 0;
-};
 
 // Where a tile of rows lies, in bytes: from a row to the next, and from a step to the next.
 struct TileRows {

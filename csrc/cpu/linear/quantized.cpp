@@ -8,28 +8,20 @@
 //
 // A thread owns a contiguous range of blocks, and then takes pieces of what is left. It takes two
 // blocks at a time through all rows of x, in tiles of rows whose sums stay in registers; where there
-// are several tiles, in chunks of columns that stay in L1, and there nibbles are unpacked first. Sums
-// are taken group after group whatever the number of rows or threads, so neither changes a result.
-#include <algorithm>
-#include <cmath>
-
-#include "../dispatch.h"
-#include "../parallel.h"
-#include "../scratch.h"
-#include "../simd/bytes.h"
+// are several tiles, in chunks of columns that stay in L1, and there nibbles are unpacked first. With
+// tile registers, many rows take quantized_tiles.h instead. Sums are taken group after group whatever
+// the number of rows or threads, so neither changes a result.
+#include "quantized.h"
+#include "quantized_tiles.h"
 
 namespace llama_fast {
 namespace ISA {
 
-static constexpr int BLOCK = 16;              // rows of W
-static constexpr int V = BLOCK / vf::W;       // vectors of a line: four bytes for each row
-static constexpr int LINE = BLOCK * 4;
 static constexpr int MAX_MT = vf::W == 16 ? 6 : 4;
 static constexpr int MAX_NT = vf::W == 16 ? 2 : 1;
 static constexpr int CHUNK = 512;             // columns; a multiple of every group size
 static constexpr int FLOAT_CHUNK = 128, FLOAT_RUN = 16;
 static constexpr int64_t SLAB = 512;          // rows of x that are packed at a time
-static constexpr int64_t PIECE_BYTES = 1 << 16;  // of qdata, about: see parallel_for_then_pieces
 static constexpr int UNPACK_FROM = 3;         // tiles of rows
 // Bytes from what is used to what is fetched: far enough to have begun before a block ends.
 static constexpr int QDATA_AHEAD = 2048, SCALES_AHEAD = 512;
@@ -49,13 +41,10 @@ template <class C> struct Bytes {
   static vi numbers(vi line, int) { return line; }
 };
 
-// Rows of x as the products take them, tile after tile: a tile of MT rows is (columns / 4, MT, 4)
-// bytes, and its scales and starts are (groups, MT).
-struct Activations {
-  int8_t* bytes;
-  float* scales;
-  float* sums;      // scale · Σ bytes of the group, for the minima
-  int32_t* starts;  // where the sum of a group starts: what takes qdata's centre off again
+// Qdata that each line asks for in passing: `step` bytes of each block, which lie `stride` apart.
+struct Fetch {
+  const uint8_t* next;
+  int64_t step, stride;
 };
 
 // Some columns of one or two blocks of W, and of a tile of x.
@@ -67,6 +56,7 @@ struct Part {
   Activations x;
   bool first;    // of its columns: the totals start here
   float* total;  // (MT, NT, BLOCK)
+  Fetch fetch;
 };
 
 // Asks for what the next groups of NT blocks of scales or minima will need.
@@ -98,11 +88,12 @@ template <class Storage, int MT, int NT> static void add_quantized(const Part& p
   using Kind = typename Storage::Kind;
   Sums<MT, NT> total = load_totals<MT, NT>(part);
   const uint8_t* qdata = part.qdata;
+  Fetch fetch = part.fetch;
   const int8_t* x = part.x.bytes;
   const int64_t lines = part.group_size / (4 * Storage::STEPS);
   for (int64_t g = 0; g < part.groups; ++g) {
-    if (MT <= 2) prefetch_group<NT>(part.scales, part, g);
-    if (MT <= 2 && part.minima) prefetch_group<NT>(part.minima, part, g);
+    prefetch_group<NT>(part.scales, part, g);
+    if (part.minima) prefetch_group<NT>(part.minima, part, g);
     vi acc[MT][NT][V];
     for (int m = 0; m < MT; ++m)
       for (int n = 0; n < NT; ++n)
@@ -113,8 +104,9 @@ template <class Storage, int MT, int NT> static void add_quantized(const Part& p
         for (int v = 0; v < V; ++v)
           stored[n][v] = load_lanes(qdata + n * part.qdata_stride + v * 4 * vf::W);
         // A page ends where the hardware stops to look ahead.
-        if (MT <= 2) __builtin_prefetch(qdata + n * part.qdata_stride + QDATA_AHEAD);
+        __builtin_prefetch(fetch.next + n * fetch.stride);
       }
+      fetch.next += fetch.step;
       for (int step = 0; step < Storage::STEPS; ++step, x += 4 * MT) {
         vi w[NT][V];
         for (int n = 0; n < NT; ++n)
@@ -153,6 +145,8 @@ template <class Storage, int MT, int NT> static void add_quantized(const Part& p
   store_totals<MT, NT>(part, total);
 }
 
+static inline int64_t tiles_of(int64_t M) { return (M + MAX_MT - 1) / MAX_MT; }
+
 // The sums of a chunk of columns, weights (columns, NT, BLOCK) times x (columns, MT); in two levels,
 // so that the rounding error of a long row stays small.
 template <int MT, int NT>
@@ -189,70 +183,6 @@ static inline void with_tile(int mt, int nt, F&& f) {
   }
 }
 
-// Calls f(m, MT) for the tiles of rows, as even as can be.
-static inline int64_t tiles_of(int64_t M) { return (M + MAX_MT - 1) / MAX_MT; }
-template <class F> static inline void for_each_tile(int64_t M, F&& f) {
-  const int64_t tiles = tiles_of(M);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t begin = M * i / tiles, end = M * (i + 1) / tiles;
-    f(begin, int(end - begin));
-  }
-}
-
-// The shape of a call, its columns filled up to whole groups.
-struct Shape {
-  int64_t columns, groups, group_size, blocks;
-  int64_t qdata_bytes;  // of a block
-  explicit Shape(const LinearQuantizedArgs& a)
-      : columns((a.C_in + a.group_size - 1) / a.group_size * a.group_size),
-        groups(columns / a.group_size), group_size(a.group_size),
-        blocks((a.C_out + BLOCK - 1) / BLOCK), qdata_bytes(columns * BLOCK * a.bits / 8) {}
-};
-
-// One group of one row of x, to signed bytes: q = round(x / scale), scale = max |x| / 127.
-struct Rounded { float scale, sum; };
-static inline Rounded round_group(const float* x, int64_t n, int8_t* q) {
-  vf largest = zero(), check = zero();
-  for (int64_t i = 0; i < n; i += vf::W) {
-    const vf value = load(x + i);
-    largest = max(largest, max(value, zero() - value));
-    check = fma(value, zero(), check);  // NaN where any value is NaN or infinite
-  }
-  const float scale = max_of(largest) / 127.f + sum(check);
-  if (!(scale > 0.f)) {  // all zero, or not finite
-    std::memset(q, 0, size_t(n));
-    return {scale, scale};
-  }
-  vf total = zero();
-  for (int64_t i = 0; i < n; i += vf::W) {
-    const vf rounded = round(load(x + i) / set(scale));
-    store_bytes(q + i, rounded);
-    total = total + rounded;
-  }
-  return {scale, sum(total)};
-}
-
-// Row m of the tile of MT rows: to bytes, into its words of the tile.
-template <class T>
-static void round_row(const T* x, const LinearQuantizedArgs& a, const Shape& s, int bias, int m,
-                      int MT, const Activations& tile) {
-  alignas(64) float values[128];
-  alignas(64) int8_t q[128];
-  for (int64_t g = 0; g < s.groups; ++g) {
-    const int64_t begin = g * s.group_size, n = std::min(s.group_size, a.C_in - begin);
-    for_each_vector(n, [&](int64_t i, auto width) { store(values + i, load(x + begin + i, width)); });
-    std::fill(values + n, values + s.group_size, 0.f);
-    const Rounded r = round_group(values, s.group_size, q);
-    int8_t* to = tile.bytes + begin * MT + 4 * m;
-    for (int64_t i = 0; i < s.group_size; i += 4) std::memcpy(to + i * MT, q + i, 4);
-    const int64_t at = g * MT + m;
-    const int centre = a.minima ? 0 : a.bits == 8 ? 128 : 8;
-    tile.scales[at] = r.scale;
-    tile.sums[at] = r.scale * r.sum;
-    tile.starts[at] = std::isfinite(r.sum) ? int32_t(r.sum) * (bias - centre) : 0;
-  }
-}
-
 // Nibbles of `lines` lines → one byte each.
 static void unpack(const uint8_t* qdata, int64_t lines, uint8_t* to) {
   for (int64_t i = 0; i < lines; ++i, qdata += LINE, to += 2 * LINE) {
@@ -261,18 +191,6 @@ static void unpack(const uint8_t* qdata, int64_t lines, uint8_t* to) {
       store_lanes(to + v * 4 * vf::W, low_nibbles(line));
       store_lanes(to + LINE + v * 4 * vf::W, high_nibbles(line));
     }
-  }
-}
-
-// Blocks n0 … n0 + NT of y: the rows' totals, rounded.
-template <class T>
-static void write(const float* total, const LinearQuantizedArgs& a, int64_t row0, int64_t rows,
-                  int64_t n0, int NT) {
-  const int64_t begin = n0 * BLOCK, n = std::min<int64_t>(NT * BLOCK, a.C_out - begin);
-  for (int64_t m = 0; m < rows; ++m) {
-    T* y = static_cast<T*>(a.y) + (row0 + m) * a.C_out + begin;
-    const float* t = total + m * NT * BLOCK;
-    for_each_vector(n, [&](int64_t i, auto width) { store(y + i, load(t + i), width); });
   }
 }
 
@@ -301,50 +219,36 @@ static Part part_of(const LinearQuantizedArgs& a, const Shape& s, int64_t n0, in
       .x = {},
       .first = g0 == 0,
       .total = nullptr,
+      .fetch = {},
   };
 }
 
 template <class T>
 static void by_bytes(const LinearQuantizedArgs& a, const Shape& s, int64_t row0, int64_t M) {
+#ifdef ISA_HAS_TILES
+  if (M >= quantized_tile_rows(a.bits)) return tiles::QuantizedProduct<T>(a, s, row0, M).run();
+#endif
   const int64_t tiles = tiles_of(M);
   const bool nibbles = a.bits == 4, unpacked = nibbles && tiles >= UNPACK_FROM;
-  const int bias = nibbles ? BIAS<Nibble> : BIAS<Byte>;
-
-  float* memory = scratch<Activations>(M * (s.columns / 4 + 3 * s.groups));
-  const Activations all{reinterpret_cast<int8_t*>(memory + 3 * M * s.groups), memory,
-                        memory + M * s.groups,
-                        reinterpret_cast<int32_t*>(memory + 2 * M * s.groups)};
-  auto tile_of = [&](int64_t m0, int MT, int64_t g0) {
-    const int64_t at = m0 * s.groups + g0 * MT;
-    return Activations{all.bytes + m0 * s.columns + g0 * s.group_size * MT, all.scales + at,
-                       all.sums + at, all.starts + at};
-  };
-  parallel_for(tiles, 1 + 8192 / (s.columns * MAX_MT), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t m0 = M * i / tiles;
-      const int MT = int(M * (i + 1) / tiles - m0);
-      for (int m = 0; m < MT; ++m) {
-        const T* x = static_cast<const T*>(a.x) + a.rows.offset(row0 + m0 + m);
-        round_row(x, a, s, bias, m, MT, tile_of(m0, MT, 0));
-      }
-    }
-  });
-
   const int64_t chunk = tiles == 1 ? s.groups : std::max<int64_t>(1, CHUNK / s.group_size);
+  const RoundedRows<T> x(a, s, row0, M, tiles, chunk, Lie::by_four);
   for_each_blocks(s, M, [&](int64_t n0, int NT) {
     float* total = scratch<LinearQuantizedArgs>(M * NT * BLOCK + (unpacked ? MAX_NT * CHUNK * 4 : 0));
-    auto* bytes = reinterpret_cast<uint8_t*>(total + M * NT * BLOCK);
+    auto* nibbles_of_chunk = reinterpret_cast<uint8_t*>(total + M * NT * BLOCK);
     for (int64_t g0 = 0; g0 < s.groups; g0 += chunk) {
       Part part = part_of(a, s, n0, g0, chunk);
-      const int64_t columns = part.groups * s.group_size;
+      const int64_t columns = part.groups * s.group_size, bytes = columns * BLOCK * a.bits / 8;
+      // One tile fetches what it will soon need itself, several the next chunk, each its share.
+      const int64_t share = bytes / tiles, lines = bytes / LINE * (unpacked ? 2 : 1);
+      part.fetch = {part.qdata + (tiles == 1 ? QDATA_AHEAD : bytes), share / lines, s.qdata_bytes};
       if (unpacked) {
         for (int n = 0; n < NT; ++n)
-          unpack(part.qdata + n * s.qdata_bytes, columns / 8, bytes + n * CHUNK * BLOCK);
-        part.qdata = bytes;
+          unpack(part.qdata + n * s.qdata_bytes, columns / 8, nibbles_of_chunk + n * CHUNK * BLOCK);
+        part.qdata = nibbles_of_chunk;
         part.qdata_stride = CHUNK * BLOCK;
       }
-      for_each_tile(M, [&](int64_t m0, int mt) {
-        part.x = tile_of(m0, mt, g0);
+      for_each_tile(M, tiles, [&](int64_t m0, int mt) {
+        part.x = x.tile(m0, mt, g0);
         part.total = total + m0 * NT * BLOCK;
         with_tile(mt, NT, [&](auto MT, auto NT) {
           constexpr int rows = decltype(MT)::value, wide = decltype(NT)::value;
@@ -352,6 +256,7 @@ static void by_bytes(const LinearQuantizedArgs& a, const Shape& s, int64_t row0,
           else if (nibbles) add_quantized<TwoNibbles, rows, wide>(part);
           else add_quantized<Bytes<Byte>, rows, wide>(part);
         });
+        part.fetch.next += share;
       });
     }
     write<T>(total, a, row0, M, n0, NT);
@@ -388,7 +293,7 @@ static void dequantize(const Part& part, int bits, int NT, float* to) {
 static void by_values(const LinearQuantizedArgs& a, const Shape& s, int64_t row0, int64_t M) {
   // A tile of x is (columns, MT), zero beyond C_in.
   float* x = scratch<Activations>(M * s.columns);
-  for_each_tile(M, [&](int64_t m0, int MT) {
+  for_each_tile(M, tiles_of(M), [&](int64_t m0, int MT) {
     for (int m = 0; m < MT; ++m) {
       const float* row = static_cast<const float*>(a.x) + a.rows.offset(row0 + m0 + m);
       float* to = x + m0 * s.columns + m;
@@ -402,7 +307,7 @@ static void by_values(const LinearQuantizedArgs& a, const Shape& s, int64_t row0
     for (int64_t g0 = 0; g0 < s.groups; g0 += chunk) {
       Part part = part_of(a, s, n0, g0, chunk);
       dequantize(part, a.bits, NT, values);
-      for_each_tile(M, [&](int64_t m0, int mt) {
+      for_each_tile(M, tiles_of(M), [&](int64_t m0, int mt) {
         part.total = total + m0 * NT * BLOCK;
         const float* tile = x + m0 * s.columns + g0 * s.group_size * mt;
         with_tile(mt, NT, [&](auto MT, auto NT) {

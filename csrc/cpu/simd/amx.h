@@ -26,11 +26,13 @@ static inline void written(const void* p) { asm volatile("" : : "r"(p) : "memory
 // The registers are this thread's from here to the end of the block; their numbers are literals.
 class TileRegisters {
  public:
-  TileRegisters() {
+  // 0 to 3 for sums, 4 and 5 for left sides, 6 and 7 for right sides of so many rows.
+  explicit TileRegisters(int right_rows = TILE) {
     Config config;
     for (int i = 0; i < 8; ++i) {
-      config.bytes[i] = TILE_BYTES;
-      config.rows[i] = TILE;
+      const bool left = i == 4 || i == 5, right = i >= 6;
+      config.bytes[i] = uint16_t(left ? right_rows * 4 : TILE_BYTES);
+      config.rows[i] = uint8_t(right ? right_rows : TILE);
     }
     written(&config);
     _tile_loadconfig(&config);
