@@ -24,8 +24,7 @@ struct Plan {
   explicit Plan(const AttentionArgs& args) : a(args), G(args.H / args.K), block(0) {}
 
   bool decodes(const Row& row) const { return is_decode(row, G); }
-  int64_t split(const Row& row) const { return split_keys(row, DECODE_TILE); }
-  int64_t splits(const Row& row) const { return (row.keys + split(row) - 1) / split(row); }
+  int64_t splits(const Row& row) const { return splits_of(row.keys); }
   int64_t tasks(const Row& row) const {
     if (row.queries == 0) return 0;
     return a.K * (decodes(row) ? splits(row) : (row.queries + block - 1) / block);
@@ -59,8 +58,7 @@ struct Cursor {
   }
   // The keys of a task of decode.
   template <class T> Span<T> span() const {
-    const int64_t size = plan->split(row);
-    return {of.args(), of.b(), head, i * size, std::min((i + 1) * size, row.keys)};
+    return {of.args(), of.b(), head, i * SPLIT_KEYS, std::min((i + 1) * SPLIT_KEYS, row.keys)};
   }
 };
 

@@ -7,6 +7,7 @@
 // a query does not see leave it as it is.
 #pragma once
 
+#include "splits.h"
 #include "tiles.h"
 
 namespace llama_fast {
@@ -15,7 +16,6 @@ namespace ISA {
 constexpr int MR = vf::W == 1 ? 4 : 6;                        // queries of the inner loop,
 constexpr int NV = vf::W == 16 ? 4 : vf::W == 8 ? 2 : 4;      // vectors of keys or of o's columns
 constexpr int PANEL = NV * vf::W;
-constexpr int PREFILL_TILE = vf::W == 16 ? 128 : 64;             // keys
 constexpr int STRIP = 4 * MR;  // queries whose scores stay in L1
 
 // c[r] = a[r] · b for MR rows of a and a panel of N vectors of b, over `steps` units; with a
@@ -36,7 +36,9 @@ static inline int64_t prefill_rows(int64_t D) {
 }
 
 struct PrefillMemory {
-  float *q, *o, *k, *v, *s, *m, *l, *correction;
+  float *q, *k, *v, *s, *correction;
+  float *o, *m, *l;                       // of the split that is computed,
+  float *whole_o, *whole_m, *whole_l;  // and of those before it
   int64_t q_stride, o_stride, floats;
 
   // Laid out from `memory`, which may be null to learn the size.
@@ -50,13 +52,22 @@ struct PrefillMemory {
     q_stride = round_up(D, vf::W);
     o_stride = round_up(D, vf::W);
     q = take(padded * q_stride);
+    k = take(TILE * q_stride);
+    v = take(TILE * o_stride);
+    s = take(STRIP * TILE);
+    correction = take(STRIP);
     o = take(padded * o_stride);
-    k = take(PREFILL_TILE * q_stride);
-    v = take(PREFILL_TILE * o_stride);
-    s = take(STRIP * PREFILL_TILE);
     m = take(padded);
     l = take(padded);
-    correction = take(STRIP);
+    whole_o = take(padded * o_stride);
+    whole_m = take(padded);
+    whole_l = take(padded);
+  }
+  // What was computed becomes that of the splits before, and the other way round.
+  void keep_split() {
+    std::swap(o, whole_o);
+    std::swap(m, whole_m);
+    std::swap(l, whole_l);
   }
 };
 
@@ -69,7 +80,7 @@ static void add_panels(const PrefillMemory& m, const float* weights, int64_t row
     if (left < N * vf::W)
       return add_panels<T, N - 1>(m, weights, row, steps, tile_steps, correction, begin);
   }
-  multiply_panel<T, N>(weights, PREFILL_TILE, m.v + begin * tile_steps, steps,
+  multiply_panel<T, N>(weights, TILE, m.v + begin * tile_steps, steps,
                  m.o + row * m.o_stride + begin, m.o_stride, correction);
 }
 
@@ -77,32 +88,43 @@ static void add_panels(const PrefillMemory& m, const float* weights, int64_t row
 template <class T>
 static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t head,
                          int64_t t_begin, int64_t t_end, float* memory) {
-  constexpr int W = vf::W, SIZE = Unit<T>::size;
+  constexpr int SIZE = Unit<T>::size;
   const int64_t G = a.H / a.K, D = a.D, rows = (t_end - t_begin) * G, units = D / SIZE;
   const int64_t padded = round_up(rows, MR);
-  const PrefillMemory m(memory, rows, D);
+  PrefillMemory m(memory, rows, D);
 
   for (int64_t r = 0; r < padded; ++r) {
-    const T* from = static_cast<const T*>(a.q.data) + b * a.q.stride.b +
-                    (t_begin + r / G) * a.q.stride.t + (head * G + r % G) * a.q.stride.h;
-    for (int64_t u = 0; u < units; u += W) {
-      const vf x = r >= rows ? zero()
-                   : u + W <= units ? Unit<T>::load(from + u * SIZE)
-                                    : Unit<T>::load(from + u * SIZE, int(D - u * SIZE));
-      store(m.q + r * m.q_stride + u, x);
-    }
-    for (int64_t d = 0; d < m.o_stride; d += W) store(m.o + r * m.o_stride + d, zero());
-    m.m[r] = -std::numeric_limits<float>::infinity();
-    m.l[r] = 0.f;
+    float* to = m.q + r * m.q_stride;
+    if (r < rows)
+      put_units(a.q.at<const T>(b, t_begin + r / G) + (head * G + r % G) * a.q.stride.h, D, to);
+    else
+      std::fill(to, to + m.q_stride, 0.f);
   }
+  auto begin_split = [&] {
+    std::fill(m.o, m.o + padded * m.o_stride, 0.f);
+    std::fill(m.m, m.m + padded, -std::numeric_limits<float>::infinity());
+    std::fill(m.l, m.l + padded, 0.f);
+  };
+  begin_split();
+
+  auto merge = [&] {
+    for (int64_t r = 0; r < rows; ++r)
+      merge_state(m.whole_o + r * m.o_stride, m.whole_m[r], m.whole_l[r], m.o + r * m.o_stride, m.m[r],
+                  m.l[r], D, a.scale);
+  };
 
   // Queries of a later strip see no fewer keys.
   auto visible = [&](int64_t r) { return row.visible(a, t_begin + std::min(r, rows - 1) / G); };
   const T* keys = static_cast<const T*>(a.k.data) + b * a.k.stride.b + head * a.k.stride.h;
   const T* values = static_cast<const T*>(a.v.data) + b * a.v.stride.b + head * a.v.stride.h;
   const int64_t end = visible(rows - 1);
-  for (int64_t tile = 0; tile < end; tile += PREFILL_TILE) {
-    const int64_t count = std::min<int64_t>(PREFILL_TILE, end - tile);
+  for (int64_t tile = 0; tile < end; tile += TILE) {
+    if (tile && tile % SPLIT_KEYS == 0) {
+      if (tile == SPLIT_KEYS) m.keep_split();
+      else merge();
+      begin_split();
+    }
+    const int64_t count = std::min<int64_t>(TILE, end - tile);
     const int64_t tile_steps = (count + SIZE - 1) / SIZE;
     pack_keys<T, PANEL>(keys + tile * a.k.stride.t, a.k.stride.t, count, D, m.k);
     pack_values<T, PANEL>(values + tile * a.v.stride.t, a.v.stride.t, count, D, m.v);
@@ -114,25 +136,29 @@ static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t h
         for (int64_t r = strip; r < strip_end; r += MR) {
           if (seen(r) > j)
             multiply_panel<T, NV>(m.q + r * m.q_stride, m.q_stride, m.k + j * units, units,
-                            m.s + (r - strip) * PREFILL_TILE + j, PREFILL_TILE, nullptr);
+                            m.s + (r - strip) * TILE + j, TILE, nullptr);
         }
       }
       for (int64_t r = strip; r < strip_end; ++r) {
         const int64_t own = r < rows ? std::min(count, visible(r) - tile) : 0;
         const int64_t needed = round_up(std::max<int64_t>(0, seen(r / MR * MR)), SIZE);
-        m.correction[r - strip] = softmax_part<T>(m.s + (r - strip) * PREFILL_TILE, own, needed,
+        m.correction[r - strip] = softmax_part<T>(m.s + (r - strip) * TILE, own, needed,
                                                   a.scale, m.m[r], m.l[r]);
       }
       for (int64_t d = 0; d < m.o_stride; d += PANEL) {
         for (int64_t r = strip; r < strip_end; r += MR) {
           if (seen(r) > 0)
-            add_panels<T, NV>(m, m.s + (r - strip) * PREFILL_TILE, r, (seen(r) + SIZE - 1) / SIZE,
+            add_panels<T, NV>(m, m.s + (r - strip) * TILE, r, (seen(r) + SIZE - 1) / SIZE,
                               tile_steps, m.correction + (r - strip), d);
         }
       }
     }
   }
 
+  if (end > SPLIT_KEYS) {
+    merge();
+    m.keep_split();
+  }
   for (int64_t r = 0; r < rows; ++r) {
     write_result<T>(a, b, t_begin + r / G, head * G + r % G, m.o + r * m.o_stride, m.m[r],
                     m.l[r]);

@@ -66,8 +66,7 @@ static void prefill_quantized(const AttentionArgs& args, const Row& row, int64_t
 template <class T> static void attend_quantized(const AttentionArgs& a) {
   if (a.B == 0 || a.T == 0 || a.H == 0) return;
   const int64_t G = a.H / a.K, D = a.D;
-  const auto split = [](const Row& row) { return split_keys(row, QUANTIZED_TILE); };
-  const auto splits = [&](const Row& row) { return (row.keys + split(row) - 1) / split(row); };
+  const auto splits = [](const Row& row) { return splits_of(row.keys); };
 
   // Sizes; and zeros for the queries without keys.
   int64_t work = 0, most = 0;  // of splits
@@ -101,8 +100,8 @@ template <class T> static void attend_quantized(const AttentionArgs& a) {
       const Row row(a, b);
       const int64_t count = is_decode(row, G) && row.queries ? splits(row) : 0;
       if (i >= count) continue;
-      const int64_t row_heads = row.queries * G, begin = i * split(row);
-      const int64_t end = std::min(begin + split(row), row.keys);
+      const int64_t row_heads = row.queries * G, begin = i * SPLIT_KEYS;
+      const int64_t end = std::min(begin + SPLIT_KEYS, row.keys);
       // Partials lie as close as this row needs them.
       float* first = count == 1 ? memory : kept + (b * a.K + head) * most * partial_floats;
       const Partial result(first + i * Partial::floats(row_heads, D), row_heads, D);

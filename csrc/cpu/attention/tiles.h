@@ -47,7 +47,7 @@ static void pack_keys(const T* k, int64_t stride, int64_t count, int64_t D, floa
       for (int i = 0; i < W; ++i) {
         const T* from = k + (j + i) * stride + u * SIZE;
         x[i] = j + i >= count ? zero()
-               : u + W <= units ? Unit<T>::load(from)
+               : u + W <= units ? Unit<T>::load(from, Full{})
                                 : Unit<T>::load(from, int(D - u * SIZE));
       }
       transpose(x);
