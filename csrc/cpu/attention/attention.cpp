@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <type_traits>
+#include <optional>
 
 #include "decode.h"
 #include "documents.h"
@@ -56,10 +56,6 @@ struct Cursor {
     i = (task - begin) / plan->a.K;
     head = (task - begin) % plan->a.K;
   }
-  // The keys of a task of decode.
-  template <class T> Span<T> span() const {
-    return {of.args(), of.b(), head, i * SPLIT_KEYS, std::min((i + 1) * SPLIT_KEYS, row.keys)};
-  }
 };
 
 template <class T> static void attend(const AttentionArgs& a) {
@@ -98,41 +94,57 @@ template <class T> static void attend(const AttentionArgs& a) {
 
   parallel_tasks(tasks, threads, [&](auto next) {
     struct Work;
-    const int64_t few = partial_floats + decode_floats(decode_rows, D);
+    const int64_t few = partial_floats + Decode<T>::floats(decode_rows, D);
     const int64_t many = queries ? PrefillMemory(nullptr, plan.block * G, D).floats : 0;
-    float* memory = scratch<Work>(std::max(few, many));
-    Cursor at(plan), following(plan);
-    bool fetched = false;
-    auto follow = [&](int64_t task) {
-      following.seek(task);
-      return plan.decodes(following.row) ? following.span<T>() : Span<T>();
-    };
-    for (int64_t task = next(), then; task < tasks; task = then) {
-      at.seek(task);
-      const Row& row = at.row;
+    float* memory = scratch<Work>(std::max(2 * few, many));
+    // Tasks of decode take turns in two places, since the next one begins before the last has ended.
+    struct Place {
+      Cursor at;
+      std::optional<Decode<T>> task;
+      float* first;  // the partials of its splits
+    } places[2] = {{Cursor(plan), {}, nullptr}, {Cursor(plan), {}, nullptr}};
+    auto begin_decode = [&](int i) {
+      auto& [at, task, first] = places[i];
       const AttentionArgs& its = at.of.args();
-      const int64_t b = at.of.b();
-      if (!plan.decodes(row)) {  // the last blocks have the most keys: they go first
-        const int64_t blocks = (row.queries + plan.block - 1) / plan.block;
-        const int64_t t = row.first + (blocks - 1 - at.i) * plan.block;
-        prefill<T>(its, row, b, at.head, t, std::min(t + plan.block, its.T), memory);
-        then = next();
-        fetched = false;
-        continue;
-      }
-      const int64_t row_heads = row.queries * G, count = plan.splits(row);
-      float* first = count == 1 ? memory : kept + (at.partial + at.head * count) * partial_floats;
+      const int64_t b = at.of.b(), row_heads = at.row.queries * G, count = plan.splits(at.row);
+      float* own = memory + i * few;
+      first = count == 1 ? own : kept + (at.partial + at.head * count) * partial_floats;
       // Partials lie as close as this row needs them.
       const Partial result(first + at.i * Partial::floats(row_heads, D), row_heads, D);
+      const int64_t begin = at.i * SPLIT_KEYS, end = std::min(begin + SPLIT_KEYS, at.row.keys);
+      task.emplace(its, at.row, b, at.head, Span<T>(its, b, at.head, begin, end), own + partial_floats,
+                   result);
+      return &*task;
+    };
+    int place = 0;
+    for (int64_t task = next(); task < tasks;) {
+      Cursor& at = places[place].at;
+      at.seek(task);
+      const Row& row = at.row;
+      if (!plan.decodes(row)) {  // the last blocks have the most keys: they go first
+        const AttentionArgs& its = at.of.args();
+        const int64_t blocks = (row.queries + plan.block - 1) / plan.block;
+        const int64_t t = row.first + (blocks - 1 - at.i) * plan.block;
+        prefill<T>(its, row, at.of.b(), at.head, t, std::min(t + plan.block, its.T), memory);
+        task = next();
+        continue;
+      }
+      int ending = place;
       decode<T>(
-          its, row, b, at.head, at.span<T>(), fetched,
-          [&] {
-            then = next();
-            return then < tasks ? follow(then) : Span<T>();
+          begin_decode(place),
+          [&]() -> Decode<T>* {
+            task = next();
+            if (task >= tasks) return nullptr;
+            place ^= 1;
+            places[place].at.seek(task);
+            return plan.decodes(places[place].at.row) ? begin_decode(place) : nullptr;
           },
-          memory + partial_floats, result);
-      fetched = true;
-      end_split<T>(its, row, b, at.head, first, count, done + at.of.index * a.K);
+          [&](const Decode<T>&) {
+            const Cursor& of = places[ending].at;
+            end_split<T>(of.of.args(), of.row, of.of.b(), of.head, places[ending].first,
+                         plan.splits(of.row), done + of.of.index * a.K);
+            ending ^= 1;
+          });
     }
   });
 }

@@ -18,8 +18,7 @@ namespace llama_fast {
 namespace ISA {
 
 constexpr int STEP = vf::W == 1 ? 16 : 2 * vf::W;  // keys that are scored, and values added, in turn
-constexpr int STREAMS = 2;                          // that are fetched: keys and values
-constexpr int64_t KEYS_AHEAD = 2048, VALUES_AHEAD = 8192;  // bytes, how long before a step needs them
+constexpr int64_t FETCH_BYTES = 2048;               // of each, how long before a step needs them
 constexpr int ROWS_AT_ONCE = vf::W == 16 ? 8 : 4;   // queries whose sums stay in registers
 static_assert(TILE % STEP == 0);
 
@@ -78,18 +77,36 @@ template <class T> struct Tile {
   const T* row(int64_t i) const { return data + i * stride; }
 };
 
-// Rows to fetch into the caches, of all streams in turn: the CPU fetches further ahead by itself in
-// each of them, but only within a page, so several keep more of it on the way.
+// Rows of keys and of values to fetch into the caches, one of each in a step.
 template <class T> struct Ahead {
-  Tile<T> of[STREAMS] = {};
-  // In step j the elements [begin, end) of a row of one of them. Inlined, since GCC takes a call that only
-  // fetches for one without effect.
-  [[gnu::always_inline]] void fetch(int64_t j, int64_t begin, int64_t end) const {
-    const Tile<T>& tile = of[j % STREAMS];
-    if (j / STREAMS >= tile.count) return;
-    constexpr int64_t line = 64 / int64_t(sizeof(T));
-    for (int64_t d = round_up(begin, line); d < end; d += line)
-      __builtin_prefetch(tile.row(j / STREAMS) + d);
+  const T *keys = nullptr, *values = nullptr;
+  int64_t keys_stride = 0, values_stride = 0, steps = 0;
+
+  Ahead() = default;
+  // Where one has no rows those of the other are fetched twice, which costs less than to ask in each step.
+  Ahead(Tile<T> k, Tile<T> v) : steps(std::max(k.count, v.count)) {
+    if (k.count == 0) k = v;
+    if (v.count == 0) v = k;
+    keys = k.data, keys_stride = k.stride;
+    values = v.data, values_stride = v.stride;
+  }
+  // In step i the elements [begin, end) of both rows. Inlined, since GCC takes a call that only fetches for
+  // one without effect.
+  [[gnu::always_inline]] void fetch(int64_t i, int64_t begin, int64_t end) const {
+    if (i >= steps) return;
+    constexpr int64_t LINE = 64 / int64_t(sizeof(T));
+    const T *k = keys + i * keys_stride, *v = values + i * values_stride;
+    int64_t d = begin;
+    for (; d + 2 * LINE <= end; d += 2 * LINE) {
+      __builtin_prefetch(k + d);
+      __builtin_prefetch(k + d + LINE);
+      __builtin_prefetch(v + d);
+      __builtin_prefetch(v + d + LINE);
+    }
+    for (; d < end; d += LINE) {
+      __builtin_prefetch(k + d);
+      __builtin_prefetch(v + d);
+    }
   }
 };
 
@@ -115,36 +132,35 @@ template <class T> struct Span {
   int64_t rows(int64_t j, int64_t n) const { return std::clamp<int64_t>(count - j, 0, n); }
 };
 
-// s[r, j] = q[r] · k[j] for R queries and up to STEP keys, and a step of `ahead` for each.
+// s[r, j] = q[r] · k[j] for R queries and up to STEP keys, and all steps of `ahead` meanwhile.
 template <class T, int R>
 static void score_keys(const float* q, int64_t q_stride, Tile<T> k, int64_t D, float* s,
                        const Ahead<T>& ahead) {
   using Word = KeyWord<T>;
-  constexpr int W = vf::W;
+  constexpr int W = vf::W, RUN = W * Word::size;
   const T* row[STEP];  // behind the last key, the last one again
   for (int i = 0; i < STEP; ++i) row[i] = k.row(std::min<int64_t>(i, k.count - 1));
-  for_each_run<W * Word::size>(D, [&](int64_t e, auto width) {
-    const int64_t begin = e * W * Word::size;
-    // In turn, so that the sums of some keys do not wait for each other.
-    for (int first = 0; first < k.count; first += W) {
+  const int64_t blocks = (D + RUN - 1) / RUN * ((k.count + W - 1) / W);
+  int64_t fetched = 0, due = 0;  // steps, and blocks times steps
+  for (int first = 0; first < k.count; first += W) {
+    vf total[R];
+    for (vf& t : total) t = zero();
+    for_each_run<RUN>(D, [&](int64_t e, auto width) {
       vf x[W];
-      for (int i = 0; i < W; ++i) x[i] = Word::load(row[first + i] + begin, width);
-      for (int i = 0; i < W; ++i) ahead.fetch(first + i, begin, begin + W * Word::size);
+      for (int i = 0; i < W; ++i) x[i] = Word::load(row[first + i] + e * RUN, width);
+      for (due += STEP / 2; fetched * blocks < due; ++fetched) ahead.fetch(fetched, 0, D);
       transpose(x);
-      vf total[R];
-      for (int r = 0; r < R; ++r) total[r] = e ? load(s + r * TILE + first) : zero();
       const float* y = q + e * W * Word::units;
       for (int i = 0; i < W; ++i) {
         vf units[Word::units];
         Word::units_of(x[i], units);
-        for (int n = 0; n < Word::units; ++n) {
+        for (int n = 0; n < Word::units; ++n)
           for (int r = 0; r < R; ++r)
             total[r] = Unit<T>::madd(set(y[r * q_stride + i * Word::units + n]), units[n], total[r]);
-        }
       }
-      for (int r = 0; r < R; ++r) store(s + r * TILE + first, total[r]);
-    }
-  });
+    });
+    for (int r = 0; r < R; ++r) store(s + r * TILE + first, total[r]);
+  }
 }
 
 // sums_of[r] += weights[r] · v, for R queries, up to STEP rows of v and C runs of them from element d on,
@@ -169,7 +185,7 @@ static void add_runs(const float* weights, Tile<T> v, int64_t d, Width width, bo
       const int64_t at = c * Value::size;
       Value::load(row + at, next ? next + at : nullptr, x[c], width);
     }
-    for (int i = 0; i < SIZE; ++i) ahead.fetch(j + i, d, d + C * Value::size);
+    if (j % 2 == 0) ahead.fetch(j / 2, d, d + C * Value::size);
     for (int r = 0; r < R; ++r) {
       const vf w = set(weights[r * TILE + j / SIZE]);
       for (int i = 0; i < C * V; ++i) total[r][i] = Unit<T>::madd(w, x[i / V][i % V], total[r][i]);
@@ -196,13 +212,7 @@ static void add_values(const float* weights, Tile<T> v, int64_t D, bool fresh, f
     add_runs<T, R, 1>(weights, v, d, int(D - d), fresh, sums_of + d, stride, ahead);
 }
 
-// The working memory of decode, besides its result. Both begin at a line of the caches: vectors
-// that lie in two of them cost the values a tenth more.
-static inline int64_t decode_floats(int64_t rows, int64_t D) {
-  return rows * (round_up(D, 2 * vf::W) + Partial::stride_for(D) + 2 * TILE + 1);
-}
-
-// Calls f(r, number) for groups of `rows` queries.
+// Calls f(r, number) for groups of up to MOST of `rows` queries.
 template <int MOST, class F> static inline void for_each_group(int64_t rows, F&& f) {
   int64_t r = 0;
   for (; r + MOST <= rows; r += MOST) f(r, std::integral_constant<int, MOST>{});
@@ -211,133 +221,203 @@ template <int MOST, class F> static inline void for_each_group(int64_t rows, F&&
 }
 
 // The queries of a row of the batch and a KV head, query by query and head by head, over a span of
-// its keys, whose first keys are `fetched`, or not. follow() is called once, towards the end, and
-// returns the span whose first keys are fetched then.
-template <class T, class F>
-static void decode(const AttentionArgs& a, const Row& row, int64_t b, int64_t head,
-                   const Span<T>& span, bool fetched, F&& follow, float* memory,
-                   const Partial& result) {
-  using Value = ValueRun<T>;
-  constexpr int W = vf::W;
-  const int64_t G = a.H / a.K, D = a.D, rows = row.queries * G, stride = result.stride;
-  const int64_t q_stride = round_up(D, 2 * W);
-  float* q = memory;
-  float* tile_sums = q + rows * q_stride;
-  float* scores = tile_sums + rows * stride;  // of two tiles; the weights of one take their place
-  float* correction = scores + 2 * rows * TILE;
+// its keys, which is scored, weighed and added tile by tile. Keys are counted from the span's first.
+template <class T> class Decode {
+ public:
+  const Span<T> span;
+  const Partial result;
 
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* from = a.q.at<const T>(b, row.first + r / G) + (head * G + r % G) * a.q.stride.h;
-    for (int64_t u = 0; u < q_stride; u += W) store(q + r * q_stride + u, zero());
-    put_units(from, D, q + r * q_stride);
-    result.m[r] = -std::numeric_limits<float>::infinity();
-    result.l[r] = 0.f;
-    for (int64_t d = 0; d < stride; d += W) store(result.sums_of + r * stride + d, zero());
+  // Both memory and the result begin at a line of the caches: vectors that lie in two of them cost the
+  // values a tenth more.
+  Decode(const AttentionArgs& args, const Row& its_row, int64_t b, int64_t head, const Span<T>& keys,
+         float* memory, const Partial& its_result)
+      : span(keys),
+        result(its_result),
+        a(args),
+        row(its_row),
+        G(a.H / a.K),
+        rows(row.queries * G),
+        stride(result.stride),
+        q(memory),
+        tile_sums(q + rows * stride),
+        scores(tile_sums + rows * stride),
+        correction(scores + 2 * rows * TILE) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = a.q.at<const T>(b, row.first + r / G) + (head * G + r % G) * a.q.stride.h;
+      std::fill(q + r * stride, q + (r + 1) * stride, 0.f);
+      put_units(from, a.D, q + r * stride);
+      result.m[r] = -std::numeric_limits<float>::infinity();
+      result.l[r] = 0.f;
+    }
+    std::fill(result.sums_of, result.sums_of + rows * stride, 0.f);
+  }
+  int64_t head_dim() const { return a.D; }
+  static int64_t floats(int64_t rows, int64_t D) {
+    return round_up(rows * (2 * Partial::stride_for(D) + 2 * TILE + 1), 16);
   }
 
-  // Of the keys from the j-th on, how many a query sees, or none and less.
-  auto own = [&](int64_t r, int64_t j) {
-    return std::min(span.count, row.visible(a, row.first + r / G) - span.begin) - j;
-  };
-  auto scores_of = [&](int64_t r, int64_t j) {
-    return scores + (j / TILE % 2 * rows + r) * TILE + j % TILE;
-  };
-
-  auto score = [&](int64_t j, const Ahead<T>& ahead) {
+  // STEP keys from the j-th on.
+  void score(int64_t j, const Ahead<T>& ahead) {
     for_each_group<ROWS_AT_ONCE>(rows, [&](int64_t r, auto number) {
       constexpr int R = decltype(number)::value;
-      const Tile<T> k = span.keys(j, std::clamp<int64_t>(own(r + R - 1, j), 0, STEP));
+      const Tile<T> k = span.keys(j, seen(r + R - 1, j, STEP));
       // The other groups read the same.
       if (k.count > 0)
-        score_keys<T, R>(q + r * q_stride, q_stride, k, D, scores_of(r, j), r ? Ahead<T>{} : ahead);
+        score_keys<T, R>(q + r * stride, stride, k, a.D, scores_of(r, j), r ? Ahead<T>{} : ahead);
     });
-  };
-  auto weigh = [&](int64_t tile) {
+  }
+  // The keys of a tile that are scored.
+  void weigh(int64_t tile) {
     for (int64_t r = 0; r < rows; ++r)
-      correction[r] = softmax_part<T>(scores_of(r, tile), std::min<int64_t>(own(r, tile), TILE), 0,
-                                      a.scale, result.m[r], result.l[r]);
-  };
-  auto add_some = [&](int64_t r, auto number, int64_t j, int64_t count, const Ahead<T>& ahead) {
-    constexpr int R = decltype(number)::value;
-    constexpr int SUMS = std::min(8, (W == 16 ? 16 : 8) / R);  // of a query, in registers
-    const float* weights = scores_of(r, j - j % TILE) + j % TILE / Unit<T>::size;
-    if (count > 0)
-      add_values<T, R, std::max(1, SUMS / Value::V)>(weights, span.values(j, count), D, j % TILE == 0,
-                                                     tile_sums + r * stride, stride, ahead);
-  };
-  auto add = [&](int64_t j, const Ahead<T>& ahead) {
-    auto count = [&](int64_t r) { return std::clamp<int64_t>(own(r, j), 0, STEP); };
+      correction[r] = softmax_part<T>(scores_of(r, tile), seen(r, tile, TILE), 0, a.scale, result.m[r],
+                                      result.l[r]);
+  }
+  // STEP values from the j-th on, whose tile is weighed.
+  void add(int64_t j, const Ahead<T>& ahead) {
     for_each_group<ROWS_AT_ONCE>(rows, [&](int64_t r, auto number) {
       constexpr int R = decltype(number)::value;
-      const Ahead<T>& its = r ? Ahead<T>{} : ahead;
-      if (count(r) == count(r + R - 1)) return add_some(r, number, j, count(r), its);
+      const Ahead<T> its = r ? Ahead<T>{} : ahead;
+      const int64_t count = seen(r, j, STEP);
+      if (count == seen(r + R - 1, j, STEP)) return add_some<R>(r, j, count, its);
       // A value that a query does not see must not reach it, be it NaN.
       for (int i = 0; i < R; ++i)
-        add_some(r + i, std::integral_constant<int, 1>{}, j, count(r + i), i ? Ahead<T>{} : its);
+        add_some<1>(r + i, j, seen(r + i, j, STEP), i ? Ahead<T>{} : its);
     });
-  };
-  auto add_tile = [&](int64_t tile) {
+  }
+  // The values of a tile are added.
+  void end_tile(int64_t tile) {
     for (int64_t r = 0; r < rows; ++r) {
-      if (own(r, tile) <= 0) continue;
+      if (seen(r, tile, TILE) == 0) continue;
       const vf factor = set(correction[r]);
       float* to = result.sums_of + r * stride;
       const float* from = tile_sums + r * stride;
-      for (int64_t d = 0; d < D; d += W) store(to + d, fma(load(to + d), factor, load(from + d)));
+      for (int64_t d = 0; d < a.D; d += vf::W) store(to + d, fma(load(to + d), factor, load(from + d)));
     }
-  };
+  }
+  // All values are added.
+  void end() {
+    using Value = ValueRun<T>;
+    for (int64_t r = 0; r < rows; ++r) {
+      for_each_run<Value::size>(a.D, [&](int64_t e, auto) {
+        float* at = result.sums_of + r * stride + e * Value::size;
+        vf x[Value::V];
+        for (int v = 0; v < Value::V; ++v) x[v] = load(at + v * vf::W);
+        Value::restore(x);
+        for (int v = 0; v < Value::V; ++v) store(at + v * vf::W, x[v]);
+      });
+    }
+  }
 
-  // Where fetching is. Each step takes STEP keys and, once their tile is weighed, as many values: half
-  // of them, and of the next ones to be fetched, in each of both.
-  constexpr int HALF = STEP / 2;
-  const int64_t row_bytes = D * int64_t(sizeof(T));
-  int64_t next_key = std::min(span.count, TILE + STEP + KEYS_AHEAD / row_bytes), next_value = 0;
-  Span<T> next;
-  bool followed = false;
-  auto fetch_keys = [&] {
-    if (next_key >= span.count && !followed) {
-      next = follow();
-      followed = true;
+ private:
+  const AttentionArgs& a;
+  const Row& row;
+  const int64_t G, rows, stride;
+  float *q, *tile_sums;
+  float* scores;  // of two tiles; the weights of one take their place
+  float* correction;
+
+  // How many of n keys from the j-th on a query sees.
+  int64_t seen(int64_t r, int64_t j, int64_t n) const {
+    const int64_t visible = row.visible(a, row.first + r / G) - span.begin;
+    return std::clamp<int64_t>(std::min(span.count, visible) - j, 0, n);
+  }
+  float* scores_of(int64_t r, int64_t j) const {
+    return scores + (j / TILE % 2 * rows + r) * TILE + j % TILE;
+  }
+  template <int R> void add_some(int64_t r, int64_t j, int64_t count, const Ahead<T>& ahead) {
+    constexpr int SUMS = std::min(8, (vf::W == 16 ? 16 : 8) / R);  // of a query, in registers
+    const float* weights = scores_of(r, j - j % TILE) + j % TILE / Unit<T>::size;
+    if (count > 0)
+      add_values<T, R, std::max(1, SUMS / ValueRun<T>::V)>(weights, span.values(j, count), a.D,
+                                                           j % TILE == 0, tile_sums + r * stride, stride,
+                                                           ahead);
+  }
+};
+
+// Where the fetching of keys, or of values, is: in the span of a task, then in that of the next.
+struct Fetching {
+  int64_t at = 0;
+  bool in_next = false;
+
+  // Up to n rows.
+  template <class T, class Next, class Get>
+  Tile<T> rows(int64_t n, const Decode<T>& task, Next&& next, Get&& get) {
+    if (!in_next && at >= task.span.count) {
+      in_next = true;
+      at = 0;
     }
-    const Tile<T> keys = followed ? next.keys(next_key - span.count, HALF) : span.keys(next_key, HALF);
-    next_key += followed ? HALF : keys.count;
-    return keys;
+    const Decode<T>* of = in_next ? next() : &task;
+    if (!of) return {};
+    const Tile<T> tile = get(of->span, at, n);
+    at += tile.count;
+    return tile;
+  }
+  void begin_next() {
+    if (!in_next) at = 0;
+    in_next = false;
+  }
+};
+
+// Tasks one after another, from `task` on. follow() returns the next one, or null, some time before the
+// last is at its end; end(task) is called when its sums are complete.
+template <class T, class Follow, class End>
+static void decode(Decode<T>* task, Follow&& follow, End&& end) {
+  constexpr int HALF = STEP / 2;
+  Decode<T>* following = nullptr;
+  bool asked = false;
+  auto next = [&] {
+    if (!asked) following = follow();
+    asked = true;
+    return following;
+  };
+  Fetching keys, values;
+  auto fetch_keys = [&](int64_t n) {
+    return keys.rows(n, *task, next, [](auto& span, int64_t j, int64_t n) { return span.keys(j, n); });
   };
   auto fetch_values = [&](int64_t n) {
-    const Tile<T> values = span.values(next_value, n);
-    next_value += n;
-    return values;
+    return values.rows(n, *task, next, [](auto& span, int64_t j, int64_t n) { return span.values(j, n); });
   };
+  auto fetch_now = [&](Tile<T> rows, int64_t D) {
+    const Ahead<T> ahead(rows, {});
+    for (int64_t i = 0; i < rows.count; ++i) ahead.fetch(i, 0, D);
+  };
+  const int64_t D = task->head_dim();
+  // A step's rows, and those that are on their way while it begins.
+  const int64_t early = STEP + FETCH_BYTES / (D * int64_t(sizeof(T)));
 
-  if (!fetched) {
-    const Ahead<T> first{{span.keys(0, next_key)}};
-    for (int64_t j = 0; j < next_key; ++j) first.fetch(j * STREAMS, 0, D);
+  fetch_now(fetch_keys(early), D);
+  for (int64_t j = 0; j < std::min<int64_t>(TILE, task->span.count); j += STEP) {
+    const Tile<T> first = fetch_keys(HALF);
+    task->score(j, {first, fetch_keys(HALF)});
   }
-  const int64_t end = span.count, first_values = std::min<int64_t>(HALF, VALUES_AHEAD / row_bytes);
-  for (int64_t j = 0; j < std::min<int64_t>(TILE, end); j += STEP)
-    score(j, {{{}, fetch_values(first_values)}});
-  weigh(0);
-  for (int64_t j = 0; j < end; j += STEP) {
-    const bool more = j + TILE < end;
-    const Tile<T> keys = fetch_keys();
-    add(j, {{keys, fetch_values(HALF)}});
-    const Tile<T> more_keys = fetch_keys(), more_values = fetch_values(HALF);
-    if (more) score(j + TILE, {{more_keys, more_values}});
-    const int64_t tile = j - j % TILE;
-    if ((j + STEP) % TILE == 0 || j + STEP >= end) {
-      add_tile(tile);
-      if (tile + TILE < end) weigh(tile + TILE);
+  fetch_now(fetch_values(early), D);
+  task->weigh(0);
+  while (task) {
+    const int64_t count = task->span.count;
+    for (int64_t tile = 0; tile < count; tile += TILE) {
+      // The next tile is scored meanwhile.
+      const bool last = tile + TILE >= count;
+      Decode<T>* scored = last ? next() : task;
+      const int64_t first = last ? 0 : tile + TILE;
+      const int64_t scores = scored ? std::min<int64_t>(TILE, scored->span.count - first) : 0;
+      const int64_t added = std::min<int64_t>(TILE, count - tile);
+      for (int64_t j = 0; j < std::max(added, scores); j += STEP) {
+        for (int half = 0; half < 2; ++half) {
+          const Tile<T> rows = fetch_keys(HALF);
+          const Ahead<T> ahead(rows, fetch_values(HALF));
+          if (half == 0 && j < added) task->add(tile + j, ahead);
+          if (half == 1 && j < scores) scored->score(first + j, ahead);
+        }
+      }
+      task->end_tile(tile);
+      if (scored) scored->weigh(first);
     }
-  }
-  if (!followed) follow();
-
-  for (int64_t r = 0; r < rows; ++r) {
-    for_each_run<Value::size>(D, [&](int64_t e, auto) {
-      float* at = result.sums_of + r * stride + e * Value::size;
-      vf x[Value::V];
-      for (int v = 0; v < Value::V; ++v) x[v] = load(at + v * W);
-      Value::restore(x);
-      for (int v = 0; v < Value::V; ++v) store(at + v * W, x[v]);
-    });
+    task->end();
+    end(*task);
+    task = next();
+    asked = false;
+    keys.begin_next();
+    values.begin_next();
   }
 }
 
