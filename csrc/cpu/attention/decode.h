@@ -18,7 +18,8 @@ namespace llama_fast {
 namespace ISA {
 
 constexpr int STEP = vf::W == 1 ? 16 : 2 * vf::W;  // keys that are scored, and values added, in turn
-constexpr int64_t FETCH_BYTES = 2048;               // of each, how long before a step needs them
+constexpr int FETCHES = STEP / 2;                   // of keys and of values, beside either
+constexpr int64_t PAGE = 4096;                      // bytes, within which the CPU fetches ahead by itself
 constexpr int ROWS_AT_ONCE = vf::W == 16 ? 8 : 4;   // queries whose sums stay in registers
 static_assert(TILE % STEP == 0);
 
@@ -77,35 +78,28 @@ template <class T> struct Tile {
   const T* row(int64_t i) const { return data + i * stride; }
 };
 
-// Rows of keys and of values to fetch into the caches, one of each in a step.
+// Rows of keys and of values to fetch into L2.
 template <class T> struct Ahead {
+  static constexpr int64_t LINE = 64 / int64_t(sizeof(T));  // elements of a line of the caches
   const T *keys = nullptr, *values = nullptr;
-  int64_t keys_stride = 0, values_stride = 0, steps = 0;
+  int64_t keys_stride = 0, values_stride = 0, rows = 0;
 
   Ahead() = default;
-  // Where one has no rows those of the other are fetched twice, which costs less than to ask in each step.
-  Ahead(Tile<T> k, Tile<T> v) : steps(std::max(k.count, v.count)) {
+  // Where one has no rows those of the other are fetched twice, which costs less than to ask each time.
+  Ahead(Tile<T> k, Tile<T> v) : rows(std::max(k.count, v.count)) {
     if (k.count == 0) k = v;
     if (v.count == 0) v = k;
     keys = k.data, keys_stride = k.stride;
     values = v.data, values_stride = v.stride;
   }
-  // In step i the elements [begin, end) of both rows. Inlined, since GCC takes a call that only fetches for
-  // one without effect.
+  // Whether there is anything to fetch of the elements from d on: lines begin at multiples of their size.
+  bool any(int64_t d) const { return rows && d % LINE == 0; }
+  // Of the i-th rows the elements [begin, end). A row behind the last does no harm, so none is asked for.
+  // Inlined, since GCC takes a call that only fetches for one without effect.
   [[gnu::always_inline]] void fetch(int64_t i, int64_t begin, int64_t end) const {
-    if (i >= steps) return;
-    constexpr int64_t LINE = 64 / int64_t(sizeof(T));
-    const T *k = keys + i * keys_stride, *v = values + i * values_stride;
-    int64_t d = begin;
-    for (; d + 2 * LINE <= end; d += 2 * LINE) {
-      __builtin_prefetch(k + d);
-      __builtin_prefetch(k + d + LINE);
-      __builtin_prefetch(v + d);
-      __builtin_prefetch(v + d + LINE);
-    }
-    for (; d < end; d += LINE) {
-      __builtin_prefetch(k + d);
-      __builtin_prefetch(v + d);
+    for (int64_t d = begin; d < end; d += LINE) {
+      __builtin_prefetch(keys + i * keys_stride + d, 0, 2);
+      __builtin_prefetch(values + i * values_stride + d, 0, 2);
     }
   }
 };
@@ -132,7 +126,7 @@ template <class T> struct Span {
   int64_t rows(int64_t j, int64_t n) const { return std::clamp<int64_t>(count - j, 0, n); }
 };
 
-// s[r, j] = q[r] · k[j] for R queries and up to STEP keys, and all steps of `ahead` meanwhile.
+// s[r, j] = q[r] · k[j] for R queries and up to STEP keys, and all of `ahead` meanwhile.
 template <class T, int R>
 static void score_keys(const float* q, int64_t q_stride, Tile<T> k, int64_t D, float* s,
                        const Ahead<T>& ahead) {
@@ -140,15 +134,14 @@ static void score_keys(const float* q, int64_t q_stride, Tile<T> k, int64_t D, f
   constexpr int W = vf::W, RUN = W * Word::size;
   const T* row[STEP];  // behind the last key, the last one again
   for (int i = 0; i < STEP; ++i) row[i] = k.row(std::min<int64_t>(i, k.count - 1));
-  const int64_t blocks = (D + RUN - 1) / RUN * ((k.count + W - 1) / W);
-  int64_t fetched = 0, due = 0;  // steps, and blocks times steps
   for (int first = 0; first < k.count; first += W) {
     vf total[R];
     for (vf& t : total) t = zero();
     for_each_run<RUN>(D, [&](int64_t e, auto width) {
       vf x[W];
       for (int i = 0; i < W; ++i) x[i] = Word::load(row[first + i] + e * RUN, width);
-      for (due += STEP / 2; fetched * blocks < due; ++fetched) ahead.fetch(fetched, 0, D);
+      if (ahead.any(e * RUN))
+        for (int i = 0; i < W / 2; ++i) ahead.fetch(first / 2 + i, e * RUN, (e + 1) * RUN);
       transpose(x);
       const float* y = q + e * W * Word::units;
       for (int i = 0; i < W; ++i) {
@@ -164,7 +157,7 @@ static void score_keys(const float* q, int64_t q_stride, Tile<T> k, int64_t D, f
 }
 
 // sums_of[r] += weights[r] · v, for R queries, up to STEP rows of v and C runs of them from element d on,
-// where `fresh` from 0; and of each step of `ahead` these elements.
+// where `fresh` from 0; and these elements of `ahead` meanwhile.
 template <class T, int R, int C, class Width>
 static void add_runs(const float* weights, Tile<T> v, int64_t d, Width width, bool fresh,
                      float* sums_of, int64_t stride, const Ahead<T>& ahead) {
@@ -177,6 +170,7 @@ static void add_runs(const float* weights, Tile<T> v, int64_t d, Width width, bo
     for (int i = 0; i < C * V; ++i)
       total[r][i] = fresh ? zero() : load(sums_of + r * stride + i * W);
   }
+  const bool fetch = ahead.any(d);
   for (int64_t j = 0; j < v.count; j += SIZE) {
     const T* row = v.row(j) + d;
     const T* next = j + 1 < v.count ? row + v.stride : nullptr;
@@ -185,7 +179,7 @@ static void add_runs(const float* weights, Tile<T> v, int64_t d, Width width, bo
       const int64_t at = c * Value::size;
       Value::load(row + at, next ? next + at : nullptr, x[c], width);
     }
-    if (j % 2 == 0) ahead.fetch(j / 2, d, d + C * Value::size);
+    if (fetch && j % 2 == 0) ahead.fetch(j / 2, d, d + C * Value::size);
     for (int r = 0; r < R; ++r) {
       const vf w = set(weights[r * TILE + j / SIZE]);
       for (int i = 0; i < C * V; ++i) total[r][i] = Unit<T>::madd(w, x[i / V][i % V], total[r][i]);
@@ -251,7 +245,7 @@ template <class T> class Decode {
     }
     std::fill(result.sums_of, result.sums_of + rows * stride, 0.f);
   }
-  int64_t head_dim() const { return a.D; }
+  int64_t row_bytes() const { return a.D * int64_t(sizeof(T)); }
   static int64_t floats(int64_t rows, int64_t D) {
     return round_up(rows * (2 * Partial::stride_for(D) + 2 * TILE + 1), 16);
   }
@@ -334,21 +328,34 @@ template <class T> class Decode {
   }
 };
 
-// Where the fetching of keys, or of values, is: in the span of a task, then in that of the next.
+// Where the fetching of keys, or of values, is: in the span of a task, then in that of the next. Rows are
+// fetched a window of FETCHES pages ahead, and a row of each of its pages in turn: in each the CPU
+// fetches on by itself, but not beyond it, so several keep more of memory on the way.
 struct Fetching {
-  int64_t at = 0;
+  const int64_t turns, window;  // rows of a page, and of all
+  int64_t at;
   bool in_next = false;
 
-  // Up to n rows.
+  // A thread's first window is left to the CPU: for few keys, which often are in a cache, to fetch it costs
+  // more than it gains.
+  explicit Fetching(int64_t row_bytes)
+      : turns(std::max<int64_t>(1, PAGE / row_bytes)), window(turns * FETCHES), at(window) {}
+
+  // The next rows, FETCHES or fewer.
   template <class T, class Next, class Get>
-  Tile<T> rows(int64_t n, const Decode<T>& task, Next&& next, Get&& get) {
+  Tile<T> rows(const Decode<T>& task, Next&& next, Get&& get) {
     if (!in_next && at >= task.span.count) {
       in_next = true;
       at = 0;
     }
     const Decode<T>* of = in_next ? next() : &task;
     if (!of) return {};
-    const Tile<T> tile = get(of->span, at, n);
+    const int64_t begin = at - at % window;
+    Tile<T> tile = get(of->span, at, FETCHES);
+    if (begin + window <= of->span.count) {
+      tile = get(of->span, begin + at % window / FETCHES, FETCHES);
+      tile.stride *= turns;
+    }
     at += tile.count;
     return tile;
   }
@@ -362,7 +369,6 @@ struct Fetching {
 // last is at its end; end(task) is called when its sums are complete.
 template <class T, class Follow, class End>
 static void decode(Decode<T>* task, Follow&& follow, End&& end) {
-  constexpr int HALF = STEP / 2;
   Decode<T>* following = nullptr;
   bool asked = false;
   auto next = [&] {
@@ -370,27 +376,22 @@ static void decode(Decode<T>* task, Follow&& follow, End&& end) {
     asked = true;
     return following;
   };
-  Fetching keys, values;
-  auto fetch_keys = [&](int64_t n) {
-    return keys.rows(n, *task, next, [](auto& span, int64_t j, int64_t n) { return span.keys(j, n); });
+  Fetching keys(task->row_bytes()), values(task->row_bytes());
+  auto next_keys = [&] {
+    return keys.rows(*task, next, [](auto& span, int64_t j, int64_t n) { return span.keys(j, n); });
   };
-  auto fetch_values = [&](int64_t n) {
-    return values.rows(n, *task, next, [](auto& span, int64_t j, int64_t n) { return span.values(j, n); });
+  auto next_values = [&] {
+    return values.rows(*task, next, [](auto& span, int64_t j, int64_t n) { return span.values(j, n); });
   };
-  auto fetch_now = [&](Tile<T> rows, int64_t D) {
-    const Ahead<T> ahead(rows, {});
-    for (int64_t i = 0; i < rows.count; ++i) ahead.fetch(i, 0, D);
+  auto next_of_both = [&] {
+    const Tile<T> rows = next_keys();
+    return Ahead<T>(rows, next_values());
   };
-  const int64_t D = task->head_dim();
-  // A step's rows, and those that are on their way while it begins.
-  const int64_t early = STEP + FETCH_BYTES / (D * int64_t(sizeof(T)));
 
-  fetch_now(fetch_keys(early), D);
   for (int64_t j = 0; j < std::min<int64_t>(TILE, task->span.count); j += STEP) {
-    const Tile<T> first = fetch_keys(HALF);
-    task->score(j, {first, fetch_keys(HALF)});
+    const Tile<T> rows = next_keys();
+    task->score(j, {rows, next_keys()});
   }
-  fetch_now(fetch_values(early), D);
   task->weigh(0);
   while (task) {
     const int64_t count = task->span.count;
@@ -402,12 +403,8 @@ static void decode(Decode<T>* task, Follow&& follow, End&& end) {
       const int64_t scores = scored ? std::min<int64_t>(TILE, scored->span.count - first) : 0;
       const int64_t added = std::min<int64_t>(TILE, count - tile);
       for (int64_t j = 0; j < std::max(added, scores); j += STEP) {
-        for (int half = 0; half < 2; ++half) {
-          const Tile<T> rows = fetch_keys(HALF);
-          const Ahead<T> ahead(rows, fetch_values(HALF));
-          if (half == 0 && j < added) task->add(tile + j, ahead);
-          if (half == 1 && j < scores) scored->score(first + j, ahead);
-        }
+        if (j < added) task->add(tile + j, next_of_both());
+        if (j < scores) scored->score(first + j, next_of_both());
       }
       task->end_tile(tile);
       if (scored) scored->weigh(first);
