@@ -48,6 +48,11 @@ template <> struct Unit<bf16> {
   static vf load(const bf16* p, Full) { return load_pairs(p); }
   static vf load(const bf16* p, int n) { return load_pairs(p, n); }
   static vf madd(vf a, vf b, vf c) { return dot_pairs(a, b, c); }
+  // The first n of 2W elements of two rows as pairs, one of each row, in order.
+  static void pair(const bf16* row, const bf16* next, int n, vf (&x)[2]) {
+    pair_rows(load_pairs(row, n), load_pairs(next, n), x[0], x[1]);
+    in_order(x[0], x[1], x[0], x[1]);
+  }
 };
 #endif
 

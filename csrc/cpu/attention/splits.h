@@ -21,7 +21,6 @@ static_assert(SPLIT_KEYS % TILE == 0);
 static inline bool is_decode(const Row& row, int64_t G) {
   return row.queries <= 1 || row.queries * G <= DECODE_ROWS;
 }
-static inline int64_t splits_of(int64_t keys) { return (keys + SPLIT_KEYS - 1) / SPLIT_KEYS; }
 static inline int64_t attention_threads(int64_t multiply_adds) {
   return std::min(max_threads(), 1 + multiply_adds / THREAD_WORK);
 }

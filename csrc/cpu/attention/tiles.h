@@ -4,6 +4,8 @@
 // a time, and as many sums in registers as rows and vectors of the panel.
 #pragma once
 
+#include <algorithm>
+
 #include "softmax.h"
 
 namespace llama_fast {
@@ -71,18 +73,14 @@ static void pack_values(const T* v, int64_t stride, int64_t count, int64_t D, fl
     if constexpr (SIZE == 1) {
       for_each_vector(D, [&](int64_t d, auto width) { put(d, load(row + d, width)); });
     } else {
-#ifdef ISA_HAS_PAIRS
       // An odd last row is paired with itself, under a weight of zero.
       const T* next = step * 2 + 1 < count ? row + stride : row;
       for (int64_t d = 0; d < D; d += 2 * W) {
-        const int n = int(std::min<int64_t>(2 * W, D - d));
         vf x[2];
-        pair_rows(load_pairs(row + d, n), load_pairs(next + d, n), x[0], x[1]);
-        in_order(x[0], x[1], x[0], x[1]);
+        Unit<T>::pair(row + d, next + d, int(std::min<int64_t>(2 * W, D - d)), x);
         put(d, x[0]);
         put(d + W, x[1]);
       }
-#endif
     }
   }
 }
