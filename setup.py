@@ -36,6 +36,8 @@ X86_64_FLAGS = {
     "avx_vnni": "-DISA_AVX2 -mavx2 -mfma -mf16c -mavxvnni",
     "avx512": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
+    # AVX512_BF16's kernels, but for the matrix products
+    "amx": f"-DISA_AVX512_BF16 {AVX512} -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8",
 }
 IS_X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {"scalar": "", **(X86_64_FLAGS if IS_X86_64 else {})}

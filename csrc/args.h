@@ -219,7 +219,7 @@ struct MatrixSide {
   bool transposed;
 };
 
-// out[r][l] = Σ_k rows[r][k] · lanes[l][k], for half types
+// out[r][l] = Σ_k rows[r][k] · lanes[l][k]
 struct GemmArgs {
   DType dtype;
   MatrixSide rows;   // R of them

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import training as train  # noqa: F401
+    from .backends.cpu import batch_invariant as batch_invariant
     from .config import LlamaConfig as LlamaConfig
     from .dispatch import Decision as Decision
     from .dispatch import explain as explain
@@ -36,6 +37,7 @@ _HOME = {
     "LlamaConfig": ".config",
     "Tokenizer": ".tokenizer",
     "Trace": ".inspect",
+    "batch_invariant": ".backends.cpu",
     "explain": ".dispatch",
     "generate": ".generation.generate",
     "stream": ".generation.generate",

@@ -45,7 +45,7 @@ def short_run(items: list[pytest.Item]) -> list[pytest.Item]:
 
 def full_dtype(backend: str, dtypes: Sequence[torch.dtype]) -> torch.dtype:
     """The dtype that a test runs in full: the one that most kernels of the backend take."""
-    half = backend.startswith(("cuda", "cpu-avx512_bf16"))
+    half = backend.startswith(("cuda", "cpu-avx512_bf16", "cpu-amx"))
     preferred = torch.bfloat16 if half else torch.float32
     return preferred if preferred in dtypes else dtypes[0]
 

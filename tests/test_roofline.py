@@ -48,8 +48,8 @@ def test_multiply_add_counts_its_work(isa):
             x = x * 0.999 + 0.1
         expected += x
     assert sink.tolist() == pytest.approx([expected] * 2, rel=1e-5)
-    pairs = 2 if isa == "avx512_bf16" else 1
-    assert _cpu.multiply_add(True, 10, 2, sink.data_ptr()) == 10 * 2 * 12 * lanes * 2 * pairs
+    step = {"amx": 4 * 16 * 16 * 32, "avx512_bf16": 12 * lanes * 2}.get(isa, 12 * lanes)
+    assert _cpu.multiply_add(True, 10, 2, sink.data_ptr()) == 10 * 2 * step * 2
 
 
 class Counter:

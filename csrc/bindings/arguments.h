@@ -218,6 +218,18 @@ inline LinearArgs linear_args(const Tensor& x, const Tensor& weight, const Tenso
           .C_out = y.size(-1)};
 }
 
+// The same product as one of W's rows with those of x.
+inline GemmArgs gemm_args(const LinearArgs& a) {
+  return {.dtype = a.dtype,
+          .rows = {a.weight, {1, 1, a.C_out, 0, 0, a.C_in}, false},
+          .lanes = {a.x, a.rows, false},
+          .out = a.y,
+          .out_transposed = true,
+          .R = a.C_out,
+          .L = a.rows.count(),
+          .K = a.C_in};
+}
+
 inline LinearQuantizedArgs linear_quantized_args(const Tensor& x, const Tensor& qdata,
                                                  const Tensor& scales, const OptionalTensor& minima,
                                                  int64_t bits, int64_t group_size, const Tensor& y) {

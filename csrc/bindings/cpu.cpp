@@ -24,6 +24,18 @@
 namespace py = pybind11;
 using namespace llama_fast;
 
+// Linux gives a process the tile registers of AMX when it asks for them. The tests, which emulate them,
+// define this as true.
+#ifndef MAY_USE_TILES
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#define MAY_USE_TILES (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0)
+#else
+#define MAY_USE_TILES false
+#endif
+#endif
+
 namespace {
 
 // The instruction sets of this build that this CPU has, best first.
@@ -39,11 +51,16 @@ std::vector<std::pair<std::string, const KernelTable*>> usable_isas() {
                                        __builtin_cpu_supports("avx512vl") &&
                                        __builtin_cpu_supports("avx512dq") &&
                                        __builtin_cpu_supports("avx512vnni");
+  [[maybe_unused]] const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   [[maybe_unused]] const bool avx_vnni = avx2 && __builtin_cpu_supports("avxvnni");
 #endif
+#ifdef LLAMA_FAST_HAS_AMX
+  if (avx512_bf16 && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+      MAY_USE_TILES)
+    usable.emplace_back("amx", &amx::kernels);
+#endif
 #ifdef LLAMA_FAST_HAS_AVX512_BF16
-  if (avx512 && __builtin_cpu_supports("avx512bf16"))
-    usable.emplace_back("avx512_bf16", &avx512_bf16::kernels);
+  if (avx512_bf16) usable.emplace_back("avx512_bf16", &avx512_bf16::kernels);
 #endif
 #ifdef LLAMA_FAST_HAS_AVX512
   if (avx512) usable.emplace_back("avx512", &avx512::kernels);
@@ -66,7 +83,7 @@ auto chosen = usable.front();
 // The instruction sets of this build, whatever the CPU has, best first.
 std::vector<std::string> built_isas() {
 #ifdef LLAMA_FAST_HAS_AVX2
-  return {"avx512_bf16", "avx512", "avx_vnni", "avx2", "scalar"};
+  return {"amx", "avx512_bf16", "avx512", "avx_vnni", "avx2", "scalar"};
 #else
   return {"scalar"};
 #endif
@@ -118,12 +135,19 @@ int64_t row_beyond(const AttentionArgs& a) {
   return a.cu_seqlens[a.documents] == a.T ? -1 : a.documents;
 }
 
+// Whether the bits of a row may not depend on how many others are multiplied beside it.
+bool batch_invariant = false;
+
+// Whether tile registers multiply this type: GEMV and GEMM are one kernel then.
+bool by_tiles(DType dtype) { return chosen.first == "amx" && dtype == DType::bf16; }
+
 // Whether GEMMs are made here rather than by torch, in the instruction set in use: for the half types,
 // where torch (MKL, oneDNN) converts them a slow way. With AVX512_BF16 oneDNN has bfloat16 instructions
 // to use, if torch was built with it; and no vector instructions of ours means that torch's are better.
 bool own_gemm(DType dtype, bool onednn) {
+  if (batch_invariant || by_tiles(dtype)) return true;
   if (chosen.first == "scalar" || dtype == DType::f32) return false;
-  return dtype == DType::f16 || !(onednn && chosen.first == "avx512_bf16");
+  return dtype == DType::f16 || !(onednn && chosen.second->bf16_pairs);
 }
 
 std::optional<Walk> asked_walk;
@@ -172,11 +196,13 @@ struct Tape {
 thread_local Tape* recording = nullptr;
 
 // Kernels run without the interpreter lock, so that other Python threads go on.
-template <class Args> void launch(void (*KernelTable::*kernel)(const Args&), const Args& args) {
-  const auto run = [kernel, args] { (chosen.second->*kernel)(args); };
+template <class Run> void launch(const Run& run) {
   if (recording) recording->launches.emplace_back(run);
   py::gil_scoped_release unlocked;
   run();
+}
+template <class Args> void launch(void (*KernelTable::*kernel)(const Args&), const Args& args) {
+  launch([kernel, args] { (chosen.second->*kernel)(args); });
 }
 
 }  // namespace
@@ -193,6 +219,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("built_isas", &built_isas, "The instruction sets of this build, best first.");
   m.def("isa", [] { return chosen.first; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("name"));
+  m.def("set_batch_invariant", [](bool on) { batch_invariant = on; }, py::arg("on"),
+        "Whether a row's bits may not depend on how many others are multiplied beside it.");
   m.def("gemv_walk", [] { return name_of(gemv_walk()); },
         "How GEMV goes through a weight, tiles or rows: by this CPU, unless it was set.");
   m.def("set_gemv_walk", &set_gemv_walk, py::arg("name"));
@@ -236,7 +264,7 @@ PYBIND11_MODULE(_cpu, m) {
     const KernelTable& table = *chosen.second;
     launch(pairs ? &KernelTable::multiply_add_bf16 : &KernelTable::multiply_add_f32,
            RooflineArgs{.steps = steps, .threads = threads, .sink = pointer<float>(sink)});
-    return steps * threads * 12 * table.lanes * (pairs && table.bf16_pairs ? 4 : 2);
+    return steps * threads * (pairs ? table.bf16_flops : table.f32_flops);
   }, "Runs the loop and returns its floating-point operations.");
 
   // The ops: their results, which Python has made, come last among the tensors and are returned.
@@ -338,15 +366,19 @@ PYBIND11_MODULE(_cpu, m) {
     return name_of(product_of(x.outer(), own_gemm(x.dtype(), onednn)));
   }, "What serves a linear of x in the instruction set in use: gemv, gemm or torch.");
   def(m, "gradient_product", [](const Tensor& grad, bool onednn) {
-    return name_of(product_of_gradient(grad.outer(), own_gemm(grad.dtype(), onednn)));
+    const int64_t rows = batch_invariant ? GEMM_GRADIENT_ROWS : grad.outer();
+    return name_of(product_of_gradient(rows, own_gemm(grad.dtype(), onednn)));
   }, "The same of the gradients of a linear, from that of its result.");
 
   def(m, "gemv", [](const Tensor& x, const Tensor& weight, const Tensor& y) {
     LinearArgs args = linear_args(x, weight, y);
     args.walk = gemv_walk();
-    launch(&KernelTable::gemv, args);
+    launch([args] {
+      if (batch_invariant || by_tiles(args.dtype)) chosen.second->gemm(gemm_args(args));
+      else chosen.second->gemv(args);
+    });
     return y;
-  });
+  }, "GEMV; or GEMM where a row's bits may not depend on the number of rows, or no GEMV is faster.");
 
   def(m, "linear_quantized", [](const Tensor& x, const Tensor& qdata, const Tensor& scales,
                                const OptionalTensor& minima, int64_t bits, int64_t group_size,

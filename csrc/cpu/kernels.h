@@ -36,7 +36,8 @@ struct KernelTable {
   void (*multiply_add_f32)(const RooflineArgs&);
   void (*multiply_add_bf16)(const RooflineArgs&);
   int lanes;        // floats of a vector
-  bool bf16_pairs;  // multiply_add_bf16 is an instruction of its own
+  bool bf16_pairs;  // an instruction multiplies pairs of bf16
+  int64_t f32_flops, bf16_flops;  // of a step of multiply_add_f32 and multiply_add_bf16
 };
 
 // Defined by table.cpp, once for each instruction set that the build has.
@@ -45,5 +46,6 @@ namespace avx2 { extern const KernelTable kernels; }
 namespace avx_vnni { extern const KernelTable kernels; }
 namespace avx512 { extern const KernelTable kernels; }
 namespace avx512_bf16 { extern const KernelTable kernels; }
+namespace amx { extern const KernelTable kernels; }
 
 }  // namespace llama_fast

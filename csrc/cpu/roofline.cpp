@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "simd/amx.h"
 #include "simd/simd.h"
 
 namespace llama_fast {
@@ -62,9 +63,32 @@ void multiply_add_f32(const RooflineArgs& a) {
   multiply_add(a, [&](vf x) { return fma(x, b, c); });
 }
 
-// The instruction that multiplies pairs of bf16, where there is one: twice the products a vector.
+// The instruction that multiplies most bf16 at a time: tiles, or pairs, where there are such.
 void multiply_add_bf16(const RooflineArgs& a) {
-#ifdef ISA_HAS_PAIRS
+#if defined(ISA_HAS_TILES)
+  for_each_part(a, [&](int64_t part, int64_t, int64_t) {
+    alignas(64) bf16 values[2 * TILE * TILE];
+    alignas(64) float sums[TILE * TILE];
+    for (bf16& value : values) from_float(0.01f, value);
+    const TileRegisters registers;
+    written(values);
+    _tile_loadd(4, values, TILE_BYTES);
+    _tile_loadd(5, values, TILE_BYTES);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < a.steps; ++i) {
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_dpbf16ps(1, 4, 5);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_stored(3, sums, TILE_BYTES);
+    written(sums);
+    a.sink[part] = sums[0];
+  });
+#elif defined(ISA_HAS_PAIRS)
   bf16 values[2 * vf::W];
   for (bf16& value : values) from_float(0.01f, value);
   const vf b = load_pairs(values);

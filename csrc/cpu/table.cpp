@@ -1,5 +1,6 @@
 // The kernels of one instruction set, in one table.
 #include "kernels.h"
+#include "simd/amx.h"
 #include "simd/simd.h"
 
 namespace llama_fast {
@@ -22,6 +23,16 @@ void read_memory(const RooflineArgs&);
 void copy_memory(const RooflineArgs&);
 void multiply_add_f32(const RooflineArgs&);
 void multiply_add_bf16(const RooflineArgs&);
+
+// Of a step of the loops of roofline.cpp.
+constexpr int64_t F32_FLOPS = 12 * vf::W * 2;
+#ifdef ISA_HAS_TILES
+constexpr int64_t BF16_FLOPS = 4 * TILE * TILE * 2 * TILE * 2;
+#elif defined(ISA_HAS_PAIRS)
+constexpr int64_t BF16_FLOPS = 2 * F32_FLOPS;
+#else
+constexpr int64_t BF16_FLOPS = F32_FLOPS;
+#endif
 
 const KernelTable kernels = {
     .attention = attention,
@@ -47,6 +58,8 @@ const KernelTable kernels = {
 #else
     .bf16_pairs = false,
 #endif
+    .f32_flops = F32_FLOPS,
+    .bf16_flops = BF16_FLOPS,
 };
 
 }  // namespace ISA

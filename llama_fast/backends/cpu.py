@@ -6,6 +6,7 @@ The ops have checked shapes, dtypes and devices before a launcher runs.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from ..dispatch import OPS, Backend, Implementation, nothing, register_backend
+from ..errors import BackendError
 from ..ops import cross_entropy
 from ..ops.attention import lse_dtype
 from ..ops.attention_checks import head_dim_reasons, unfit
@@ -63,6 +65,36 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         _cpu.set_isa(before)
+
+
+_invariant_blocks = 0
+_lock = threading.Lock()
+
+
+@contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Inside the block, a row of `linear` on the CPU has the same bits whatever is computed beside it.
+
+    So the logits of a token depend neither on the batch, nor on how many tokens a step or a piece
+    of the prompt has, and its log-probabilities are those that a training step computes. By default
+    few rows are multiplied by GEMV and many by GEMM, which add in different orders; here all are
+    multiplied by GEMM, which costs a decode step time (docs/numerics.md says how much, and what is
+    so at all times). Holds for every thread. Raises BackendError without the C++ kernels.
+    """
+    if _cpu is None:
+        raise BackendError("batch_invariant() needs the C++ kernels: " + _unavailable[0])
+    _count_invariant(1)
+    try:
+        yield
+    finally:
+        _count_invariant(-1)
+
+
+def _count_invariant(more: int) -> None:
+    global _invariant_blocks
+    with _lock:
+        _invariant_blocks += more
+        _cpu.set_batch_invariant(_invariant_blocks > 0)
 
 
 def _reserve(y: torch.Tensor) -> torch.Tensor:
@@ -256,7 +288,7 @@ def gemv_rows(dtype: torch.dtype) -> int:
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x Wᵀ for many rows of x, of a half type. W's rows are read as they lie."""
+    """x Wᵀ for many rows of x. W's rows are read as they lie."""
     return _product(weight, False, x, False, (*x.shape[:-1], weight.shape[0]), transposed=True)
 
 

@@ -24,6 +24,8 @@ ROOT = HERE.parent.parent
 # Those of AVX-512 are tested as backends, avx_vnni where it differs from avx2 (test_avx_vnni.py).
 AVX512 = ("avx512_bf16", "avx512")
 AVX_VNNI = "avx_vnni"
+# Tested where it differs from avx512_bf16: in the products of matrices.
+AMX = "amx"
 MISSING = re.compile(r"inlining failed in call to .*?(_mm\w+)\(.*target specific option mismatch")
 
 
@@ -38,10 +40,14 @@ def load_module(name: str, path: Path) -> ModuleType:
 setup = load_module("llama_fast_setup", ROOT / "setup.py")
 CXX = sysconfig.get_config_var("CXX").split()[0]
 CXX_FLAGS = f"-I{HERE} {setup.X86_64_FLAGS['avx2']} -Wno-psabi"
-# Few cases run on avx_vnni, so its time goes into compiling.
-ISA_FLAGS = {**dict.fromkeys(AVX512, CXX_FLAGS), AVX_VNNI: f"-DISA_AVX2 {CXX_FLAGS} -O0"}
+# Few cases run on avx_vnni and amx, so their time goes into compiling.
+ISA_FLAGS = {
+    AMX: f"-DISA_AVX512_BF16 {CXX_FLAGS} -O1",
+    **dict.fromkeys(AVX512, CXX_FLAGS),
+    AVX_VNNI: f"-DISA_AVX2 {CXX_FLAGS} -O0",
+}
 # The module believes that the CPU has every instruction set that it was built for.
-ANY_CPU = "'-D__builtin_cpu_supports(isa)=true'"
+ANY_CPU = "'-D__builtin_cpu_supports(isa)=true' -DMAY_USE_TILES=true"
 
 
 def why_not(isa: str) -> str:

@@ -1,8 +1,8 @@
-// The AVX-512 and AVX-VNNI intrinsics that csrc/cpu uses, in plain C++ and AVX2, after Intel's
+// The AVX-512, AMX and AVX-VNNI intrinsics that csrc/cpu uses, in plain C++ and AVX2, after Intel's
 // pseudo-code.
 //
 // With this folder first in the include path, the kernels' sources for the instruction sets avx512,
-// avx512_bf16 and avx_vnni compile and run on any x86-64 CPU with AVX2, FMA and F16C. Kernels call the
+// avx512_bf16, amx and avx_vnni compile and run on any x86-64 CPU with AVX2, FMA and F16C. Kernels call the
 // intrinsics from namespace llama_fast::ISA, so the functions of that namespace, here, hide the
 // compiler's own. An intrinsic that is missing here falls through to the compiler's own and fails
 // to compile, since its target flag is absent.
@@ -401,6 +401,76 @@ static inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
     return total;
   });
 }
+#endif
+
+#ifdef ISA_AMX
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+#undef _tile_dpbssd
+#undef _tile_dpbsud
+#undef _tile_dpbusd
+#undef _tile_dpbuud
+
+namespace host {
+
+struct Tile { uint8_t row[16][64]; };
+static thread_local Tile tiles[8];  // all of them are configured as large as they can be
+
+template <class T> static inline T element(const Tile& tile, int row, int i) {
+  T x;
+  std::memcpy(&x, tile.row[row] + i * sizeof(T), sizeof(T));
+  return x;
+}
+
+// Row m, word n of `to` += Σ over its four bytes of a[m] times those of word n of b's row, in turn.
+template <class A, class B> static inline void dot_bytes(int to, int a, int b) {
+  for (int m = 0; m < 16; ++m)
+    for (int n = 0; n < 16; ++n) {
+      uint32_t total = element<uint32_t>(tiles[to], m, n);
+      for (int k = 0; k < 64; ++k)
+        total += uint32_t(int32_t(element<A>(tiles[a], m, k)) *
+                          int32_t(element<B>(tiles[b], k / 4, n * 4 + k % 4)));
+      std::memcpy(tiles[to].row[m] + n * 4, &total, 4);
+    }
+}
+
+}  // namespace host
+
+static inline void _tile_loadconfig(const void*) {}
+static inline void _tile_release() {}
+static inline void _tile_zero(int to) { host::tiles[to] = {}; }
+static inline void _tile_loadd(int to, const void* p, int64_t stride) {
+  for (int m = 0; m < 16; ++m)
+    std::memcpy(host::tiles[to].row[m], static_cast<const char*>(p) + m * stride, 64);
+}
+static inline void _tile_stored(int from, void* p, int64_t stride) {
+  for (int m = 0; m < 16; ++m)
+    std::memcpy(static_cast<char*>(p) + m * stride, host::tiles[from].row[m], 64);
+}
+// Row m, word n of `to`: over the rows k of b, the even products of a[m] and b[k] by themselves, and the
+// odd ones, each a fused multiply-add; both together; then to what was there. Subnormal numbers count
+// as zeros of their sign, as in _mm512_dpbf16_ps.
+static inline void _tile_dpbf16ps(int to, int a, int b) {
+  using namespace host;
+  for (int m = 0; m < 16; ++m)
+    for (int n = 0; n < 16; ++n) {
+      float sums[2] = {0.f, 0.f};
+      for (int k = 0; k < 32; ++k) {
+        const float x = from_bf16(element<uint16_t>(tiles[a], m, k));
+        const float y = from_bf16(element<uint16_t>(tiles[b], k / 2, 2 * n + k % 2));
+        sums[k % 2] = flushed(std::fma(x, y, sums[k % 2]));
+      }
+      const float total =
+          flushed(flushed(element<float>(tiles[to], m, n)) + flushed(sums[0] + sums[1]));
+      std::memcpy(tiles[to].row[m] + n * 4, &total, 4);
+    }
+}
+static inline void _tile_dpbssd(int to, int a, int b) { host::dot_bytes<int8_t, int8_t>(to, a, b); }
+static inline void _tile_dpbsud(int to, int a, int b) { host::dot_bytes<int8_t, uint8_t>(to, a, b); }
+static inline void _tile_dpbusd(int to, int a, int b) { host::dot_bytes<uint8_t, int8_t>(to, a, b); }
+static inline void _tile_dpbuud(int to, int a, int b) { host::dot_bytes<uint8_t, uint8_t>(to, a, b); }
 #endif
 
 }  // namespace ISA

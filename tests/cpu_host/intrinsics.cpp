@@ -195,6 +195,28 @@ struct Inputs {
   alignas(64) uint8_t out[64] = {};
 };
 
+#ifdef ISA_AMX
+// Three tiles of 16 × 16 words: sums, and both sides of a product.
+struct Tiles {
+  alignas(64) uint32_t words[3][256];
+  template <class Draw> explicit Tiles(Draw draw) {
+    for (auto& tile : words)
+      for (uint32_t& word : tile) word = draw();
+    asm volatile("" : : "r"(this) : "memory");
+    _tile_loadd(0, words[0], 64);
+    _tile_loadd(1, words[1], 64);
+    _tile_loadd(2, words[2], 64);
+  }
+  const float* stored() {
+    _tile_stored(0, words[0], 64);
+    asm volatile("" : : "r"(this) : "memory");
+    return reinterpret_cast<const float*>(words[0]);
+  }
+};
+// Sums of random size, or bf16 of some; now and then such as are no numbers, or subnormal.
+static uint32_t random_pair() { return as<uint32_t>(random_float()) >> 16 | (random_bits() << 16); }
+#endif
+
 template <class F> static void print(const char* name, F f) {
   state = 0x9e3779b97f4a7c15;
   hash = 0xcbf29ce484222325;
@@ -326,13 +348,44 @@ static void print_hashes() {
     add(_mm512_dpbf16_ps(in.a, as<__m512bh>(in.i), as<__m512bh>(in.j)));
   });
 #endif
+
+#ifdef ISA_AMX
+#define HASH_TILES(NAME, DRAW, ADD)                   \
+  print(#NAME, [](Inputs&) {                          \
+    Tiles tiles(DRAW);                                \
+    NAME(0, 1, 2);                                    \
+    const float* found = tiles.stored();              \
+    for (int i = 0; i < 256; ++i) ADD;                \
+  })
+  HASH_TILES(_tile_dpbf16ps, random_pair, add(found[i]));
+  HASH_TILES(_tile_dpbssd, random_bits, add(found + i, 4));
+  HASH_TILES(_tile_dpbsud, random_bits, add(found + i, 4));
+  HASH_TILES(_tile_dpbusd, random_bits, add(found + i, 4));
+  HASH_TILES(_tile_dpbuud, random_bits, add(found + i, 4));
+#endif
 }
 
 }  // namespace ISA
 }  // namespace llama_fast
 
+#ifdef ISA_AMX
+// As csrc/cpu/simd/amx.h, and what the tests' own build of it leaves out.
+#include "../../csrc/cpu/simd/amx.h"
+#ifdef MAY_USE_TILES
+static bool may_use_tiles() { return MAY_USE_TILES; }
+#else
+#include <sys/syscall.h>
+#include <unistd.h>
+static bool may_use_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+#endif
+#endif
+
 int main() {
   using namespace llama_fast::ISA;
+#ifdef ISA_AMX
+  if (!may_use_tiles()) return 2;
+  const TileRegisters registers;
+#endif
   expect_scalef();
   expect_f16();
   expect_reduce();

@@ -25,11 +25,11 @@ def run(isa: str, flags: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("isa", emulation.AVX512)
+@pytest.mark.parametrize("isa", [*emulation.AVX512, emulation.AMX])
 def test_emulated_intrinsics(isa, tmp_path):
     if reason := emulation.why_no_x86_compiler():
         pytest.skip(reason)
-    emulated = run(isa, emulation.CXX_FLAGS, tmp_path)
+    emulated = run(isa, f"{emulation.ISA_FLAGS[isa]} -DMAY_USE_TILES=true", tmp_path)
     if isa in cpu.isas():
         native = run(isa, emulation.setup.X86_64_FLAGS[isa], tmp_path)
         assert emulated.splitlines() == native.splitlines()

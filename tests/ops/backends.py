@@ -24,16 +24,19 @@ def unless(reason: str) -> list:
     return [pytest.mark.skip(reason=reason)] if reason else []
 
 
-# "eager", "cpu-<instruction set>" for those of this CPU, and those that are emulated here, all but
-# avx_vnni, which is tested where it differs from avx2 (cpu_host/test_avx_vnni.py); "triton" on the
-# GPU, or in its interpreter; "cuda" on the GPU, and its kernels on the host.
+def emulated(isa: str):
+    """`isa` as a backend that runs emulated, where this CPU lacks it."""
+    return pytest.param(f"cpu-{isa}{EMULATED}", marks=unless(emulation.why_not(isa)))
+
+
+# Tested where they differ from others: cpu_host/test_avx_vnni.py, and test_amx.py and PRODUCTS.
+ELSEWHERE = (emulation.AVX_VNNI, emulation.AMX)
+# "eager", "cpu-<instruction set>" for those of this CPU, and those that are emulated here; "triton"
+# on the GPU, or in its interpreter; "cuda" on the GPU, and its kernels on the host.
 BACKENDS = [
     "eager",
-    *(f"cpu-{isa}" for isa in cpu.isas() if isa != emulation.AVX_VNNI),
-    *(
-        pytest.param(f"cpu-{isa}{EMULATED}", marks=unless(emulation.why_not(isa)))
-        for isa in emulation.AVX512
-    ),
+    *(f"cpu-{isa}" for isa in cpu.isas() if isa not in ELSEWHERE),
+    *map(emulated, emulation.AVX512),
     pytest.param(
         "triton",
         marks=unless("" if GPU or triton.INTERPRETED else "this needs a GPU, or its interpreter"),
@@ -43,6 +46,11 @@ BACKENDS = [
         marks=unless("" if GPU and cuda._cuda else "this needs a GPU, and llama_fast._cuda built"),
     ),
     pytest.param(CUDA_HOST, marks=unless(host.why_not())),
+]
+# With the one whose matrix products are made by tile registers.
+PRODUCTS = [
+    *BACKENDS,
+    "cpu-amx" if emulation.AMX in cpu.isas() else emulated(emulation.AMX),
 ]
 
 

@@ -14,7 +14,8 @@ from llama_fast import linear
 from llama_fast.backends import cpu
 from llama_fast.ops.linear import BACKWARD_WEIGHT, BACKWARD_X, OP
 
-from .backends import BACKENDS, name_of, on
+from .backends import PRODUCTS as BACKENDS
+from .backends import name_of, on
 from .oracle import Expected, assert_accurate, expected, fence, of_op, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

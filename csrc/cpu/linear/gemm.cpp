@@ -13,9 +13,11 @@
 #include <cstring>
 
 #include "../../args.h"
+#include "../dispatch.h"
 #include "../parallel.h"
 #include "../scratch.h"
-#include "../simd/dot.h"
+#include "gemm_tiles.h"
+#include "pack.h"
 
 namespace llama_fast {
 namespace ISA {
@@ -23,13 +25,12 @@ namespace ISA {
 constexpr int ROWS = vf::W == 16 ? 12 : vf::W == 8 ? 6 : 4;
 constexpr int VECTORS = vf::W == 1 ? 4 : 2;
 constexpr int WIDTH = VECTORS * vf::W;
-constexpr int64_t CHUNK_UNITS = 256;    // of K: a panel's share is 32 KB, or 16 on AVX2
+// Of K: a panel's share is 32 KB, or 16 on AVX2. A scalar build needs short chunks for exactness.
+constexpr int64_t CHUNK_UNITS = vf::W == 1 ? 32 : 256;
 constexpr int64_t BLOCK_TILES = 16;     // of rows in a task, at most: 192 KB, or 96
 constexpr int64_t LANES = 512;          // packed at a time: the sums of a task stay in L2,
 constexpr int64_t DEPTH_UNITS = 4096;   // of K: with the lanes 8 MB, for a shared cache
 constexpr int64_t DEEP_ROWS = 8192;     // at a time, where K is more than this: 16 MB of sums
-
-static inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // Lines of memory to fetch into L2, evenly while something else is computed.
 struct Ahead {
@@ -71,86 +72,6 @@ static void multiply_tile(const float* rows, const float* panel, int64_t units, 
   }
 }
 
-// A side of the product: `count` vectors of K elements each, of which this packs.
-template <class T> struct Side {
-  using D = Dot<T>;
-  static constexpr int STEP_UNITS = D::PARTS * vf::W;  // units of STEP elements
-  const MatrixSide& m;
-  int64_t K;
-
-  const T* vector(int64_t i) const { return static_cast<const T*>(m.data) + m.rows.offset(i); }
-
-  // The STEP elements of a vector from k on, in a buffer with zeros where they end.
-  const T* step(const T* vector, int64_t k, T (&buffer)[D::STEP]) const {
-    if (k + D::STEP <= K) return vector + k;
-    std::memset(buffer, 0, sizeof(buffer));
-    std::memcpy(buffer, vector + k, size_t(K - k) * sizeof(T));
-    return buffer;
-  }
-
-  // Where a vector runs down the memory: unit `unit` of the step at k, of `n` vectors from `first`.
-  vf unit(int64_t k, int unit, int64_t first, int n) const {
-    const int64_t at_k = k + D::element(unit);
-    auto load_at = [&](int64_t i) {
-      const T* p = static_cast<const T*>(m.data) + i * m.rows.stride2 + first;
-      return i >= K ? zero() : n == vf::W ? load(p) : load(p, n);
-    };
-    if constexpr (D::UNIT == 1) return load_at(at_k);
-#ifdef ISA_HAS_PAIRS
-    else return pair_up(load_at(at_k), load_at(at_k + 1));
-#endif
-  }
-
-  // n ≤ W vectors from `first` on, elements k_begin to k_end → units (n, CHUNK_UNITS).
-  void pack_rows(int64_t first, int n, int64_t k_begin, int64_t k_end, float* to) const {
-    if (!m.transposed) {
-      for (int i = 0; i < n; ++i) {
-        const T* from = vector(first + i);
-        T last[D::STEP];
-        float* row = to + i * CHUNK_UNITS;
-        for (int64_t k = k_begin; k < k_end; k += D::STEP, row += STEP_UNITS)
-          D::pack(step(from, k, last), reinterpret_cast<typename D::Packed*>(row));
-      }
-      return;
-    }
-    for (int64_t k = k_begin; k < k_end; k += D::STEP, to += STEP_UNITS) {
-      for (int part = 0; part < D::PARTS; ++part) {
-        vf x[vf::W];
-        for (int i = 0; i < vf::W; ++i) x[i] = unit(k, part * vf::W + i, first, n);
-        transpose(x);
-        for (int i = 0; i < n; ++i) store(to + i * CHUNK_UNITS + part * vf::W, x[i]);
-      }
-    }
-  }
-
-  // n ≤ W vectors from `first` on, elements k_begin to k_end → W lanes of each unit, `width` apart.
-  // Lanes beyond n hold anything: what comes of them goes nowhere.
-  void pack_lanes(int64_t first, int n, int64_t k_begin, int64_t k_end, float* to,
-                  int64_t width) const {
-    const T* from[vf::W] = {};
-    T last[vf::W][D::STEP];
-    for (int i = 0; i < vf::W && !m.transposed; ++i) from[i] = vector(first + std::min(i, n - 1));
-    auto put = [&](vf (&x)[vf::W]) {
-      if (!m.transposed) transpose(x);
-      for (int i = 0; i < vf::W; ++i, to += width) store(to, x[i]);
-    };
-    for (int64_t k = k_begin; k < k_end; k += D::STEP) {
-      vf x[D::PARTS][vf::W];
-      for (int i = 0; i < vf::W; ++i) {
-        if (m.transposed) {
-          for (int part = 0; part < D::PARTS; ++part)
-            x[part][i] = unit(k, part * vf::W + i, first, n);
-        } else {
-          const T* elements = step(from[i], k, last[i]);
-          x[0][i] = D::template weights<0>(elements);
-          if constexpr (D::PARTS == 2) x[1][i] = D::template weights<1>(elements);
-        }
-      }
-      for (auto& part : x) put(part);
-    }
-  }
-};
-
 // Panels of lanes, the last one as narrow as it may be.
 struct Panels {
   int64_t lanes;
@@ -174,34 +95,6 @@ static void multiply_panel(int vectors, const float* rows, int64_t tiles, const 
     const int64_t begin = lines * t / tiles, end = lines * (t + 1) / tiles;
     multiply_tile<T, N>(rows + t * ROWS * CHUNK_UNITS, panel, units, c + t * ROWS * N * vf::W,
                         first, Ahead{next + begin * 64, end - begin});
-  }
-}
-
-// Sums (rows, width) → out[r][l], or out[l][r].
-template <class T>
-static void write_panel(const float* c, int64_t rows, int64_t width, int64_t lanes, T* out,
-                        int64_t stride, bool transposed) {
-  constexpr int W = vf::W;
-  if (!transposed) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for_each_vector(lanes, [&](int64_t l, auto n) {
-        store(out + r * stride + l, load(c + r * width + l), n);
-      });
-    }
-    return;
-  }
-  for (int64_t r = 0; r < rows; r += W) {
-    const int n = int(std::min<int64_t>(W, rows - r));
-    for (int64_t l = 0; l < lanes; l += W) {
-      vf x[W];
-      for (int i = 0; i < W; ++i) x[i] = i < n ? load(c + (r + i) * width + l) : zero();
-      transpose(x);
-      for (int i = 0; i < W && l + i < lanes; ++i) {
-        T* at = out + (l + i) * stride + r;
-        if (n == W) store(at, x[i]);
-        else store(at, x[i], n);
-      }
-    }
   }
 }
 
@@ -281,7 +174,7 @@ template <class T> struct Product {
       const int64_t end = std::min(k + CHUNK, k1);
       for (int64_t r = 0; r < count; r += W)
         side.pack_rows(first + r, int(std::min<int64_t>(W, count - r)), k, end,
-                       rows + r * CHUNK_UNITS);
+                       rows + r * CHUNK_UNITS, {CHUNK_UNITS, STEP_UNITS});
       for (int64_t p = p0; p < p1; ++p)
         multiply_panel<T>(panels.vectors_of(p), rows, t1 - t0, panel_at(p, k0, k, k1),
                           units(end - k), sums_of + (p - p0) * panel_sums, k == 0);
@@ -313,8 +206,11 @@ template <class T> static void multiply_matrices(const GemmArgs& a) {
 }
 
 void gemm(const GemmArgs& a) {
-  if (a.dtype == DType::bf16) multiply_matrices<bf16>(a);
-  else multiply_matrices<f16>(a);
+  if (a.R == 0 || a.L == 0) return;
+#ifdef ISA_HAS_TILES
+  if (a.dtype == DType::bf16) return gemm_by_tiles(a);
+#endif
+  with_type(a.dtype, [&](auto t) { multiply_matrices<decltype(t)>(a); });
 }
 
 }  // namespace ISA

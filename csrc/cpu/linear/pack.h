@@ -1,0 +1,129 @@
+// What a GEMM does besides multiplying: both sides become units of 4 bytes, floats or pairs of bf16,
+// where the inner loop takes them; and sums become the result.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "../../args.h"
+#include "../simd/dot.h"
+
+namespace llama_fast {
+namespace ISA {
+
+static inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Where packed rows lie, in units: row i at i · row, each step of it `step` behind the one before.
+struct RowStrides { int64_t row, step; };
+
+// A side of the product: `count` vectors of K elements each, of which this packs.
+template <class T> struct Side {
+  using D = Dot<T>;
+  static constexpr int STEP_UNITS = D::PARTS * vf::W;  // units of STEP elements
+  const MatrixSide& m;
+  int64_t K;
+
+  const T* vector(int64_t i) const { return static_cast<const T*>(m.data) + m.rows.offset(i); }
+
+  // The STEP elements of a vector from k on, in a buffer with zeros where they end.
+  const T* step(const T* vector, int64_t k, T (&buffer)[D::STEP]) const {
+    if (k + D::STEP <= K) return vector + k;
+    std::memset(buffer, 0, sizeof(buffer));
+    std::memcpy(buffer, vector + k, size_t(K - k) * sizeof(T));
+    return buffer;
+  }
+
+  // Where a vector runs down the memory: unit `unit` of the step at k, of `n` vectors from `first`.
+  vf unit(int64_t k, int unit, int64_t first, int n) const {
+    const int64_t at_k = k + D::element(unit);
+    auto load_at = [&](int64_t i) {
+      const T* p = static_cast<const T*>(m.data) + i * m.rows.stride2 + first;
+      return i >= K ? zero() : n == vf::W ? load(p) : load(p, n);
+    };
+    if constexpr (D::UNIT == 1) return load_at(at_k);
+#ifdef ISA_HAS_PAIRS
+    else return pair_up(load_at(at_k), load_at(at_k + 1));
+#endif
+  }
+
+  // n ≤ W vectors from `first` on, elements k_begin to k_end, as rows of units.
+  void pack_rows(int64_t first, int n, int64_t k_begin, int64_t k_end, float* to,
+                 RowStrides stride) const {
+    if (!m.transposed) {
+      for (int i = 0; i < n; ++i) {
+        const T* from = vector(first + i);
+        T last[D::STEP];
+        float* row = to + i * stride.row;
+        for (int64_t k = k_begin; k < k_end; k += D::STEP, row += stride.step)
+          D::pack(step(from, k, last), reinterpret_cast<typename D::Packed*>(row));
+      }
+      return;
+    }
+    for (int64_t k = k_begin; k < k_end; k += D::STEP, to += stride.step) {
+      for (int part = 0; part < D::PARTS; ++part) {
+        vf x[vf::W];
+        for (int i = 0; i < vf::W; ++i) x[i] = unit(k, part * vf::W + i, first, n);
+        transpose(x);
+        for (int i = 0; i < n; ++i) store(to + i * stride.row + part * vf::W, x[i]);
+      }
+    }
+  }
+
+  // n ≤ W vectors from `first` on, elements k_begin to k_end → W lanes of each unit, `width` apart.
+  // Lanes beyond n hold anything: what comes of them goes nowhere.
+  void pack_lanes(int64_t first, int n, int64_t k_begin, int64_t k_end, float* to,
+                  int64_t width) const {
+    const T* from[vf::W] = {};
+    T last[vf::W][D::STEP];
+    for (int i = 0; i < vf::W && !m.transposed; ++i) from[i] = vector(first + std::min(i, n - 1));
+    auto put = [&](vf (&x)[vf::W]) {
+      if (!m.transposed) transpose(x);
+      for (int i = 0; i < vf::W; ++i, to += width) store(to, x[i]);
+    };
+    for (int64_t k = k_begin; k < k_end; k += D::STEP) {
+      vf x[D::PARTS][vf::W];
+      for (int i = 0; i < vf::W; ++i) {
+        if (m.transposed) {
+          for (int part = 0; part < D::PARTS; ++part)
+            x[part][i] = unit(k, part * vf::W + i, first, n);
+        } else {
+          const T* elements = step(from[i], k, last[i]);
+          x[0][i] = D::template weights<0>(elements);
+          if constexpr (D::PARTS == 2) x[1][i] = D::template weights<1>(elements);
+        }
+      }
+      for (auto& part : x) put(part);
+    }
+  }
+};
+
+// Sums (rows, width) → out[r][l], or out[l][r].
+template <class T>
+static void write_panel(const float* c, int64_t rows, int64_t width, int64_t lanes, T* out,
+                        int64_t stride, bool transposed) {
+  constexpr int W = vf::W;
+  if (!transposed) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for_each_vector(lanes, [&](int64_t l, auto n) {
+        store(out + r * stride + l, load(c + r * width + l), n);
+      });
+    }
+    return;
+  }
+  for (int64_t r = 0; r < rows; r += W) {
+    const int n = int(std::min<int64_t>(W, rows - r));
+    for (int64_t l = 0; l < lanes; l += W) {
+      vf x[W];
+      for (int i = 0; i < W; ++i) x[i] = i < n ? load(c + (r + i) * width + l) : zero();
+      transpose(x);
+      for (int i = 0; i < W && l + i < lanes; ++i) {
+        T* at = out + (l + i) * stride + r;
+        if (n == W) store(at, x[i]);
+        else store(at, x[i], n);
+      }
+    }
+  }
+}
+
+}  // namespace ISA
+}  // namespace llama_fast
