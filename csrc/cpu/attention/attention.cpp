@@ -19,6 +19,10 @@ template <class T> static void attend(const AttentionArgs& a) {
 
   parallel_tasks(plan.tasks, plan.threads, [&](auto next) {
     struct Work;
+#ifdef ISA_HAS_TILES
+    std::optional<TileRegisters> registers;
+    if (std::is_same_v<T, bf16>) registers.emplace();
+#endif
     const int64_t few = plan.partial_floats + Decode<T>::floats(plan.decode_rows, a.D);
     const int64_t many = PrefillMemory(nullptr, plan.block * plan.G, a.D).floats;
     float* memory = scratch<Work>(std::max(2 * few, many));

@@ -7,6 +7,7 @@
 // a query does not see leave it as it is.
 #pragma once
 
+#include "../simd/amx.h"
 #include "splits.h"
 #include "tiles.h"
 
@@ -18,12 +19,60 @@ constexpr int NV = vf::W == 16 ? 4 : vf::W == 8 ? 2 : 4;      // vectors of keys
 constexpr int PANEL = NV * vf::W;
 constexpr int STRIP = 4 * MR;  // queries whose scores stay in L1
 
+// What the products of prefill are made of: sums in vectors, or in tile registers.
+template <class T> struct Products {
+  static constexpr int MR = ISA::MR, STRIP = ISA::STRIP;
+  static constexpr int STEPS = 1;  // of which a sum has a whole number
+
+  // put(r, i, sums): of row r and the i-th vector.
+  template <int N, class Put>
+  static void multiply(const float* a, int64_t a_stride, const float* b, int64_t steps, Put&& put) {
+    ISA::multiply<T, MR, N>(a, a_stride, b, steps, put);
+  }
+};
+#ifdef ISA_HAS_TILES
+template <> struct Products<bf16> {
+  static constexpr int MR = TILE_WORDS, STRIP = 2 * MR;
+  static constexpr int STEPS = TILE_WORDS;
+
+  template <int N, class Put>
+  static void multiply(const float* a, int64_t a_stride, const float* b, int64_t steps, Put&& put) {
+    constexpr int64_t row = N * TILE_BYTES;
+    alignas(64) float sums[MR * N * TILE_WORDS];
+    written(a);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < steps; step += STEPS) {
+      const char* right = reinterpret_cast<const char*>(b) + step * row;
+      _tile_loadd(4, a + step, a_stride * 4);
+      _tile_loadd(5, right, row);
+      _tile_dpbf16ps(0, 4, 5);
+      if (N > 1) _tile_loadd(6, right + TILE_BYTES, row);
+      if (N > 1) _tile_dpbf16ps(1, 4, 6);
+      if (N > 2) _tile_loadd(7, right + 2 * TILE_BYTES, row);
+      if (N > 2) _tile_dpbf16ps(2, 4, 7);
+      if (N > 3) _tile_loadd(5, right + 3 * TILE_BYTES, row);
+      if (N > 3) _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_stored(0, sums, row);
+    if (N > 1) _tile_stored(1, sums + TILE_WORDS, row);
+    if (N > 2) _tile_stored(2, sums + 2 * TILE_WORDS, row);
+    if (N > 3) _tile_stored(3, sums + 3 * TILE_WORDS, row);
+    written(sums);
+    for (int r = 0; r < MR; ++r)
+      for (int i = 0; i < N; ++i) put(r, i, load(sums + (r * N + i) * vf::W));
+  }
+};
+#endif
+
 // c[r] = a[r] · b for MR rows of a and a panel of N vectors of b, over `steps` units; with a
 // correction, plus correction[r] · c[r].
 template <class T, int N>
 static void multiply_panel(const float* a, int64_t a_stride, const float* b, int64_t steps,
                            float* c, int64_t c_stride, const float* correction) {
-  multiply<T, MR, N>(a, a_stride, b, steps, [&](int r, int i, vf sums_of) {
+  Products<T>::template multiply<N>(a, a_stride, b, steps, [&](int r, int i, vf sums_of) {
     float* at = c + r * c_stride + i * vf::W;
     store(at, correction ? fma(load(at), set(correction[r]), sums_of) : sums_of);
   });
@@ -35,6 +84,9 @@ static inline int64_t prefill_rows(int64_t D) {
   return D <= 128 ? rows : rows / 2;
 }
 
+constexpr int MOST_MR = std::max(Products<float>::MR, Products<bf16>::MR);
+constexpr int MOST_STRIP = std::max(Products<float>::STRIP, Products<bf16>::STRIP);
+
 struct PrefillMemory {
   float *q, *k, *v, *s, *correction;
   float *o, *m, *l;                       // of the split that is computed,
@@ -43,7 +95,7 @@ struct PrefillMemory {
 
   // Laid out from `memory`, which may be null to learn the size.
   PrefillMemory(float* memory, int64_t rows, int64_t D) : floats(0) {
-    const int64_t padded = round_up(rows, MR);
+    const int64_t padded = round_up(rows, MOST_MR);
     auto take = [&](int64_t count) {
       float* at = memory ? memory + floats : nullptr;
       floats += round_up(count, 16);
@@ -54,8 +106,8 @@ struct PrefillMemory {
     q = take(padded * q_stride);
     k = take(TILE * q_stride);
     v = take(TILE * o_stride);
-    s = take(STRIP * TILE);
-    correction = take(STRIP);
+    s = take(MOST_STRIP * TILE);
+    correction = take(MOST_STRIP);
     o = take(padded * o_stride);
     m = take(padded);
     l = take(padded);
@@ -88,17 +140,18 @@ static void add_panels(const PrefillMemory& m, const float* weights, int64_t row
 template <class T>
 static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t head,
                          int64_t t_begin, int64_t t_end, float* memory) {
-  constexpr int SIZE = Unit<T>::size;
-  const int64_t G = a.H / a.K, D = a.D, rows = (t_end - t_begin) * G, units = D / SIZE;
+  constexpr int SIZE = Unit<T>::size, MR = Products<T>::MR, STRIP = Products<T>::STRIP;
+  constexpr int KEYS = Products<T>::STEPS * SIZE;  // whose values are added together
+  const int64_t G = a.H / a.K, D = a.D, rows = (t_end - t_begin) * G;
+  const int64_t units = round_up(D / SIZE, Products<T>::STEPS);
   const int64_t padded = round_up(rows, MR);
   PrefillMemory m(memory, rows, D);
 
   for (int64_t r = 0; r < padded; ++r) {
     float* to = m.q + r * m.q_stride;
+    std::fill(to, to + m.q_stride, 0.f);
     if (r < rows)
       put_units(a.q.at<const T>(b, t_begin + r / G) + (head * G + r % G) * a.q.stride.h, D, to);
-    else
-      std::fill(to, to + m.q_stride, 0.f);
   }
   auto begin_split = [&] {
     std::fill(m.o, m.o + padded * m.o_stride, 0.f);
@@ -125,9 +178,9 @@ static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t h
       begin_split();
     }
     const int64_t count = std::min<int64_t>(TILE, end - tile);
-    const int64_t tile_steps = (count + SIZE - 1) / SIZE;
-    pack_keys<T, PANEL>(keys + tile * a.k.stride.t, a.k.stride.t, count, D, m.k);
-    pack_values<T, PANEL>(values + tile * a.v.stride.t, a.v.stride.t, count, D, m.v);
+    const int64_t tile_steps = round_up(count, KEYS) / SIZE;
+    pack_keys<T, PANEL>(keys + tile * a.k.stride.t, a.k.stride.t, count, D, m.k, units);
+    pack_values<T, PANEL>(values + tile * a.v.stride.t, a.v.stride.t, count, D, m.v, tile_steps);
     for (int64_t strip = 0; strip < padded; strip += STRIP) {
       const int64_t strip_end = std::min<int64_t>(strip + STRIP, padded);
       if (visible(strip_end - 1) <= tile) continue;
@@ -141,14 +194,14 @@ static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t h
       }
       for (int64_t r = strip; r < strip_end; ++r) {
         const int64_t own = r < rows ? std::min(count, visible(r) - tile) : 0;
-        const int64_t needed = round_up(std::max<int64_t>(0, seen(r / MR * MR)), SIZE);
+        const int64_t needed = round_up(std::max<int64_t>(0, seen(r / MR * MR)), KEYS);
         m.correction[r - strip] = softmax_part<T>(m.s + (r - strip) * TILE, own, needed,
                                                   a.scale, m.m[r], m.l[r]);
       }
       for (int64_t d = 0; d < m.o_stride; d += PANEL) {
         for (int64_t r = strip; r < strip_end; r += MR) {
           if (seen(r) > 0)
-            add_panels<T, NV>(m, m.s + (r - strip) * TILE, r, (seen(r) + SIZE - 1) / SIZE,
+            add_panels<T, NV>(m, m.s + (r - strip) * TILE, r, round_up(seen(r), KEYS) / SIZE,
                               tile_steps, m.correction + (r - strip), d);
         }
       }

@@ -17,7 +17,7 @@ namespace ISA {
 #ifdef ISA_AMX
 #define ISA_HAS_TILES 1
 
-constexpr int TILE = 16;            // rows of a tile, and words of its rows
+constexpr int TILE_WORDS = 16;            // rows of a tile, and words of its rows
 constexpr int64_t TILE_BYTES = 64;  // of a row
 
 // What the compiler does not know of the intrinsics: they read memory.
@@ -30,7 +30,7 @@ class TileRegisters {
     Config config;
     for (int i = 0; i < 8; ++i) {
       config.bytes[i] = TILE_BYTES;
-      config.rows[i] = TILE;
+      config.rows[i] = TILE_WORDS;
     }
     written(&config);
     _tile_loadconfig(&config);
