@@ -19,26 +19,29 @@ constexpr int NV = vf::W == 16 ? 4 : vf::W == 8 ? 2 : 4;      // vectors of keys
 constexpr int PANEL = NV * vf::W;
 constexpr int STRIP = 4 * MR;  // queries whose scores stay in L1
 
-// What the products of prefill are made of: sums in vectors, or in tile registers.
+// The products of prefill: c[r] = a[r] · b for MR rows of a and a panel of N vectors of b, over `steps`
+// units, of which there are whole STEPS; with a correction, plus correction[r] · c[r]. By sums in vectors,
 template <class T> struct Products {
-  static constexpr int MR = ISA::MR, STRIP = ISA::STRIP;
-  static constexpr int STEPS = 1;  // of which a sum has a whole number
+  static constexpr int MR = ISA::MR, STRIP = ISA::STRIP, STEPS = 1;
 
-  // put(r, i, sums): of row r and the i-th vector.
-  template <int N, class Put>
-  static void multiply(const float* a, int64_t a_stride, const float* b, int64_t steps, Put&& put) {
-    ISA::multiply<T, MR, N>(a, a_stride, b, steps, put);
+  template <int N>
+  static void multiply(const float* a, int64_t a_stride, const float* b, int64_t steps, float* c,
+                       int64_t c_stride, const float* correction) {
+    ISA::multiply<T, MR, N>(a, a_stride, b, steps, [&](int r, int i, vf sums_of) {
+      float* at = c + r * c_stride + i * vf::W;
+      store(at, correction ? fma(load(at), set(correction[r]), sums_of) : sums_of);
+    });
   }
 };
 #ifdef ISA_HAS_TILES
+// or in tile registers: queries, or weights, are their left side, a panel is several right sides.
 template <> struct Products<bf16> {
-  static constexpr int MR = TILE_WORDS, STRIP = 2 * MR;
-  static constexpr int STEPS = TILE_WORDS;
+  static constexpr int MR = TILE_WORDS, STRIP = 2 * MR, STEPS = TILE_WORDS;
 
-  template <int N, class Put>
-  static void multiply(const float* a, int64_t a_stride, const float* b, int64_t steps, Put&& put) {
+  template <int N>
+  static void multiply(const float* a, int64_t a_stride, const float* b, int64_t steps, float* c,
+                       int64_t c_stride, const float* correction) {
     constexpr int64_t row = N * TILE_BYTES;
-    alignas(64) float sums[MR * N * TILE_WORDS];
     written(a);
     _tile_zero(0);
     _tile_zero(1);
@@ -56,27 +59,24 @@ template <> struct Products<bf16> {
       if (N > 3) _tile_loadd(5, right + 3 * TILE_BYTES, row);
       if (N > 3) _tile_dpbf16ps(3, 4, 5);
     }
-    _tile_stored(0, sums, row);
-    if (N > 1) _tile_stored(1, sums + TILE_WORDS, row);
-    if (N > 2) _tile_stored(2, sums + 2 * TILE_WORDS, row);
-    if (N > 3) _tile_stored(3, sums + 3 * TILE_WORDS, row);
+    alignas(64) float buffer[MR * N * TILE_WORDS];
+    float* sums = correction ? buffer : c;
+    const int64_t stride = correction ? row : c_stride * 4;
+    _tile_stored(0, sums, stride);
+    if (N > 1) _tile_stored(1, sums + TILE_WORDS, stride);
+    if (N > 2) _tile_stored(2, sums + 2 * TILE_WORDS, stride);
+    if (N > 3) _tile_stored(3, sums + 3 * TILE_WORDS, stride);
     written(sums);
-    for (int r = 0; r < MR; ++r)
-      for (int i = 0; i < N; ++i) put(r, i, load(sums + (r * N + i) * vf::W));
+    for (int r = 0; correction && r < MR; ++r) {
+      const vf factor = set(correction[r]);
+      for (int i = 0; i < N; ++i) {
+        float* at = c + r * c_stride + i * vf::W;
+        store(at, fma(load(at), factor, load(buffer + (r * N + i) * vf::W)));
+      }
+    }
   }
 };
 #endif
-
-// c[r] = a[r] · b for MR rows of a and a panel of N vectors of b, over `steps` units; with a
-// correction, plus correction[r] · c[r].
-template <class T, int N>
-static void multiply_panel(const float* a, int64_t a_stride, const float* b, int64_t steps,
-                           float* c, int64_t c_stride, const float* correction) {
-  Products<T>::template multiply<N>(a, a_stride, b, steps, [&](int r, int i, vf sums_of) {
-    float* at = c + r * c_stride + i * vf::W;
-    store(at, correction ? fma(load(at), set(correction[r]), sums_of) : sums_of);
-  });
-}
 
 // How many query heads a block holds at most: its working memory stays in L2.
 static inline int64_t prefill_rows(int64_t D) {
@@ -132,7 +132,7 @@ static void add_panels(const PrefillMemory& m, const float* weights, int64_t row
     if (left < N * vf::W)
       return add_panels<T, N - 1>(m, weights, row, steps, tile_steps, correction, begin);
   }
-  multiply_panel<T, N>(weights, TILE, m.v + begin * tile_steps, steps,
+  Products<T>::template multiply<N>(weights, TILE, m.v + begin * tile_steps, steps,
                  m.o + row * m.o_stride + begin, m.o_stride, correction);
 }
 
@@ -188,7 +188,7 @@ static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t h
       for (int64_t j = 0; j < count; j += PANEL) {
         for (int64_t r = strip; r < strip_end; r += MR) {
           if (seen(r) > j)
-            multiply_panel<T, NV>(m.q + r * m.q_stride, m.q_stride, m.k + j * units, units,
+            Products<T>::template multiply<NV>(m.q + r * m.q_stride, m.q_stride, m.k + j * units, units,
                             m.s + (r - strip) * TILE + j, TILE, nullptr);
         }
       }
