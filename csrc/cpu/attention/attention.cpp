@@ -24,7 +24,8 @@ template <class T> static void attend(const AttentionArgs& a) {
     if (std::is_same_v<T, bf16>) registers.emplace();
 #endif
     const int64_t few = plan.partial_floats + Decode<T>::floats(plan.decode_rows, a.D);
-    const int64_t many = PrefillMemory(nullptr, plan.block * plan.G, a.D).floats;
+    const int64_t many_rows = std::max(plan.block * plan.G, BY_TILES<T> && a.batch_invariant ? plan.decode_rows : 0);
+    const int64_t many = plan.partial_floats + PrefillMemory(nullptr, many_rows, a.D).floats;
     float* memory = scratch<Work>(std::max(2 * few, many));
     // Tasks of decode take turns in two places, since one begins before the last has ended.
     Cursor at[2] = {Cursor(plan), Cursor(plan)};
@@ -43,7 +44,17 @@ template <class T> static void attend(const AttentionArgs& a) {
       const Cursor& now = at[place];
       at[place].seek(task);
       if (!plan.decodes(now.row)) {
-        prefill<T>(now.of.args(), now.row, now.of.b(), now.head, now.t_begin(), now.t_end(), memory);
+        prefill<T>(now.of.args(), now.row, now.of.b(), now.head, now.t_begin(), now.t_end(), 0,
+                   now.row.keys, memory, nullptr);
+        task = next();
+        continue;
+      }
+      // Tile registers add in another order than decode.h, which is faster.
+      if (BY_TILES<T> && a.batch_invariant) {
+        const Partial result = now.result(memory);
+        prefill<T>(now.of.args(), now.row, now.of.b(), now.head, now.row.first, now.of.args().T,
+                   now.first_key(), now.end_key(), memory + plan.partial_floats, &result);
+        now.template end_split<T>(memory);
         task = next();
         continue;
       }

@@ -136,10 +136,12 @@ static void add_panels(const PrefillMemory& m, const float* weights, int64_t row
                  m.o + row * m.o_stride + begin, m.o_stride, correction);
 }
 
-// The queries [t_begin, t_end) of a row of the batch and a KV head.
+// The queries [t_begin, t_end) of a row of the batch and a KV head; over one of its splits alone, the keys
+// [key_begin, key_end), where there is a `partial` for what is known of them then.
 template <class T>
-static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t head,
-                         int64_t t_begin, int64_t t_end, float* memory) {
+static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t head, int64_t t_begin,
+                    int64_t t_end, int64_t key_begin, int64_t key_end, float* memory,
+                    const Partial* partial) {
   constexpr int SIZE = Unit<T>::size, MR = Products<T>::MR, STRIP = Products<T>::STRIP;
   constexpr int KEYS = Products<T>::STEPS * SIZE;  // whose values are added together
   const int64_t G = a.H / a.K, D = a.D, rows = (t_end - t_begin) * G;
@@ -170,9 +172,9 @@ static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t h
   auto visible = [&](int64_t r) { return row.visible(a, t_begin + std::min(r, rows - 1) / G); };
   const T* keys = static_cast<const T*>(a.k.data) + b * a.k.stride.b + head * a.k.stride.h;
   const T* values = static_cast<const T*>(a.v.data) + b * a.v.stride.b + head * a.v.stride.h;
-  const int64_t end = visible(rows - 1);
-  for (int64_t tile = 0; tile < end; tile += TILE) {
-    if (tile && tile % SPLIT_KEYS == 0) {
+  const int64_t end = std::min(visible(rows - 1), key_end);
+  for (int64_t tile = key_begin; tile < end; tile += TILE) {
+    if (tile > key_begin && tile % SPLIT_KEYS == 0) {
       if (tile == SPLIT_KEYS) m.keep_split();
       else merge();
       begin_split();
@@ -208,6 +210,14 @@ static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t h
     }
   }
 
+  if (partial) {
+    for (int64_t r = 0; r < rows; ++r) {
+      std::copy_n(m.o + r * m.o_stride, m.o_stride, partial->sums_of + r * partial->stride);
+      partial->m[r] = m.m[r];
+      partial->l[r] = m.l[r];
+    }
+    return;
+  }
   if (end > SPLIT_KEYS) {
     merge();
     m.keep_split();

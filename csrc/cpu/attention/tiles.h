@@ -51,6 +51,7 @@ static void pack_keys(const T* k, int64_t stride, int64_t count, int64_t D, floa
       vf x[W];
       for (int i = 0; i < W; ++i) {
         const T* from = k + (j + i) * stride + u * SIZE;
+        __builtin_prefetch(from + TILE * stride, 0, 2);  // of the next tile
         x[i] = j + i >= count ? zero()
                : u + W <= filled ? Unit<T>::load(from, Full{})
                                 : Unit<T>::load(from, int(D - u * SIZE));
@@ -86,6 +87,8 @@ static void pack_values(const T* v, int64_t stride, int64_t count, int64_t D, fl
       // An odd last row is paired with itself, under a weight of zero.
       const T* next = step * 2 + 1 < count ? row + stride : row;
       for (int64_t d = 0; d < D; d += 2 * W) {
+        __builtin_prefetch(row + d + TILE * stride, 0, 2);  // of the next tile
+        __builtin_prefetch(next + d + TILE * stride, 0, 2);
         vf x[2];
         Unit<T>::pair(row + d, next + d, int(std::min<int64_t>(2 * W, D - d)), x);
         put(d, x[0]);

@@ -10,12 +10,19 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <type_traits>
+
+#include "half.h"
 
 namespace llama_fast {
 namespace ISA {
 
+// Whether the tile registers multiply numbers of this type.
+template <class T> constexpr bool BY_TILES = false;
+
 #ifdef ISA_AMX
 #define ISA_HAS_TILES 1
+template <> constexpr bool BY_TILES<bf16> = true;
 
 constexpr int TILE_WORDS = 16;            // rows of a tile, and words of its rows
 constexpr int64_t TILE_BYTES = 64;  // of a row
