@@ -170,6 +170,7 @@ struct AttentionArgs {
   int64_t B, T, S, H, K, D;
   bool causal;
   ScoreScale scale;
+  bool batch_invariant = false;  // few queries are computed in the order of many, also where that is slower
 };
 
 // The backward of attention: of the forward pass q, k, v, lse, where, and how they are; o is beside them,

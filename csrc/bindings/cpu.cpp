@@ -336,7 +336,12 @@ PYBIND11_MODULE(_cpu, m) {
     const AttentionArgs args =
         attention_args(q, k, v, causal, scale, lengths, k_scales, v_scales, cu_seqlens, o, lse);
     const int64_t b = row_beyond(args);
-    if (b < 0) launch(&KernelTable::attention, args);
+    if (b < 0)
+      launch([args] {
+        AttentionArgs its = args;
+        its.batch_invariant = batch_invariant;
+        chosen.second->attention(its);
+      });
     return b;
   }, "Returns the first row whose length exceeds S, or the first document that ends where it cannot, "
      "having done nothing then, or -1. `lse` may be empty, or None.");

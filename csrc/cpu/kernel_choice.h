@@ -18,8 +18,8 @@ inline int64_t quantized_tile_rows(int bits) { return bits == 4 ? 13 : 25; }
 // attention: query heads of a KV head up to which a row of the batch is decoded (split-KV). Packing
 // keys and values, as prefill does, pays beyond.
 constexpr int64_t DECODE_ROWS = 16;
-constexpr int64_t SPLIT_KEYS = 1024;  // keys of a split, while
-constexpr int64_t MAX_SPLITS = 32;    // there are no more splits than this
+// Keys of a split. A query's sums begin anew at each, whichever way it takes: see splits.h.
+constexpr int64_t SPLIT_KEYS = 1024;
 
 // Multiply-adds of attention that make up for waking a thread.
 constexpr int64_t THREAD_WORK = 1 << 18;

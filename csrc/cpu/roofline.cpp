@@ -67,8 +67,8 @@ void multiply_add_f32(const RooflineArgs& a) {
 void multiply_add_bf16(const RooflineArgs& a) {
 #if defined(ISA_HAS_TILES)
   for_each_part(a, [&](int64_t part, int64_t, int64_t) {
-    alignas(64) bf16 values[2 * TILE * TILE];
-    alignas(64) float sums[TILE * TILE];
+    alignas(64) bf16 values[2 * TILE_WORDS * TILE_WORDS];
+    alignas(64) float sums[TILE_WORDS * TILE_WORDS];
     for (bf16& value : values) from_float(0.01f, value);
     const TileRegisters registers;
     written(values);

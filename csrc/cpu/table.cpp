@@ -27,7 +27,7 @@ void multiply_add_bf16(const RooflineArgs&);
 // Of a step of the loops of roofline.cpp.
 constexpr int64_t F32_FLOPS = 12 * vf::W * 2;
 #ifdef ISA_HAS_TILES
-constexpr int64_t BF16_FLOPS = 4 * TILE * TILE * 2 * TILE * 2;
+constexpr int64_t BF16_FLOPS = 4 * TILE_WORDS * TILE_WORDS * 2 * TILE_WORDS * 2;
 #elif defined(ISA_HAS_PAIRS)
 constexpr int64_t BF16_FLOPS = 2 * F32_FLOPS;
 #else

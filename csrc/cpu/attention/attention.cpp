@@ -1,140 +1,77 @@
-// o = softmax(scale · q·kᵀ) v with an online softmax, all query heads of a KV head together. How a
-// row of the batch is computed depends on that row alone: see decode.h and prefill.h. A document packed
-// in a row is computed as a row that holds it alone would be.
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <type_traits>
+// o = softmax(scale · q·kᵀ) v with an online softmax, all query heads of a KV head together. A query's
+// result depends on that query and the keys that it sees alone, not on those that are computed beside it:
+// see softmax.h and splits.h. So do those of the documents packed in a row.
+#include <optional>
 
-#include "decode.h"
-#include "documents.h"
-#include "prefill.h"
 #include "../dispatch.h"
 #include "../parallel.h"
 #include "../scratch.h"
+#include "decode.h"
+#include "plan.h"
+#include "prefill.h"
 
 namespace llama_fast {
 namespace ISA {
 
-// How the sequences are cut into tasks: the rows of the batch, or the documents packed in one row.
-struct Plan {
-  const AttentionArgs& a;
-  int64_t G, block;  // queries of a block, where there are many
-
-  explicit Plan(const AttentionArgs& args) : a(args), G(args.H / args.K), block(0) {}
-
-  bool decodes(const Row& row) const { return is_decode(row, G); }
-  int64_t split(const Row& row) const { return split_keys(row, DECODE_TILE); }
-  int64_t splits(const Row& row) const { return (row.keys + split(row) - 1) / split(row); }
-  int64_t tasks(const Row& row) const {
-    if (row.queries == 0) return 0;
-    return a.K * (decodes(row) ? splits(row) : (row.queries + block - 1) / block);
-  }
-  // Splits that wait to be merged.
-  int64_t partials(const Row& row) const {
-    return row.queries && decodes(row) && splits(row) > 1 ? a.K * splits(row) : 0;
-  }
-};
-
-// Walks through the sequences as a thread's tasks ascend.
-struct Cursor {
-  const Plan* plan;
-  Sequence of;
-  int64_t begin = 0, end = 0, partial = 0, partials = 0;
-  int64_t head = 0, i = 0;  // of the task: a KV head, and which of its splits or blocks
-  Row row;
-
-  explicit Cursor(const Plan& p) : plan(&p), of(p.a), row(p.a, 0) {}
-  void seek(int64_t task) {
-    while (task >= end) {
-      of.next();
-      row = Row(of.args(), of.b());
-      begin = end;
-      end += plan->tasks(row);
-      partial += partials;
-      partials = plan->partials(row);
-    }
-    i = (task - begin) / plan->a.K;
-    head = (task - begin) % plan->a.K;
-  }
-  // The keys of a task of decode.
-  template <class T> Span<T> span() const {
-    const int64_t size = plan->split(row);
-    return {of.args(), of.b(), head, i * size, std::min((i + 1) * size, row.keys)};
-  }
-};
-
 template <class T> static void attend(const AttentionArgs& a) {
   if (a.B == 0 || a.T == 0 || a.H == 0) return;
-  Plan plan(a);
-  const int64_t G = plan.G, D = a.D, decode_rows = std::max<int64_t>(1, std::min(DECODE_ROWS / G, a.T)) * G;
+  const Plan plan(a, T{}, STRIP, prefill_rows(a.D));
 
-  // Sizes; and zeros for the queries without keys.
-  int64_t work = 0, queries = 0, partials = 0;
-  for (Sequence of(a); of.next();) {
-    const AttentionArgs& a = of.args();
-    const int64_t b = of.b();
-    const Row row(a, b);
-    std::memset(static_cast<T*>(a.o) + b * a.T * a.H * D, 0,
-                size_t(row.first * a.H * D) * sizeof(T));
-    for (int64_t h = 0; a.lse && h < a.H; ++h)
-      for (int64_t t = 0; t < row.first; ++t)
-        write_lse<T>(a, b, t, h, -std::numeric_limits<double>::infinity());
-    work += row.queries * row.keys * a.H * D * 2;
-    queries += plan.decodes(row) ? 0 : row.queries;
-    partials += plan.partials(row);
-  }
-  const int64_t threads = attention_threads(work);
-  // Four blocks a thread or more, so that they end together; the block's size changes no result.
-  const int64_t rows = std::clamp<int64_t>(queries * a.H / (4 * threads), STRIP, prefill_rows(D));
-  plan.block = std::max<int64_t>(1, rows / G);
-  int64_t tasks = 0;
-  for (Sequence of(a); of.next();) tasks += plan.tasks(Row(of.args(), of.b()));
-  const int64_t counts = sequences(a) * a.K;
-
-  struct Partials;
-  const int64_t partial_floats = Partial::floats(decode_rows, D);
-  float* kept = partials ? scratch<Partials>(partials * partial_floats + counts) : nullptr;
-  int32_t* done = reinterpret_cast<int32_t*>(kept + partials * partial_floats);
-  if (partials) std::memset(done, 0, size_t(counts) * sizeof(int32_t));
-
-  parallel_tasks(tasks, threads, [&](auto next) {
+  parallel_tasks(plan.tasks, plan.threads, [&](auto next) {
     struct Work;
-    const int64_t few = partial_floats + decode_floats(decode_rows, D);
-    const int64_t many = queries ? PrefillMemory(nullptr, plan.block * G, D).floats : 0;
-    float* memory = scratch<Work>(std::max(few, many));
-    Cursor at(plan), following(plan);
-    bool fetched = false;
-    auto follow = [&](int64_t task) {
-      following.seek(task);
-      return plan.decodes(following.row) ? following.span<T>() : Span<T>();
+#ifdef ISA_HAS_TILES
+    std::optional<TileRegisters> registers;
+    if (std::is_same_v<T, bf16>) registers.emplace();
+#endif
+    const int64_t few = plan.partial_floats + Decode<T>::floats(plan.decode_rows, a.D);
+    const int64_t many_rows = std::max(plan.block * plan.G, BY_TILES<T> && a.batch_invariant ? plan.decode_rows : 0);
+    const int64_t many = plan.partial_floats + PrefillMemory(nullptr, many_rows, a.D).floats;
+    float* memory = scratch<Work>(std::max(2 * few, many));
+    // Tasks of decode take turns in two places, since one begins before the last has ended.
+    Cursor at[2] = {Cursor(plan), Cursor(plan)};
+    std::optional<Decode<T>> places[2];
+    int place = 0;
+    auto begin_decode = [&] {
+      const Cursor& of = at[place];
+      const AttentionArgs& its = of.of.args();
+      float* own = memory + place * few;
+      const Span<T> keys(its, of.of.b(), of.head, of.first_key(), of.end_key());
+      places[place].emplace(its, of.row, of.of.b(), of.head, keys, own + plan.partial_floats,
+                            of.result(own));
+      return &*places[place];
     };
-    for (int64_t task = next(), then; task < tasks; task = then) {
-      at.seek(task);
-      const Row& row = at.row;
-      const AttentionArgs& its = at.of.args();
-      const int64_t b = at.of.b();
-      if (!plan.decodes(row)) {  // the last blocks have the most keys: they go first
-        const int64_t blocks = (row.queries + plan.block - 1) / plan.block;
-        const int64_t t = row.first + (blocks - 1 - at.i) * plan.block;
-        prefill<T>(its, row, b, at.head, t, std::min(t + plan.block, its.T), memory);
-        then = next();
-        fetched = false;
+    for (int64_t task = next(); task < plan.tasks;) {
+      const Cursor& now = at[place];
+      at[place].seek(task);
+      if (!plan.decodes(now.row)) {
+        prefill<T>(now.of.args(), now.row, now.of.b(), now.head, now.t_begin(), now.t_end(), 0,
+                   now.row.keys, memory, nullptr);
+        task = next();
         continue;
       }
-      const int64_t row_heads = row.queries * G, count = plan.splits(row);
-      float* first = count == 1 ? memory : kept + (at.partial + at.head * count) * partial_floats;
-      // Partials lie as close as this row needs them.
-      const Partial result(first + at.i * Partial::floats(row_heads, D), row_heads, D);
+      // Tile registers add in another order than decode.h, which is faster.
+      if (BY_TILES<T> && a.batch_invariant) {
+        const Partial result = now.result(memory);
+        prefill<T>(now.of.args(), now.row, now.of.b(), now.head, now.row.first, now.of.args().T,
+                   now.first_key(), now.end_key(), memory + plan.partial_floats, &result);
+        now.template end_split<T>(memory);
+        task = next();
+        continue;
+      }
+      int ending = place;
       decode<T>(
-          its, row, b, at.head, at.span<T>(), fetched,
-          [&] {
-            then = next();
-            return then < tasks ? follow(then) : Span<T>();
+          begin_decode(),
+          [&]() -> Decode<T>* {
+            task = next();
+            if (task >= plan.tasks) return nullptr;
+            place ^= 1;
+            at[place].seek(task);
+            return plan.decodes(at[place].row) ? begin_decode() : nullptr;
           },
-          memory + partial_floats, result);
-      fetched = true;
-      end_split<T>(its, row, b, at.head, first, count, done + at.of.index * a.K);
+          [&](const Decode<T>&) {
+            at[ending].template end_split<T>(memory + ending * few);
+            ending ^= 1;
+          });
     }
   });
 }

@@ -102,14 +102,6 @@ struct Block {
   bool is_last() const { return t_end == of.T; }
 };
 
-// Rows of the left side of a product: the D elements at `from` as units, at `to`.
-template <class T> static void put_units(const T* from, int64_t D, float* to) {
-  constexpr int W = vf::W, SIZE = Unit<T>::size;
-  for (int64_t u = 0; u < D / SIZE; u += W)
-    store(to + u, (u + W) * SIZE <= D ? Unit<T>::load(from + u * SIZE)
-                                      : Unit<T>::load(from + u * SIZE, int(D - u * SIZE)));
-}
-
 // Rows r of `x` (B, T, H, D), one after another: in memory.rows, as units of a row and in panels.
 template <class T>
 static void pack_queries(const Block& block, const Heads& x, const Memory<T>& m, int64_t D, float* units_of,

@@ -90,15 +90,29 @@ static void score_words(const int16_t* q, int64_t q_stride, Tile<int8_t> k, int6
 struct TileScales {
   float kept[QUANTIZED_TILE];
   const float* of;
+  int64_t count;
   float bad;  // 0, or NaN where one is not finite
 
-  TileScales(const HeadScales& x, int64_t b, int64_t head, int64_t tile, int64_t count) {
-    const int64_t stride = x.stride.t;
-    of = x.data + b * x.stride.b + head * x.stride.h + tile * stride;
-    if (stride != 1 || count < QUANTIZED_TILE) {
-      for (int64_t j = 0; j < QUANTIZED_TILE; ++j) kept[j] = j < count ? of[j * stride] : 0.f;
-      of = kept;
-    }
+  TileScales(const HeadScales& x, int64_t b, int64_t head, int64_t tile, int64_t keys)
+      : TileScales(x.data + b * x.stride.b + head * x.stride.h + tile * x.stride.t, x.stride.t, keys) {
+    find_bad();
+  }
+  // The first keys of `all`, as far as it has them.
+  TileScales(const TileScales& all, int64_t keys)
+      : TileScales(all.of, 1, std::min(keys, all.count)) {
+    if (count < all.count)
+      find_bad();
+    else
+      of = all.of, bad = all.bad;
+  }
+
+ private:
+  TileScales(const float* from, int64_t stride, int64_t keys) : of(from), count(keys), bad(0.f) {
+    if (stride == 1 && count == QUANTIZED_TILE) return;
+    for (int64_t j = 0; j < QUANTIZED_TILE; ++j) kept[j] = j < count ? from[j * stride] : 0.f;
+    of = kept;
+  }
+  void find_bad() {
     vf differences = zero();
     for (int64_t j = 0; j < QUANTIZED_TILE; j += vf::W)
       differences = differences + (load(of + j) - load(of + j));
@@ -147,16 +161,18 @@ static void weigh(float* s, const float* q_steps, const TileScales& k, const Til
     correction[i] = tile_m[i] > m[i] ? smaller[i] : 1.f;
     m[i] = std::max(m[i], tile_m[i]);
     const vf base = set(base_of(m[i]));
-    vf sum_of = load(l + i * W) * set(correction[i]), largest = zero();
+    // The scale of a key that a query does not see must not reach it.
+    const TileScales own(v, count[i]);
+    vf sum_of = zero(), largest = zero();
     for (int64_t j = 0; j < QUANTIZED_TILE; j += W) {
       const vf p = exp2((load(scores + j) - base) * set(scale.rest));
       sum_of = sum_of + p;
-      const vf product = p * load(v.of + j);
+      const vf product = p * load(own.of + j);
       largest = max(largest, product);
       store(scores + j, product);
     }
-    store(l + i * W, sum_of);
-    const float bound = max_of(largest) + v.bad;
+    store(l + i * W, fma(load(l + i * W), set(correction[i]), sum_of));
+    const float bound = max_of(largest) + own.bad;
     const vf to_word = set(bound > 1e-33f ? WORD_MAX / bound : 0.f);  // none that is infinite
     steps[i * NUMBER] = bound / WORD_MAX;
     if constexpr (NUMBER == 2) steps[i * NUMBER + 1] = steps[i * NUMBER] / (2 * WORD_MAX);

@@ -7,6 +7,8 @@
 // a query does not see leave it as it is.
 #pragma once
 
+#include "../simd/amx.h"
+#include "splits.h"
 #include "tiles.h"
 
 namespace llama_fast {
@@ -15,19 +17,66 @@ namespace ISA {
 constexpr int MR = vf::W == 1 ? 4 : 6;                        // queries of the inner loop,
 constexpr int NV = vf::W == 16 ? 4 : vf::W == 8 ? 2 : 4;      // vectors of keys or of o's columns
 constexpr int PANEL = NV * vf::W;
-constexpr int PREFILL_TILE = vf::W == 16 ? 128 : 64;             // keys
 constexpr int STRIP = 4 * MR;  // queries whose scores stay in L1
 
-// c[r] = a[r] · b for MR rows of a and a panel of N vectors of b, over `steps` units; with a
-// correction, plus correction[r] · c[r].
-template <class T, int N>
-static void multiply_panel(const float* a, int64_t a_stride, const float* b, int64_t steps,
-                           float* c, int64_t c_stride, const float* correction) {
-  multiply<T, MR, N>(a, a_stride, b, steps, [&](int r, int i, vf sums_of) {
-    float* at = c + r * c_stride + i * vf::W;
-    store(at, correction ? fma(load(at), set(correction[r]), sums_of) : sums_of);
-  });
-}
+// The products of prefill: c[r] = a[r] · b for MR rows of a and a panel of N vectors of b, over `steps`
+// units, of which there are whole STEPS; with a correction, plus correction[r] · c[r]. By sums in vectors,
+template <class T> struct Products {
+  static constexpr int MR = ISA::MR, STRIP = ISA::STRIP, STEPS = 1;
+
+  template <int N>
+  static void multiply(const float* a, int64_t a_stride, const float* b, int64_t steps, float* c,
+                       int64_t c_stride, const float* correction) {
+    ISA::multiply<T, MR, N>(a, a_stride, b, steps, [&](int r, int i, vf sums_of) {
+      float* at = c + r * c_stride + i * vf::W;
+      store(at, correction ? fma(load(at), set(correction[r]), sums_of) : sums_of);
+    });
+  }
+};
+#ifdef ISA_HAS_TILES
+// or in tile registers: queries, or weights, are their left side, a panel is several right sides.
+template <> struct Products<bf16> {
+  static constexpr int MR = TILE_WORDS, STRIP = 2 * MR, STEPS = TILE_WORDS;
+
+  template <int N>
+  static void multiply(const float* a, int64_t a_stride, const float* b, int64_t steps, float* c,
+                       int64_t c_stride, const float* correction) {
+    constexpr int64_t row = N * TILE_BYTES;
+    written(a);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < steps; step += STEPS) {
+      const char* right = reinterpret_cast<const char*>(b) + step * row;
+      _tile_loadd(4, a + step, a_stride * 4);
+      _tile_loadd(5, right, row);
+      _tile_dpbf16ps(0, 4, 5);
+      if (N > 1) _tile_loadd(6, right + TILE_BYTES, row);
+      if (N > 1) _tile_dpbf16ps(1, 4, 6);
+      if (N > 2) _tile_loadd(7, right + 2 * TILE_BYTES, row);
+      if (N > 2) _tile_dpbf16ps(2, 4, 7);
+      if (N > 3) _tile_loadd(5, right + 3 * TILE_BYTES, row);
+      if (N > 3) _tile_dpbf16ps(3, 4, 5);
+    }
+    alignas(64) float buffer[MR * N * TILE_WORDS];
+    float* sums = correction ? buffer : c;
+    const int64_t stride = correction ? row : c_stride * 4;
+    _tile_stored(0, sums, stride);
+    if (N > 1) _tile_stored(1, sums + TILE_WORDS, stride);
+    if (N > 2) _tile_stored(2, sums + 2 * TILE_WORDS, stride);
+    if (N > 3) _tile_stored(3, sums + 3 * TILE_WORDS, stride);
+    written(sums);
+    for (int r = 0; correction && r < MR; ++r) {
+      const vf factor = set(correction[r]);
+      for (int i = 0; i < N; ++i) {
+        float* at = c + r * c_stride + i * vf::W;
+        store(at, fma(load(at), factor, load(buffer + (r * N + i) * vf::W)));
+      }
+    }
+  }
+};
+#endif
 
 // How many query heads a block holds at most: its working memory stays in L2.
 static inline int64_t prefill_rows(int64_t D) {
@@ -35,13 +84,18 @@ static inline int64_t prefill_rows(int64_t D) {
   return D <= 128 ? rows : rows / 2;
 }
 
+constexpr int MOST_MR = std::max(Products<float>::MR, Products<bf16>::MR);
+constexpr int MOST_STRIP = std::max(Products<float>::STRIP, Products<bf16>::STRIP);
+
 struct PrefillMemory {
-  float *q, *o, *k, *v, *s, *m, *l, *correction;
+  float *q, *k, *v, *s, *correction;
+  float *o, *m, *l;                       // of the split that is computed,
+  float *whole_o, *whole_m, *whole_l;  // and of those before it
   int64_t q_stride, o_stride, floats;
 
   // Laid out from `memory`, which may be null to learn the size.
   PrefillMemory(float* memory, int64_t rows, int64_t D) : floats(0) {
-    const int64_t padded = round_up(rows, MR);
+    const int64_t padded = round_up(rows, MOST_MR);
     auto take = [&](int64_t count) {
       float* at = memory ? memory + floats : nullptr;
       floats += round_up(count, 16);
@@ -50,13 +104,22 @@ struct PrefillMemory {
     q_stride = round_up(D, vf::W);
     o_stride = round_up(D, vf::W);
     q = take(padded * q_stride);
+    k = take(TILE * q_stride);
+    v = take(TILE * o_stride);
+    s = take(MOST_STRIP * TILE);
+    correction = take(MOST_STRIP);
     o = take(padded * o_stride);
-    k = take(PREFILL_TILE * q_stride);
-    v = take(PREFILL_TILE * o_stride);
-    s = take(STRIP * PREFILL_TILE);
     m = take(padded);
     l = take(padded);
-    correction = take(STRIP);
+    whole_o = take(padded * o_stride);
+    whole_m = take(padded);
+    whole_l = take(padded);
+  }
+  // What was computed becomes that of the splits before, and the other way round.
+  void keep_split() {
+    std::swap(o, whole_o);
+    std::swap(m, whole_m);
+    std::swap(l, whole_l);
   }
 };
 
@@ -69,43 +132,57 @@ static void add_panels(const PrefillMemory& m, const float* weights, int64_t row
     if (left < N * vf::W)
       return add_panels<T, N - 1>(m, weights, row, steps, tile_steps, correction, begin);
   }
-  multiply_panel<T, N>(weights, PREFILL_TILE, m.v + begin * tile_steps, steps,
+  Products<T>::template multiply<N>(weights, TILE, m.v + begin * tile_steps, steps,
                  m.o + row * m.o_stride + begin, m.o_stride, correction);
 }
 
-// The queries [t_begin, t_end) of a row of the batch and a KV head.
+// The queries [t_begin, t_end) of a row of the batch and a KV head; over one of its splits alone, the keys
+// [key_begin, key_end), where there is a `partial` for what is known of them then.
 template <class T>
-static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t head,
-                         int64_t t_begin, int64_t t_end, float* memory) {
-  constexpr int W = vf::W, SIZE = Unit<T>::size;
-  const int64_t G = a.H / a.K, D = a.D, rows = (t_end - t_begin) * G, units = D / SIZE;
+static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t head, int64_t t_begin,
+                    int64_t t_end, int64_t key_begin, int64_t key_end, float* memory,
+                    const Partial* partial) {
+  constexpr int SIZE = Unit<T>::size, MR = Products<T>::MR, STRIP = Products<T>::STRIP;
+  constexpr int KEYS = Products<T>::STEPS * SIZE;  // whose values are added together
+  const int64_t G = a.H / a.K, D = a.D, rows = (t_end - t_begin) * G;
+  const int64_t units = round_up(D / SIZE, Products<T>::STEPS);
   const int64_t padded = round_up(rows, MR);
-  const PrefillMemory m(memory, rows, D);
+  PrefillMemory m(memory, rows, D);
 
   for (int64_t r = 0; r < padded; ++r) {
-    const T* from = static_cast<const T*>(a.q.data) + b * a.q.stride.b +
-                    (t_begin + r / G) * a.q.stride.t + (head * G + r % G) * a.q.stride.h;
-    for (int64_t u = 0; u < units; u += W) {
-      const vf x = r >= rows ? zero()
-                   : u + W <= units ? Unit<T>::load(from + u * SIZE)
-                                    : Unit<T>::load(from + u * SIZE, int(D - u * SIZE));
-      store(m.q + r * m.q_stride + u, x);
-    }
-    for (int64_t d = 0; d < m.o_stride; d += W) store(m.o + r * m.o_stride + d, zero());
-    m.m[r] = -std::numeric_limits<float>::infinity();
-    m.l[r] = 0.f;
+    float* to = m.q + r * m.q_stride;
+    std::fill(to, to + m.q_stride, 0.f);
+    if (r < rows)
+      put_units(a.q.at<const T>(b, t_begin + r / G) + (head * G + r % G) * a.q.stride.h, D, to);
   }
+  auto begin_split = [&] {
+    std::fill(m.o, m.o + padded * m.o_stride, 0.f);
+    std::fill(m.m, m.m + padded, -std::numeric_limits<float>::infinity());
+    std::fill(m.l, m.l + padded, 0.f);
+  };
+  begin_split();
+
+  auto merge = [&] {
+    for (int64_t r = 0; r < rows; ++r)
+      merge_state(m.whole_o + r * m.o_stride, m.whole_m[r], m.whole_l[r], m.o + r * m.o_stride, m.m[r],
+                  m.l[r], D, a.scale);
+  };
 
   // Queries of a later strip see no fewer keys.
   auto visible = [&](int64_t r) { return row.visible(a, t_begin + std::min(r, rows - 1) / G); };
   const T* keys = static_cast<const T*>(a.k.data) + b * a.k.stride.b + head * a.k.stride.h;
   const T* values = static_cast<const T*>(a.v.data) + b * a.v.stride.b + head * a.v.stride.h;
-  const int64_t end = visible(rows - 1);
-  for (int64_t tile = 0; tile < end; tile += PREFILL_TILE) {
-    const int64_t count = std::min<int64_t>(PREFILL_TILE, end - tile);
-    const int64_t tile_steps = (count + SIZE - 1) / SIZE;
-    pack_keys<T, PANEL>(keys + tile * a.k.stride.t, a.k.stride.t, count, D, m.k);
-    pack_values<T, PANEL>(values + tile * a.v.stride.t, a.v.stride.t, count, D, m.v);
+  const int64_t end = std::min(visible(rows - 1), key_end);
+  for (int64_t tile = key_begin; tile < end; tile += TILE) {
+    if (tile > key_begin && tile % SPLIT_KEYS == 0) {
+      if (tile == SPLIT_KEYS) m.keep_split();
+      else merge();
+      begin_split();
+    }
+    const int64_t count = std::min<int64_t>(TILE, end - tile);
+    const int64_t tile_steps = round_up(count, KEYS) / SIZE;
+    pack_keys<T, PANEL>(keys + tile * a.k.stride.t, a.k.stride.t, count, D, m.k, units);
+    pack_values<T, PANEL>(values + tile * a.v.stride.t, a.v.stride.t, count, D, m.v, tile_steps);
     for (int64_t strip = 0; strip < padded; strip += STRIP) {
       const int64_t strip_end = std::min<int64_t>(strip + STRIP, padded);
       if (visible(strip_end - 1) <= tile) continue;
@@ -113,26 +190,38 @@ static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t h
       for (int64_t j = 0; j < count; j += PANEL) {
         for (int64_t r = strip; r < strip_end; r += MR) {
           if (seen(r) > j)
-            multiply_panel<T, NV>(m.q + r * m.q_stride, m.q_stride, m.k + j * units, units,
-                            m.s + (r - strip) * PREFILL_TILE + j, PREFILL_TILE, nullptr);
+            Products<T>::template multiply<NV>(m.q + r * m.q_stride, m.q_stride, m.k + j * units, units,
+                            m.s + (r - strip) * TILE + j, TILE, nullptr);
         }
       }
       for (int64_t r = strip; r < strip_end; ++r) {
         const int64_t own = r < rows ? std::min(count, visible(r) - tile) : 0;
-        const int64_t needed = round_up(std::max<int64_t>(0, seen(r / MR * MR)), SIZE);
-        m.correction[r - strip] = softmax_part<T>(m.s + (r - strip) * PREFILL_TILE, own, needed,
+        const int64_t needed = round_up(std::max<int64_t>(0, seen(r / MR * MR)), KEYS);
+        m.correction[r - strip] = softmax_part<T>(m.s + (r - strip) * TILE, own, needed,
                                                   a.scale, m.m[r], m.l[r]);
       }
       for (int64_t d = 0; d < m.o_stride; d += PANEL) {
         for (int64_t r = strip; r < strip_end; r += MR) {
           if (seen(r) > 0)
-            add_panels<T, NV>(m, m.s + (r - strip) * PREFILL_TILE, r, (seen(r) + SIZE - 1) / SIZE,
+            add_panels<T, NV>(m, m.s + (r - strip) * TILE, r, round_up(seen(r), KEYS) / SIZE,
                               tile_steps, m.correction + (r - strip), d);
         }
       }
     }
   }
 
+  if (partial) {
+    for (int64_t r = 0; r < rows; ++r) {
+      std::copy_n(m.o + r * m.o_stride, m.o_stride, partial->sums_of + r * partial->stride);
+      partial->m[r] = m.m[r];
+      partial->l[r] = m.l[r];
+    }
+    return;
+  }
+  if (end > SPLIT_KEYS) {
+    merge();
+    m.keep_split();
+  }
   for (int64_t r = 0; r < rows; ++r) {
     write_result<T>(a, b, t_begin + r / G, head * G + r % G, m.o + r * m.o_stride, m.m[r],
                     m.l[r]);

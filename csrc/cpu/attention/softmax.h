@@ -1,4 +1,9 @@
 // What both ways of computing attention share: which keys a query sees, and the online softmax.
+//
+// They sum in one order, so that a query's result is the same with others beside it and alone: a score is
+// a chain of multiply-adds over the units of D; the softmax goes on tile by tile of TILE keys, which
+// start at multiples of their size; the values of a tile are a chain over the units of its keys, and
+// that sum is added to those of the tiles before, times their correction.
 #pragma once
 
 #include <cmath>
@@ -10,6 +15,8 @@
 
 namespace llama_fast {
 namespace ISA {
+
+constexpr int TILE = vf::W == 16 ? 128 : 64;  // keys
 
 // A row of the batch. The queries that it sees nothing for come first and are left out below.
 struct Row {
@@ -32,26 +39,38 @@ struct Row {
 // them two at a time, pairs of bf16. A unit holds `size` elements.
 template <class T> struct Unit {
   static constexpr int size = 1;
-  static vf load(const T* p) { return ISA::load(p); }
-  static vf load(const T* p, int n) { return ISA::load(p, n); }
+  template <class Width> static vf load(const T* p, Width width) { return ISA::load(p, width); }
   static vf madd(vf a, vf b, vf c) { return fma(a, b, c); }
 };
 #ifdef ISA_HAS_PAIRS
 template <> struct Unit<bf16> {
   static constexpr int size = 2;
-  static vf load(const bf16* p) { return load_pairs(p); }
+  static vf load(const bf16* p, Full) { return load_pairs(p); }
   static vf load(const bf16* p, int n) { return load_pairs(p, n); }
   static vf madd(vf a, vf b, vf c) { return dot_pairs(a, b, c); }
+  // The first n of 2W elements of two rows as pairs, one of each row, in order.
+  static void pair(const bf16* row, const bf16* next, int n, vf (&x)[2]) {
+    pair_rows(load_pairs(row, n), load_pairs(next, n), x[0], x[1]);
+    in_order(x[0], x[1], x[0], x[1]);
+  }
 };
 #endif
 
+// The D elements at `from` as units, at `to`, and zeros behind them to the end of a vector.
+template <class T> static void put_units(const T* from, int64_t D, float* to) {
+  constexpr int RUN = vf::W * Unit<T>::size;
+  for (int64_t d = 0; d < D; d += RUN, to += vf::W)
+    store(to, d + RUN <= D ? Unit<T>::load(from + d, Full{}) : Unit<T>::load(from + d, int(D - d)));
+}
+
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-static inline float exp2_of(float x) {
+static inline float first_lane(vf x) {
   float lanes[vf::W];
-  store(lanes, exp2(set(x)));
+  store(lanes, x);
   return lanes[0];
 }
+static inline float exp2_of(float x) { return first_lane(exp2(set(x))); }
 
 // What is subtracted from scores: their largest, or 0 where that is -infinity.
 static inline float base_of(float m) {
@@ -101,7 +120,7 @@ static float softmax_part(float* s, int64_t count, int64_t padded, const ScoreSc
       store(weights + i, x);
       i += W;
     }
-    l = l * correction + sum(sum_of);
+    l = first_lane(fma(set(l), set(correction), set(sum(sum_of))));
   }
   for (; i < padded; i += W) store(weights + i, zero());
   return correction;

@@ -4,6 +4,8 @@
 // a time, and as many sums in registers as rows and vectors of the panel.
 #pragma once
 
+#include <algorithm>
+
 #include "softmax.h"
 
 namespace llama_fast {
@@ -35,19 +37,23 @@ static inline void multiply(const float* a, int64_t a_stride, const float* b, in
   }
 }
 
-// Keys (count, D) → panels of PANEL keys, each (D / unit, PANEL); zeros fill the last panel.
+// Keys (count, D) → panels of PANEL keys, each (units, PANEL), by default of D / unit units; zeros fill the
+// last ones, and the last panel.
 template <class T, int PANEL>
-static void pack_keys(const T* k, int64_t stride, int64_t count, int64_t D, float* packed) {
+static void pack_keys(const T* k, int64_t stride, int64_t count, int64_t D, float* packed,
+                      int64_t units = 0) {
   constexpr int W = vf::W, SIZE = Unit<T>::size;
-  const int64_t units = D / SIZE;
+  const int64_t filled = D / SIZE;
+  units = std::max(units, filled);
   for (int64_t j = 0; j < round_up(count, PANEL); j += W) {
     float* panel = packed + j / PANEL * PANEL * units + j % PANEL;
     for (int64_t u = 0; u < units; u += W) {
       vf x[W];
       for (int i = 0; i < W; ++i) {
         const T* from = k + (j + i) * stride + u * SIZE;
+        __builtin_prefetch(from + TILE * stride, 0, 2);  // of the next tile
         x[i] = j + i >= count ? zero()
-               : u + W <= units ? Unit<T>::load(from)
+               : u + W <= filled ? Unit<T>::load(from, Full{})
                                 : Unit<T>::load(from, int(D - u * SIZE));
       }
       transpose(x);
@@ -56,33 +62,38 @@ static void pack_keys(const T* k, int64_t stride, int64_t count, int64_t D, floa
   }
 }
 
-// Values (count, D) → panels of up to PANEL columns, each (count / unit, columns).
+// Values (count, D) → panels of up to PANEL columns, each (steps, columns), by default of count / unit
+// steps; zeros fill the last ones.
 template <class T, int PANEL>
-static void pack_values(const T* v, int64_t stride, int64_t count, int64_t D, float* packed) {
+static void pack_values(const T* v, int64_t stride, int64_t count, int64_t D, float* packed,
+                        int64_t steps = 0) {
   constexpr int W = vf::W, SIZE = Unit<T>::size;
-  const int64_t columns = round_up(D, W), steps = (count + SIZE - 1) / SIZE;
+  const int64_t columns = round_up(D, W), filled = (count + SIZE - 1) / SIZE;
+  steps = std::max(steps, filled);
   for (int64_t step = 0; step < steps; ++step) {
     auto put = [&](int64_t d, vf x) {  // d is a multiple of W
       if (d >= columns) return;
       const int64_t begin = d / PANEL * PANEL, width = std::min<int64_t>(PANEL, columns - begin);
       store(packed + begin * steps + step * width + (d - begin), x);
     };
+    if (step >= filled) {
+      for (int64_t d = 0; d < columns; d += W) put(d, zero());
+      continue;
+    }
     const T* row = v + step * SIZE * stride;
     if constexpr (SIZE == 1) {
       for_each_vector(D, [&](int64_t d, auto width) { put(d, load(row + d, width)); });
     } else {
-#ifdef ISA_HAS_PAIRS
       // An odd last row is paired with itself, under a weight of zero.
       const T* next = step * 2 + 1 < count ? row + stride : row;
       for (int64_t d = 0; d < D; d += 2 * W) {
-        const int n = int(std::min<int64_t>(2 * W, D - d));
+        __builtin_prefetch(row + d + TILE * stride, 0, 2);  // of the next tile
+        __builtin_prefetch(next + d + TILE * stride, 0, 2);
         vf x[2];
-        pair_rows(load_pairs(row + d, n), load_pairs(next + d, n), x[0], x[1]);
-        in_order(x[0], x[1], x[0], x[1]);
+        Unit<T>::pair(row + d, next + d, int(std::min<int64_t>(2 * W, D - d)), x);
         put(d, x[0]);
         put(d + W, x[1]);
       }
-#endif
     }
   }
 }

@@ -26,8 +26,8 @@ namespace ISA {
 namespace tiles {
 
 using Lines = Side<bf16>;                  // a step of a row is a line of memory: 32 elements
-constexpr int ROWS = 2 * TILE, WIDTH = 2 * TILE;
-constexpr int64_t STEP = 32, STEP_UNITS = TILE;
+constexpr int ROWS = 2 * TILE_WORDS, WIDTH = 2 * TILE_WORDS;
+constexpr int64_t STEP = 32, STEP_UNITS = TILE_WORDS;
 constexpr int64_t TILE_UNITS = ROWS * STEP_UNITS;  // of a step of packed rows
 constexpr int64_t CHUNK = 8 * STEP;        // of K: 16 KB of a tile of rows, as much of a panel
 constexpr int64_t BLOCK_TILES = 8;         // of rows in a task, at most: 128 KB of a chunk
@@ -45,9 +45,9 @@ template <int N, class Meanwhile>
 static inline void multiply(const TileRows& rows, const float* panel, int64_t steps, float* c,
                             bool first, Meanwhile&& meanwhile) {
   constexpr int64_t panel_row = N * TILE_BYTES;
-  const char *low = rows.first, *high = low + TILE * rows.row;
+  const char *low = rows.first, *high = low + TILE_WORDS * rows.row;
   const char* lanes = reinterpret_cast<const char*>(panel);
-  float* c_high = c + TILE * N * TILE;
+  float* c_high = c + TILE_WORDS * N * TILE_WORDS;
   written(c);
   if (first) {
     _tile_zero(0);
@@ -57,8 +57,8 @@ static inline void multiply(const TileRows& rows, const float* panel, int64_t st
   } else {
     _tile_loadd(0, c, panel_row);
     _tile_loadd(2, c_high, panel_row);
-    if (N == 2) _tile_loadd(1, c + TILE, panel_row);
-    if (N == 2) _tile_loadd(3, c_high + TILE, panel_row);
+    if (N == 2) _tile_loadd(1, c + TILE_WORDS, panel_row);
+    if (N == 2) _tile_loadd(3, c_high + TILE_WORDS, panel_row);
   }
   for (int64_t s = 0; s < steps; ++s) {
     meanwhile();
@@ -72,14 +72,14 @@ static inline void multiply(const TileRows& rows, const float* panel, int64_t st
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(3, 5, 7);
     }
-    lanes += TILE * panel_row;
+    lanes += TILE_WORDS * panel_row;
     low += rows.step;
     high += rows.step;
   }
   _tile_stored(0, c, panel_row);
   _tile_stored(2, c_high, panel_row);
-  if (N == 2) _tile_stored(1, c + TILE, panel_row);
-  if (N == 2) _tile_stored(3, c_high + TILE, panel_row);
+  if (N == 2) _tile_stored(1, c + TILE_WORDS, panel_row);
+  if (N == 2) _tile_stored(3, c_high + TILE_WORDS, panel_row);
   written(c);
 }
 template <class Meanwhile>
@@ -93,11 +93,11 @@ static inline void multiply(int vectors, const TileRows& rows, const float* pane
 class Product {
  public:
   Product(const GemmArgs& args, int64_t l)
-      : a_(args), rows_{args.rows, args.K}, l0_(l), vectors_(ceil_div(std::min(LANES, args.L - l), TILE)),
+      : a_(args), rows_{args.rows, args.K}, l0_(l), vectors_(ceil_div(std::min(LANES, args.L - l), TILE_WORDS)),
         panels_(ceil_div(vectors_, 2)), tiles_(ceil_div(args.R, ROWS)), steps_(ceil_div(args.K, STEP)),
         direct_(!args.rows.transposed && panels_ <= DIRECT_PANELS), threads_(max_threads()) {
     struct Packed;
-    packed_ = scratch<Packed>(vectors_ * TILE * steps_ * STEP_UNITS);
+    packed_ = scratch<Packed>(vectors_ * TILE_WORDS * steps_ * STEP_UNITS);
   }
 
   void run() {
@@ -122,16 +122,16 @@ class Product {
   int64_t rows_of(int64_t t0, int64_t t1) const { return std::min(t1 * ROWS, a_.R) - t0 * ROWS; }
   // A panel's share of K from step k on.
   float* panel_at(int64_t panel, int64_t k) const {
-    return packed_ + panel * WIDTH * steps_ * STEP_UNITS + k * STEP_UNITS * vectors_of(panel) * TILE;
+    return packed_ + panel * WIDTH * steps_ * STEP_UNITS + k * STEP_UNITS * vectors_of(panel) * TILE_WORDS;
   }
 
   void pack_lanes() const {
     const Lines side{a_.lanes, a_.K};
-    parallel_for(vectors_, 1 + 8192 / (a_.K * TILE), [&](int64_t begin, int64_t end) {
+    parallel_for(vectors_, 1 + 8192 / (a_.K * TILE_WORDS), [&](int64_t begin, int64_t end) {
       for (int64_t v = begin; v < end; ++v) {
-        const int64_t l = l0_ + v * TILE;
-        side.pack_lanes(l, int(std::min<int64_t>(TILE, a_.L - l)), 0, a_.K,
-                        panel_at(v / 2, 0) + v % 2 * TILE, vectors_of(v / 2) * TILE);
+        const int64_t l = l0_ + v * TILE_WORDS;
+        side.pack_lanes(l, int(std::min<int64_t>(TILE_WORDS, a_.L - l)), 0, a_.K,
+                        panel_at(v / 2, 0) + v % 2 * TILE_WORDS, vectors_of(v / 2) * TILE_WORDS);
       }
     });
   }
@@ -139,8 +139,8 @@ class Product {
   // Rows [first, first + n) from element k_begin to k_end, as one tile or several.
   void pack_rows(int64_t first, int64_t n, int64_t k_begin, int64_t k_end, float* to) const {
     const int64_t tile = ceil_div(k_end - k_begin, STEP) * TILE_UNITS;
-    for (int64_t r = 0; r < n; r += TILE)
-      rows_.pack_rows(first + r, int(std::min<int64_t>(TILE, n - r)), k_begin, k_end,
+    for (int64_t r = 0; r < n; r += TILE_WORDS)
+      rows_.pack_rows(first + r, int(std::min<int64_t>(TILE_WORDS, n - r)), k_begin, k_end,
                       to + r / ROWS * tile + r % ROWS * STEP_UNITS, {STEP_UNITS, TILE_UNITS});
   }
 
@@ -191,9 +191,9 @@ class Product {
         const float* panel = panel_at(p, k / STEP);
         Ahead panel_ahead;
         if (p + 1 < p1)
-          panel_ahead = {panel_at(p + 1, k / STEP), 1, steps * TILE * vectors_of(p + 1), 0, tiles * steps};
+          panel_ahead = {panel_at(p + 1, k / STEP), 1, steps * TILE_WORDS * vectors_of(p + 1), 0, tiles * steps};
         for (int64_t t = 0; t < tiles; ++t) {
-          multiply(vectors, packed(rows + t * steps * TILE_UNITS), panel, steps, c + (p - p0) * sums + t * ROWS * vectors * TILE,
+          multiply(vectors, packed(rows + t * steps * TILE_UNITS), panel, steps, c + (p - p0) * sums + t * ROWS * vectors * TILE_WORDS,
                    k == 0, [&] {
                      panel_ahead.step();
                      rows_ahead.step();
@@ -205,7 +205,7 @@ class Product {
   }
 
   void write(const float* c, int64_t first, int64_t n, int64_t p) const {
-    const int64_t l = l0_ + p * WIDTH, width = vectors_of(p) * TILE;
+    const int64_t l = l0_ + p * WIDTH, width = vectors_of(p) * TILE_WORDS;
     const int64_t stride = a_.out_transposed ? a_.R : a_.L;
     bf16* out = static_cast<bf16*>(a_.out);
     write_panel(c, n, width, std::min(width, a_.L - l),

@@ -27,7 +27,7 @@ constexpr int64_t COLUMNS_OF_TILE = 64;           // at most
 constexpr int64_t NEAR_BLOCKS = 2, TASK_BLOCKS = 16;
 // Products whose sums wait in memory until they are used: they take some time to arrive there.
 constexpr int64_t WAITING = 3, RING = WAITING + 1;
-constexpr int64_t SUMS_BYTES = TILE * TILE_BYTES;  // of a product
+constexpr int64_t SUMS_BYTES = TILE_WORDS * TILE_BYTES;  // of a product
 constexpr int SCALES_AHEAD = 512;                  // bytes from what is used to what is fetched
 
 // A chunk of a block, and of a tile of rows of x.
@@ -97,7 +97,7 @@ template <int MT> static void add_chunk(const BlockChunk& c, Ahead& ahead) {
   ahead = fetched;
 }
 
-template <int MT = TILE> static void add_chunk(int mt, const BlockChunk& c, Ahead& ahead) {
+template <int MT = TILE_WORDS> static void add_chunk(int mt, const BlockChunk& c, Ahead& ahead) {
   if (mt == MT) return add_chunk<MT>(c, ahead);
   if constexpr (MT > 1) add_chunk<MT - 1>(mt, c, ahead);
 }
@@ -106,8 +106,8 @@ template <int MT = TILE> static void add_chunk(int mt, const BlockChunk& c, Ahea
 template <class T> class QuantizedProduct {
  public:
   QuantizedProduct(const LinearQuantizedArgs& args, const Shape& shape, int64_t row0, int64_t rows)
-      : a_(args), s_(shape), row0_(row0), M_(rows), tiles_((M_ + TILE - 1) / TILE),
-        near_(M_ <= TILE ? 1 : NEAR_BLOCKS), together_(M_ <= TILE ? 1 : TASK_BLOCKS),
+      : a_(args), s_(shape), row0_(row0), M_(rows), tiles_((M_ + TILE_WORDS - 1) / TILE_WORDS),
+        near_(M_ <= TILE_WORDS ? 1 : NEAR_BLOCKS), together_(M_ <= TILE_WORDS ? 1 : TASK_BLOCKS),
         chunk_(COLUMNS / s_.group_size), group_bytes_(s_.group_size * BLOCK * a_.bits / 8),
         x_(a_, s_, row0, M_, tiles_, chunk_, Lie::by_row) {}
 

@@ -10,14 +10,21 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <type_traits>
+
+#include "half.h"
 
 namespace llama_fast {
 namespace ISA {
 
+// Whether the tile registers multiply numbers of this type.
+template <class T> constexpr bool BY_TILES = false;
+
 #ifdef ISA_AMX
 #define ISA_HAS_TILES 1
+template <> constexpr bool BY_TILES<bf16> = true;
 
-constexpr int TILE = 16;            // rows of a tile, and words of its rows
+constexpr int TILE_WORDS = 16;      // rows of a tile, and words of its rows
 constexpr int64_t TILE_BYTES = 64;  // of a row
 
 // What the compiler does not know of the intrinsics: they read memory.
@@ -27,12 +34,12 @@ static inline void written(const void* p) { asm volatile("" : : "r"(p) : "memory
 class TileRegisters {
  public:
   // 0 to 3 for sums, 4 and 5 for left sides, 6 and 7 for right sides of so many rows.
-  explicit TileRegisters(int right_rows = TILE) {
+  explicit TileRegisters(int right_rows = TILE_WORDS) {
     Config config;
     for (int i = 0; i < 8; ++i) {
       const bool left = i == 4 || i == 5, right = i >= 6;
       config.bytes[i] = uint16_t(left ? right_rows * 4 : TILE_BYTES);
-      config.rows[i] = uint8_t(right ? right_rows : TILE);
+      config.rows[i] = uint8_t(right ? right_rows : TILE_WORDS);
     }
     written(&config);
     _tile_loadconfig(&config);

@@ -125,6 +125,8 @@ static inline void split(__m256i x, vf& even, vf& odd) {
   even = {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))};
   odd = {_mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(int(0xffff0000))))};
 }
+// The same of words that came as floats.
+static inline void split(vf words, vf& even, vf& odd) { split(_mm256_castps_si256(words.v), even, odd); }
 static inline void load_split(const bf16* p, vf& even, vf& odd) {
   split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), even, odd);
 }

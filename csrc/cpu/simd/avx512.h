@@ -121,6 +121,8 @@ static inline void split(__m512i x, vf& even, vf& odd) {
 static inline __m512i load16(const void* p, int n) {
   return _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p);
 }
+// The same of words that came as floats.
+static inline void split(vf words, vf& even, vf& odd) { split(_mm512_castps_si512(words.v), even, odd); }
 static inline void load_split(const bf16* p, vf& even, vf& odd) {
   split(_mm512_loadu_si512(p), even, odd);
 }

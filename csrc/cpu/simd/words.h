@@ -12,6 +12,10 @@ constexpr float WORD_MAX = 32767.f;
 
 #if defined(ISA_AVX512) || defined(ISA_AVX512_BF16)
 
+// The same 32 bits in each lane.
+static inline vf as_floats(vi x) { return {_mm512_castsi512_ps(x.v)}; }
+static inline vi as_lanes(vf x) { return {_mm512_castps_si512(x.v)}; }
+
 // 2W bytes as words, in memory's order; or the first n of them and zeros.
 static inline vi load_words(const int8_t* p) {
   return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -78,6 +82,8 @@ static inline void store_words(int16_t* p, vf x) {
 
 #elif defined(ISA_AVX2)
 
+static inline vf as_floats(vi x) { return {_mm256_castsi256_ps(x.v)}; }
+static inline vi as_lanes(vf x) { return {_mm256_castps_si256(x.v)}; }
 static inline __m128i load_codes(const int8_t* p) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
 }
@@ -128,6 +134,8 @@ static inline void store_words(int16_t* p, vf x) {
 
 #else
 
+static inline vf as_floats(vi x) { return {float_of(uint32_t(x.v))}; }
+static inline vi as_lanes(vf x) { return {int32_t(bits_of(x.v))}; }
 // The lower word of a lane in its lower half.
 static inline vi lane_of(int32_t low, int32_t high) {
   return {int32_t(uint32_t(high) << 16 | (uint32_t(low) & 0xffff))};
