@@ -84,6 +84,37 @@ static void add_panels(const PrefillMemory& m, const float* weights, int64_t row
                  m.o + row * m.o_stride + begin, m.o_stride, correction);
 }
 
+// The same where some of the rows see fewer values than others, or end within a unit: a value that a row
+// does not see must not reach it, be it NaN. The first `common` values, which all see, are added together.
+template <class T, int N>
+static void add_own_panels(const PrefillMemory& m, const float* weights, int64_t row, int64_t common,
+                           const int64_t (&own)[MR], int64_t tile_steps, const float* correction,
+                           int64_t begin) {
+  constexpr int W = vf::W, SIZE = Unit<T>::size;
+  if constexpr (N > 1) {
+    if (m.o_stride - begin < N * W)
+      return add_own_panels<T, N - 1>(m, weights, row, common, own, tile_steps, correction, begin);
+  }
+  const float* values = m.v + begin * tile_steps;
+  float sums_of[MR][N * W];
+  multiply<T, MR, N>(weights, TILE, values, common / SIZE,
+                     [&](int r, int i, vf total) { store(sums_of[r] + i * W, total); });
+  for (int r = 0; r < MR; ++r) {
+    if (own[r] == 0) continue;
+    for (int i = 0; i < N; ++i) {
+      vf total = load(sums_of[r] + i * W);
+      for (int64_t step = common / SIZE; step * SIZE < own[r]; ++step) {
+        vf x = load(values + (step * N + i) * W);
+        if constexpr (SIZE == 2)
+          if (step * 2 + 1 == own[r]) x = Unit<T>::first(x);
+        total = Unit<T>::madd(set(weights[r * TILE + step]), x, total);
+      }
+      float* at = m.o + (row + r) * m.o_stride + begin + i * W;
+      store(at, fma(load(at), set(correction[r]), total));
+    }
+  }
+}
+
 // The queries [t_begin, t_end) of a row of the batch and a KV head.
 template <class T>
 static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t head,
@@ -139,17 +170,27 @@ static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t h
                             m.s + (r - strip) * TILE + j, TILE, nullptr);
         }
       }
+      auto own = [&](int64_t r) {
+        return r < rows ? std::clamp<int64_t>(visible(r) - tile, 0, count) : 0;
+      };
       for (int64_t r = strip; r < strip_end; ++r) {
-        const int64_t own = r < rows ? std::min(count, visible(r) - tile) : 0;
         const int64_t needed = round_up(std::max<int64_t>(0, seen(r / MR * MR)), SIZE);
-        m.correction[r - strip] = softmax_part<T>(m.s + (r - strip) * TILE, own, needed,
-                                                  a.scale, m.m[r], m.l[r]);
+        m.correction[r - strip] = softmax_part<T>(m.s + (r - strip) * TILE, own(r), needed, a.scale,
+                                                  m.m[r], m.l[r]);
       }
       for (int64_t d = 0; d < m.o_stride; d += PANEL) {
         for (int64_t r = strip; r < strip_end; r += MR) {
-          if (seen(r) > 0)
-            add_panels<T, NV>(m, m.s + (r - strip) * TILE, r, (seen(r) + SIZE - 1) / SIZE,
-                              tile_steps, m.correction + (r - strip), d);
+          const float* weights = m.s + (r - strip) * TILE;
+          const float* correction = m.correction + (r - strip);
+          const int64_t common = own(r), most = seen(r);
+          if (most <= 0) continue;
+          if (common == most && (most == count || most % SIZE == 0)) {
+            add_panels<T, NV>(m, weights, r, (most + SIZE - 1) / SIZE, tile_steps, correction, d);
+          } else {
+            int64_t each[MR];
+            for (int i = 0; i < MR; ++i) each[i] = own(r + i);
+            add_own_panels<T, NV>(m, weights, r, common, each, tile_steps, correction, d);
+          }
         }
       }
     }

@@ -215,6 +215,10 @@ static inline vf dot_pairs(vf a, vf b, vf c) {
 static inline vf pair_up(vf first, vf second) {
   return bits(_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(bits(first), 16), bits(second)));
 }
+// Pairs whose second element is zero.
+static inline vf first_of_pairs(vf x) {
+  return bits(_mm512_and_si512(bits(x), _mm512_set1_epi32(0xffff)));
+}
 // Two rows of 32 bf16 → 32 pairs (one of each row) in two vectors, in an order that `in_order`
 // puts right, for these pairs or for what was accumulated from them.
 static inline void pair_rows(vf row0, vf row1, vf& a, vf& b) {
