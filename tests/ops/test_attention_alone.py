@@ -17,12 +17,13 @@ ISAS = [backend for backend in BACKENDS if name_of(backend).startswith("cpu-")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 K = 2
 # G, D and keys; the first ones for instruction sets that take their time.
-SMALL = [(4, 64, 130), (3, 96, 1025)]
+SMALL = [(4, 64, 130), (3, 96, 1025), (3, 24, 70)]
 SHAPES = [
     *SMALL,
     (1, 64, 1),
     (1, 128, 2500),
-    (3, 64, 17),
+    (3, 8, 17),
+    (2, 80, 200),
     (4, 128, 1023),
     (4, 128, 2500),
     (8, 96, 130),
