@@ -143,9 +143,6 @@ static void score_keys(const float* q, int64_t q_stride, Tile<T> k, int64_t D, f
     for (int block = 0; block < BLOCKS; ++block) {
       vf x[W];
       for (int i = 0; i < W; ++i) x[i] = Word::load(row[block * W + i] + e * RUN, width);
-      if (fetch)
-        for (int i = 0; i < FETCHES / BLOCKS; ++i)
-          ahead.fetch(block * (FETCHES / BLOCKS) + i, e * RUN, (e + 1) * RUN);
       transpose(x);
       for (int i = 0; i < W; ++i) columns[i][block] = x[i];
     }
@@ -153,6 +150,9 @@ static void score_keys(const float* q, int64_t q_stride, Tile<T> k, int64_t D, f
     for (int i = 0; i < W; ++i) {
       vf units[BLOCKS][Word::units];
       for (int block = 0; block < BLOCKS; ++block) Word::units_of(columns[i][block], units[block]);
+      if (fetch)
+        for (int n = 0; n < FETCHES / W; ++n)
+          ahead.fetch(i * (FETCHES / W) + n, e * RUN, (e + 1) * RUN);
       for (int n = 0; n < Word::units; ++n) {
         for (int r = 0; r < R; ++r) {
           const vf of_query = set(y[r * q_stride + i * Word::units + n]);
