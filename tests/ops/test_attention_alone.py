@@ -1,8 +1,9 @@
-"""What a query gets on the CPU kernels is what it gets alone, bit for bit: whatever queries, rows of the
-batch, documents or threads it is computed with, and however a prefill is cut into chunks."""
+"""What a query gets on the CPU kernels is what it gets alone, bit for bit: whatever queries, rows
+of a batch, documents or threads it is computed with, and however a prefill is cut into chunks."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -168,7 +169,7 @@ def test_documents(backend, dtype):
     q, cache = problem(1, bounds[-1], bounds[-1], 4, 64, dtype, False)
     with on(backend):
         packed = attention(q, cache, cu_seqlens=bounds)
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in pairwise(bounds):
             if begin == end:
                 continue
             its = slice(begin, end)

@@ -97,7 +97,6 @@ static inline vf max(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline vf min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline float sum(vf a) { return _mm512_reduce_add_ps(a.v); }
 static inline float max_of(vf a) { return _mm512_reduce_max_ps(a.v); }
-static inline bool any_above(vf a, vf b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 static inline vf sqrt(vf a) { return {_mm512_sqrt_ps(a.v)}; }
 static inline vf round(vf a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -179,25 +178,6 @@ static inline void transpose(vf (&x)[16]) {
     x[8 + j].v = _mm512_shuffle_f32x4(top_even, low_even, 0xdd);
     x[12 + j].v = _mm512_shuffle_f32x4(top_odd, low_odd, 0xdd);
   }
-}
-
-// Lane i is the sum of x[i]. Each step adds halves of two vectors into one.
-static inline vf sums(const vf (&x)[16]) {
-  __m512 a[8], b[4], c[2];
-  for (int i = 0; i < 8; ++i) {
-    const __m512 p = x[2 * i].v, q = x[2 * i + 1].v;
-    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q));
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512 p = a[2 * i], q = a[2 * i + 1];
-    b[i] = _mm512_add_ps(_mm512_shuffle_ps(p, q, 0x44), _mm512_shuffle_ps(p, q, 0xee));
-  }
-  for (int i = 0; i < 2; ++i) {
-    const __m512 p = b[2 * i], q = b[2 * i + 1];
-    c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));
-  }
-  return {_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88),
-                        _mm512_shuffle_f32x4(c[0], c[1], 0xdd))};
 }
 
 #ifdef ISA_AVX512_BF16

@@ -59,8 +59,8 @@ static inline vf dot_words(vf a, vf b, vf acc) {
   return as_floats(dot_words(as_lanes(a), as_lanes(b), as_lanes(acc)));
 #endif
 }
-// Lane i is the sum of x[i]. A blend and a shuffle bring two halves together where `sums` of floats
-// takes two shuffles, of which a cycle has one.
+// Lane i is the sum of x[i]. A blend and a shuffle bring two halves together where two
+// shuffles would do, of which a cycle has one.
 static inline __m512i fold(__m512i blended, __m512 shuffled) {
   return _mm512_add_epi32(blended, _mm512_castps_si512(shuffled));
 }
