@@ -131,29 +131,39 @@ template <class T, int R>
 static void score_keys(const float* q, int64_t q_stride, Tile<T> k, int64_t D, float* s,
                        const Ahead<T>& ahead) {
   using Word = KeyWord<T>;
-  constexpr int W = vf::W, RUN = W * Word::size;
+  constexpr int W = vf::W, RUN = W * Word::size, BLOCKS = STEP / W;
   const T* row[STEP];  // behind the last key, the last one again
   for (int i = 0; i < STEP; ++i) row[i] = k.row(std::min<int64_t>(i, k.count - 1));
-  for (int first = 0; first < k.count; first += W) {
-    vf total[R];
-    for (vf& t : total) t = zero();
-    for_each_run<RUN>(D, [&](int64_t e, auto width) {
+  vf total[R][BLOCKS];
+  for (auto& of_query : total)
+    for (vf& t : of_query) t = zero();
+  for_each_run<RUN>(D, [&](int64_t e, auto width) {
+    const bool fetch = ahead.any(e * RUN);
+    vf columns[W][BLOCKS];
+    for (int block = 0; block < BLOCKS; ++block) {
       vf x[W];
-      for (int i = 0; i < W; ++i) x[i] = Word::load(row[first + i] + e * RUN, width);
-      if (ahead.any(e * RUN))
-        for (int i = 0; i < W / 2; ++i) ahead.fetch(first / 2 + i, e * RUN, (e + 1) * RUN);
+      for (int i = 0; i < W; ++i) x[i] = Word::load(row[block * W + i] + e * RUN, width);
       transpose(x);
-      const float* y = q + e * W * Word::units;
-      for (int i = 0; i < W; ++i) {
-        vf units[Word::units];
-        Word::units_of(x[i], units);
-        for (int n = 0; n < Word::units; ++n)
-          for (int r = 0; r < R; ++r)
-            total[r] = Unit<T>::madd(set(y[r * q_stride + i * Word::units + n]), units[n], total[r]);
+      for (int i = 0; i < W; ++i) columns[i][block] = x[i];
+    }
+    const float* y = q + e * W * Word::units;
+    for (int i = 0; i < W; ++i) {
+      vf units[BLOCKS][Word::units];
+      for (int block = 0; block < BLOCKS; ++block) Word::units_of(columns[i][block], units[block]);
+      if (fetch)
+        for (int n = 0; n < FETCHES / W; ++n)
+          ahead.fetch(i * (FETCHES / W) + n, e * RUN, (e + 1) * RUN);
+      for (int n = 0; n < Word::units; ++n) {
+        for (int r = 0; r < R; ++r) {
+          const vf of_query = set(y[r * q_stride + i * Word::units + n]);
+          for (int block = 0; block < BLOCKS; ++block)
+            total[r][block] = Unit<T>::madd(of_query, units[block][n], total[r][block]);
+        }
       }
-    });
-    for (int r = 0; r < R; ++r) store(s + r * TILE + first, total[r]);
-  }
+    }
+  });
+  for (int r = 0; r < R; ++r)
+    for (int block = 0; block < BLOCKS; ++block) store(s + r * TILE + block * W, total[r][block]);
 }
 
 // sums_of[r] += weights[r] · v, for R queries, up to STEP rows of v and C runs of them from element d on,
@@ -285,7 +295,7 @@ template <class T> class Decode {
       const vf factor = set(correction[r]);
       float* to = result.sums_of + r * stride;
       const float* from = tile_sums + r * stride;
-      for (int64_t d = 0; d < a.D; d += vf::W) store(to + d, fma(load(to + d), factor, load(from + d)));
+      for (int64_t d = 0; d < stride; d += vf::W) store(to + d, fma(load(to + d), factor, load(from + d)));
     }
   }
   // All values are added.

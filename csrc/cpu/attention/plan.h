@@ -1,9 +1,10 @@
-// How the sequences of a call are cut into tasks: the rows of the batch, or the documents packed in one row.
+// How the sequences of a call, the rows of its batch or the documents packed in one, are cut into tasks.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 
+#include "../parallel.h"
 #include "../scratch.h"
 #include "documents.h"
 #include "splits.h"
@@ -16,18 +17,17 @@ struct Plan {
   const AttentionArgs& a;
   int64_t G, decode_rows, partial_floats;
   int64_t threads = 1, tasks = 0;
-  int64_t block = 0;     // queries of a block
-  float* kept = nullptr;  // the partials of splits that wait to be merged,
-  int32_t* done = nullptr;  // and how many there are, for each sequence and KV head
+  int64_t block = 0;        // queries of a block
+  float* kept = nullptr;    // the partials of splits that wait to be merged,
+  int32_t* done = nullptr;  // and how many of them are done, for each sequence and KV head
 
-  // Where most_rows is how many query heads a block may have, and `strip` how many it has at least. The
-  // queries without keys get their zeros here.
-  template <class T> Plan(const AttentionArgs& args, T, int64_t strip, int64_t most_rows)
+  // For queries of type T and blocks of `least` to `most` query heads. Queries without keys get their zeros.
+  template <class T> Plan(const AttentionArgs& args, T, int64_t least, int64_t most)
       : a(args),
         G(a.H / a.K),
         decode_rows(std::max<int64_t>(1, std::min(DECODE_ROWS / G, a.T)) * G),
         partial_floats(Partial::floats(decode_rows, a.D)) {
-    int64_t work = 0, queries = 0, partials_of_all = 0;
+    int64_t work = 0, queries = 0, waiting = 0;
     for (Sequence of(a); of.next();) {
       const AttentionArgs& its = of.args();
       const int64_t b = of.b();
@@ -39,25 +39,25 @@ struct Plan {
           write_lse<T>(its, b, t, h, -std::numeric_limits<double>::infinity());
       work += row.queries * row.keys * a.H * a.D * 2;
       queries += decodes(row) ? 0 : row.queries;
-      partials_of_all += partials(row);
+      waiting += partials(row);
     }
-    threads = attention_threads(work);
+    threads = std::min(max_threads(), 1 + work / THREAD_WORK);
     // Four blocks a thread or more, so that they end together; the block's size changes no result.
     if (queries) {
-      const int64_t rows = std::clamp<int64_t>(queries * a.H / (4 * threads), strip, most_rows);
+      const int64_t rows = std::clamp<int64_t>(queries * a.H / (4 * threads), least, most);
       block = std::max<int64_t>(1, rows / G);
     }
     for (Sequence of(a); of.next();) tasks += tasks_of(Row(of.args(), of.b()));
-    if (partials_of_all) {
+    if (waiting) {
       struct Partials;
-      const int64_t counts = sequences(a) * a.K, floats = partials_of_all * partial_floats;
+      const int64_t counts = sequences(a) * a.K, floats = waiting * partial_floats;
       kept = scratch<Partials>(floats + counts);
       done = reinterpret_cast<int32_t*>(kept + floats);
       std::memset(done, 0, size_t(counts) * sizeof(int32_t));
     }
   }
 
-  bool decodes(const Row& row) const { return is_decode(row, G); }
+  bool decodes(const Row& row) const { return row.queries <= 1 || row.queries * G <= DECODE_ROWS; }
   int64_t splits(const Row& row) const { return (row.keys + SPLIT_KEYS - 1) / SPLIT_KEYS; }
   int64_t blocks(const Row& row) const { return (row.queries + block - 1) / block; }
   int64_t tasks_of(const Row& row) const {

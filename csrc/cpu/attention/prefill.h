@@ -136,6 +136,79 @@ static void add_panels(const PrefillMemory& m, const float* weights, int64_t row
                  m.o + row * m.o_stride + begin, m.o_stride, correction);
 }
 
+// The same where some of the rows see fewer values than others, or end within a unit: a value that a row
+// does not see must not reach it, be it NaN. The first `common` values, which all see, are added together.
+template <class T, int N>
+static void add_own_panels(const PrefillMemory& m, const float* weights, int64_t row, int64_t common,
+                           const int64_t (&own)[Products<T>::MR], int64_t tile_steps,
+                           const float* correction, int64_t begin) {
+  constexpr int MR = Products<T>::MR;
+  constexpr int W = vf::W, SIZE = Unit<T>::size;
+  if constexpr (N > 1) {
+    if (m.o_stride - begin < N * W)
+      return add_own_panels<T, N - 1>(m, weights, row, common, own, tile_steps, correction, begin);
+  }
+  const float* values = m.v + begin * tile_steps;
+  float sums_of[MR][N * W];
+  multiply<T, MR, N>(weights, TILE, values, common / SIZE,
+                     [&](int r, int i, vf total) { store(sums_of[r] + i * W, total); });
+  for (int r = 0; r < MR; ++r) {
+    if (own[r] == 0) continue;
+    for (int i = 0; i < N; ++i) {
+      vf total = load(sums_of[r] + i * W);
+      for (int64_t step = common / SIZE; step * SIZE < own[r]; ++step) {
+        vf x = load(values + (step * N + i) * W);
+        if constexpr (SIZE == 2)
+          if (step * 2 + 1 == own[r]) x = Unit<T>::first(x);
+        total = Unit<T>::madd(set(weights[r * TILE + step]), x, total);
+      }
+      float* at = m.o + (row + r) * m.o_stride + begin + i * W;
+      store(at, fma(load(at), set(correction[r]), total));
+    }
+  }
+}
+
+#ifdef ISA_HAS_TILES
+// Whether all of these pairs are finite: one that is not would reach the sum of a weight of zero.
+static inline bool all_finite(const float* pairs, int64_t count) {
+  vf check = zero();
+  for (int64_t i = 0; i < count; i += vf::W) {
+    vf even, odd;
+    split(bits(load(pairs + i)), even, odd);
+    check = fma(even, zero(), fma(odd, zero(), check));
+  }
+  return sum(check) == 0.f;
+}
+
+// The same by tile registers, where some values are not finite: for each number of values that rows see,
+// all of them are multiplied by a copy in which the others are zeros.
+template <int N>
+static void add_seen_panels(const PrefillMemory& m, const float* weights, int64_t row,
+                            const int64_t (&own)[TILE_WORDS], int64_t steps, int64_t tile_steps,
+                            const float* correction, int64_t begin) {
+  constexpr int W = vf::W;
+  if constexpr (N > 1) {
+    if (m.o_stride - begin < N * W)
+      return add_seen_panels<N - 1>(m, weights, row, own, steps, tile_steps, correction, begin);
+  }
+  alignas(64) float seen[TILE / 2 * N * W], sums_of[TILE_WORDS * N * W];
+  for (int r = 0; r < TILE_WORDS; ++r) {
+    if (own[r] == 0 || (r > 0 && own[r] == own[r - 1])) continue;  // rows of one token are neighbours
+    for (int64_t i = 0; i < steps * N; ++i) {
+      const int64_t key = i / N * 2;
+      const vf pair = load(m.v + begin * tile_steps + i * W);
+      store(seen + i * W, key + 1 < own[r] ? pair : key < own[r] ? Unit<bf16>::first(pair) : zero());
+    }
+    Products<bf16>::multiply<N>(weights, TILE, seen, steps, sums_of, N * W, nullptr);
+    for (int same = r; same < TILE_WORDS && own[same] == own[r]; ++same)
+      for (int i = 0; i < N; ++i) {
+        float* at = m.o + (row + same) * m.o_stride + begin + i * W;
+        store(at, fma(load(at), set(correction[same]), load(sums_of + (same * N + i) * W)));
+      }
+  }
+}
+#endif
+
 // The queries [t_begin, t_end) of a row of the batch and a KV head; over one of its splits alone, the keys
 // [key_begin, key_end), where there is a `partial` for what is known of them then.
 template <class T>
@@ -183,6 +256,10 @@ static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t h
     const int64_t tile_steps = round_up(count, KEYS) / SIZE;
     pack_keys<T, PANEL>(keys + tile * a.k.stride.t, a.k.stride.t, count, D, m.k, units);
     pack_values<T, PANEL>(values + tile * a.v.stride.t, a.v.stride.t, count, D, m.v, tile_steps);
+    bool finite = false;  // or not asked
+#ifdef ISA_HAS_TILES
+    if (BY_TILES<T>) finite = all_finite(m.v, tile_steps * m.o_stride);
+#endif
     for (int64_t strip = 0; strip < padded; strip += STRIP) {
       const int64_t strip_end = std::min<int64_t>(strip + STRIP, padded);
       if (visible(strip_end - 1) <= tile) continue;
@@ -194,17 +271,33 @@ static void prefill(const AttentionArgs& a, const Row& row, int64_t b, int64_t h
                             m.s + (r - strip) * TILE + j, TILE, nullptr);
         }
       }
+      auto own = [&](int64_t r) {
+        return r < rows ? std::clamp<int64_t>(visible(r) - tile, 0, count) : 0;
+      };
       for (int64_t r = strip; r < strip_end; ++r) {
-        const int64_t own = r < rows ? std::min(count, visible(r) - tile) : 0;
         const int64_t needed = round_up(std::max<int64_t>(0, seen(r / MR * MR)), KEYS);
-        m.correction[r - strip] = softmax_part<T>(m.s + (r - strip) * TILE, own, needed,
-                                                  a.scale, m.m[r], m.l[r]);
+        m.correction[r - strip] = softmax_part<T>(m.s + (r - strip) * TILE, own(r), needed, a.scale,
+                                                  m.m[r], m.l[r]);
       }
       for (int64_t d = 0; d < m.o_stride; d += PANEL) {
         for (int64_t r = strip; r < strip_end; r += MR) {
-          if (seen(r) > 0)
-            add_panels<T, NV>(m, m.s + (r - strip) * TILE, r, round_up(seen(r), KEYS) / SIZE,
-                              tile_steps, m.correction + (r - strip), d);
+          const float* weights = m.s + (r - strip) * TILE;
+          const float* correction = m.correction + (r - strip);
+          const int64_t common = own(r), most = seen(r), steps = round_up(most, KEYS) / SIZE;
+          if (most <= 0) continue;
+          if (finite || (common == most && (most == count || most % KEYS == 0))) {
+            add_panels<T, NV>(m, weights, r, steps, tile_steps, correction, d);
+            continue;
+          }
+          int64_t each[MR];
+          for (int i = 0; i < MR; ++i) each[i] = own(r + i);
+#ifdef ISA_HAS_TILES
+          if constexpr (BY_TILES<T>) {
+            add_seen_panels<NV>(m, weights, r, each, steps, tile_steps, correction, d);
+            continue;
+          }
+#endif
+          add_own_panels<T, NV>(m, weights, r, common, each, tile_steps, correction, d);
         }
       }
     }

@@ -14,12 +14,10 @@ template <> struct Unit<int8_t> {
   template <class Width> static vf load(const int8_t* p, Width width) {
     return as_floats(load_words(p, width));
   }
-  static vf madd(vf a, vf b, vf c) {
-    return as_floats(dot_words(as_lanes(a), as_lanes(b), as_lanes(c)));
-  }
+  static vf madd(vf a, vf b, vf c) { return dot_words(a, b, c); }
   static void pair(const int8_t* row, const int8_t* next, int n, vf (&x)[2]) {
     vi a, b;
-    load_columns(row, next, a, b, n);
+    load_columns(row, next ? next : row, a, b, n);  // under a weight of zero
     order_columns(as_floats(a), as_floats(b), x[0], x[1]);
   }
 };

@@ -48,9 +48,10 @@ template <> struct Unit<bf16> {
   static vf load(const bf16* p, Full) { return load_pairs(p); }
   static vf load(const bf16* p, int n) { return load_pairs(p, n); }
   static vf madd(vf a, vf b, vf c) { return dot_pairs(a, b, c); }
-  // The first n of 2W elements of two rows as pairs, one of each row, in order.
+  static vf first(vf x) { return first_of_pairs(x); }
+  // The first n of 2W elements of two rows as pairs, one of each row, in order; next is null for zeros.
   static void pair(const bf16* row, const bf16* next, int n, vf (&x)[2]) {
-    pair_rows(load_pairs(row, n), load_pairs(next, n), x[0], x[1]);
+    pair_rows(load_pairs(row, n), next ? load_pairs(next, n) : zero(), x[0], x[1]);
     in_order(x[0], x[1], x[0], x[1]);
   }
 };

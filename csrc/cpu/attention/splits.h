@@ -6,24 +6,14 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
 #include "../kernel_choice.h"
-#include "../parallel.h"
 #include "softmax.h"
 
 namespace llama_fast {
 namespace ISA {
 
 static_assert(SPLIT_KEYS % TILE == 0);
-
-// Whether a row of the batch is decoded, its G query heads to a KV head: otherwise it is a prefill.
-static inline bool is_decode(const Row& row, int64_t G) {
-  return row.queries <= 1 || row.queries * G <= DECODE_ROWS;
-}
-static inline int64_t attention_threads(int64_t multiply_adds) {
-  return std::min(max_threads(), 1 + multiply_adds / THREAD_WORK);
-}
 
 // What is known of some queries after a KV split: sums (rows, stride), and of each query the largest
 // exponent m and the sum l of the weights.
@@ -33,7 +23,7 @@ struct Partial {
 
   static int64_t stride_for(int64_t D) { return round_up(D, 2 * vf::W); }
   static int64_t floats(int64_t rows, int64_t D) {
-    return round_up(rows * (stride_for(D) + 2), 16);  // whole lines: see decode_floats
+    return round_up(rows * (stride_for(D) + 2), 16);  // whole lines of the caches
   }
   Partial(float* memory, int64_t rows, int64_t D)
       : sums_of(memory),

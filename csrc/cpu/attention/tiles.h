@@ -84,13 +84,12 @@ static void pack_values(const T* v, int64_t stride, int64_t count, int64_t D, fl
     if constexpr (SIZE == 1) {
       for_each_vector(D, [&](int64_t d, auto width) { put(d, load(row + d, width)); });
     } else {
-      // An odd last row is paired with itself, under a weight of zero.
-      const T* next = step * 2 + 1 < count ? row + stride : row;
+      const T* next = step * 2 + 1 < count ? row + stride : nullptr;
       for (int64_t d = 0; d < D; d += 2 * W) {
         __builtin_prefetch(row + d + TILE * stride, 0, 2);  // of the next tile
         __builtin_prefetch(next + d + TILE * stride, 0, 2);
         vf x[2];
-        Unit<T>::pair(row + d, next + d, int(std::min<int64_t>(2 * W, D - d)), x);
+        Unit<T>::pair(row + d, next ? next + d : nullptr, int(std::min<int64_t>(2 * W, D - d)), x);
         put(d, x[0]);
         put(d + W, x[1]);
       }

@@ -100,9 +100,6 @@ static inline float max_of(vf a) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
-static inline bool any_above(vf a, vf b) {
-  return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ));
-}
 static inline vf sqrt(vf a) { return {_mm256_sqrt_ps(a.v)}; }
 static inline vf round(vf a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 static inline vf scale2(vf a, vf n) {
@@ -151,13 +148,6 @@ static inline void part(vf first, vf second, vf& even, vf& odd) {
   };
   even = in_order(_mm256_shuffle_ps(first.v, second.v, 0x88));
   odd = in_order(_mm256_shuffle_ps(first.v, second.v, 0xdd));
-}
-
-// Lane i is the sum of x[i].
-static inline vf sums(const vf (&x)[8]) {
-  const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0].v, x[1].v), _mm256_hadd_ps(x[2].v, x[3].v));
-  const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4].v, x[5].v), _mm256_hadd_ps(x[6].v, x[7].v));
-  return {_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))};
 }
 
 // Rows become columns.

@@ -97,7 +97,6 @@ static inline vf max(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline vf min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline float sum(vf a) { return _mm512_reduce_add_ps(a.v); }
 static inline float max_of(vf a) { return _mm512_reduce_max_ps(a.v); }
-static inline bool any_above(vf a, vf b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 static inline vf sqrt(vf a) { return {_mm512_sqrt_ps(a.v)}; }
 static inline vf round(vf a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -181,25 +180,6 @@ static inline void transpose(vf (&x)[16]) {
   }
 }
 
-// Lane i is the sum of x[i]. Each step adds halves of two vectors into one.
-static inline vf sums(const vf (&x)[16]) {
-  __m512 a[8], b[4], c[2];
-  for (int i = 0; i < 8; ++i) {
-    const __m512 p = x[2 * i].v, q = x[2 * i + 1].v;
-    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q));
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512 p = a[2 * i], q = a[2 * i + 1];
-    b[i] = _mm512_add_ps(_mm512_shuffle_ps(p, q, 0x44), _mm512_shuffle_ps(p, q, 0xee));
-  }
-  for (int i = 0; i < 2; ++i) {
-    const __m512 p = b[2 * i], q = b[2 * i + 1];
-    c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));
-  }
-  return {_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88),
-                        _mm512_shuffle_f32x4(c[0], c[1], 0xdd))};
-}
-
 #ifdef ISA_AVX512_BF16
 // Pairs of bf16 in the lanes of a vf, and the instruction that multiplies them: each lane of the
 // accumulator gains two products.
@@ -214,6 +194,10 @@ static inline vf dot_pairs(vf a, vf b, vf c) {
 // What was converted from bf16, as pairs again: lane i holds first[i] and second[i].
 static inline vf pair_up(vf first, vf second) {
   return bits(_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(bits(first), 16), bits(second)));
+}
+// Pairs whose second element is zero.
+static inline vf first_of_pairs(vf x) {
+  return bits(_mm512_and_si512(bits(x), _mm512_set1_epi32(0xffff)));
 }
 // Two rows of 32 bf16 → 32 pairs (one of each row) in two vectors, in an order that `in_order`
 // puts right, for these pairs or for what was accumulated from them.

@@ -32,7 +32,6 @@ static inline vf max(vf a, vf b) { return {a.v > b.v ? a.v : b.v}; }  // b where
 static inline vf min(vf a, vf b) { return {a.v < b.v ? a.v : b.v}; }
 static inline float sum(vf a) { return a.v; }
 static inline float max_of(vf a) { return a.v; }
-static inline bool any_above(vf a, vf b) { return a.v > b.v; }
 static inline vf sqrt(vf a) { return {std::sqrt(a.v)}; }
 static inline vf round(vf a) { return {std::nearbyintf(a.v)}; }
 // a · 2^n for integral n in [-126, 128].
@@ -69,7 +68,6 @@ static inline void part(vf first, vf second, vf& even, vf& odd) {
   even = first;
   odd = second;
 }
-static inline vf sums(const vf (&x)[1]) { return x[0]; }
 static inline void transpose(vf (&)[1]) {}
 
 }  // namespace ISA

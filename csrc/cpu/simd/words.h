@@ -50,8 +50,17 @@ static inline vi dot_words(vi a, vi b, vi acc) {
   return {_mm512_dpwssd_epi32(acc.v, a.v, b.v)};
 #endif
 }
-// Lane i is the sum of x[i]. A blend and a shuffle bring two halves together where `sums` of floats
-// takes two shuffles, of which a cycle has one.
+// The same of floats' bits: GCC 12 moves sums that change their type in each step out of the registers.
+static inline vf dot_words(vf a, vf b, vf acc) {
+#ifdef __AVX512VNNI__
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
+  return acc;
+#else
+  return as_floats(dot_words(as_lanes(a), as_lanes(b), as_lanes(acc)));
+#endif
+}
+// Lane i is the sum of x[i]. A blend and a shuffle bring two halves together where two
+// shuffles would do, of which a cycle has one.
 static inline __m512i fold(__m512i blended, __m512 shuffled) {
   return _mm512_add_epi32(blended, _mm512_castps_si512(shuffled));
 }
@@ -120,10 +129,23 @@ static inline vi dot_words(vi a, vi b, vi acc) {
   return {_mm256_dpwssd_avx_epi32(acc.v, a.v, b.v)};
 #endif
 }
+static inline vf dot_words(vf a, vf b, vf acc) {
+#if defined(ISA_AVX_VNNI) && defined(__AVXVNNI__)
+  asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(acc.v) : "x"(a.v), "x"(b.v));
+  return acc;
+#else
+  return as_floats(dot_words(as_lanes(a), as_lanes(b), as_lanes(acc)));
+#endif
+}
+// Lane i is the sum of x[i], as exact as a float has it.
 static inline vf sums(const vi (&x)[8]) {
-  vf lanes[8];
-  for (int i = 0; i < 8; ++i) lanes[i] = to_float(x[i]);
-  return sums(lanes);
+  const auto four = [&](int i) {
+    return _mm256_hadd_epi32(_mm256_hadd_epi32(x[i].v, x[i + 1].v),
+                             _mm256_hadd_epi32(x[i + 2].v, x[i + 3].v));
+  };
+  const __m256i a = four(0), b = four(4);
+  return to_float(vi{_mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20),
+                                      _mm256_permute2x128_si256(a, b, 0x31))});
 }
 static inline void store_words(int16_t* p, vf x) {
   const __m256i words = _mm256_cvtps_epi32(x.v);
@@ -156,6 +178,9 @@ static inline void order_columns(vf a, vf b, vf& first, vf& second) {
 }
 static inline vi dot_words(vi a, vi b, vi acc) {
   return {acc.v + int16_t(a.v) * int16_t(b.v) + (a.v >> 16) * (b.v >> 16)};
+}
+static inline vf dot_words(vf a, vf b, vf acc) {
+  return as_floats(dot_words(as_lanes(a), as_lanes(b), as_lanes(acc)));
 }
 static inline vf sums(const vi (&x)[1]) { return to_float(x[0]); }
 static inline void store_words(int16_t* p, vf x) { *p = int16_t(x.v); }
