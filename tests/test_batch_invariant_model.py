@@ -1,5 +1,5 @@
-"""The logits of a token have the same bits however many are computed beside it: in a step, in a batch,
-in any piece of a prompt."""
+"""The logits of a token have the same bits however many are computed beside it: in a step, in a
+batch, in any piece of a prompt."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_logits_in_any_company(isa, weights, kv_cache):
 
 
 def test_a_rollout_and_the_training_step_that_follows_agree():
-    """The log-probabilities of generated tokens are those that a loss computes of them, to the bit."""
+    """Log-probabilities of generated tokens are those that a loss computes of them, to the bit."""
     tokens = torch.randint(320, (3, TOKENS), generator=torch.Generator().manual_seed(1))
     with batch_invariant():
         model = model_of("bfloat16")

@@ -73,13 +73,13 @@ _lock = threading.Lock()
 
 @contextmanager
 def batch_invariant() -> Iterator[None]:
-    """Inside the block, a row of `linear` on the CPU has the same bits whatever is computed beside it.
+    """Inside the block, a row of `linear` on the CPU has the same bits whatever is beside it.
 
     So the logits of a token depend neither on the batch, nor on how many tokens a step or a piece
     of the prompt has, and its log-probabilities are those that a training step computes. By default
     few rows are multiplied by GEMV and many by GEMM, which add in different orders; here all are
-    multiplied by GEMM, which costs a decode step time (docs/numerics.md says how much, and what is
-    so at all times). Holds for every thread. Raises BackendError without the C++ kernels.
+    multiplied by GEMM, which costs a decode step time. docs/numerics.md says what is so at all
+    times. Holds for every thread. Raises BackendError without the C++ kernels.
     """
     if _cpu is None:
         raise BackendError("batch_invariant() needs the C++ kernels: " + _unavailable[0])

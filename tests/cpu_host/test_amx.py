@@ -1,12 +1,15 @@
-"""AMX differs from AVX512_BF16 in its products of matrices alone, so it is tested on these; the tests
-of linear have it among their backends too. On a CPU with AMX the kernels run themselves, elsewhere
-emulated."""
+"""AMX differs from AVX512_BF16 in its products of matrices alone, so it is tested on these; some
+tests of linear and attention have it among their backends too. On a CPU with AMX the kernels run
+themselves, elsewhere emulated."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from llama_fast import batch_invariant
 from llama_fast.backends import cpu
 from llama_fast.dispatch import OPS, use_backend
 
@@ -17,20 +20,25 @@ pytestmark = pytest.mark.skipif(
     bool(emulation.why_no_x86_compiler()), reason=emulation.why_no_x86_compiler() or "it runs"
 )
 
-OP = OPS["linear"]
-CASES = [case for case in OP.cases() if torch.bfloat16 in case.dtypes]
+CASES = [
+    pytest.param(op, case, id=f"{op.name}-{case}")
+    for op in (OPS["linear"], OPS["attention"])
+    for case in op.cases()
+    if torch.bfloat16 in case.dtypes
+]
 
 
 def use_isa(isa: str):
     return (cpu.use_isa if isa in cpu.isas() else emulation.use_isa)(isa)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_cases(case):
+@pytest.mark.parametrize(("op", "case"), CASES)
+@pytest.mark.parametrize("mode", [nullcontext, batch_invariant])
+def test_cases(op, case, mode):
     args = case.make(torch.Generator().manual_seed(0), torch.bfloat16, "cpu")
-    with use_isa(emulation.AMX), use_backend("cpu", strict=True):
-        actual = run_poisoned(OP, args)
-    assert_accurate(actual, of_op(OP, args), str(case))
+    with use_isa(emulation.AMX), use_backend("cpu", strict=True), mode():
+        actual = run_poisoned(op, args)
+    assert_accurate(actual, of_op(op, args), str(case))
 
 
 def test_the_kernels_are_those_of_amx():

@@ -3,18 +3,21 @@ of a batch, documents or threads it is computed with, and however a prefill is c
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from llama_fast import batch_invariant
 from llama_fast.dispatch import OPS
 from llama_fast.ops import quantized_kv
 
-from .backends import BACKENDS, EMULATED, name_of, on
+from .backends import EMULATED, PRODUCTS, name_of
+from .backends import on as on_backend
 
-ISAS = [backend for backend in BACKENDS if name_of(backend).startswith("cpu-")]
+ISAS = [backend for backend in PRODUCTS if name_of(backend).startswith("cpu-")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 K = 2
 # G, D and keys; the first ones for instruction sets that take their time.
@@ -31,6 +34,14 @@ SHAPES = [
     (8, 64, 2500),
 ]
 pytestmark = pytest.mark.skipif(not ISAS, reason="this needs llama_fast._cpu")
+
+
+def on(backend: str) -> ExitStack:
+    """As the other tests'; where tile registers multiply bfloat16, as `batch_invariant` has it."""
+    stack = on_backend(backend)
+    if backend.startswith("cpu-amx"):
+        stack.enter_context(batch_invariant())
+    return stack
 
 
 class Cache(NamedTuple):

@@ -1,5 +1,5 @@
-"""linear: the bits of a row do not depend on what is computed beside it, inside of batch_invariant();
-and of bfloat16 at all times where tile registers multiply it."""
+"""linear: the bits of a row do not depend on what is computed beside it, inside of
+batch_invariant(); and of bfloat16 at all times where tile registers multiply it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not cpu.isas(), reason="this needs llama_fast._c
 
 
 def operands(C_in: int, C_out: int, dtype: torch.dtype):
-    """Of products that cancel out: what is left is rounding, whose bits tell every order of a sum."""
+    """Of products that cancel out: what is left is rounding, which tells every order of a sum."""
     g = torch.Generator().manual_seed(0)
     half = torch.randn(MANY, C_in // 2, generator=g), torch.randn(C_out, C_in // 2, generator=g)
     x = torch.cat([half[0], half[0].flip(1)], 1)
