@@ -214,6 +214,30 @@ def check(models: Models, row: Row, form: str, worker: Worker, name: str, tokens
         )
 
 
+def prepare(
+    models: Models,
+    row: Row,
+    form: str,
+    workers: dict[str, Worker],
+    tokens: list[int],
+    tried: int,
+    checked: int,
+) -> None:
+    """Settles and checks each baseline over `tokens`, with so many steps. A peer whose process
+    dies, as llama.cpp's does with quantised weights on AMX, takes no part, and the row says so."""
+    for name, worker in [*workers.items()]:
+        try:
+            if name.startswith("llama.cpp"):
+                chosen = worker.ask("choose_flash_attention", tokens, tried)
+                row.notes.append(f"{name}: flash attention {chosen}")
+            check(models, row, form, worker, name, tokens, checked)
+        except WorkerError as error:
+            if name == OURS or error.kind != "EOFError":
+                raise
+            row.missing[name] = error.text
+            del workers[name]
+
+
 def time_in_turn(
     models: Models, row: Row, workers: dict[str, Worker], request: tuple, yardstick: tuple = ()
 ) -> None:
@@ -252,11 +276,7 @@ def decode(models: Models, form: str, goals: dict[str, float]) -> Row:
     context = CONTEXT_TOKENS + steps * (rounds + 2)
     tokens = prompt_of(models, CONTEXT_TOKENS)
     with baselines(models, row, form, context) as workers:
-        for name, worker in workers.items():
-            if name.startswith("llama.cpp"):
-                chosen = worker.ask("choose_flash_attention", tokens, steps)
-                row.notes.append(f"{name}: flash attention {chosen}")
-            check(models, row, form, worker, name, tokens, CONTEXT_TOKENS // 2)
+        prepare(models, row, form, workers, tokens, steps, CONTEXT_TOKENS // 2)
         models.say(f"{row.name}: {rounds} rounds of {steps} tokens")
         yardstick = ()
         if OURS in workers:
@@ -278,11 +298,7 @@ def prefill(models: Models, form: str, goals: dict[str, float]) -> Row:
     )
     tokens = prompt_of(models, length)
     with baselines(models, row, form, length) as workers:
-        for name, worker in workers.items():
-            if name.startswith("llama.cpp"):
-                chosen = worker.ask("choose_flash_attention", tokens[:TRIAL], 0)
-                row.notes.append(f"{name}: flash attention {chosen}")
-            check(models, row, form, worker, name, tokens[:TRIAL], 0)
+        prepare(models, row, form, workers, tokens[:TRIAL], 0, 0)
         models.say(f"{row.name}: {models.rounds} rounds")
         yardstick = ()
         if MULTIPLY_ADDS in goals:
