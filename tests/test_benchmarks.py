@@ -150,11 +150,35 @@ def test_llama_cpp_runs_the_same_model(tiny):
     for kind, form in (("bf16", "bf16"), ("q8_0", "int8")):
         row = Row("decode", "", "tok/s")
         with tiny.start(f"llama.cpp {kind}", models.WEIGHTS[form], 64) as worker:
-            models.check(tiny, row, form, worker, kind, tokens, 4)
+            try:
+                models.check(tiny, row, form, worker, kind, tokens, 4)
+            except WorkerError as error:
+                if error.kind != "EOFError" or kind == "bf16" or "amx" not in _cpu.isas():
+                    raise
+                pytest.skip("llama.cpp 0.3.36 dies of quantised weights on AMX")
     assert not list(tiny.folder.glob("*.partial"))
 
 
+def test_a_peer_that_dies_takes_no_part(tiny):
+    row = Row("decode bf16", "", "tok/s")
+    tokens = models.prompt_of(tiny, 8)
+    with Worker(Dying, threads=1) as worker:
+        workers = {"llama.cpp bf16": worker}
+        models.prepare(tiny, row, "bf16", workers, tokens, 0, 0)
+        assert workers == {} and "code 3" in row.missing["llama.cpp bf16"]
+    with Worker(Dying, threads=1) as worker, pytest.raises(WorkerError, match="code 3"):
+        models.prepare(tiny, row, "bf16", {models.OURS: worker}, tokens, 0, 0)
+
+
 # --- workers ----------------------------------------------------------------------------------
+
+
+class Dying:
+    def choose_flash_attention(self, tokens, steps):
+        os._exit(3)
+
+    def logits_after(self, tokens, steps):
+        os._exit(3)
 
 
 class Calculator:
