@@ -30,7 +30,8 @@ using namespace llama_fast;
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
-#define MAY_USE_TILES (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0)
+// ARCH_REQ_XCOMP_PERM, for XFEATURE_XTILEDATA
+#define MAY_USE_TILES (syscall(SYS_arch_prctl, 0x1023, 18) == 0)
 #else
 #define MAY_USE_TILES false
 #endif

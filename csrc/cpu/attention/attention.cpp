@@ -21,10 +21,11 @@ template <class T> static void attend(const AttentionArgs& a) {
     struct Work;
 #ifdef ISA_HAS_TILES
     std::optional<TileRegisters> registers;
-    if (std::is_same_v<T, bf16>) registers.emplace();
+    if (BY_TILES<T>) registers.emplace();
 #endif
     const int64_t few = plan.partial_floats + Decode<T>::floats(plan.decode_rows, a.D);
-    const int64_t many_rows = std::max(plan.block * plan.G, BY_TILES<T> && a.batch_invariant ? plan.decode_rows : 0);
+    const bool all_by_tiles = BY_TILES<T> && a.batch_invariant;
+    const int64_t many_rows = std::max(plan.block * plan.G, all_by_tiles ? plan.decode_rows : 0);
     const int64_t many = plan.partial_floats + PrefillMemory(nullptr, many_rows, a.D).floats;
     float* memory = scratch<Work>(std::max(2 * few, many));
     // Tasks of decode take turns in two places, since one begins before the last has ended.
@@ -50,7 +51,7 @@ template <class T> static void attend(const AttentionArgs& a) {
         continue;
       }
       // Tile registers add in another order than decode.h, which is faster.
-      if (BY_TILES<T> && a.batch_invariant) {
+      if (all_by_tiles) {
         const Partial result = now.result(memory);
         prefill<T>(now.of.args(), now.row, now.of.b(), now.head, now.row.first, now.of.args().T,
                    now.first_key(), now.end_key(), memory + plan.partial_floats, &result);

@@ -2,8 +2,8 @@
 //
 // The lanes are packed into panels, pairs of elements side by side, as the right side of a tile wants
 // them. Rows are its left side, and need no packing: where there are few lanes, which is limited by
-// reading the rows, they are multiplied as they lie in memory. Otherwise a task takes a block of rows, of
-// which it packs a chunk of K at a time, so that a tile of them and its share of a panel lie in L1
+// reading the rows, they are multiplied as they lie in memory. Otherwise a task takes a block of rows,
+// of which it packs a chunk of K at a time, so that a tile of them and its share of a panel lie in L1
 // together, and keeps the sums in L2.
 //
 // Order of a sum: that of the instruction, step after step (see simd/amx.h). So it depends neither
@@ -93,8 +93,9 @@ static inline void multiply(int vectors, const TileRows& rows, const float* pane
 class Product {
  public:
   Product(const GemmArgs& args, int64_t l)
-      : a_(args), rows_{args.rows, args.K}, l0_(l), vectors_(ceil_div(std::min(LANES, args.L - l), TILE_WORDS)),
-        panels_(ceil_div(vectors_, 2)), tiles_(ceil_div(args.R, ROWS)), steps_(ceil_div(args.K, STEP)),
+      : a_(args), rows_{args.rows, args.K}, l0_(l),
+        vectors_(ceil_div(std::min(LANES, args.L - l), TILE_WORDS)), panels_(ceil_div(vectors_, 2)),
+        tiles_(ceil_div(args.R, ROWS)), steps_(ceil_div(args.K, STEP)),
         direct_(!args.rows.transposed && panels_ <= DIRECT_PANELS), threads_(max_threads()) {
     struct Packed;
     packed_ = scratch<Packed>(vectors_ * TILE_WORDS * steps_ * STEP_UNITS);
@@ -122,7 +123,8 @@ class Product {
   int64_t rows_of(int64_t t0, int64_t t1) const { return std::min(t1 * ROWS, a_.R) - t0 * ROWS; }
   // A panel's share of K from step k on.
   float* panel_at(int64_t panel, int64_t k) const {
-    return packed_ + panel * WIDTH * steps_ * STEP_UNITS + k * STEP_UNITS * vectors_of(panel) * TILE_WORDS;
+    const int64_t lanes = vectors_of(panel) * TILE_WORDS;
+    return packed_ + (panel * WIDTH * steps_ + k * lanes) * STEP_UNITS;
   }
 
   void pack_lanes() const {
@@ -185,19 +187,22 @@ class Product {
     for (int64_t k = 0; k < a_.K; k += CHUNK) {
       const int64_t end = std::min(k + CHUNK, a_.K), steps = ceil_div(end - k, STEP);
       pack_rows(first, n, k, end, rows);
-      Ahead rows_ahead = ahead_of(first, n, end, std::min(end + CHUNK, a_.K), (p1 - p0) * tiles * steps);
+      const int64_t all_steps = (p1 - p0) * tiles * steps;
+      Ahead rows_ahead = ahead_of(first, n, end, std::min(end + CHUNK, a_.K), all_steps);
       for (int64_t p = p0; p < p1; ++p) {
         const int vectors = vectors_of(p);
         const float* panel = panel_at(p, k / STEP);
         Ahead panel_ahead;
-        if (p + 1 < p1)
-          panel_ahead = {panel_at(p + 1, k / STEP), 1, steps * TILE_WORDS * vectors_of(p + 1), 0, tiles * steps};
+        if (p + 1 < p1) {
+          const int64_t lines = steps * TILE_WORDS * vectors_of(p + 1);
+          panel_ahead = {panel_at(p + 1, k / STEP), 1, lines, 0, tiles * steps};
+        }
         for (int64_t t = 0; t < tiles; ++t) {
-          multiply(vectors, packed(rows + t * steps * TILE_UNITS), panel, steps, c + (p - p0) * sums + t * ROWS * vectors * TILE_WORDS,
-                   k == 0, [&] {
-                     panel_ahead.step();
-                     rows_ahead.step();
-                   });
+          float* its = c + (p - p0) * sums + t * ROWS * vectors * TILE_WORDS;
+          multiply(vectors, packed(rows + t * steps * TILE_UNITS), panel, steps, its, k == 0, [&] {
+            panel_ahead.step();
+            rows_ahead.step();
+          });
         }
       }
     }
