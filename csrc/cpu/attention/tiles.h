@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "../simd/amx.h"
 #include "softmax.h"
 
 namespace llama_fast {
@@ -37,6 +38,11 @@ static inline void multiply(const float* a, int64_t a_stride, const float* b, in
   }
 }
 
+// The same place in the next tile of keys or values, where tile registers leave no time to wait for it.
+template <class T> static inline void fetch_next_tile(const T* p, int64_t stride) {
+  if constexpr (BY_TILES<T>) __builtin_prefetch(p + TILE * stride, 0, 2);
+}
+
 // Keys (count, D) → panels of PANEL keys, each (units, PANEL), by default of D / unit units; zeros fill the
 // last ones, and the last panel.
 template <class T, int PANEL>
@@ -51,7 +57,7 @@ static void pack_keys(const T* k, int64_t stride, int64_t count, int64_t D, floa
       vf x[W];
       for (int i = 0; i < W; ++i) {
         const T* from = k + (j + i) * stride + u * SIZE;
-        __builtin_prefetch(from + TILE * stride, 0, 2);  // of the next tile
+        fetch_next_tile(from, stride);
         x[i] = j + i >= count ? zero()
                : u + W <= filled ? Unit<T>::load(from, Full{})
                                 : Unit<T>::load(from, int(D - u * SIZE));
@@ -86,8 +92,8 @@ static void pack_values(const T* v, int64_t stride, int64_t count, int64_t D, fl
     } else {
       const T* next = step * 2 + 1 < count ? row + stride : nullptr;
       for (int64_t d = 0; d < D; d += 2 * W) {
-        __builtin_prefetch(row + d + TILE * stride, 0, 2);  // of the next tile
-        __builtin_prefetch(next + d + TILE * stride, 0, 2);
+        fetch_next_tile(row + d, stride);
+        fetch_next_tile(next + d, stride);
         vf x[2];
         Unit<T>::pair(row + d, next ? next + d : nullptr, int(std::min<int64_t>(2 * W, D - d)), x);
         put(d, x[0]);
