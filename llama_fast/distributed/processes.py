@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -71,7 +72,7 @@ class Processes:
         if self.size == 1:
             return numbers
         total = torch.tensor(numbers, dtype=torch.float64, device=device)
-        with _others_answer(self.rank):
+        with _others_answer():
             dist.all_reduce(total)
             return total.tolist()
 
@@ -82,7 +83,7 @@ class Processes:
             return
         for bucket in _buckets(weights):
             flat = torch.cat([_gradient(weight).flatten() for weight in bucket])
-            with _others_answer(self.rank):
+            with _others_answer():
                 dist.all_reduce(flat)
             for weight, part in zip(bucket, flat.split([w.numel() for w in bucket]), strict=True):
                 weight.grad = part.view(weight.shape)
@@ -91,7 +92,7 @@ class Processes:
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Gives the tensors of all processes the values of the first one's."""
         if self.size > 1:
-            with _others_answer(self.rank):
+            with _others_answer():
                 for tensor in tensors:
                     dist.broadcast(tensor.detach(), 0)
 
@@ -100,7 +101,7 @@ class Processes:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with _others_answer(self.rank):
+        with _others_answer():
             dist.all_gather_object(found, value)
         return found
 
@@ -128,14 +129,23 @@ def _buckets(weights: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _others_answer(rank: int) -> Iterator[None]:
-    """An exchange that fails because another process has ended is said as that."""
+def others_answer(each: str, of: str, then: str) -> Iterator[None]:
+    """An exchange that fails because another process has ended is said as that.
+
+    each  what the processes are called: "process" of a training, "rank" of a model
+    of    what they have between them
+    then  what to do
+    """
     try:
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ProcessError(
-            f"process {rank}: another process of this training has ended or does not answer "
-            f"({reason}). Its own message, above or below, says why; the same command goes on "
-            "from the last saved step"
+            f"{each} {dist.get_rank()}: another {each} of this {of} has ended or does not answer "
+            f"({reason}). Its own message, above or below, says why; {then}"
         ) from error
+
+
+_others_answer = partial(
+    others_answer, "process", "training", "the same command goes on from the last saved step"
+)

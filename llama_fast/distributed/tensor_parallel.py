@@ -29,9 +29,9 @@ from ..config import LlamaConfig
 from ..config.share import Share
 from ..dispatch import needs_dispatcher
 from ..dispatch.torch_private import below_autograd
-from ..errors import ConfigError, GradientError, ProcessError
+from ..errors import ConfigError, GradientError
 from ..nn import Embedding, Linear
-from .processes import Processes, started
+from .processes import Processes, others_answer, started
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -164,7 +164,7 @@ def agreed(model: nn.Module, value: Any) -> Any:
         return value
     ranks = model.head.ranks
     given = [value]
-    with others_answer():
+    with _others_answer():
         dist.broadcast_object_list(given, group=_groups[ranks.group], group_src=0)
     return given[0]
 
@@ -180,29 +180,19 @@ def launched(device: torch.device) -> Iterator[tuple[torch.device, DeviceMesh | 
         yield device, init_device_mesh(device.type, (size,)) if size > 1 else None
 
 
-@contextmanager
-def others_answer() -> Iterator[None]:
-    """An exchange that fails because another rank has ended is said as that."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ProcessError(
-            f"rank {dist.get_rank()}: another rank of this model has ended or does not answer "
-            f"({reason}). Its own message, above or below, says why; start all of them again"
-        ) from error
+_others_answer = partial(others_answer, "rank", "model", "start all of them again")
 
 
 def _sum(x: Tensor, group: str) -> Tensor:
     total = x.contiguous().clone()
-    with others_answer():
+    with _others_answer():
         dist.all_reduce(total, group=_groups[group])
     return total
 
 
 def _gather(x: Tensor, size: int, group: str) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size)]
-    with others_answer():
+    with _others_answer():
         dist.all_gather(parts, x.contiguous(), group=_groups[group])
     return torch.cat(parts, -1)
 
