@@ -370,21 +370,14 @@ static void print_hashes() {
 }  // namespace llama_fast
 
 #ifdef ISA_AMX
-// As csrc/cpu/simd/amx.h, and what the tests' own build of it leaves out.
+#include "../../csrc/bindings/tiles.h"
 #include "../../csrc/cpu/simd/amx.h"
-#ifdef MAY_USE_TILES
-static bool may_use_tiles() { return MAY_USE_TILES; }
-#else
-#include <sys/syscall.h>
-#include <unistd.h>
-static bool may_use_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
-#endif
 #endif
 
 int main() {
   using namespace llama_fast::ISA;
 #ifdef ISA_AMX
-  if (!may_use_tiles()) return 2;
+  if (!MAY_USE_TILES) return 2;
   const TileRegisters registers;
 #endif
   expect_scalef();
