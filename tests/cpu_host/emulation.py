@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -78,6 +78,11 @@ def use_isa(isa: str) -> Iterator[None]:
     finally:
         cpu._cpu = real
         forget_launchers()
+
+
+def use_isa_anyhow(isa: str) -> AbstractContextManager[None]:
+    """The same, on the instructions themselves where this CPU has them."""
+    return (cpu.use_isa if isa in cpu.isas() else use_isa)(isa)
 
 
 def forget_launchers() -> None:
