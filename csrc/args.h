@@ -184,10 +184,10 @@ struct AttentionBackwardArgs {
   void* dv;    // (B, S, K, D) contiguous
 };
 
-// How GEMV on the CPU goes through a weight that few rows of x meet: some rows of it in step, fetched
-// by software; or one row after the other, a single stream, which the hardware foresees. Both sum in
-// the same order.
-enum class Walk { tiles, rows };
+// How GEMV on the CPU has a weight fetched that few rows of x meet: tiles of some rows in step, each row
+// fetched on its own; or a stream, the block of rows to come in the order of its addresses, into the
+// second cache. Both sum in the same order.
+enum class Walk { tiles, stream };
 
 struct LinearArgs {
   DType dtype;

@@ -141,21 +141,21 @@ bool own_gemm(DType dtype, bool onednn) {
 
 std::optional<Walk> asked_walk;
 
-// Fetching by software, without which older CPUs do not reach what memory gives, costs Zen 4 and Zen 5,
-// AMD's with AVX-512, a fifth and more of it; see docs/log.md.
+// Rows fetched each on its own, without which older CPUs do not reach what memory gives, cost Zen 4 and
+// Zen 5, AMD's with AVX-512, a fifth to a half of it; see docs/log.md.
 Walk gemv_walk() {
-  bool rows = false;
+  bool stream = false;
 #ifdef __x86_64__
-  rows = __builtin_cpu_is("amd") && chosen.second->lanes == 16;
+  stream = __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f");
 #endif
-  return asked_walk.value_or(rows ? Walk::rows : Walk::tiles);
+  return asked_walk.value_or(stream ? Walk::stream : Walk::tiles);
 }
 
-const char* name_of(Walk walk) { return walk == Walk::rows ? "rows" : "tiles"; }
+const char* name_of(Walk walk) { return walk == Walk::stream ? "stream" : "tiles"; }
 
 void set_gemv_walk(const std::optional<std::string>& name) {
   asked_walk.reset();
-  for (const Walk walk : {Walk::tiles, Walk::rows})
+  for (const Walk walk : {Walk::tiles, Walk::stream})
     if (name && *name == name_of(walk)) asked_walk = walk;
   if (name && !asked_walk) throw std::invalid_argument("no walk is named '" + *name + "'");
 }
