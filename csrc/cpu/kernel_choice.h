@@ -37,7 +37,7 @@ inline int64_t norm_partials(int64_t rows) {
 // Elements of the elementwise ops that are worth a thread.
 constexpr int64_t ELEMENTS_OF_A_THREAD = 1 << 14;
 
-// Which product serves a linear. own_gemm: those of many rows of a half type are ours, not torch's.
+// Which product serves a linear. own_gemm: those of many rows are ours, not torch's.
 enum class Product { gemv, gemm, torch };
 
 inline int64_t gemv_rows(bool own_gemm) { return own_gemm ? GEMV_ROWS_BESIDE_GEMM : GEMV_ROWS; }

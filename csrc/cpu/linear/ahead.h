@@ -6,15 +6,14 @@
 
 namespace llama_fast {
 namespace ISA {
-namespace tiles {
 
 // Lines of memory to fetch into L2 while something else is computed, some at each of its steps: many
 // requests at once would make what follows wait.
-class Ahead {
+class LinesAhead {
  public:
-  Ahead() = default;
+  LinesAhead() = default;
   // Runs of `run` lines, `stride` bytes apart, in so many steps.
-  Ahead(const void* first, int64_t runs, int64_t run, int64_t stride, int64_t steps)
+  LinesAhead(const void* first, int64_t runs, int64_t run, int64_t stride, int64_t steps)
       : line_(static_cast<const char*>(first)), left_(runs * run), run_(run), of_run_(run),
         jump_(stride - (run - 1) * BYTES), each_(steps ? (left_ + steps - 1) / steps : 0) {}
 
@@ -40,6 +39,5 @@ class Ahead {
   int64_t left_ = 0, run_ = 0, of_run_ = 0, jump_ = 0, each_ = 0;
 };
 
-}  // namespace tiles
 }  // namespace ISA
 }  // namespace llama_fast

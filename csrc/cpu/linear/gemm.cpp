@@ -5,7 +5,8 @@
 // lanes are packed first, into panels as wide as the registers of the inner loop, of which a chunk
 // of K lies in L1. A task then takes a block of rows, packs it chunk after chunk into L2 and
 // multiplies it by every panel: a tile of ROWS rows by WIDTH lanes stays in registers, one unit of a
-// row meeting the whole width of a panel, while the next panel comes from the shared cache.
+// row meeting the whole width of a panel, while the next panel comes from the shared cache, and the
+// rows' next chunk from memory.
 //
 // Order of a sum, the same for any number of rows, lanes and threads: unit by unit along a chunk,
 // then chunk after chunk.
@@ -16,6 +17,7 @@
 #include "../dispatch.h"
 #include "../parallel.h"
 #include "../scratch.h"
+#include "ahead.h"
 #include "gemm_tiles.h"
 #include "pack.h"
 
@@ -32,27 +34,18 @@ constexpr int64_t LANES = 512;          // packed at a time: the sums of a task 
 constexpr int64_t DEPTH_UNITS = 4096;   // of K: with the lanes 8 MB, for a shared cache
 constexpr int64_t DEEP_ROWS = 8192;     // at a time, where K is more than this: 16 MB of sums
 
-// Lines of memory to fetch into L2, evenly while something else is computed.
-struct Ahead {
-  const char* line;
-  int64_t count;
-  void fetch(int64_t lines) {
-    for (; lines > 0 && count > 0; --lines, --count, line += 64) __builtin_prefetch(line, 0, 2);
-  }
-};
-
 // c[r] (+)= rows[r] · panel, for ROWS rows and N vectors of lanes.
 template <class T, int N>
 static void multiply_tile(const float* rows, const float* panel, int64_t units, float* c,
-                          bool first, Ahead ahead) {
-  constexpr int64_t STEP = Dot<T>::PARTS * vf::W;  // of which `units` has a whole number
-  const int64_t lines = ceil_div(ahead.count * STEP, units);
+                          bool first, LinesAhead& panel_ahead, LinesAhead& rows_ahead) {
+  constexpr int64_t STEP = Side<T>::STEP_UNITS;  // of which `units` has a whole number
   vf total[ROWS][N];
 #pragma GCC unroll 16
   for (auto& row : total)
     for (vf& t : row) t = zero();
   for (int64_t step = 0; step < units; step += STEP) {
-    ahead.fetch(lines);
+    panel_ahead.step();
+    rows_ahead.step();
     for (int64_t u = step; u < step + STEP; ++u) {
       vf x[N];
       for (int i = 0; i < N; ++i) x[i] = load(panel + (u * N + i) * vf::W);
@@ -84,18 +77,18 @@ struct Panels {
 
 template <class T, int N = VECTORS>
 static void multiply_panel(int vectors, const float* rows, int64_t tiles, const float* panel,
-                           int64_t units, float* c, bool first) {
+                           int64_t units, float* c, bool first, LinesAhead& rows_ahead) {
   if constexpr (N > 1) {
-    if (vectors < N) return multiply_panel<T, N - 1>(vectors, rows, tiles, panel, units, c, first);
+    if (vectors < N)
+      return multiply_panel<T, N - 1>(vectors, rows, tiles, panel, units, c, first, rows_ahead);
   }
-  // The panel behind this one is the next: a tile fetches its part of it.
-  const char* next = reinterpret_cast<const char*>(panel + units * N * vf::W);
-  const int64_t lines = units * N * vf::W * int64_t(sizeof(float)) / 64;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = lines * t / tiles, end = lines * (t + 1) / tiles;
+  // The panel behind this one is the next.
+  const int64_t floats = units * N * vf::W;
+  LinesAhead panel_ahead{panel + floats, 1, floats * int64_t(sizeof(float)) / 64, 0,
+                         tiles * units / Side<T>::STEP_UNITS};
+  for (int64_t t = 0; t < tiles; ++t)
     multiply_tile<T, N>(rows + t * ROWS * CHUNK_UNITS, panel, units, c + t * ROWS * N * vf::W,
-                        first, Ahead{next + begin * 64, end - begin});
-  }
+                        first, panel_ahead, rows_ahead);
 }
 
 // Up to LANES lanes, and the rows that meet them; K is walked in depths of DEPTH_UNITS.
@@ -125,6 +118,8 @@ template <class T> struct Product {
   }
 
   int64_t tiles() const { return ceil_div(R, ROWS); }
+  int64_t first_tile(int64_t block) const { return tiles() * block / blocks; }
+  int64_t rows_of(int64_t t0, int64_t t1) const { return std::min(t1 * ROWS, R) - t0 * ROWS; }
   static int64_t units(int64_t elements) { return ceil_div(elements, Dot<T>::STEP) * STEP_UNITS; }
 
   // The panel's share of the chunk at k, of a depth that starts at k0 and ends at k1.
@@ -132,6 +127,15 @@ template <class T> struct Product {
     const int64_t width = panels.vectors() * W;
     return packed + (k - k0) / CHUNK * CHUNK_UNITS * width +
            panel * WIDTH * units(std::min(CHUNK, k1 - k));
+  }
+
+  // To fetch elements k_begin to k_end of n rows in so many steps. Those that run down the memory
+  // are left to the hardware.
+  LinesAhead ahead_of(int64_t row, int64_t n, int64_t k_begin, int64_t k_end, int64_t steps) const {
+    if (a.rows.transposed || n <= 0) return {};
+    const Side<T> side{a.rows, a.K};
+    return {side.vector(row) + k_begin, n, ceil_div((k_end - k_begin) * int64_t(sizeof(T)), 64),
+            a.rows.rows.stride2 * int64_t(sizeof(T)), steps};
   }
 
   void pack(int64_t k0, int64_t k1) const {
@@ -156,28 +160,35 @@ template <class T> struct Product {
       float* own = rows + most_rows * CHUNK_UNITS;
       for (int64_t task = next(); task < blocks * parts; task = next()) {
         const int64_t block = task / parts, part = task % parts;
-        const int64_t t0 = tiles() * block / blocks, t1 = tiles() * (block + 1) / blocks;
+        const int64_t t0 = first_tile(block), t1 = first_tile(block + 1);
+        // What is most likely the next task of this thread.
+        const int64_t then = std::min((task + threads) / parts, blocks);
+        const int64_t t2 = first_tile(then), t3 = first_tile(std::min(then + 1, blocks));
         const int64_t p0 = panels.count() * part / parts, p1 = panels.count() * (part + 1) / parts;
         if (t0 < t1)
-          multiply_block(k0, k1, t0, t1, p0, p1, rows,
+          multiply_block(k0, k1, t0, t1, p0, p1, t2, t3, rows,
                          kept ? kept + (t0 * panels.count() + p0 * (t1 - t0)) * ROWS * WIDTH : own);
       }
     });
   }
 
   void multiply_block(int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t p0, int64_t p1,
-                      float* rows, float* sums_of) const {
+                      int64_t t2, int64_t t3, float* rows, float* sums_of) const {
     const Side<T> side{a.rows, a.K};
-    const int64_t first = r0 + t0 * ROWS, count = std::min(t1 * ROWS, R) - t0 * ROWS;
+    const int64_t first = r0 + t0 * ROWS, count = rows_of(t0, t1);
     const int64_t panel_sums = (t1 - t0) * ROWS * WIDTH;
     for (int64_t k = k0; k < k1; k += CHUNK) {
       const int64_t end = std::min(k + CHUNK, k1);
+      const int64_t steps = (p1 - p0) * (t1 - t0) * ceil_div(end - k, Dot<T>::STEP);
+      LinesAhead ahead = end < k1 ? ahead_of(first, count, end, std::min(end + CHUNK, k1), steps)
+                                  : ahead_of(r0 + t2 * ROWS, rows_of(t2, t3), k0,
+                                             std::min(k0 + CHUNK, k1), steps);
       for (int64_t r = 0; r < count; r += W)
         side.pack_rows(first + r, int(std::min<int64_t>(W, count - r)), k, end,
                        rows + r * CHUNK_UNITS, {CHUNK_UNITS, STEP_UNITS});
       for (int64_t p = p0; p < p1; ++p)
         multiply_panel<T>(panels.vectors_of(p), rows, t1 - t0, panel_at(p, k0, k, k1),
-                          units(end - k), sums_of + (p - p0) * panel_sums, k == 0);
+                          units(end - k), sums_of + (p - p0) * panel_sums, k == 0, ahead);
     }
     if (k1 < a.K) return;
     T* out = static_cast<T*>(a.out);

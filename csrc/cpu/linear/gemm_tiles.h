@@ -147,7 +147,7 @@ class Product {
   }
 
   // To fetch elements k_begin to k_end of n rows in so many steps.
-  Ahead ahead_of(int64_t first, int64_t n, int64_t k_begin, int64_t k_end, int64_t steps) const {
+  LinesAhead ahead_of(int64_t first, int64_t n, int64_t k_begin, int64_t k_end, int64_t steps) const {
     if (a_.rows.transposed || n <= 0 || k_begin >= k_end) return {};
     return {rows_.vector(first) + k_begin, n, ceil_div(k_end - k_begin, STEP), row_bytes(), steps};
   }
@@ -188,11 +188,11 @@ class Product {
       const int64_t end = std::min(k + CHUNK, a_.K), steps = ceil_div(end - k, STEP);
       pack_rows(first, n, k, end, rows);
       const int64_t all_steps = (p1 - p0) * tiles * steps;
-      Ahead rows_ahead = ahead_of(first, n, end, std::min(end + CHUNK, a_.K), all_steps);
+      LinesAhead rows_ahead = ahead_of(first, n, end, std::min(end + CHUNK, a_.K), all_steps);
       for (int64_t p = p0; p < p1; ++p) {
         const int vectors = vectors_of(p);
         const float* panel = panel_at(p, k / STEP);
-        Ahead panel_ahead;
+        LinesAhead panel_ahead;
         if (p + 1 < p1) {
           const int64_t lines = steps * TILE_WORDS * vectors_of(p + 1);
           panel_ahead = {panel_at(p + 1, k / STEP), 1, lines, 0, tiles * steps};

@@ -42,7 +42,7 @@ struct BlockChunk {
   char* ring;    // RING products' sums
 };
 
-template <int MT> static void add_chunk(const BlockChunk& c, Ahead& ahead) {
+template <int MT> static void add_chunk(const BlockChunk& c, LinesAhead& ahead) {
   // The compiler would read all of these anew after each store of a tile.
   const int64_t groups = c.groups, group_size = c.group_size;
   const f16 *scales = c.scales, *minima = c.minima;
@@ -51,7 +51,7 @@ template <int MT> static void add_chunk(const BlockChunk& c, Ahead& ahead) {
   const uint8_t* w = c.w;
   const bool is_signed = c.is_signed;
   char* const ring = c.ring;
-  Ahead fetched = ahead;
+  LinesAhead fetched = ahead;
 
   vf total[MT];
 #pragma GCC unroll 16
@@ -97,7 +97,7 @@ template <int MT> static void add_chunk(const BlockChunk& c, Ahead& ahead) {
   ahead = fetched;
 }
 
-template <int MT = TILE_WORDS> static void add_chunk(int mt, const BlockChunk& c, Ahead& ahead) {
+template <int MT = TILE_WORDS> static void add_chunk(int mt, const BlockChunk& c, LinesAhead& ahead) {
   if (mt == MT) return add_chunk<MT>(c, ahead);
   if constexpr (MT > 1) add_chunk<MT - 1>(mt, c, ahead);
 }
@@ -137,7 +137,7 @@ template <class T> class QuantizedProduct {
       for (int64_t n = n0; n < n1; n += near_) {
         const int64_t end = std::min(n + near_, n1);
         for (int64_t i = n; i < end; ++i) to_bytes(i, g, bytes + (i - n) * CHUNK_BYTES);
-        Ahead ahead = ahead_of(n0, n1, end, g, groups_from(g) * tiles_ * (end - n));
+        LinesAhead ahead = ahead_of(n0, n1, end, g, groups_from(g) * tiles_ * (end - n));
         for_each_tile(M_, tiles_, [&](int64_t m, int MT) {
           for (int64_t i = n; i < end; ++i) {
             const int64_t at = (i * s_.groups + g) * BLOCK;
@@ -178,7 +178,7 @@ template <class T> class QuantizedProduct {
   }
 
   // To fetch what follows the chunk of columns from group g on, of the blocks before n, in so many steps.
-  Ahead ahead_of(int64_t n0, int64_t n1, int64_t n, int64_t g, int64_t steps) const {
+  LinesAhead ahead_of(int64_t n0, int64_t n1, int64_t n, int64_t g, int64_t steps) const {
     if (n == n1 && g + chunk_ < s_.groups) {
       n = n0;
       g += chunk_;
