@@ -18,6 +18,7 @@
 #include "../parallel.h"
 #include "../scratch.h"
 #include "ahead.h"
+#include "gemm_few.h"
 #include "gemm_tiles.h"
 #include "pack.h"
 
@@ -27,8 +28,6 @@ namespace ISA {
 constexpr int ROWS = vf::W == 16 ? 12 : vf::W == 8 ? 6 : 4;
 constexpr int VECTORS = vf::W == 1 ? 4 : 2;
 constexpr int WIDTH = VECTORS * vf::W;
-// Of K: a panel's share is 32 KB, or 16 on AVX2. A scalar build needs short chunks for exactness.
-constexpr int64_t CHUNK_UNITS = vf::W == 1 ? 32 : 256;
 constexpr int64_t BLOCK_TILES = 16;     // of rows in a task, at most: 192 KB, or 96
 constexpr int64_t LANES = 512;          // packed at a time: the sums of a task stay in L2,
 constexpr int64_t DEPTH_UNITS = 4096;   // of K: with the lanes 8 MB, for a shared cache
@@ -221,7 +220,11 @@ void gemm(const GemmArgs& a) {
 #ifdef ISA_HAS_TILES
   if (a.dtype == DType::bf16) return gemm_by_tiles(a);
 #endif
-  with_type(a.dtype, [&](auto t) { multiply_matrices<decltype(t)>(a); });
+  with_type(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (FewLanes<T>::takes(a)) FewLanes<T>(a).run();
+    else multiply_matrices<T>(a);
+  });
 }
 
 }  // namespace ISA

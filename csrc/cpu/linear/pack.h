@@ -13,6 +13,10 @@ namespace ISA {
 
 static inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
+// Units of K whose products are added up before they join a sum: of a panel 32 KB, or 16 on AVX2. A
+// scalar build needs short chunks for exactness.
+constexpr int64_t CHUNK_UNITS = vf::W == 1 ? 32 : 256;
+
 // Where packed rows lie, in units: row i at i · row, each step of it `step` behind the one before.
 struct RowStrides { int64_t row, step; };
 
@@ -73,26 +77,49 @@ template <class T> struct Side {
   // Lanes beyond n hold anything: what comes of them goes nowhere.
   void pack_lanes(int64_t first, int n, int64_t k_begin, int64_t k_end, float* to,
                   int64_t width) const {
-    const T* from[vf::W] = {};
+    if (m.transposed) {
+      for (int64_t k = k_begin; k < k_end; k += D::STEP)
+        for (int u = 0; u < STEP_UNITS; ++u, to += width) store(to, unit(k, u, first, n));
+      return;
+    }
+    const T* from[vf::W];
+    for (int i = 0; i < vf::W; ++i) from[i] = vector(first + std::min(i, n - 1));
+    for (int64_t k = k_begin; k < k_end; k += D::STEP, to += STEP_UNITS * width)
+      pack_lanes(from, k, to, width);
+  }
+
+  // A step of W vectors.
+  void pack_lanes(const T* const (&from)[vf::W], int64_t k, float* to, int64_t width) const {
+    if (k + D::STEP <= K) return pack_step(from, k, to, width);
     T last[vf::W][D::STEP];
-    for (int i = 0; i < vf::W && !m.transposed; ++i) from[i] = vector(first + std::min(i, n - 1));
-    auto put = [&](vf (&x)[vf::W]) {
-      if (!m.transposed) transpose(x);
-      for (int i = 0; i < vf::W; ++i, to += width) store(to, x[i]);
-    };
-    for (int64_t k = k_begin; k < k_end; k += D::STEP) {
-      vf x[D::PARTS][vf::W];
-      for (int i = 0; i < vf::W; ++i) {
-        if (m.transposed) {
-          for (int part = 0; part < D::PARTS; ++part)
-            x[part][i] = unit(k, part * vf::W + i, first, n);
-        } else {
-          const T* elements = step(from[i], k, last[i]);
-          x[0][i] = D::template weights<0>(elements);
-          if constexpr (D::PARTS == 2) x[1][i] = D::template weights<1>(elements);
-        }
+    const T* at[vf::W];
+    for (int i = 0; i < vf::W; ++i) at[i] = step(from[i], k, last[i]);
+    pack_step(at, 0, to, width);
+  }
+
+ private:
+  static void pack_step(const T* const (&from)[vf::W], int64_t k, float* to, int64_t width) {
+    constexpr int W = vf::W;
+    vf x[W];
+    if constexpr (std::is_same_v<T, bf16> && D::PARTS == 2) {
+      // Two elements to a word until the words are where they belong: half as many shuffles.
+      for (int i = 0; i < W; ++i) x[i] = load(reinterpret_cast<const float*>(from[i] + k));
+      transpose(x);
+      for (int i = 0; i < W; ++i) {
+        vf even, odd;
+        split(x[i], even, odd);
+        store(to + i * width, even);
+        store(to + (W + i) * width, odd);
       }
-      for (auto& part : x) put(part);
+    } else {
+      for (int i = 0; i < W; ++i) x[i] = D::template weights<0>(from[i] + k);
+      transpose(x);
+      for (int i = 0; i < W; ++i) store(to + i * width, x[i]);
+      if constexpr (D::PARTS == 2) {
+        for (int i = 0; i < W; ++i) x[i] = D::template weights<1>(from[i] + k);
+        transpose(x);
+        for (int i = 0; i < W; ++i) store(to + (W + i) * width, x[i]);
+      }
     }
   }
 };

@@ -48,6 +48,12 @@ static inline void floor_and_rest(vf t, vf& whole, vf& part) {
 // a / b, for what is rounded to a half type.
 static inline vf divide_half(vf a, vf b) { return a / b; }
 
+// Two bf16 of a word that came as a float.
+static inline void split(vf word, vf& even, vf& odd) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, word.v);
+  even = {float_of(bits << 16)};
+  odd = {float_of(bits & 0xffff0000)};
+}
 static inline void load_split(const bf16* p, vf& even, vf& odd) {
   even = load(p);
   odd = load(p + 1);
