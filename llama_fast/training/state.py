@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..distributed import Processes
 from ..errors import CheckpointError
 from ..utils.files import atomic_file
 from ..utils.memory import resident_peak
@@ -69,15 +70,20 @@ class StateFile:
         self.saved: int | None = None  # the step of the state that is there
 
     def save(self, step: int, history: History, weights: Weights, device: torch.device) -> None:
-        """Replaces the state in one step. Raises CheckpointError where there is no room for it; the
-        one that was there is there still."""
+        """Replaces the state in one step. Of several processes the first writes; all must call it,
+        as parts of a fully sharded model are gathered. Raises CheckpointError where there is no
+        room for it; the one that was there is there still."""
+        processes = Processes()
+        saved = weights.state(processes) if processes.main or weights.cut else {}
+        if not processes.main:
+            return
         content = {
             "format": FORMAT,
             "identity": self.identity,
             "step": step,
             "history": dataclasses.asdict(history),
             "random": random_state(device),
-            **weights.state(),
+            **saved,
         }
         try:
             with atomic_file(self.path) as beside, open(beside, "wb") as file:
@@ -104,7 +110,8 @@ class StateFile:
         if not self.path.exists():
             return None
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            # Mapped: of a fully sharded model each process reads its part alone.
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             found, step = state["identity"], state["step"]
             history = History(**state["history"])
             if found == self.identity:

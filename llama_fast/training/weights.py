@@ -8,8 +8,11 @@ import torch
 from torch import nn
 
 from ..distributed import Processes
+from ..distributed.fully_sharded import gathered, part_of
 from ..errors import ConfigError
+from ..utils.shards import is_shard, local
 from .config import TrainConfig
+from .moments import of_all_ranks
 from .optim import AdamW
 
 # Names of weights that embedding_learning_rate is for: (the begin, the end).
@@ -52,6 +55,8 @@ class Weights:
 
     Weights of bfloat16 have a float32 copy each ("masters"), which gradients are added up in and
     which is updated and rounded; unless the config says that they are rounded at random.
+
+    Those of a fully sharded model are DTensors, and so are their copies, gradients and moments.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
@@ -81,6 +86,7 @@ class Weights:
             )
         updated = {**self.named, **self.masters}
         self.updated = list(updated.values())
+        self.cut = any(map(is_shard, self.updated))
         self.optimizer = make_optimizer(updated.items(), config)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -97,12 +103,18 @@ class Weights:
             group["lr"] = rate * scale
 
     def sum_gradients(self, processes: Processes) -> None:
-        """Adds up what the processes of a training have left in their gradients."""
-        processes.sum_gradients(self.updated)
+        """Adds up what the processes of a training have left in their gradients. Those of a fully
+        sharded model are sums already."""
+        if not self.cut:
+            processes.sum_gradients(self.updated)
 
-    def gradient_norm(self) -> float:
-        """Returns the norm of all gradients together."""
-        return nn.utils.get_total_norm(w.grad for w in self.updated if w.grad is not None).item()
+    def gradient_norm(self, processes: Processes) -> float:
+        """Returns the norm of all gradients together, the same on all processes."""
+        gradients = [local(w.grad) for w in self.updated if w.grad is not None]
+        norm = nn.utils.get_total_norm(gradients).item()
+        if self.cut:
+            norm = processes.sum([norm**2], self.updated[0].device)[0] ** 0.5
+        return norm
 
     @torch.no_grad()
     def step(self, grad_scale: float = 1.0) -> None:
@@ -117,11 +129,22 @@ class Weights:
         for weight in self.named.values():
             weight.grad = None
 
-    def state(self) -> dict[str, object]:
+    def state(self, processes: Processes) -> dict[str, object]:
+        """Returns all that is saved, whole whatever each process has of it. Of a fully sharded
+        model all processes must call it, and what the others return than the first is empty."""
+
+        def gather(x: torch.Tensor) -> torch.Tensor:
+            found = gathered(x.detach())
+            if not is_shard(x):
+                return found
+            return found.cpu() if processes.main else found.new_empty(0)
+
+        optimizer = self.optimizer.state_dict()
+        moments = {i: of_all_ranks(state, gather) for i, state in optimizer["state"].items()}
         return {
-            "weights": {name: weight.detach() for name, weight in self.named.items()},
-            "masters": {name: weight.detach() for name, weight in self.masters.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "weights": {name: gather(weight) for name, weight in self.named.items()},
+            "masters": {name: gather(weight) for name, weight in self.masters.items()},
+            "optimizer": {**optimizer, "state": moments},
         }
 
     @torch.no_grad()
@@ -138,5 +161,5 @@ class Weights:
                     raise ValueError(f"its {name} has another shape or dtype")
         for kind, own in (("weights", self.named), ("masters", self.masters)):
             for name, weight in own.items():
-                weight.copy_(state[kind][name])
+                local(weight).copy_(part_of(state[kind][name], weight))
         self.optimizer.load_state_dict(state["optimizer"])
