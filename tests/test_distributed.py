@@ -101,12 +101,14 @@ def test_a_state_is_taken_over_to_the_bit_by_any_number(done, kind):
     times = torch.load(done.folder / f"{kind} taken over.pt")
     assert len(times) == 4  # saved by two and by one, each taken over by two and by one
     eight_bits = []
-    for found in times:
+    for before, after in times:
+        for part in ("identity", "step", "history"):
+            assert before[part] == after[part]
         for part in ("weights", "masters"):
-            saved, again = found[part]
+            saved, again = before[part], after[part]
             assert saved.keys() == again.keys()
             assert all(torch.equal(again[name], x) for name, x in saved.items())
-        saved, again = found["optimizer"]
+        saved, again = before["optimizer"], after["optimizer"]
         assert saved["param_groups"] == again["param_groups"]
         for index, state in saved["state"].items():
             assert again["state"][index]["step"] == state["step"]

@@ -132,11 +132,12 @@ def keep_what_is_taken_over(kind: str, folder: Path) -> None:
         model = new_model_of(kind)
         weights = Weights(dict(model.named_parameters()), KINDS[kind][2])
         saved = torch.load(folder / STATE_FILE)
-        StateFile(folder, saved["identity"]).load(weights)
-        state = weights.state(Processes())
+        step, history = StateFile(folder, saved["identity"]).load(weights)
+        again = StateFile(folder.parent / "again", saved["identity"])
+        again.save(step, history, weights, torch.device("cpu"))
         if Processes().main:
-            found = {part: (saved[part], state[part]) for part in state}
-            torch.save([*(torch.load(path) if path.exists() else []), found], path)
+            found = [*(torch.load(path) if path.exists() else []), (saved, torch.load(again.path))]
+            torch.save(found, path)
 
     path = folder.parent / f"{kind} taken over.pt"
     taken_over(path)

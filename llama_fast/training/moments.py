@@ -9,14 +9,12 @@ rows. Blocks must not lie across a border then, wherever it is: so moments have 
 is a number of blocks, as in every matrix of a Llama of a usual size, and scales have a row for each
 of its rows. Others, such as those of norms, are float32.
 
-A state is kept and taken over as a whole, in the form that one process has, so that any number of
-ranks goes on with it. Numbers are never rounded on the way: where 8-bit moments cannot be cut,
-what they stand for is kept in float32.
+A state is saved and taken over as a whole, so that any number of ranks goes on with it. Numbers are
+never rounded on the way: where 8-bit moments cannot be cut, what they stand for is kept in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,28 +78,20 @@ def of_rank(state: State) -> State:
     return own
 
 
-def of_all_ranks(state: State, gather: Callable[[Tensor], Tensor]) -> State:
-    """Returns a state in the form that one process has.
-
-    gather  returns the whole of a tensor that is cut, and any other as it is
-    """
-    found = {name: gather(x) if isinstance(x, Tensor) else x for name, x in state.items()}
-    for name in map(_scale, _MAPS):
-        if name in found:
-            found[name] = found[name].view(-1)
-    return found
-
-
 def taken_over(state: State, param: Tensor) -> State:
     """Returns a copy of a saved state for a parameter: what is a whole is cut as the parameter is,
     in memory of its own, on its device.
 
     Raises ConfigError for a parameter that is cut in another way than along its rows.
     """
-    if not is_shard(param) or any(map(is_shard, state.values())):
+    if any(map(is_shard, state.values())):
         return {name: _copied(x, param) for name, x in state.items()}
     eight_bits = _scale("exp_avg") in state
     taken = dict(state)
+    if not is_shard(param):
+        for name in map(_scale, _MAPS) if eight_bits else ():
+            taken[name] = state[name].view(-1)
+        return {name: _copied(x, param) for name, x in taken.items()}
     if eight_bits and not _can_be_cut(param):
         for name, kind in _MAPS.items():
             taken[name] = dequantize(state[name], taken.pop(_scale(name)), kind)

@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from ..distributed import Processes
-from ..distributed.fully_sharded import gathered, part_of
+from ..distributed.fully_sharded import part_of
 from ..errors import ConfigError
 from ..utils.shards import is_shard, local
 from .config import TrainConfig
-from .moments import of_all_ranks
 from .optim import AdamW
 
 # Names of weights that embedding_learning_rate is for: (the begin, the end).
@@ -129,27 +128,18 @@ class Weights:
         for weight in self.named.values():
             weight.grad = None
 
-    def state(self, processes: Processes) -> dict[str, object]:
-        """Returns all that is saved, whole whatever each process has of it. Of a fully sharded
-        model all processes must call it, and what the others return than the first is empty."""
-
-        def gather(x: torch.Tensor) -> torch.Tensor:
-            found = gathered(x.detach())
-            if not is_shard(x):
-                return found
-            return found.cpu() if processes.main else found.new_empty(0)
-
-        optimizer = self.optimizer.state_dict()
-        moments = {i: of_all_ranks(state, gather) for i, state in optimizer["state"].items()}
+    def state(self) -> dict[str, object]:
+        """Returns what is saved: plain values and tensors, which may be cut."""
         return {
-            "weights": {name: gather(weight) for name, weight in self.named.items()},
-            "masters": {name: gather(weight) for name, weight in self.masters.items()},
-            "optimizer": {**optimizer, "state": moments},
+            "weights": {name: weight.detach() for name, weight in self.named.items()},
+            "masters": {name: weight.detach() for name, weight in self.masters.items()},
+            "optimizer": self.optimizer.state_dict(),
         }
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, dict]) -> None:
-        """Raises ValueError or KeyError where the state is that of other weights."""
+        """Takes over a state of whole tensors. Raises ValueError or KeyError where it is that of
+        other weights."""
         for kind, own in (("weights", self.named), ("masters", self.masters)):
             if state[kind].keys() != own.keys():
                 raise ValueError(f"its {kind} have other names")
