@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from llama_fast.cli import main
+from llama_fast.distributed import fully_shard, is_fully_sharded
 from llama_fast.model import Llama
 from llama_fast.training.evaluation import evaluate
 
@@ -136,6 +137,11 @@ def test_a_model_is_read_in_parts_and_saved_as_a_whole(done, tiny):  # noqa: F81
             assert torch.equal(weights[name], weight) and torch.equal(bits(saved)[name], weight)
         for text, expected in zip(said, REFUSED, strict=True):
             assert expected in text
+
+
+def test_alone_a_model_stays_whole(tiny):  # noqa: F811
+    model = fully_shard(Llama.from_pretrained(tiny, device="cpu", fully_sharded=True))
+    assert not is_fully_sharded(model) and evaluate(model, counting_data(100)).tokens == 96
 
 
 REFUSED = (

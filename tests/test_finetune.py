@@ -127,12 +127,12 @@ def test_a_run_that_goes_on_encodes_nothing_again(run, tiny, texts, tmp_path, mo
     with monkeypatch.context() as patched:
         interrupted_at(patched, 3)
         assert run(*asked)[0] == 130
-    assert len(list((tmp_path / "run" / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "run" / "data-cache").iterdir())) == 1
     with monkeypatch.context() as patched:
         patched.setattr(Tokenizer, "encode_words", None)  # no text can be encoded
         code, _, err = run(*asked)
     assert code == 0 and "1 from the cache" in err, err
-    assert not (tmp_path / "run" / "cache").exists()
+    assert not (tmp_path / "run" / "data-cache").exists()
 
 
 def test_a_cache_for_several_runs(run, tiny, texts, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """The folder of a fine-tuning run: what it was asked for, its state, and what it leaves behind.
 
 run.json      what the run is; the same command goes on with it, another one is refused
-cache/        the ids of the data's files, until the run is finished
+data-cache/   the ids of the data's files, until the run is finished
 training.pt   the state, until the run is finished, and with --dpo --full reference-….safetensors
 log.csv       a line a step            tensorboard/   the same curves, where it is installed
 adapter/      the LoRA, or model/ after --full
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..training import Adapter, History
 
 RUN, METRICS, PLOT, ADAPTER, MODEL = "run.json", "metrics.json", "loss.png", "adapter", "model"
-CACHE = "cache"
+CACHE = "data-cache"
 
 
 class Run:

@@ -32,6 +32,15 @@ from ..utils.shards import is_shard, local, whole
 from .processes import Processes, others_in_training_answer
 
 
+# What FSDP2 did not have at first.
+_NEEDED = (
+    "set_gradient_divide_factor",
+    "set_force_sum_reduction_for_comms",
+    "set_custom_all_gather",
+    "set_custom_reduce_scatter",
+)
+
+
 def fully_shard(model: nn.Module) -> nn.Module:
     """Cuts a `Llama` over the processes that are joined (`started`), in place, and returns it. Its
     weights are all trained; the first process's values are everybody's.
@@ -42,7 +51,7 @@ def fully_shard(model: nn.Module) -> nn.Module:
 
     Where this is the only process the model stays whole. Raises ConfigError for a model that is cut
     already, that has an adapter or quantised weights, or weights that are not trained, and for a
-    torch below 2.9.
+    torch that is too old.
     """
     if Processes().size == 1:
         return model
@@ -92,10 +101,11 @@ def shard(unit: nn.Module) -> None:
     from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
 
-    if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"):
+    kind = getattr(fsdp, "FSDPModule", None)
+    if not all(hasattr(kind, name) for name in _NEEDED):
         raise ConfigError(
-            f"torch {torch.__version__} cannot sum gradients over fully sharded processes; install "
-            "torch 2.9 or newer, or start one process"
+            f"FSDP2 of torch {torch.__version__} cannot sum gradients; install a newer torch, such "
+            "as 2.13, or start one process"
         )
     mesh = init_device_mesh(_kind(), (Processes().size,))
     # Sums of half gradients over the processes are made in float32, and rounded once.
