@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from llama_fast.cli import main
-from llama_fast.distributed import fully_shard, is_fully_sharded
+from llama_fast.distributed import fully_shard, fully_sharded, is_fully_sharded
+from llama_fast.errors import ConfigError
 from llama_fast.model import Llama
 from llama_fast.training.evaluation import evaluate
 
-from .small_training import bits, counting_data, one_thread  # noqa: F401  a fixture
+from .small_training import bits, counting_data, new_model, one_thread  # noqa: F401  a fixture
 from .test_finetune import QUICK, tiny  # noqa: F401  fixtures
 from .test_optim_sharded import numbers
 from .training_rows import write
@@ -142,6 +143,12 @@ def test_a_model_is_read_in_parts_and_saved_as_a_whole(done, tiny):  # noqa: F81
 def test_alone_a_model_stays_whole(tiny):  # noqa: F811
     model = fully_shard(Llama.from_pretrained(tiny, device="cpu", fully_sharded=True))
     assert not is_fully_sharded(model) and evaluate(model, counting_data(100)).tokens == 96
+
+
+def test_an_older_torch_is_refused(monkeypatch):
+    monkeypatch.setattr(fully_sharded, "_NEEDED", ("fully_shard", "what_it_does_not_have"))
+    with pytest.raises(ConfigError, match="install a newer torch"):
+        fully_sharded.shard(new_model())
 
 
 REFUSED = (

@@ -31,7 +31,6 @@ from ..ops import QuantizedWeight
 from ..utils.shards import is_shard, local, whole
 from .processes import Processes, others_in_training_answer
 
-
 # What FSDP2 did not have at first.
 _NEEDED = (
     "set_gradient_divide_factor",
