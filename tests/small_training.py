@@ -27,9 +27,9 @@ CONFIG = LlamaConfig(
 )
 
 
-def new_model(dtype: torch.dtype = torch.float32) -> Llama:
+def new_model(dtype: torch.dtype = torch.float32, config: LlamaConfig = CONFIG) -> Llama:
     torch.manual_seed(3)
-    return Llama(CONFIG, dtype=dtype)
+    return Llama(config, dtype=dtype)
 
 
 def counting_data(n_tokens: int = 600) -> PackedDataset:

@@ -21,7 +21,9 @@ from llama_fast.checkpoint import (
     write_hf,
     write_meta,
 )
+from llama_fast.checkpoint.stored import PthFile, SafetensorsFile
 from llama_fast.config import LlamaConfig, RopeScaling
+from llama_fast.config.share import RowShare
 from llama_fast.errors import CheckpointError
 from llama_fast.quantization.folder import quantize_folder
 from llama_fast.tokenizer import Tokenizer
@@ -362,6 +364,39 @@ def test_rows_in_their_order_are_the_tensors(tmp_path, form, monkeypatch):
     assert list(parts) == list(state_shapes(SMALL))
     assert len(parts["embed.weight"]) > 1
     assert_same({name: torch.cat(rows) for name, rows in parts.items()}, state)
+
+
+@pytest.mark.parametrize("form", ["hf", "meta", "meta-2"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_read_their_rows(tmp_path, form, ranks, monkeypatch):
+    """Also where a border lies within a head whose rows are ordered anew; and of the files hardly
+    more is read than these rows."""
+    monkeypatch.setattr("llama_fast.checkpoint.pieces.BLOCK_BYTES", 1000)
+    config = dataclasses.replace(SMALL, vocab_size=322)  # no multiple of three
+    state = random_state(config)
+    if form == "hf":
+        write_hf(tmp_path / form, config, state)
+    else:
+        write_meta(tmp_path / form, config, state, n_files=2 if form == "meta-2" else 1)
+    checkpoint = open_checkpoint(tmp_path / form)
+    found, read, progress = {name: [] for name in state}, [], []
+    for kind in (SafetensorsFile, PthFile):
+        own = kind.rows
+        monkeypatch.setattr(
+            kind, "rows", lambda *a, own=own: (rows := own(*a), read.append(rows.nbytes))[0]
+        )
+    for rank in range(ranks):
+        share = RowShare(rank, ranks)
+        runs = {name: slice(*share.of(len(x))) for name, x in state.items()}
+        rows = {name: torch.full_like(state[name][run], torch.nan) for name, run in runs.items()}
+        checkpoint.load_rows_into(rows, share, progress=lambda *call: progress.append(call))
+        for name, part in rows.items():
+            found[name].append(part)
+        assert progress[-1][0] == progress[-1][1] == config.n_params * 2
+    assert_same({name: torch.cat(parts) for name, parts in found.items()}, state)
+    assert sum(read) < 1.5 * config.n_params * 2
+    with pytest.raises(CheckpointError, match=r"rank 1 of 2: embed.weight .* its rows"):
+        checkpoint.load_rows_into(state, RowShare(1, 2))
 
 
 def test_rows_that_are_not_finite_are_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from llama_fast.checkpoint import open_checkpoint, write_random
 from llama_fast.cli import finetune as command
 from llama_fast.cli.options import DEMO
+from llama_fast.tokenizer import Tokenizer
 from llama_fast.training.adapter import load_adapter
 from llama_fast.training.weights import Weights
 
@@ -118,6 +120,54 @@ def test_show_says_what_is_trained_and_stops(run, tiny, tmp_path):
     assert code == 0, err
     assert "trained tokens" in out and "⟦Me." in out and "Who?" in out and "You." not in out
     assert {path.name for path in tmp_path.iterdir()} == {"dialogs.jsonl"}
+
+
+def test_a_run_that_goes_on_encodes_nothing_again(run, tiny, texts, tmp_path, monkeypatch):
+    asked = ("finetune", tiny, texts, *QUICK, "--held-out", texts, "--out", tmp_path / "run")
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, 3)
+        assert run(*asked)[0] == 130
+    assert len(list((tmp_path / "run" / "data-cache").iterdir())) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(Tokenizer, "encode_words", None)  # no text can be encoded
+        code, _, err = run(*asked)
+    assert code == 0 and "1 from the cache" in err, err
+    assert not (tmp_path / "run" / "data-cache").exists()
+
+
+def test_a_cache_for_several_runs(run, tiny, texts, tmp_path, monkeypatch):
+    kept = ("--cache", tmp_path / "kept")
+    asked = ("finetune", tiny, texts, *QUICK)
+    assert run(*asked, "--out", tmp_path / "a", *kept)[0] == 0
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    monkeypatch.setattr(Tokenizer, "encode_words", None)
+    code, _, err = run(*asked, "--out", tmp_path / "b", "--lr", "0.01", *kept)
+    assert code == 0 and "1 from the cache" in err, err
+    code, out, err = run("finetune", tiny, texts, "--block", 64, "--show", 1, *kept)
+    assert code == 0 and "1 from the cache" in out + err
+
+
+def test_a_fault_in_the_data_leaves_nothing_behind(run, tiny, texts, tmp_path):
+    bad = write(tmp_path, "bad.jsonl", [{"text": "Once."}, "{"])
+    code, _, err = run("finetune", tiny, texts, bad, *QUICK, "--out", tmp_path / "run")
+    assert code == 1 and "bad.jsonl, line 2" in err
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("")
+    code, _, err = run("finetune", tiny, texts, *QUICK, "--out", tmp_path / "file" / "run")
+    assert code == 1 and "give --out another folder" in " ".join(err.split())
+
+
+def test_texts_need_no_chat_format(run, tiny, texts, tmp_path):
+    """A folder whose chat template is none: texts are trained on, dialogs say what is wrong."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{% if %}"}))
+    code, _, err = run("finetune", model, texts, *QUICK, "--out", tmp_path / "run")
+    assert code == 0, err
+    data = write(tmp_path, "dialogs.jsonl", [dialog()])
+    code, _, err = run("finetune", model, data, *QUICK, "--out", tmp_path / "other")
+    assert code == 1 and "no Jinja template" in " ".join(err.split())
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

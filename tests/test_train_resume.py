@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama_fast.checkpoint.writers import PthWriter
 from llama_fast.errors import CheckpointError
 from llama_fast.model import Llama
 from llama_fast.training.adapter import lora
@@ -74,18 +75,7 @@ def test_resuming_gives_the_same_bits(tmp_path, kind, where, monkeypatch):
     stopped = Stopped(counting_data().tokens, 16)
     with monkeypatch.context() as patched:
         if where == "while saving":
-            saves = []
-
-            def save(content, file):
-                saves.append(1)
-                file.write(b"half a state")
-                if len(saves) == 2:
-                    raise KeyboardInterrupt
-                file.seek(0)
-                real(content, file)
-
-            real = torch.save
-            patched.setattr(torch, "save", save)
+            failing_at_second(patched, "put", KeyboardInterrupt())
         else:  # two micro-batches a step
             stopped.stop_at = 14 if where == "in a step" else 6
         with pytest.raises(KeyboardInterrupt):
@@ -103,6 +93,32 @@ def test_resuming_gives_the_same_bits(tmp_path, kind, where, monkeypatch):
         rows = list(csv.DictReader(file))
     assert [float(row["loss"]) for row in rows] == [record["loss"] for record in whole.train]
     assert [row["step"] for row in rows if row["held_out_loss"]] == ["5", "10", "12"]
+
+
+def failing_at_second(patched, method: str, error: BaseException) -> None:
+    """The second state that is written fails, at the first call of a method of its writer."""
+    files = []
+
+    class Writer(PthWriter):
+        def __init__(self, path):
+            super().__init__(path)
+            files.append(path)
+            self.number = len(files)
+
+        def put(self, tensor):
+            found = super().put(tensor)
+            self.fail("put")
+            return found
+
+        def close(self, content=None):
+            self.fail("close")
+            super().close(content)
+
+        def fail(self, name):
+            if self.number == 2 and name == method:
+                raise error
+
+    patched.setattr("llama_fast.training.state.PthWriter", Writer)
 
 
 KILLED = """
@@ -191,19 +207,10 @@ def test_a_damaged_state_is_refused(tmp_path):
         quick(new_model(), counting_data(), SAVING, folder=tmp_path)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("writer")])
-def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch, error):
-    real, calls = torch.save, []
-
-    def save(content, file):
-        calls.append(1)
-        if len(calls) == 2:
-            file.write(b"x")
-            raise error
-        real(content, file)
-
+@pytest.mark.parametrize("method", ["put", "close"])
+def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch, method):
     with monkeypatch.context() as patched:
-        patched.setattr(torch, "save", save)
+        failing_at_second(patched, method, OSError(28, "No space left on device"))
         with pytest.raises(
             CheckpointError, match=r"(?s)step 8 could not be written.*step 4 is still there"
         ):

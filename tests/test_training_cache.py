@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fast.errors import DataError
+from llama_fast.errors import DataError, PromptError
 from llama_fast.tokenizer import ChatFormat, Tokenizer
 from llama_fast.training import read
 
@@ -94,6 +94,47 @@ def test_an_entry_is_of_all_that_it_follows_from(demo, tmp_path):  # noqa: F811
     # The same content under another name is the same entry, and its faults name the new file.
     moved = path.rename(tmp_path / "b.jsonl")
     assert read(moved, demo, cache=cache).report.cached == 1
+
+
+def test_a_chat_format_is_made_for_dialogs_alone(demo, tmp_path):  # noqa: F811
+    made = []
+
+    def chat():
+        made.append(1)
+        return ChatFormat(demo, "3.1")
+
+    cache = tmp_path / "cache"
+    text = write(tmp_path, "text.jsonl", [{"text": "Once."}, {"prompt": "a", "completion": "b"}])
+    counts = [
+        read(text, demo, chat=given_, cache=cache).report.cached
+        for given_ in (chat, None, ChatFormat(demo, "3.0"))
+    ]
+    assert not made and counts == [0, 1, 1] and len(list(cache.iterdir())) == 1
+    dialogs = [write(tmp_path, f"{n}.jsonl", [{"text": "Once."}, dialog(f"{n}")]) for n in (1, 2)]
+    found = read([text, *dialogs], demo, chat=chat, cache=cache)
+    assert made == [1] and found.report.cached == 1 and found.report.rows == 6
+    assert same(found, read([text, *dialogs], demo, chat=ChatFormat(demo, "3.1")))
+    assert read([text, *dialogs], demo, chat=chat, cache=cache).report.cached == 3
+
+
+def test_dialogs_left_out_for_want_of_a_format_come_with_one(demo, tmp_path):  # noqa: F811
+    path, cache = write(tmp_path, "a.jsonl", [{"text": "Once."}, dialog()]), tmp_path / "cache"
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2.*no chat format"):
+        read(path, demo, chat=lambda: None, cache=cache)
+    skipped = read(path, demo, chat=lambda: None, cache=cache, on_error="skip")
+    assert sum(skipped.report.dropped.values()) == 1
+    assert read(path, demo, chat=lambda: None, cache=cache, on_error="skip").report.cached == 1
+    found = read(path, demo, cache=cache, on_error="skip")
+    assert found.report.cached == 0 and not found.report.dropped
+
+
+def test_a_format_that_cannot_be_made_is_said_as_it_is(demo, tmp_path):  # noqa: F811
+    def chat():
+        raise PromptError("the template is no template")
+
+    path = write(tmp_path, "a.jsonl", [dialog()])
+    with pytest.raises(PromptError, match="the template is no template"):
+        read(path, demo, chat=chat, on_error="skip")
 
 
 def test_damaged_entries_are_made_anew(demo, tmp_path):  # noqa: F811

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config import LlamaConfig
-from ..config.share import Share
+from ..config.share import RowShare, Share
 from ..errors import CheckpointError
 from ..utils.files import given_path
 from ..utils.hub import snapshot_hint
@@ -32,7 +32,7 @@ from .others import refuse_other_weights
 from .pieces import MAPPED_BYTES, Layout, Piece, equal_bits, row_blocks
 from .quantized import QuantizedCheckpoint, is_quantized, open_quantized
 from .share import part_of_layout
-from .stored import StoredFile
+from .stored import Range, StoredFile
 
 Format = Literal["hf", "meta"]
 KINDS = (
@@ -200,6 +200,32 @@ class Checkpoint:
             with torch.no_grad():
                 state[HEAD].copy_(state[EMBED])
 
+    def load_rows_into(
+        self,
+        state: Mapping[str, Tensor],
+        share: RowShare,
+        *,
+        check_finite: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        """Fill tensors, on any device, each of which is the share's rows of one of the model, by
+        their names in `state_shapes(self.config)`. No more is read than these and, where the share
+        begins or ends, the rest of a block.
+
+        Raises as `load_into` does, for weights of the share that are not finite.
+        """
+        shapes = state_shapes(self.config)
+        copy = _Copy(self._layout, check_finite, progress)
+        for ours, parts in self._by_name():
+            run = share.of(shapes[ours][0])
+            needed = (run[1] - run[0], *shapes[ours][1:])
+            if tuple(state[ours].shape) != needed:
+                raise CheckpointError(
+                    f"rank {share.rank} of {share.ranks}: {ours} of the state to fill has shape "
+                    f"{tuple(state[ours].shape)}; its rows of {self.folder} are {needed}"
+                )
+            copy.fill(state[ours], ours, parts, run)
+
     def part(self, share: Share) -> Checkpoint:
         """Returns what a rank has of the checkpoint: its config is the part's, and no more is read
         of the files."""
@@ -246,12 +272,48 @@ class _Copy:
         self._most_mapped = max(MAPPED_BYTES, self._total // layout.config.n_layers // 8)
 
     @torch.no_grad()
-    def fill(self, target: Tensor, ours: str, parts: list[tuple[Weight, list[Piece]]]) -> None:
+    def fill(
+        self,
+        target: Tensor,
+        ours: str,
+        parts: list[tuple[Weight, list[Piece]]],
+        run: Range | None = None,
+    ) -> None:
+        """Fills one of our tensors; of a run of its rows (start, stop) the target is that run."""
+        run = (0, len(target)) if run is None else run
         for weight, pieces in parts:
-            rows = target[weight.row : weight.row + weight.shape[0]]
             for piece in pieces:
-                cut = rows.narrow(piece.dim, piece.start, piece.length)
-                self._fill_piece(cut, piece, ours)
+                row = weight.row
+                if piece.dim == 0:
+                    row, columns = row + piece.start, target
+                else:
+                    columns = target.narrow(piece.dim, piece.start, piece.length)
+                for start, stop in self._blocks(piece):
+                    self._fill_run(columns, run, row, piece, start, stop, ours)
+
+    def _fill_run(
+        self,
+        target: Tensor,
+        run: Range,
+        row: int,
+        piece: Piece,
+        start: int,
+        stop: int,
+        ours: str,
+    ) -> None:
+        """What of the rows start:stop of a piece, the first of which is row `row` + start of our
+        tensor, lies in the run becomes rows of the target, which is the run."""
+        low, high = max(row + start, run[0]), min(row + stop, run[1])
+        if low >= high:
+            self._advance((stop - start) * _row_bytes(piece), 0, ours)
+            return
+        rows = target[low - run[0] : high - run[0]]
+        if high - low == stop - start:
+            self._fill_rows(rows, piece, start, stop, ours)
+        else:  # a head whose rows are to be ordered anew may lie on the border
+            block = torch.empty(stop - start, *rows.shape[1:], dtype=rows.dtype, device="cpu")
+            self._fill_rows(block, piece, start, stop, ours)
+            rows.copy_(block[low - row - start : high - row - start])
 
     def rows(
         self, ours: str, parts: list[tuple[Weight, list[Piece]]], dtype: torch.dtype
@@ -312,6 +374,10 @@ class _Copy:
 
 def _stored_bytes(pieces: list[Piece]) -> int:
     return sum(piece.file.nbytes(piece.key) for piece in pieces)
+
+
+def _row_bytes(piece: Piece) -> int:
+    return piece.file.nbytes(piece.key) // piece.file.shapes[piece.key][0]
 
 
 def _refuse_other_copy(block: Tensor, copy: Tensor, piece: Piece, other: StoredFile) -> None:

@@ -23,6 +23,7 @@ from ..errors import CheckpointError, TokenizerError
 from ..tokenizer import Tokenizer
 from ..tokenizer.special_tokens import TOKENIZER_CONFIG, TOKENIZER_FILES
 from ..utils.files import atomic_folder, given_path, refuse_existing
+from ..utils.shards import whole
 from .hf import CONFIG, INDEX, SINGLE
 from .meta import PARAMS
 from .names import EMBED, HEAD, Weight, hf_to_meta_rows, state_shapes, weights
@@ -56,7 +57,7 @@ def write_hf(
         folder,
         config,
         _dtypes(config, state),
-        ((ours, state[ours]) for ours in state_shapes(config)),
+        ((ours, whole(state[ours])) for ours in state_shapes(config)),
         special=special_token_ids(config, copies),
         tokenizer=tokenizer_config(config, copies),
         copies=copies,
@@ -81,7 +82,7 @@ def write_meta(
         folder,
         config,
         _dtypes(config, state),
-        ((ours, state[ours]) for ours in state_shapes(config)),
+        ((ours, whole(state[ours])) for ours in state_shapes(config)),
         copies=tokenizer_files(tokenizer_file, config),
         n_files=n_files,
     )

@@ -30,6 +30,9 @@ _STORAGES = {
     torch.float32: torch.FloatStorage,
     torch.float16: torch.HalfStorage,
     torch.bfloat16: torch.BFloat16Storage,
+    torch.float64: torch.DoubleStorage,
+    torch.int8: torch.CharStorage,
+    torch.uint8: torch.ByteStorage,
 }
 _ALIGNMENT = 64
 
@@ -100,18 +103,24 @@ class PthWriter:
         self._storages = 0
 
     def add(self, key: str, tensor: Tensor) -> None:
+        self._entries[key] = self.put(tensor)
+
+    def put(self, tensor: Tensor) -> object:
+        """Writes a tensor, and returns what stands for it in the content that `close` is given."""
         self._write(f"data/{self._storages}", _raw_bytes(tensor))
-        self._entries[key] = _Entry(_Storage(self._storages, tensor), tuple(tensor.shape))
+        entry = _Entry(_Storage(self._storages, tensor), tuple(tensor.shape))
         self._storages += 1
+        return entry
 
     def add_again(self, key: str, existing: str) -> None:
         """Give a tensor that was added a second name, without its bytes again."""
         self._entries[key] = self._entries[existing]
 
-    def close(self) -> None:
-        """Finish the file."""
+    def close(self, content: object = None) -> None:
+        """Finish the file, whose content is a dict of what was added, or what is given: plain
+        values, with what `put` has returned in the place of tensors."""
         pickled = io.BytesIO()
-        _Pickler(pickled, protocol=2).dump(self._entries)
+        _Pickler(pickled, protocol=2).dump(self._entries if content is None else content)
         self._write("data.pkl", memoryview(pickled.getvalue()))
         self._write("byteorder", memoryview(sys.byteorder.encode()))
         self._write("version", memoryview(b"3\n"))

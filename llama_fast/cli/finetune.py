@@ -199,6 +199,14 @@ def finetune(
     seed: Annotated[
         int, typer.Option(min=0, max=2**31 - 1, metavar="N", help="Of order and first values.")
     ] = 0,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep the ids of the data files here, for other runs on them.",
+            show_default="in RUN, until it is finished",
+        ),
+    ] = None,
     dtype: Annotated[
         DType | None,
         typer.Option(help="Of the model's weights.", show_default="as stored; float16: bfloat16"),
@@ -267,31 +275,20 @@ def finetune(
     objective = DPO(0.1 if beta is None else beta) if dpo else None
     how = {
         "block": block,
-        "chat": chat_format(folder, tokenizer),
+        "chat": partial(chat_format, folder, tokenizer),
         "on_error": "skip" if skip_faults else "raise",
         "too_long": "drop" if skip_faults else "raise",
+        "cache": cache,
     }
     if dpo:
         read = read_pairs
     else:
         how["train_on"] = train_on.value
-    rows = read(data, tokenizer, **how)
-    report = rows.report
     if show_rows is not None:
-        show(str(report), "")
+        rows = read(data, tokenizer, **how)
+        show(str(rows.report), "")
         print(rows.show(show_rows, color=sys.stdout.isatty()))
         return 0
-    judged = None
-    if held_out is not None:
-        share = _share(held_out)
-        if share is None:
-            judged = read(held_out, tokenizer, **how)
-        else:
-            rows, judged = hold_out(rows, share, seed)
-    config = _config(
-        len(rows), report.block, source.config.dim, full, epochs, steps, tokens_per_step, lr,
-        optimizer, checkpointing, seed, dpo,
-    )  # fmt: skip
     run = Run(
         out,
         {
@@ -317,9 +314,29 @@ def finetune(
             **({} if objective is None else {"--dpo": True, "--beta": objective.beta}),
         },
     )
+    finished = run.check()  # before the cache is kept there
+    if not finished:
+        how["cache"] = cache or run.cache
+        run.make_folder()
+        try:
+            rows = read(data, tokenizer, **how)
+            report, judged = rows.report, None
+            if held_out is not None:
+                share = _share(held_out)
+                if share is None:
+                    judged = read(held_out, tokenizer, **how)
+                else:
+                    rows, judged = hold_out(rows, share, seed)
+            config = _config(
+                len(rows), report.block, source.config.dim, full, epochs, steps, tokens_per_step,
+                lr, optimizer, checkpointing, seed, dpo,
+            )  # fmt: skip
+        except BaseException:
+            run.remove_if_empty()
+            raise
     with started(where) as where:
         processes = Processes()
-        if run.check():
+        if finished:
             if processes.main:
                 note(f"{out} is finished: {run.result}")
             return 0
@@ -429,7 +446,8 @@ def _train(
         check_prompts(source.config, tokenizer, encode_prompts(tokenizer, sample))
     if dtype is None and source.dtype is torch.float16:
         dtype = torch.bfloat16
-    llama = load_model(source, device=device, dtype=dtype, quantize=quantize)
+    cut = rank is None and processes.size > 1
+    llama = load_model(source, device=device, dtype=dtype, quantize=quantize, fully_sharded=cut)
     unwind_when_stopped()
     torch.manual_seed(config.seed)  # the first values of A
     adapter = None if rank is None else lora(llama, rank, alpha)
@@ -454,9 +472,8 @@ def _train(
     except KeyboardInterrupt:
         note("llama-fast: interrupted; the same command goes on from the last saved step")
         return 130
-    if not processes.main:
-        return 0
     metrics = figures(llama, history, config, adapter)
-    run.finish(llama, adapter, source, history, metrics)
-    summary(run, llama, history, metrics, time.perf_counter() - started, adapter is None)
+    run.finish(llama, adapter, source, history, metrics, processes)
+    if processes.main:
+        summary(run, llama, history, metrics, time.perf_counter() - started, adapter is None)
     return 0

@@ -37,7 +37,8 @@ def plan(
     at_once = config.micro_batch_size or config.batch_size
     of = [] if objective is None else [("objective", f"DPO, beta {objective.beta:g}")]
     if processes > 1:
-        of.append(("processes", f"{processes}, each with its part of every step"))
+        and_of = " and of the weights (fully sharded)" if adapter is None else ""
+        of.append(("processes", f"{processes}, each with its part of every step{and_of}"))
     return [
         *of,
         ("trains", f"{trained}, in {str(llama.dtype).removeprefix('torch.')} on {llama.device}"),

@@ -1,6 +1,7 @@
 """The folder of a fine-tuning run: what it was asked for, its state, and what it leaves behind.
 
 run.json      what the run is; the same command goes on with it, another one is refused
+data-cache/   the ids of the data's files, until the run is finished
 training.pt   the state, until the run is finished, and with --dpo --full reference-….safetensors
 log.csv       a line a step            tensorboard/   the same curves, where it is installed
 adapter/      the LoRA, or model/ after --full
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +22,12 @@ from .units import write_json
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
+    from ..distributed import Processes
     from ..model import Llama
     from ..training import Adapter, History
 
 RUN, METRICS, PLOT, ADAPTER, MODEL = "run.json", "metrics.json", "loss.png", "adapter", "model"
+CACHE = "data-cache"
 
 
 class Run:
@@ -36,13 +40,18 @@ class Run:
     def result(self) -> Path:
         return self.folder / (MODEL if self.asked["--full"] else ADAPTER)
 
+    @property
+    def cache(self) -> Path:
+        return self.folder / CACHE
+
     def check(self) -> bool:
-        """Returns whether the run is finished already.
+        """Returns whether the run is finished already. A folder with no more than a cache is as one
+        that is not there: another process may have begun.
 
         Raises CheckpointError where the folder holds something else, or a run that differs."""
         path = self.folder / RUN
         if not path.is_file():
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            if self.folder.exists() and (not self.folder.is_dir() or self._names() - {CACHE}):
                 raise CheckpointError(
                     f"{self.folder} is there and is no run of finetune; give --out a new folder"
                 )
@@ -60,9 +69,15 @@ class Run:
 
     def begin(self) -> None:
         """Writes down what the run is. Raises CheckpointError where the folder cannot be made."""
+        self._writing(lambda: write_json(self.folder / RUN, self.asked))
+
+    def make_folder(self) -> None:
+        """Raises CheckpointError where it cannot be made."""
+        self._writing(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+
+    def _writing(self, write: Callable[[], None]) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / RUN, self.asked)
+            write()
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder} cannot be written: {error.strerror or error}; give --out another "
@@ -76,20 +91,26 @@ class Run:
         source: Checkpoint,
         history: History,
         metrics: dict[str, Any],
+        processes: Processes,
     ) -> None:
-        """Writes the result and the figures, and removes the state."""
+        """Writes the result and the figures, and removes the state. All processes call it, the
+        first one writes."""
         from ..training.reference import REFERENCE_FILES
         from ..training.state import STATE_FILE
 
-        if not self.result.exists():  # else a run that was killed just after it has written it
-            if adapter is None:
-                _write_model(self.result, llama, source)
-            else:
-                adapter.save(self.result, base=str(source.folder))
+        # Else it is a run that was killed just after it has written the result.
+        missing = not processes.gather(self.result.exists())[0]
+        if missing and adapter is None:
+            _write_model(self.result, llama, source, processes)
+        if not processes.main:
+            return
+        if missing and adapter is not None:
+            adapter.save(self.result, base=str(source.folder))
         self._plot(history)
         write_json(self.folder / METRICS, metrics)
         for path in (self.folder / STATE_FILE, *self.folder.glob(REFERENCE_FILES)):
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.cache, ignore_errors=True)
 
     def _plot(self, history: History) -> None:
         from ..training.plot import plot_loss
@@ -102,8 +123,11 @@ class Run:
 
     def remove_if_empty(self) -> None:
         """Takes the folder away where nothing was done in it yet."""
-        if {path.name for path in self.folder.iterdir()} <= {RUN}:
-            shutil.rmtree(self.folder)
+        if self.folder.is_dir() and self._names() <= {RUN, CACHE}:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _names(self) -> set[str]:
+        return {path.name for path in self.folder.iterdir()}
 
 
 def _difference(found: dict[str, Any], asked: dict[str, Any]) -> str:
@@ -119,13 +143,16 @@ def _word(value: Any) -> str:
     return "by default" if value is None else str(value)
 
 
-def _write_model(folder: Path, llama: Llama, source: Checkpoint) -> None:
+def _write_model(folder: Path, llama: Llama, source: Checkpoint, processes: Processes) -> None:
     """A folder in Hugging Face's format, with the tokenizer and the settings of the source."""
     from ..checkpoint import companions, state_shapes
     from ..checkpoint.write import stream_hf
+    from ..distributed.fully_sharded import gathered, give
 
     state = llama.state_dict()
     names = list(state_shapes(llama.config))
+    if not processes.main:
+        return give(state, names)
     dtypes = {name: state[name].dtype for name in names}
-    tensors = ((name, state[name]) for name in names)
+    tensors = ((name, gathered(state[name])) for name in names)
     stream_hf(folder, llama.config, dtypes, tensors, **companions(source))

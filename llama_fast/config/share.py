@@ -1,11 +1,15 @@
-"""What each of several ranks holds of a model: tensor parallel, as one description for modules and
-for the reading of weights.
+"""What each of several ranks holds of a model, as one description for modules, for the reading of
+weights and for the state of a training.
 
-Query heads, the hidden dim and the vocabulary are cut into as many runs as there are ranks, and a
-rank has one of each. So it has rows of q, k, v, gate, up, the embedding and the head, and columns
-of the output and of down (Shoeybi et al., "Megatron-LM", 2019). Norms are everybody's. Where there
-are fewer KV heads than ranks, ranks in a row share one: each has the head that its query heads
-need.
+Tensor parallel (`Share`), for inference: each rank computes its part of every layer. Query heads,
+the hidden dim and the vocabulary are cut into as many runs as there are ranks, and a rank has one
+of each. So it has rows of q, k, v, gate, up, the embedding and the head, and columns of the output
+and of down (Shoeybi et al., "Megatron-LM", 2019). Norms are everybody's. Where there are fewer KV
+heads than ranks, ranks in a row share one: each has the head that its query heads need.
+
+Fully sharded (`RowShare`), for training: each rank computes whole layers on its own data, and holds
+of every tensor a run of rows, which it gives to the others when they come to that layer
+(Rajbhandari et al., "ZeRO", 2020).
 
 Legend of dims: H query heads, K KV heads, D head dim, F hidden dim, V vocabulary.
 """
@@ -87,6 +91,20 @@ class Share:
             vocab_size=stop - start,
             vocab_padding=0,  # a matter of the whole vocabulary
         )
+
+
+@dataclass(frozen=True)
+class RowShare:
+    """What rank `rank` of `ranks` holds of each tensor that is cut along dim 0: as `torch.chunk`
+    cuts, so the last ranks may have fewer rows than the others, or none."""
+
+    rank: int
+    ranks: int
+
+    def of(self, rows: int) -> tuple[int, int]:
+        """(start, stop) of what the rank has of so many rows."""
+        each = -(-rows // self.ranks)
+        return min(self.rank * each, rows), min((self.rank + 1) * each, rows)
 
 
 def _run(start: int, length: int) -> tuple[int, int]:

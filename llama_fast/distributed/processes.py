@@ -62,9 +62,13 @@ class Processes:
         """Whether this is the one that writes files and speaks."""
         return self.rank == 0
 
-    def part(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Returns this process's share: every size-th item, from the rank-th on."""
-        return items[self.rank :: self.size]
+    def turns(self, items: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
+        """Yields this process's share, every size-th item, each with True. Where others have one
+        more, the first process's comes with False: it is computed, since all take part in every
+        pass of a fully sharded model, but not counted."""
+        for start in range(0, len(items), self.size):
+            own = start + self.rank < len(items)
+            yield items[start + self.rank if own else start], own
 
     def sum(self, numbers: Iterable[float], device: torch.device) -> list[float]:
         """Returns sums over the processes, in float64: integers are exact."""
@@ -72,7 +76,7 @@ class Processes:
         if self.size == 1:
             return numbers
         total = torch.tensor(numbers, dtype=torch.float64, device=device)
-        with _others_answer():
+        with others_in_training_answer():
             dist.all_reduce(total)
             return total.tolist()
 
@@ -83,7 +87,7 @@ class Processes:
             return
         for bucket in _buckets(weights):
             flat = torch.cat([_gradient(weight).flatten() for weight in bucket])
-            with _others_answer():
+            with others_in_training_answer():
                 dist.all_reduce(flat)
             for weight, part in zip(bucket, flat.split([w.numel() for w in bucket]), strict=True):
                 weight.grad = part.view(weight.shape)
@@ -92,7 +96,7 @@ class Processes:
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Gives the tensors of all processes the values of the first one's."""
         if self.size > 1:
-            with _others_answer():
+            with others_in_training_answer():
                 for tensor in tensors:
                     dist.broadcast(tensor.detach(), 0)
 
@@ -101,7 +105,7 @@ class Processes:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with _others_answer():
+        with others_in_training_answer():
             dist.all_gather_object(found, value)
         return found
 
@@ -146,6 +150,6 @@ def others_answer(each: str, of: str, then: str) -> Iterator[None]:
         ) from error
 
 
-_others_answer = partial(
+others_in_training_answer = partial(
     others_answer, "process", "training", "the same command goes on from the last saved step"
 )

@@ -17,6 +17,8 @@ from ..config import LlamaConfig
 from ..config.checks import check_dtype
 from ..config.quantization import Quantization
 from ..dispatch import reserve
+from ..distributed import fully_sharded as fsdp
+from ..distributed.processes import Processes
 from ..distributed.tensor_parallel import Ranks, refuse_spread, spread
 from ..errors import ConfigError
 from ..nn.lora import refuse_adapters
@@ -55,6 +57,7 @@ class Pretrained(nn.Module):
         quantize: str | Quantization | None = None,
         max_seq_len: int | None = None,
         mesh: DeviceMesh | None = None,
+        fully_sharded: bool = False,
         progress: checkpoint.Progress | None = None,
     ) -> Self:
         """Loads a folder of Meta's (`params.json`) or Hugging Face's (`config.json`) format, or of
@@ -67,6 +70,8 @@ class Pretrained(nn.Module):
         max_seq_len  a shorter context than the model's own: smaller tables and caches
         mesh         a mesh of one dim, over whose ranks the model is spread (tensor parallel): each
                      reads its rows and columns alone, and is given the same tokens. For inference
+        fully_sharded  each of the processes that are joined holds and reads some rows of every
+                     weight (FSDP2), and is given its own data. To train all weights
         progress     called as progress(bytes done, bytes in all, name) while the weights stream in
 
         Weights are streamed: the peak of memory is the model and a few blocks of one weight, also
@@ -89,6 +94,13 @@ class Pretrained(nn.Module):
             ranks = None
         opened = isinstance(path, checkpoint.Checkpoint | checkpoint.QuantizedCheckpoint)
         source = path if opened else checkpoint.open_checkpoint(path)
+        if fully_sharded and (
+            mesh is not None or settings or not isinstance(source, checkpoint.Checkpoint)
+        ):
+            raise ConfigError(
+                "fully_sharded is for training all weights, as floats: leave mesh and quantize "
+                "out, and give the folder that a quantised one was made from"
+            )
         whole = config = source.config.shortened(max_seq_len)
         if ranks is not None:
             share = ranks.share(whole)
@@ -114,6 +126,16 @@ class Pretrained(nn.Module):
                 on_device = (part.to(device) for part in rows)
                 weight = round_rows(shapes[name], on_device, settings.of_weight(name), device)
                 model.set_weight(name, weight)
+        elif fully_sharded and Processes().size > 1:
+            for begin, unit in fsdp.units(model):
+                for name in (name for name in shapes if name.startswith(begin)):
+                    if model.get_parameter(name).is_meta:
+                        shape, dtype = shapes[name], model.dtype
+                        model.set_weight(name, torch.empty(shape, device=device, dtype=dtype))
+                model.tie()
+                fsdp.shard(unit)
+            parts = fsdp.parts(model, shapes)
+            source.load_rows_into(parts, fsdp.row_share(), progress=progress)
         else:
             for name, shape in shapes.items():
                 fresh = torch.empty(shape, device=device, dtype=model.dtype)
@@ -136,7 +158,8 @@ class Pretrained(nn.Module):
 
     def save_pretrained(self, path: str | Path, format: str = "hf") -> None:
         """Writes the model as a new folder in Hugging Face's ("hf") or Meta's ("meta") format; one
-        that is quantised as `checkpoint.quantized` says, whose config.json is Hugging Face's.
+        that is quantised as `checkpoint.quantized` says, whose config.json is Hugging Face's. One
+        that is fully sharded is gathered tensor by tensor: all processes call it, the first writes.
 
         Raises CheckpointError when the folder exists or cannot be written; nothing half-written
         is left behind.
@@ -146,7 +169,9 @@ class Pretrained(nn.Module):
         refuse_adapters(self, "a folder of the model")
         refuse_spread(self, "a folder")
         quantization = quantization_of(self)
-        if quantization is None:
+        if fsdp.is_fully_sharded(self) and not Processes().main:
+            fsdp.give(self.state_dict(), checkpoint.state_shapes(self.config))
+        elif quantization is None:
             write = checkpoint.write_hf if format == "hf" else checkpoint.write_meta
             write(path, self.config, self.state_dict())
         elif format == "hf":

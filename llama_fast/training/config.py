@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import ConfigError
-from .optim import MOMENTS
+from .moments import MOMENTS
 
 SCHEDULES = ("cosine", "linear", "constant")
 HALF_WEIGHTS = ("masters", "stochastic")
@@ -125,12 +125,22 @@ class RowsOfSteps:
         """Returns the rows of a step, counted from 0, by micro-batches: of several processes those
         of one, every so many-th of the step's, so all of them together take the same rows. A
         process has none in a step of fewer rows than processes."""
-        size = self._config.batch_size
-        most = self._config.rows_of(len(self._data))
-        rows = [self._row(i) for i in range(step * size, min((step + 1) * size, most))]
-        rows = rows[rank::processes]
-        at_once = self._config.micro_batch_size or size
+        rows = self._rows(step)[rank::processes]
+        at_once = self._config.micro_batch_size or self._config.batch_size
         return [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
+
+    def turns(self, step: int, rank: int, processes: int) -> Iterator[tuple[list[int], bool]]:
+        """Yields what `of` returns, each micro-batch with True, and where another process has more
+        of them, as many more of one row that is not this process's with False: in a fully sharded
+        model all take part in every pass."""
+        own = self.of(step, rank, processes)
+        yield from ((rows, True) for rows in own)
+        for _ in range(len(self.of(step, 0, processes)) - len(own)):
+            yield self._rows(step)[:1], False
+
+    def _rows(self, step: int) -> list[int]:
+        size, most = self._config.batch_size, self._config.rows_of(len(self._data))
+        return [self._row(i) for i in range(step * size, min((step + 1) * size, most))]
 
     def _row(self, place: int) -> int:
         epoch, at = divmod(place, len(self._data))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ..errors import DataError, PromptError
 from ..tokenizer import ChatFormat, Tokenizer
-from .masks import TRAIN_ON, Chat
+from .masks import TRAIN_ON, ChatOrMaker
 from .packing import best_fit, cut, shuffled
 from .progress import ReadingProgress
 from .report import DataReport
@@ -169,7 +170,7 @@ def read(
     *,
     block: int = 2048,
     train_on: str = "answers",
-    chat: Chat | None = None,
+    chat: ChatOrMaker = None,
     stride: int | None = None,
     cache: str | Path | None = None,
     on_error: str = "raise",
@@ -180,8 +181,9 @@ def read(
 
     paths: a file, a folder or several; the format of each row is told by its keys (`formats`).
     block: positions that a packed row can hold. train_on: "answers", "last" or "all" (`masks`).
-    chat: the chat format of dialogs; None is the one that the tokenizer tells of
-    (`ChatFormat.for_tokenizer`); a model's folder tells more (`tokenizer.chat_format`). stride:
+    chat: the chat format of dialogs, or a function that makes it, which is called when the first
+    dialog comes; None is the one that the tokenizer tells of (`ChatFormat.for_tokenizer`); a
+    model's folder tells more (`tokenizer.chat_format`). stride:
     rows of plain text begin every so many positions; below the block they overlap. cache: a folder
     that keeps the ids of each file. on_error: "raise", or "skip" to leave rows with faults out,
     counted in the report. too_long: of a dialog that is longer than the block: "raise", "drop" it,
@@ -214,7 +216,7 @@ def check_words(*settings: tuple[str, str, Sequence[str]]) -> None:
 def encoded(
     paths: Any,
     tokenizer: Tokenizer,
-    chat: Chat | None,
+    chat: ChatOrMaker,
     train_on: str,
     cache: str | Path | None,
     on_error: str,
@@ -223,10 +225,7 @@ def encoded(
     """Returns the sources of files, and a report that counts the files and the rows left out.
     Arguments as in `read`; train_on may be PREFERENCES."""
     if chat is None:
-        try:
-            chat = ChatFormat.for_tokenizer(tokenizer)
-        except PromptError:
-            chat = None  # texts need none; a dialog says so
+        chat = partial(_chat_of, tokenizer)
     files = data_files(paths)
     encoder = Encoder(tokenizer, chat, train_on, None if cache is None else Path(cache))
     with ReadingProgress(sum(path.stat().st_size for path in files), shown=progress) as bar:
@@ -237,6 +236,13 @@ def encoded(
         for line, reason in source.faults:
             report.drop(without_numbers(reason), f"{source.path}, line {line}")
     return sources, report
+
+
+def _chat_of(tokenizer: Tokenizer) -> ChatFormat | None:
+    try:
+        return ChatFormat.for_tokenizer(tokenizer)
+    except PromptError:
+        return None  # a dialog says so
 
 
 def without_numbers(reason: str) -> str:

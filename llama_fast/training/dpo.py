@@ -108,8 +108,10 @@ class DPO:
         processes = Processes()
         total, sums, pairs = 0.0, [0.0, 0.0], 0
         with mode(model, training=False):
-            for batch in held_out_batches(data, batch_size, processes):
+            for batch, own in held_out_batches(data, batch_size, processes):
                 loss, found = self.loss(model, batch.to(model.device))
+                if not own:
+                    continue
                 total, pairs = total + float(loss), pairs + self.count(batch)
                 sums = [a + b for a, b in zip(sums, found.tolist()[:2], strict=True)]
         total, *sums, pairs = processes.sum((total, *sums, pairs), model.device)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..distributed import Processes
+from ..distributed.fully_sharded import settle
 from ..errors import LlamaFastError
 
 # What evaluations and steps record, as text.
@@ -57,19 +58,20 @@ class Evaluation(Measured):
 def evaluate(model: nn.Module, data: Any, batch_size: int = 8) -> Evaluation:
     """Returns the loss over all targets of `data`, each with the same weight, in evaluation mode.
 
-    Of several processes each takes its part. Raises LlamaFastError where no token is a target.
+    Of several processes each takes its part, and all must call it. Raises LlamaFastError where no
+    token is a target.
     """
     processes = Processes()
     total, kept, n_bytes = 0.0, 0, 0
     with mode(model, training=False):
-        for batch in held_out_batches(data, batch_size, processes):
-            if not batch.kept:
-                continue
+        for batch, own in held_out_batches(data, batch_size, processes):
             batch = batch.to(model.device)
             loss = model.loss(
                 batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, reduction="sum"
             )
-            total, kept, n_bytes = total + float(loss), kept + batch.kept, n_bytes + batch.n_bytes
+            if own:
+                total, kept = total + float(loss), kept + batch.kept
+                n_bytes += batch.n_bytes
     total, kept, n_bytes = processes.sum((total, kept, n_bytes), model.device)
     kept, n_bytes = int(kept), int(n_bytes)
     if not kept:
@@ -82,17 +84,23 @@ def evaluate(model: nn.Module, data: Any, batch_size: int = 8) -> Evaluation:
     return Evaluation(loss, math.exp(min(loss, 700)), bits, kept)
 
 
-def held_out_batches(data: Any, batch_size: int, processes: Processes) -> Iterator[Any]:
-    """Yields this process's part of the data, `batch_size` rows at a time, in their order."""
-    for start in processes.part(range(0, len(data), batch_size)):
-        yield data.batch(range(start, min(start + batch_size, len(data))))
+def held_out_batches(
+    data: Any, batch_size: int, processes: Processes
+) -> Iterator[tuple[Any, bool]]:
+    """Yields this process's part of the data, `batch_size` rows at a time, in their order; with
+    False what is another's (`Processes.turns`)."""
+    for start, own in processes.turns(range(0, len(data), batch_size)):
+        yield data.batch(range(start, min(start + batch_size, len(data)))), own
 
 
 @contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Inside the block the model is in training mode, or in that of evaluation. Behind it nothing
+    stays gathered of one that is fully sharded, so it holds no weights from before an update."""
     before = model.training
     model.train(training)
     try:
         yield
     finally:
         model.train(before)
+        settle(model)

@@ -5,8 +5,8 @@
                     clip, AdamW
 
 Of several processes (`distributed`) each computes its part of a step's rows: n, the loss and the
-gradients are sums over all of them. Other objectives than the next token (`objective`, `dpo`) count
-other terms than tokens.
+gradients are sums over all of them. Each has the whole model, or a part of a fully sharded one.
+Other objectives than the next token (`objective`, `dpo`) count other terms than tokens.
 
 So the loss of a step, and its gradient, are those of one large batch, however it is cut and however
 the trained tokens are spread over it.
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..distributed import Processes
+from ..distributed import Processes, is_fully_sharded
 from ..errors import ConfigError, LlamaFastError, ProcessError
 from ..model import Llama
 from ..ops.random_bits import seed_of
@@ -55,7 +55,8 @@ def finetune(
     """Trains `model` in place and returns what was recorded.
 
     data, held_out   what `read` makes, or a `PackedDataset`
-    adapter          what is trained; None: all weights that ask for a gradient
+    adapter          what is trained; None: all weights that ask for a gradient. Of a fully sharded
+                     model (`distributed.fully_shard`) these are all, and it stays so
     folder           where the state (training.pt) and the table of steps (log.csv) are kept. If a
                      state is there the training goes on from it, and ends with bit for bit the
                      weights and the history that it would have had without the interruption (on the
@@ -87,6 +88,11 @@ class _Training:
         for name, given in (("training", data), ("held-out", held_out)):
             if given is not None and not len(given):
                 raise LlamaFastError(f"the {name} data has no rows; give more text, or other files")
+        if adapter is not None and is_fully_sharded(model):
+            raise ConfigError(
+                "the model is fully sharded, which is for training all its weights: put an adapter "
+                "on a model that each process has as a whole"
+            )
         if adapter is not None and not (adapter.enabled and adapter.model is model):
             raise ConfigError(
                 f"the adapter {adapter.name!r} is disabled, or on another model; call "
@@ -158,9 +164,9 @@ class _Training:
                 judged = None
                 if _due(done, self.config.eval_every, last):
                     judged = self._evaluate(done)
-                    shown.evaluated(done, found["loss"], judged, self._sampled() if main else None)
+                    shown.evaluated(done, found["loss"], judged, self._sampled())
                 record.add(done, judged is not None)
-                if main and self.file is not None and _due(done, self.config.save_every, last):
+                if self.file is not None and _due(done, self.config.save_every, last):
                     self.file.save(done, self.history, self.weights, self.device)
                 shown.stepped(done, found, seconds)
 
@@ -173,8 +179,9 @@ class _Training:
                 f"the processes found states of different steps in {self.folder}: {found}, by "
                 "their ranks; give a folder that all of them see, on every machine"
             )
-        processes.broadcast(self.weights.named.values())
-        processes.broadcast(self.weights.masters.values())
+        if not self.weights.cut:
+            processes.broadcast(self.weights.named.values())
+            processes.broadcast(self.weights.masters.values())
 
     def _names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return self.objective.measures, self.objective.judged
@@ -186,12 +193,15 @@ class _Training:
 
     def _step(self, step: int) -> dict[str, float | None]:
         processes = self.processes
-        parts = self.rows.of(step, processes.rank, processes.size)
-        batches = [self.data.batch(rows) for rows in parts]
+        batches = [
+            (self.data.batch(rows), own)
+            for rows, own in self.rows.turns(step, processes.rank, processes.size)
+        ]
+        counted = [batch for batch, own in batches if own]
         counts = (
-            sum(batch.tokens.numel() for batch in batches),
-            sum(batch.kept for batch in batches),
-            sum(map(self.objective.count, batches)),
+            sum(batch.tokens.numel() for batch in counted),
+            sum(batch.kept for batch in counted),
+            sum(map(self.objective.count, counted)),
         )
         tokens, kept, count = map(int, processes.sum(counts, self.device))
         if processes.size > 1:  # other dropout in each, whatever was drawn before
@@ -208,7 +218,7 @@ class _Training:
         norm = None
         if not self.config.step_in_backward:
             self.weights.sum_gradients(processes)
-            norm = self.weights.gradient_norm()
+            norm = self.weights.gradient_norm(processes)
         if not (math.isfinite(loss) and (norm is None or math.isfinite(norm))):
             self.weights.forget_gradients()
             raise LlamaFastError(
@@ -235,17 +245,22 @@ class _Training:
         most = self.config.grad_clip
         return 1.0 if most is None or norm <= most else most / norm
 
-    def _backward(self, batches: list[Any], count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Leaves the gradients of the step's mean loss; returns it and the sums of the measures."""
+    def _backward(
+        self, batches: list[tuple[Any, bool]], count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Leaves the gradients of the step's mean loss; returns it and the sums of the measures.
+
+        batches  each with whether it is this process's own; the others' are computed and count 0
+        """
         total = torch.zeros((), device=self.device)
         sums = torch.zeros(len(self.objective.measures), device=self.device)
         checkpointing = self.config.checkpointing
         with activation_checkpointing(self.model) if checkpointing else nullcontext():
-            for batch in batches:
+            for batch, own in batches:
                 loss, measured = self.objective.loss(self.model, batch.to(self.device))
-                loss = loss / count
+                loss = loss / count if own else 0 * loss
                 total += loss.detach()
-                if measured is not None:
+                if own and measured is not None:
                     sums += measured
                 if self.config.step_in_backward and not torch.isfinite(loss):
                     break  # before any weight is updated by it
@@ -263,8 +278,9 @@ class _Training:
         return judged
 
     def _sampled(self) -> str | None:
-        """The sample draws from generators of its own: the training's go on untouched."""
-        if self.sample is None:
+        """The sample draws from generators of its own: the training's go on untouched. A fully
+        sharded model is asked for it by all processes, any other by the first."""
+        if self.sample is None or not (self.processes.main or self.weights.cut):
             return None
         state = random_state(self.device)
         try:

@@ -6,6 +6,7 @@ searched in the ids, so they are right for every template.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from .formats import Completion, Dialog, Document, Preference, Row
 TRAIN_ON = ("answers", "last", "all")
 PREFERENCES = "preferences"  # rows of two answers, each of which is one example
 Chat = ChatFormat | TemplateFormat
+# A chat format, or what makes it when the first dialog comes; None: there is none.
+ChatOrMaker = Chat | Callable[[], Chat | None] | None
 
 
 class Example(NamedTuple):
@@ -48,6 +51,13 @@ def examples(
     if chosen.ids == rejected.ids:
         raise DataError("the chosen and the rejected answer are the same, so none is preferred")
     return chosen, rejected
+
+
+def has_dialog(row: Row) -> bool:
+    """Whether a chat format is needed to encode the row."""
+    if isinstance(row, Preference):
+        return has_dialog(row.chosen) or has_dialog(row.rejected)
+    return isinstance(row, Dialog)
 
 
 def _after_the_prompt(row: Preference) -> tuple[Dialog | Completion, Dialog | Completion]:

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..ops import adamw
-from ..ops.quantized_moments import BLOCK, FIRST, SECOND, blocks_of
 from ..ops.random_bits import seed_of
-
-MOMENTS = ("float32", "int8")
+from ..utils.shards import is_shard, local
+from .moments import MOMENTS, new_state, of_rank, shard_number, taken_over
 
 
 class AdamW(torch.optim.Optimizer):
@@ -37,6 +36,10 @@ class AdamW(torch.optim.Optimizer):
     Parameters are float32 or bfloat16 and contiguous. The state dict holds moments in their own
     dtypes and the number of each parameter's steps, so a resumed training has the same bits. Raises
     ConfigError for options that cannot be.
+
+    A parameter that is cut over several ranks (a DTensor, as torch's `fully_shard` makes it) is
+    updated part by part, each on its rank, without any exchange, and its moments are cut as it is.
+    Which of them have 8 bits: `moments.py`. `load_state_dict` takes moments that are whole too.
     """
 
     def __init__(
@@ -84,10 +87,7 @@ class AdamW(torch.optim.Optimizer):
         saved = (i for group in state_dict["param_groups"] for i in group["params"])
         for (_, _, param), index in zip(self._parameters(), saved, strict=True):
             if index in state_dict["state"]:
-                self.state[param] = {
-                    name: value.to(param.device, copy=True) if torch.is_tensor(value) else value
-                    for name, value in state_dict["state"][index].items()
-                }
+                self.state[param] = taken_over(state_dict["state"][index], param)
 
     def _parameters(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
         """Each parameter with its place among all of them, and its group."""
@@ -104,16 +104,19 @@ class AdamW(torch.optim.Optimizer):
             )
         state = self.state[param]
         if not state:
-            state.update(_new_state(param, group["moments"]))
+            state.update(new_state(param, group["moments"]))
         state["step"] += 1
         seed = None
         if group["stochastic_rounding"]:
+            if number := shard_number(param):  # other parts of a parameter draw other bits
+                place += number * sum(len(group["params"]) for group in self.param_groups)
             seed = seed_of(group["seed"], place, state["step"])
+        own = of_rank(state)
         adamw(
-            param,
-            param.grad.contiguous(),
-            state["exp_avg"],
-            state["exp_avg_sq"],
+            local(param),
+            _gradient(param).contiguous(),
+            own["exp_avg"],
+            own["exp_avg_sq"],
             step=state["step"],
             lr=float(group["lr"]),
             betas=group["betas"],
@@ -121,9 +124,17 @@ class AdamW(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             grad_scale=grad_scale,
             seed=seed,
-            exp_avg_scale=state.get("exp_avg_scale"),
-            exp_avg_sq_scale=state.get("exp_avg_sq_scale"),
+            exp_avg_scale=own.get("exp_avg_scale"),
+            exp_avg_sq_scale=own.get("exp_avg_sq_scale"),
         )
+
+
+def _gradient(param: Tensor) -> Tensor:
+    """What this rank has of the gradient, which is cut as the parameter is."""
+    grad = param.grad
+    if is_shard(grad) and grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return local(grad)
 
 
 def _check(options: dict[str, Any]) -> None:
@@ -134,25 +145,6 @@ def _check(options: dict[str, Any]) -> None:
             raise ConfigError(f"AdamW: {name} is {options[name]}; it must be a number from 0 on")
     if len(options["betas"]) != 2 or not all(0 <= beta < 1 for beta in options["betas"]):
         raise ConfigError(f"AdamW: betas is {options['betas']}; both must be in [0, 1)")
-
-
-def _new_state(param: Tensor, moments: str) -> dict[str, Any]:
-    """No step taken: moments of zeros."""
-    full = torch.float64 if param.dtype is torch.float64 else torch.float32
-    eight_bits = moments == "int8" and param.numel() >= BLOCK
-
-    def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=param.device)
-
-    state: dict[str, Any] = {
-        "step": 0,
-        "exp_avg": zeros(FIRST.dtype if eight_bits else full, *param.shape),
-        "exp_avg_sq": zeros(SECOND.dtype if eight_bits else full, *param.shape),
-    }
-    if eight_bits:
-        for name in ("exp_avg_scale", "exp_avg_sq_scale"):
-            state[name] = zeros(full, blocks_of(param.numel()))
-    return state
 
 
 class StepInBackward:

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import DataError
 from ..tokenizer import Tokenizer
 from .data import ON_ERROR, Data, check_words, encoded, without_numbers
-from .masks import PREFERENCES, Chat
+from .masks import PREFERENCES, ChatOrMaker
 from .packing import best_fit
 from .report import DataReport
 from .source import Source
@@ -24,7 +24,7 @@ def read_pairs(
     tokenizer: Tokenizer,
     *,
     block: int = 2048,
-    chat: Chat | None = None,
+    chat: ChatOrMaker = None,
     cache: str | Path | None = None,
     on_error: str = "raise",
     too_long: str = "raise",

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..distributed import Processes
+from ..distributed.fully_sharded import gathered
 from ..errors import CheckpointError
 from ..model import Llama
 from ..utils.files import atomic_file
@@ -79,10 +80,11 @@ def with_reference(
 
 
 def checksum(model: nn.Module) -> str:
-    """Returns a text that differs where any weight of the model does."""
+    """Returns a text that differs where any weight of the model does. Of a fully sharded one all
+    processes call it, and have the same."""
     found = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
-        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        content = gathered(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8)
         found.update(f"{name} {tensor.dtype} {zlib.crc32(content.numpy())}".encode())
     return found.hexdigest()
 
@@ -92,19 +94,19 @@ def _made(model: Llama, data: Any, progress: bool) -> list[Tensor]:
     """Each of several processes makes its part."""
     processes = Processes()
     rows = track(
-        processes.part(range(len(data))),
+        list(processes.turns(range(len(data)))),
         "reference",
         console=Console(stderr=True),
         transient=True,
         disable=not (progress and processes.main),
     )
     with mode(model, training=False):
-        own = [
-            log_probabilities(model, data.batch([row]).to(model.device)).float().cpu()
-            for row in rows
+        found = [
+            (log_probabilities(model, data.batch([row]).to(model.device)).float().cpu(), own)
+            for row, own in rows
         ]
     values: list[Any] = [None] * len(data)
-    for rank, part in enumerate(processes.gather(own)):
+    for rank, part in enumerate(processes.gather([value for value, own in found if own])):
         values[rank :: processes.size] = part
     return values
 

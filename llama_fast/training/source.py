@@ -1,8 +1,8 @@
 """One data file as ids: encoded once, kept in a folder, and mapped into memory from there.
 
-An entry is named by all that it follows from: the file's content, the tokenizer, the chat format
-with its date, the masking and the version of this code. It is whole or it is not there (written
-beside and renamed), and one that is damaged is made anew.
+An entry is named by all that it follows from: the file's content, the tokenizer, the masking, the
+version of this code and, if there is a dialog in the file, the chat format with its date. It is
+whole or it is not there (written beside and renamed), and one that is damaged is made anew.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from ..errors import JSON_ERRORS, DataError, PromptError, TokenizerError
 from ..tokenizer import Tokenizer
 from ..utils.files import atomic_file
 from .formats import parse_row
-from .masks import Chat, examples
+from .masks import Chat, ChatOrMaker, examples, has_dialog
 from .rows import raw_rows
 
-VERSION = "data-1"
+VERSION = "data-2"
 _DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}
 
 
@@ -76,16 +77,25 @@ def fingerprint_of(tokenizer: Tokenizer) -> str:
     return found.hexdigest()
 
 
+class DialogFound(Exception):
+    """A file that was encoded without a chat format has a row that needs one."""
+
+
 class Encoder:
-    """Files to sources, by one tokenizer, chat format and masking (TRAIN_ON, PREFERENCES)."""
+    """Files to sources, by one tokenizer, chat format and masking (TRAIN_ON, PREFERENCES). The chat
+    format is made and asked for when the first dialog comes: texts do without."""
 
     def __init__(
-        self, tokenizer: Tokenizer, chat: Chat | None, train_on: str, cache: Path | None
+        self, tokenizer: Tokenizer, chat: ChatOrMaker, train_on: str, cache: Path | None
     ) -> None:
-        self.tokenizer, self.chat, self.train_on, self.cache = tokenizer, chat, train_on, cache
-        of_chat = "none" if chat is None else chat.fingerprint()
+        self.tokenizer, self.train_on, self.cache = tokenizer, train_on, cache
+        self._chat = chat
         self.from_cache = 0  # files
-        self._settings = repr([VERSION, fingerprint_of(tokenizer), of_chat, train_on])
+        self._settings = repr([VERSION, fingerprint_of(tokenizer), train_on])
+
+    @cached_property
+    def chat(self) -> Chat | None:
+        return self._chat() if callable(self._chat) else self._chat
 
     def source(self, path: Path, skip: bool, advance: Callable[[int], None]) -> Source:
         """Returns a file's source, from the cache if it is there.
@@ -97,28 +107,58 @@ class Encoder:
             data = path.read_bytes()
         except OSError as error:
             raise DataError(f"the file cannot be read ({error.strerror})", path) from error
-        # A suffix says how the content is read.
-        key = hashlib.blake2b(digest_size=16)
-        key.update(f"{self._settings} {path.suffix.lower()}".encode())
-        key.update(data)
-        name = key.hexdigest()
-        entry = None if self.cache is None else self.cache / f"{name}.safetensors"
-        found = None if entry is None else _load(entry, path, name)
-        if found is None:
-            found = self._encode(path, data, name, skip, advance)
-            if entry is not None:
-                _save(entry, found)
-                found = _load(entry, path, name) or found
-        else:
-            self.from_cache += 1
-            advance(len(data))
+        done = 0
+
+        def counted(count: int) -> None:
+            nonlocal done
+            done += count
+            advance(count)
+
+        try:
+            found = self._source(path, data, False, skip, counted)
+        except DialogFound:
+            advance(-done)
+            found = self._source(path, data, True, skip, advance)
         if found.faults and not skip:
             line, reason = found.faults[0]
             raise DataError(reason, path, line)
         return found
 
+    def _source(
+        self, path: Path, data: bytes, dialogs: bool, skip: bool, advance: Callable[[int], None]
+    ) -> Source:
+        """dialogs: whether the file has some. Raises DialogFound where it has against that."""
+        key = self._key(path, data, dialogs)
+        entry = None if self.cache is None else self.cache / f"{key}.safetensors"
+        found = None if entry is None else _load(entry, path, key)
+        if found is not None:
+            self.from_cache += 1
+            advance(len(data))
+            return found
+        found = self._encode(path, data, key, dialogs, skip, advance)
+        if entry is not None:
+            _save(entry, found)
+            found = _load(entry, path, key) or found
+        return found
+
+    def _key(self, path: Path, data: bytes, dialogs: bool) -> str:
+        of_chat = "texts alone"
+        if dialogs:
+            of_chat = "no chat format" if self.chat is None else self.chat.fingerprint()
+        key = hashlib.blake2b(digest_size=16)
+        # A suffix says how the content is read.
+        key.update(f"{self._settings} {of_chat} {path.suffix.lower()}".encode())
+        key.update(data)
+        return key.hexdigest()
+
     def _encode(
-        self, path: Path, data: bytes, key: str, skip: bool, advance: Callable[[int], None]
+        self,
+        path: Path,
+        data: bytes,
+        key: str,
+        dialogs: bool,
+        skip: bool,
+        advance: Callable[[int], None],
     ) -> Source:
         ids, mask = array("i"), bytearray()
         borders, lines, may_be_cut = array("q", [0]), array("q"), bytearray()
@@ -129,7 +169,10 @@ class Encoder:
                 if raw.fault is not None:
                     raise DataError(raw.fault)
                 row = parse_row(raw.value)
-                found = examples(row, self.tokenizer, self.chat, self.train_on)
+                if not dialogs and has_dialog(row):
+                    raise DialogFound
+                chat = self.chat if dialogs else None
+                found = examples(row, self.tokenizer, chat, self.train_on)
             except (DataError, PromptError, TokenizerError) as error:
                 if not skip:
                     raise DataError(str(error), path, raw.line) from None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..checkpoint.writers import PthWriter
+from ..distributed import Processes
+from ..distributed.fully_sharded import gathered
 from ..errors import CheckpointError
 from ..utils.files import atomic_file
 from ..utils.memory import resident_peak
@@ -69,8 +73,13 @@ class StateFile:
         self.saved: int | None = None  # the step of the state that is there
 
     def save(self, step: int, history: History, weights: Weights, device: torch.device) -> None:
-        """Replaces the state in one step. Raises CheckpointError where there is no room for it; the
-        one that was there is there still."""
+        """Replaces the state in one step. Of several processes the first writes; all must call it,
+        as parts of a fully sharded model are gathered. Raises CheckpointError where there is no
+        room for it; the one that was there is there still."""
+        if not Processes().main:
+            if weights.cut:
+                _stored(weights.state(), gathered)
+            return
         content = {
             "format": FORMAT,
             "identity": self.identity,
@@ -80,15 +89,20 @@ class StateFile:
             **weights.state(),
         }
         try:
-            with atomic_file(self.path) as beside, open(beside, "wb") as file:
-                torch.save(content, file)
-        except (OSError, RuntimeError) as error:  # torch's writer makes the latter of a full disk
+            with atomic_file(self.path) as beside:
+                writer = PthWriter(beside)
+                try:
+                    writer.close(_stored(content, lambda tensor: writer.put(gathered(tensor))))
+                except BaseException:
+                    writer.abandon()
+                    raise
+        except OSError as error:
             kept = (
                 "no state is there yet"
                 if self.saved is None
                 else f"that of step {self.saved} is still there"
             )
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            reason = error.strerror or str(error)
             raise CheckpointError(
                 f"the state after step {step} could not be written to {self.path}: {reason}; "
                 f"{kept}. Make room and run again: the training goes on from there"
@@ -104,7 +118,8 @@ class StateFile:
         if not self.path.exists():
             return None
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            # Mapped: of a fully sharded model each process reads its part alone.
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             found, step = state["identity"], state["step"]
             history = History(**state["history"])
             if found == self.identity:
@@ -123,6 +138,18 @@ class StateFile:
             )
         self.saved = step
         return step, history
+
+
+def _stored(value: Any, store: Callable[[torch.Tensor], Any]) -> Any:
+    """Returns plain values with each tensor in them replaced by what `store` makes of it, one after
+    another: a fully sharded model is never whole."""
+    if isinstance(value, torch.Tensor):
+        return store(value)
+    if isinstance(value, dict):
+        return {key: _stored(item, store) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_stored(item, store) for item in value]
+    return value
 
 
 def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:

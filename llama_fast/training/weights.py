@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from ..distributed import Processes
+from ..distributed.fully_sharded import part_of
 from ..errors import ConfigError
+from ..utils.shards import is_shard, local
 from .config import TrainConfig
 from .optim import AdamW
 
@@ -52,6 +54,8 @@ class Weights:
 
     Weights of bfloat16 have a float32 copy each ("masters"), which gradients are added up in and
     which is updated and rounded; unless the config says that they are rounded at random.
+
+    Those of a fully sharded model are DTensors, and so are their copies, gradients and moments.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
@@ -81,6 +85,7 @@ class Weights:
             )
         updated = {**self.named, **self.masters}
         self.updated = list(updated.values())
+        self.cut = any(map(is_shard, self.updated))
         self.optimizer = make_optimizer(updated.items(), config)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -97,12 +102,18 @@ class Weights:
             group["lr"] = rate * scale
 
     def sum_gradients(self, processes: Processes) -> None:
-        """Adds up what the processes of a training have left in their gradients."""
-        processes.sum_gradients(self.updated)
+        """Adds up what the processes of a training have left in their gradients. Those of a fully
+        sharded model are sums already."""
+        if not self.cut:
+            processes.sum_gradients(self.updated)
 
-    def gradient_norm(self) -> float:
-        """Returns the norm of all gradients together."""
-        return nn.utils.get_total_norm(w.grad for w in self.updated if w.grad is not None).item()
+    def gradient_norm(self, processes: Processes) -> float:
+        """Returns the norm of all gradients together, the same on all processes."""
+        gradients = [local(w.grad) for w in self.updated if w.grad is not None]
+        norm = nn.utils.get_total_norm(gradients).item()
+        if self.cut:
+            norm = processes.sum([norm**2], self.updated[0].device)[0] ** 0.5
+        return norm
 
     @torch.no_grad()
     def step(self, grad_scale: float = 1.0) -> None:
@@ -118,6 +129,7 @@ class Weights:
             weight.grad = None
 
     def state(self) -> dict[str, object]:
+        """Returns what is saved: plain values and tensors, which may be cut."""
         return {
             "weights": {name: weight.detach() for name, weight in self.named.items()},
             "masters": {name: weight.detach() for name, weight in self.masters.items()},
@@ -126,7 +138,8 @@ class Weights:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, dict]) -> None:
-        """Raises ValueError or KeyError where the state is that of other weights."""
+        """Takes over a state of whole tensors. Raises ValueError or KeyError where it is that of
+        other weights."""
         for kind, own in (("weights", self.named), ("masters", self.masters)):
             if state[kind].keys() != own.keys():
                 raise ValueError(f"its {kind} have other names")
@@ -138,5 +151,5 @@ class Weights:
                     raise ValueError(f"its {name} has another shape or dtype")
         for kind, own in (("weights", self.named), ("masters", self.masters)):
             for name, weight in own.items():
-                weight.copy_(state[kind][name])
+                local(weight).copy_(part_of(state[kind][name], weight))
         self.optimizer.load_state_dict(state["optimizer"])
