@@ -64,6 +64,9 @@ def folder(tmp_path_factory) -> Path:
     quantize_(Llama.from_pretrained(folder / "uneven"), "int4").save_pretrained(
         folder / "uneven int4"
     )
+    demo = Llama.from_pretrained(DEMO)
+    demo.config = dataclasses.replace(demo.config, max_seq_len=2304)
+    demo.save_pretrained(folder / "longer-2304")
     return folder
 
 
@@ -156,6 +159,12 @@ def test_the_plan_says_what_ranks_take(found, folder, case, size):
     assert len(of_rank["given"]["gather"]) <= 2 - (size == 3)
     K = max(1, -(-source.config.n_kv_heads // size))
     assert planned.cache == 2 * 64 * 2 * ranks.CONFIG.n_layers * K * 32 * dtype.itemsize
+
+
+def test_a_prompt_near_the_end_of_the_context(found, folder):
+    alone = ranks.near_the_end(folder)
+    assert len(alone) == 3
+    assert [of_rank["long"] for of_rank in found(3)] == [alone] * 3
 
 
 @pytest.mark.parametrize("size", SIZES)

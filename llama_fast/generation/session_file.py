@@ -48,7 +48,6 @@ def load_session(session: Session, path: str | Path) -> int:
     number of tokens. Raises CheckpointError for a file that is damaged, of another model, of
     another kv_cache, or too long; the session stays as it was then."""
     path = given_path(path, "a file of a session")
-    _refuse_ranks(session)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -65,6 +64,7 @@ def load_session(session: Session, path: str | Path) -> int:
             raise ValueError(f"{len(tokens)} tokens")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as a session ({error})") from error
+    _refuse_ranks(session)
     try:
         session.restore(tokens, held)
     except ShapeError as error:
