@@ -16,13 +16,13 @@ from llama_fast.ops.quantized_kv import quantize
 from llama_fast.ops.rope import OP as ROPE
 
 from . import oracle
-from .backends import BACKENDS, CUDA_HOST, PRODUCTS, device, name_of, on
+from .backends import BACKENDS, PRODUCTS, device, name_of, on
 
 S = 131072
 SCALINGS = {"3": None, "3.1": RopeScaling(8.0), "3.2": RopeScaling(32.0)}
-# Tiles of 16 keys, by threads that are emulated, take half a minute. That kernel's indices are 64
-# bits where they are multiplied by a stride.
-OF_MANY_KEYS = [backend for backend in PRODUCTS if name_of(backend) != CUDA_HOST]
+# CUDA's kernels take half types of 64 or 128 alone.
+OF_MANY_KEYS = [backend for backend in PRODUCTS if not name_of(backend).startswith("cuda")]
+OF_CUDA = [backend for backend in PRODUCTS if name_of(backend).startswith("cuda")]
 
 
 @cache
@@ -123,10 +123,11 @@ def test_kv_append_into_the_last_slots(backend, int8):
 
 
 @cache
-def many_keys(T: int, dtype: torch.dtype, int8: bool) -> tuple[tuple, list[oracle.Expected]]:
+def many_keys(
+    T: int, dtype: torch.dtype, int8: bool, D: int = 32
+) -> tuple[tuple, list[oracle.Expected]]:
     """Queries that look for few keys, so that their sums are not those of noise."""
     g = torch.Generator().manual_seed(T)
-    D = 32
     q = 3 * torch.randn(1, T, 2, D, generator=g)
     k, v = (torch.randn(1, 1, S, D, generator=g) for _ in "kv")
     for key, of in ((7, 0), (S // 2, T // 2), (S - 1, T - 1)):
@@ -154,7 +155,19 @@ def test_attention_to_as_many_keys(backend, T, dtype, int8, monkeypatch):
         )  # the interpreter takes as long for a small one
         for name in ("forward_config", "int8_config"):
             monkeypatch.setattr(kernels, name, lambda *_: wide)
-    args, expected = many_keys(T, dtype, int8)
+    judge(backend, *many_keys(T, dtype, int8))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("backend", OF_CUDA)
+@pytest.mark.parametrize(
+    ("T", "int8"), [(1, False), (9, False), (1, True)], ids=["decode", "prefill", "decode int8"]
+)
+def test_attention_to_as_many_keys_in_cuda(backend, T, int8):
+    judge(backend, *many_keys(T, torch.bfloat16, int8, 64))
+
+
+def judge(backend: str, args: tuple, expected: list[oracle.Expected]) -> None:
     where = device(backend)
     args = tuple(x.to(where) if isinstance(x, torch.Tensor) else x for x in args)
     with on(backend):
