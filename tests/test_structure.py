@@ -31,7 +31,6 @@ MAY_IMPORT = {
     "distributed": {"utils", "config", "dispatch", "ops", "nn", "checkpoint"},
     "model": {"utils", "config", "dispatch", "ops", "nn", "checkpoint", "distributed"},
     "hf": {"utils", "dispatch", "ops"},
-    "engines": {"dispatch", "ops"},
 }
 MODEL = MAY_IMPORT["model"] | {"model"}
 MAY_IMPORT |= {
@@ -39,6 +38,7 @@ MAY_IMPORT |= {
     "generation": MODEL | {"tokenizer", "_cpu"},
     "training": MODEL | {"tokenizer"},
     "inspect": MODEL | {"tokenizer", "generation", "hf"},
+    "engines": MODEL | {"tokenizer", "generation", "training"},
 }
 BELOW_BENCH = MODEL | {"tokenizer", "quantization", "generation", "training", "hf", "inspect"}
 MAY_IMPORT["bench"] = BELOW_BENCH | KERNELS

@@ -17,12 +17,15 @@ from ..config import LlamaConfig
 from ..config.quantization import Quantization
 from ..config.share import Share
 from ..errors import ConfigError
+from ..generation.candidates import candidates_of, exchanged_bytes
+from ..generation.engine import prefill_chunk
+from ..generation.sampling import Sampling
 from .profile.limits import LIMITS
 
 # Seconds that an exchange of a few bytes takes between GPUs of one machine: an assumption.
 EXCHANGE = 10e-6
-# Bytes of a device that neither weights nor the cache can have: PyTorch, activations.
-RESERVED = 2e9
+# Bytes of a device that are PyTorch's own: an assumption.
+RESERVED = 1e9
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,20 @@ class Plan:
     """Of the rank that has most, the first, in a step that decodes a token a row.
 
     weights   bytes held
+    tables    bytes held of the rotary tables
     cache     bytes held, with every row at its full length
+    activations  the most bytes of all other tensors in a prefill, and so in a step, at one time:
+              those of a chunk of the prompts, however long they are
     read      bytes read in a step
     sums, summed  exchanges that add up, and the bytes that a rank gives to all of them
-    gathered  bytes that a rank gives to the gathering of logits
+    gathered  bytes that a rank gives to the draw of tokens, with the default sampling: candidates
     """
 
     ranks: int
     weights: int
+    tables: int
     cache: int
+    activations: int
     read: int
     sums: int
     summed: int
@@ -82,8 +90,13 @@ class Plan:
         others = self.ranks - 1
         return 2 * others / self.ranks * self.summed + others * self.gathered
 
+    @property
+    def held(self) -> int:
+        """Bytes, with everything at its most."""
+        return self.weights + self.tables + self.cache + self.activations
+
     def fits(self, machine: Machine) -> bool:
-        return self.weights + self.cache + RESERVED <= machine.memory
+        return self.held + RESERVED <= machine.memory
 
     def seconds(self, machine: Machine) -> float:
         """The least time of a step."""
@@ -118,15 +131,37 @@ def plan(
         embedding = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in sizes.values())
         embedding = embedding or part.vocab_size * part.dim * dtype.itemsize
         of_rows = dtype.itemsize if form is None else torch.float32.itemsize
-    cache = batch * share.whole.max_seq_len * part.kv_bytes_per_token(cache_dtype or dtype)
+    context = share.whole.max_seq_len
+    cache = batch * context * part.kv_bytes_per_token(cache_dtype or dtype)
     several = ranks > 1
     row = batch * part.dim
     return Plan(
         ranks=ranks,
         weights=weights,
+        tables=context * part.head_dim * torch.float32.itemsize,
         cache=cache,
+        activations=activations(share, batch, dtype),
         read=weights - (0 if part.tied else embedding) + cache,
         sums=several * (2 * part.n_layers + 1),
         summed=several * row * (2 * part.n_layers * dtype.itemsize + of_rows),
-        gathered=several * batch * share.rows_each * dtype.itemsize,
+        gathered=several
+        * batch
+        * exchanged_bytes(candidates_of(Sampling()), share.rows_each, dtype),
     )
+
+
+def activations(share: Share, batch: int, dtype: torch.dtype) -> int:
+    """Returns the bytes that a rank's tensors take at most in a prefill of `batch` rows with this
+    package's kernels, weights, tables and the cache left out. The scratch of kernels is not among
+    them: a few MB for each thread of a CPU."""
+    part, context = share.part, share.whole.max_seq_len
+    tokens = batch * min(context, prefill_chunk(batch))
+    # Of a token: the layer before's update and sum are held by who called the layer. Attention adds
+    # its input, q, k and v, q rotated, and the result; the MLP its input, the sum, gate and up with
+    # their product, and the result. A sum over ranks is one more.
+    heads = (3 * part.n_heads + 2 * part.n_kv_heads) * part.head_dim
+    of_token = 7 * part.dim + max(heads, 3 * part.hidden_dim)
+    # Logits of each row's last token, in this dtype and in float32; over ranks, gathered and whole.
+    logits = batch * share.ranks * share.rows_each * (3 * dtype.itemsize + 2 * 4)
+    prompts = batch * context * torch.int64.itemsize
+    return tokens * of_token * dtype.itemsize + logits + prompts

@@ -19,7 +19,7 @@ from .streams import abandon_stdout, forgiving
 
 FAILED, WRONG_USAGE, BROKEN_PIPE = 1, 2, 141
 # Commands that processes of one launch run together; of the others each would run a whole one.
-OF_SEVERAL_PROCESSES = ("generate", "finetune")
+OF_SEVERAL_PROCESSES = ("generate", "chat", "serve", "finetune")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def _run(arguments: list[str]) -> int:
     from .usage import usage_line
 
     if processes_started() > 1 and arguments[0] not in OF_SEVERAL_PROCESSES:
-        several = " and ".join(OF_SEVERAL_PROCESSES)
+        several = ", ".join(OF_SEVERAL_PROCESSES)
         raise ProcessError(
             f"torchrun has started {processes_started()} processes, and {arguments[0]} is a "
             f"command of one: start it without torchrun ({several} take several)"

@@ -104,8 +104,10 @@ def chat(
 
     from ..checkpoint import open_checkpoint
     from ..dispatch import use_backend
+    from ..distributed import launched
     from ..generation.chat import Chat
     from ..generation.folder_sampling import folder_sampling
+    from ..generation.follow import led
     from ..generation.session import Session
     from ..tokenizer import Tokenizer
     from ..tokenizer.chat_choice import chat_format
@@ -120,28 +122,33 @@ def chat(
     format = chat_format(folder, tokenizer)
     context = context_of(source, max_seq_len, CONTEXT)
     check_adapter(adapter, source)
-    llama = load_model(
-        source,
-        adapter=adapter,
-        device=where,
-        dtype=dtype and dtype.torch,
-        quantize=quantize and quantize.value,
-        max_seq_len=context,
-    )
     sampling = vars(drawn) | {"seed": seed}
-    unwind_when_stopped()
     with (
+        launched(where) as (where, mesh),
         use_backend(backend.value, strict=True) if backend else nullcontext(),
-        Session(llama, tokenizer, kv_cache=kv_cache and kv_cache.value) as session,
     ):
-        dialog = Chat(session, format, system=told, tools=functions.definitions)
-        talk = Talk(dialog, functions, sampling, max_new_tokens, yes=yes, quiet=quiet)
-        talk.note(f"{folder.name}: {format.describe()}; /help lists the commands")
-        if save_cache is not None and save_cache.exists():
-            talk.note(chat_commands.load_dialog(talk, save_cache))
-        _converse(talk)
-        if save_cache is not None and dialog.turns:
-            talk.note(chat_commands.save_dialog(talk, save_cache))
+        llama = load_model(
+            source,
+            adapter=adapter,
+            device=where,
+            dtype=dtype and dtype.torch,
+            quantize=quantize and quantize.value,
+            max_seq_len=context,
+            mesh=mesh,
+        )
+        with led(llama) as leads:
+            if not leads:
+                return 0
+            unwind_when_stopped()
+            with Session(llama, tokenizer, kv_cache=kv_cache and kv_cache.value) as session:
+                dialog = Chat(session, format, system=told, tools=functions.definitions)
+                talk = Talk(dialog, functions, sampling, max_new_tokens, yes=yes, quiet=quiet)
+                talk.note(f"{folder.name}: {format.describe()}; /help lists the commands")
+                if save_cache is not None and save_cache.exists():
+                    talk.note(chat_commands.load_dialog(talk, save_cache))
+                _converse(talk)
+                if save_cache is not None and dialog.turns:
+                    talk.note(chat_commands.save_dialog(talk, save_cache))
     return 0
 
 

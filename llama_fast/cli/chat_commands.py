@@ -119,7 +119,9 @@ def run(talk: Talk, line: str) -> None:
 
 
 def save_dialog(talk: Talk, path: Path) -> str:
-    """Writes the dialog, its keys and values; returns what was written."""
+    """Writes the dialog, its keys and values but for a model over ranks; returns what was
+    written."""
+    from ..distributed.tensor_parallel import share_of
     from ..generation.session_file import save_session
 
     turns = [
@@ -135,7 +137,7 @@ def save_dialog(talk: Talk, path: Path) -> str:
     except OSError as error:
         raise LlamaFastError(f"{path} cannot be written ({error.strerror})") from error
     told = f"{len(turns)} messages were saved to {path}"
-    if talk.session.tokens:
+    if talk.session.tokens and share_of(talk.session.model) is None:
         held = save_session(talk.session, cache_of(path))
         told += f", keys and values of {held} tokens to {cache_of(path)}"
     return told + "."

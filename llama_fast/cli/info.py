@@ -109,7 +109,20 @@ def info(
         _memory(config, quantization),
     )
     show("Memory of the KV cache alone", _caches(config))
-    show("A process holds about 0.3 GB more for PyTorch and the program itself.")
+    show(_activations(config))
+
+
+def _activations(config: LlamaConfig) -> str:
+    import torch
+
+    from ..bench.plan import plan
+
+    found = plan(config, 1, dtype=torch.bfloat16)
+    return (
+        f"A prompt is computed in chunks: whatever its length, all else that is computed takes "
+        f"{size(found.activations)} at most in bfloat16, and rotary tables for the whole context "
+        f"take {size(found.tables)}. A process holds about 0.3 GB more for PyTorch and the program."
+    )
 
 
 def _show_ranks(
@@ -146,21 +159,25 @@ def _show_ranks(
     rows = table("", "")
     rows.add_row("weights", f"{size(found.weights)} in {kind}")
     rows.add_row("KV cache", f"{size(found.cache)}, rows: {batch}, tokens of each: {tokens:,}")
+    rows.add_row(
+        "activations",
+        f"{size(found.activations)} at most, however long a prompt is, and rotary tables of "
+        f"{size(found.tables)}",
+    )
     if ranks > 1:
         rows.add_row(
             "exchanges of a step",
-            f"{found.sums} sums of {size(found.summed)} in all, and logits of "
+            f"{found.sums} sums of {size(found.summed)} in all, and candidates of "
             f"{size(found.gathered)}; a rank sends {size(found.sent)}",
         )
     if device is None:
         show(f"Each of {ranks} ranks, at most", rows)
         return
     machine = MACHINES[device]
-    held = found.weights + found.cache
     verdict = "fits" if found.fits(machine) else "does not fit"
     rows.add_row(
         "memory",
-        f"{verdict}: {size(held)}, and {size(RESERVED)} for PyTorch and activations, of "
+        f"{verdict}: {size(found.held)}, and {size(RESERVED)} for PyTorch, of "
         f"{size(machine.memory)}",
     )
     seconds = found.seconds(machine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -110,7 +111,10 @@ def serve(
     folder = model_folder(model, CHAT_DEMO)
 
     from ..checkpoint import open_checkpoint
+    from ..dispatch import use_backend
+    from ..distributed import Processes, launched
     from ..generation.folder_sampling import folder_sampling
+    from ..generation.follow import led
     from ..serve.requests import Served
     from ..serve.server import is_loopback, run
     from ..tokenizer import Tokenizer
@@ -127,60 +131,76 @@ def serve(
     drawn = folder_sampling(folder)
     check_adapter(adapter, source)
 
-    unwind_when_stopped()
-    llama = load_model(
-        source,
-        adapter=adapter,
-        device=where,
-        dtype=dtype and dtype.torch,
-        quantize=quantize and quantize.value,
-        max_seq_len=context,
-    )
-    served = Served(
-        name=name or folder.resolve().name,
-        model=llama,
-        tokenizer=tokenizer,
-        format=format,
-        max_seq_len=context,
-        most_choices=max_batch,
-        kv_cache=kv_cache and kv_cache.value,
-        sampling=drawn,
-    )
-
-    def ready(address: str) -> None:
-        note(
-            f"{served.name}: {format.describe()}; {max_batch} answers at once of {context:,} "
-            f"tokens, for which keys and values take up to {size(held(served))}"
+    with (
+        launched(where) as (where, mesh),
+        # For ranks that follow; the batch asks in a thread of its own.
+        use_backend(backend.value, strict=True) if backend else nullcontext(),
+    ):
+        if Processes().main:
+            unwind_when_stopped()
+        llama = load_model(
+            source,
+            adapter=adapter,
+            device=where,
+            dtype=dtype and dtype.torch,
+            quantize=quantize and quantize.value,
+            max_seq_len=context,
+            mesh=mesh,
         )
-        note(f"listening on {address}; Ctrl-C ends it")
-        if key is None and not is_loopback(host):
-            note("Anybody who reaches this address can use it: give --api-key to ask for a key.")
-
-    try:
-        run(
-            served,
-            rows=max_batch,
-            queue=queue,
-            host=host,
-            port=port,
-            key=key,
-            backend=backend and backend.value,
-            reuse=reuse,
-            ready=ready,
+        served = Served(
+            name=name or folder.resolve().name,
+            model=llama,
+            tokenizer=tokenizer,
+            format=format,
+            max_seq_len=context,
+            most_choices=max_batch,
+            kv_cache=kv_cache and kv_cache.value,
+            sampling=drawn,
         )
-    except KeyboardInterrupt:  # the answers are finished; it was asked to end
-        pass
-    except SystemExit as end:
-        if end.code != 128 + signal.SIGTERM:  # Uvicorn, which has said why it cannot listen
-            raise
-    note("stopped")
+
+        def ready(address: str) -> None:
+            note(
+                f"{served.name}: {format.describe()}; {max_batch} answers at once of {context:,} "
+                f"tokens, for which keys and values take up to {size(held(served))}"
+            )
+            note(f"listening on {address}; Ctrl-C ends it")
+            if key is None and not is_loopback(host):
+                note(
+                    "Anybody who reaches this address can use it: give --api-key to ask for a key."
+                )
+
+        with led(llama) as leads:
+            if not leads:
+                return 0
+            try:
+                run(
+                    served,
+                    rows=max_batch,
+                    queue=queue,
+                    host=host,
+                    port=port,
+                    key=key,
+                    backend=backend and backend.value,
+                    reuse=reuse,
+                    ready=ready,
+                )
+            except KeyboardInterrupt:  # the answers are finished; it was asked to end
+                pass
+            except SystemExit as end:
+                if end.code != 128 + signal.SIGTERM:  # Uvicorn, which has said why it cannot listen
+                    raise
+            note("stopped")
     return 0
 
 
 def held(served: Served) -> int:
-    """Returns the bytes of the keys and values of all rows."""
+    """Returns the bytes of the keys and values of all rows; over ranks, those of this one."""
+    from ..distributed.tensor_parallel import share_of
     from ..nn.kv_cache import cache_dtype
 
     llama = served.model
-    each = llama.config.kv_bytes_per_token(cache_dtype(served.kv_cache, llama.dtype))
+    share = share_of(llama)
+    each = (share.part if share else llama.config).kv_bytes_per_token(
+        cache_dtype(served.kv_cache, llama.dtype)
+    )
     return each * served.max_seq_len * served.most_choices

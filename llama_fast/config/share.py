@@ -4,8 +4,13 @@ weights and for the state of a training.
 Tensor parallel (`Share`), for inference: each rank computes its part of every layer. Query heads,
 the hidden dim and the vocabulary are cut into as many runs as there are ranks, and a rank has one
 of each. So it has rows of q, k, v, gate, up, the embedding and the head, and columns of the output
-and of down (Shoeybi et al., "Megatron-LM", 2019). Norms are everybody's. Where there are fewer KV
-heads than ranks, ranks in a row share one: each has the head that its query heads need.
+and of down (Shoeybi et al., "Megatron-LM", 2019). Norms are everybody's.
+
+Runs need not be equal: where something is left over, the first ranks have one more of it. A rank
+has whole KV heads, with all query heads that need them. Where there are fewer KV heads than ranks,
+ranks in a row share one, and its query heads are cut among them. A hidden dim that the ranks do not
+divide is cut in blocks of HIDDEN_BLOCK, so that the ranks' products are as well shaped as the whole
+one, and groups of quantised weights stay whole.
 
 Fully sharded (`RowShare`), for training: each rank computes whole layers on its own data, and holds
 of every tensor a run of rows, which it gives to the others when they come to that layer
@@ -16,18 +21,21 @@ Legend of dims: H query heads, K KV heads, D head dim, F hidden dim, V vocabular
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from ..errors import ConfigError
 from .model import LlamaConfig
 from .quantization import ROWS
 
+HIDDEN_BLOCK = 128
+
 
 @dataclass(frozen=True)
 class Share:
-    """What rank `rank` of `ranks` holds of the model of `whole`.
+    """What rank `rank` of `ranks` holds of the model of `whole`. The first rank has most.
 
-    Raises ConfigError where it cannot be cut into so many equal parts.
+    Raises ConfigError where it cannot be cut into so many parts.
     """
 
     whole: LlamaConfig
@@ -38,17 +46,18 @@ class Share:
         config, ranks = self.whole, self.ranks
         if not 0 <= self.rank < ranks:
             raise ConfigError(f"rank {self.rank} of {ranks} was asked for; ranks are from 0 on")
-        for name in ("n_heads", "hidden_dim"):
-            if getattr(config, name) % ranks:
-                raise ConfigError(
-                    f"{name}={getattr(config, name)} cannot be cut into {ranks} equal parts; "
-                    f"numbers of ranks that serve are {_serving(config)}"
-                )
-        if config.n_kv_heads % ranks and ranks % config.n_kv_heads:
+        if ranks > config.n_kv_heads and (ranks % config.n_kv_heads or ranks > config.n_heads):
             raise ConfigError(
-                f"n_kv_heads={config.n_kv_heads} can be neither cut into {ranks} equal parts nor "
-                f"be shared by as many ranks each; numbers of ranks that serve are "
+                f"n_heads={config.n_heads} with n_kv_heads={config.n_kv_heads} cannot be cut into "
+                f"{ranks} parts: start at most as many ranks as there are KV heads, or a multiple "
+                f"of them, at most as many as heads; numbers of ranks that serve are "
                 f"{_serving(config)}"
+            )
+        if ranks > config.hidden_dim // self._hidden_block:
+            raise ConfigError(
+                f"hidden_dim={config.hidden_dim} cannot be cut into {ranks} equal parts, and has "
+                f"{config.hidden_dim // self._hidden_block} blocks of {self._hidden_block}: start "
+                "at most so many ranks"
             )
         if self.rows_each * (ranks - 1) >= config.vocab_size:
             raise ConfigError(
@@ -68,27 +77,42 @@ class Share:
         """(start, stop) of what the rank has of each dim that is cut, by the dims' letters as the
         table of names has them."""
         config, D = self.whole, self.whole.head_dim
-        heads, hidden = config.n_heads // self.ranks, config.hidden_dim // self.ranks
-        kv_heads = max(1, config.n_kv_heads // self.ranks)
-        first_kv_head = self.rank * config.n_kv_heads // self.ranks
+        group = config.n_heads // config.n_kv_heads
+        if self.ranks <= config.n_kv_heads:
+            kv_heads = _run(config.n_kv_heads, self.rank, self.ranks)
+            heads = kv_heads[0] * group, kv_heads[1] * group
+        else:
+            sharing = self.ranks // config.n_kv_heads  # ranks that have the same KV head
+            head, of_sharing = divmod(self.rank, sharing)
+            kv_heads = head, head + 1
+            start, stop = _run(group, of_sharing, sharing)
+            heads = head * group + start, head * group + stop
+        block = self._hidden_block
+        hidden = _run(config.hidden_dim // block, self.rank, self.ranks)
         row = self.rank * self.rows_each
         return {
-            "H·D": _run(self.rank * heads * D, heads * D),
-            "K·D": _run(first_kv_head * D, kv_heads * D),
-            "F": _run(self.rank * hidden, hidden),
+            "H·D": (heads[0] * D, heads[1] * D),
+            "K·D": (kv_heads[0] * D, kv_heads[1] * D),
+            "F": (hidden[0] * block, hidden[1] * block),
             "V": (row, min(row + self.rows_each, config.vocab_size)),
         }
 
     @property
+    def _hidden_block(self) -> int:
+        """What the hidden dim is cut in multiples of."""
+        F = self.whole.hidden_dim
+        return math.gcd(F, HIDDEN_BLOCK) if F % self.ranks else F // self.ranks
+
+    @property
     def part(self) -> LlamaConfig:
         """The config of a model of the rank's sizes."""
-        start, stop = self.ranges["V"]
+        sizes = {dim: stop - start for dim, (start, stop) in self.ranges.items()}
         return replace(
             self.whole,
-            n_heads=self.whole.n_heads // self.ranks,
-            n_kv_heads=max(1, self.whole.n_kv_heads // self.ranks),
-            hidden_dim=self.whole.hidden_dim // self.ranks,
-            vocab_size=stop - start,
+            n_heads=sizes["H·D"] // self.whole.head_dim,
+            n_kv_heads=sizes["K·D"] // self.whole.head_dim,
+            hidden_dim=sizes["F"],
+            vocab_size=sizes["V"],
             vocab_padding=0,  # a matter of the whole vocabulary
         )
 
@@ -107,12 +131,15 @@ class RowShare:
         return min(self.rank * each, rows), min((self.rank + 1) * each, rows)
 
 
-def _run(start: int, length: int) -> tuple[int, int]:
-    return start, start + length
+def _run(count: int, rank: int, ranks: int) -> tuple[int, int]:
+    """(start, stop) of the rank's run of `count` things; the first ranks have one more."""
+    each, more = divmod(count, ranks)
+    start = rank * each + min(rank, more)
+    return start, start + each + (rank < more)
 
 
 def _serving(config: LlamaConfig) -> str:
-    """The numbers of ranks into which the heads and the hidden dim can be cut, in words."""
-    H, K, F = config.n_heads, config.n_kv_heads, config.hidden_dim
-    fit = (n for n in range(1, H + 1) if not (H % n or F % n or (K % n and n % K)))
-    return ", ".join(map(str, fit))
+    """The numbers of ranks into which the heads can be cut, in words."""
+    H, K = config.n_heads, config.n_kv_heads
+    shared = [str(n) for n in range(2 * K, H + 1, K)]
+    return ", ".join([f"1 to {K}" if K > 1 else "1", *shared])

@@ -4,7 +4,8 @@ The modules are the ordinary ones with smaller sizes. q, k, v, gate and up give 
 and its own part of the hidden dim, so nothing is exchanged there; the output's and down's products
 are sums over what all ranks have, and behind each of them the ranks add up. Of the vocabulary a
 rank has a run of rows: it looks up its own tokens, and the rows of all are added up; its logits are
-gathered. So a layer costs two sums of (B,T,C), and a pass one more and the gathering of logits.
+gathered, or each rank keeps its own, of which a draw takes candidates (generation/candidates.py).
+So a layer costs two sums of (B,T,C), and a pass one more and the gathering.
 
 All ranks are given the same tokens, and have the same logits bit by bit: they draw the same tokens
 from the same seeds, and none tells the others what it has drawn.
@@ -71,6 +72,20 @@ class Ranks:
         """What this rank has of a model; raises ConfigError where it cannot be cut so."""
         return Share(config, self.rank, self.size)
 
+    def agree(self, given: dict[str, Any]) -> None:
+        """Raises ConfigError, on every rank, where they were not given the same. Ranks of another
+        model would exchange what does not fit together, or wait for each other."""
+        found: list[Any] = [None] * self.size
+        with ranks_answer():
+            dist.all_gather_object(found, given, group=group_of(self))
+        for rank, other in enumerate(found):
+            for name, value in found[0].items():
+                if other[name] != value:
+                    raise ConfigError(
+                        f"{name} is {value} on rank 0 and {other[name]} on rank {rank}: give all "
+                        "ranks the same folder and the same settings"
+                    )
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum of what each rank gives."""
         return x if self.size == 1 else torch.ops.llama_fast_ranks.sum(x, self.group)
@@ -99,6 +114,13 @@ class GatheredLinear(Linear):
     def __init__(self, own: Linear, share: Share, ranks: Ranks) -> None:
         super().__init__(*reversed(own.weight.shape), device="meta", dtype=own.weight.dtype)
         self.ranks, self.share = ranks, share
+        self.leader: Any = None  # what tells the other ranks, where this one leads them
+
+    def own(self, x: Tensor) -> tuple[Tensor, int]:
+        """This rank's logits, and how many of the last of them are no token's."""
+        config, (start, stop) = self.share.whole, self.share.ranges["V"]
+        known = config.vocab_size - config.vocab_padding
+        return super().forward(x), max(0, stop - max(start, known))
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -157,15 +179,25 @@ def refuse_spread(model: nn.Module, what: str) -> None:
         )
 
 
+def together(model: nn.Module) -> bool:
+    """Whether all ranks of the model run this program alike; not of a model on one process, nor
+    where one rank leads the others (generation/follow.py)."""
+    return share_of(model) is not None and model.head.leader is None
+
+
+def group_of(ranks: Ranks) -> dist.ProcessGroup:
+    return _groups[ranks.group]
+
+
 def agreed(model: nn.Module, value: Any) -> Any:
     """What rank 0 gives, on every rank of the model: for what each would choose by itself, such as
     a seed."""
-    if share_of(model) is None:
+    if not together(model):
         return value
     ranks = model.head.ranks
     given = [value]
-    with _others_answer():
-        dist.broadcast_object_list(given, group=_groups[ranks.group], group_src=0)
+    with ranks_answer():
+        dist.broadcast_object_list(given, group=group_of(ranks), group_src=0)
     return given[0]
 
 
@@ -180,19 +212,19 @@ def launched(device: torch.device) -> Iterator[tuple[torch.device, DeviceMesh | 
         yield device, init_device_mesh(device.type, (size,)) if size > 1 else None
 
 
-_others_answer = partial(others_answer, "rank", "model", "start all of them again")
+ranks_answer = partial(others_answer, "rank", "model", "start all of them again")
 
 
 def _sum(x: Tensor, group: str) -> Tensor:
     total = x.contiguous().clone()
-    with _others_answer():
+    with ranks_answer():
         dist.all_reduce(total, group=_groups[group])
     return total
 
 
 def _gather(x: Tensor, size: int, group: str) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size)]
-    with _others_answer():
+    with ranks_answer():
         dist.all_gather(parts, x.contiguous(), group=_groups[group])
     return torch.cat(parts, -1)
 

@@ -91,11 +91,19 @@ class CapturedStep:
     All of it runs without gradients. An exception leaves the cache as it was before the step. A
     model may keep its steps: they do not keep the model.
 
+    own_logits  give this rank's: see `Llama.forward`
     capture  by default CUDA graphs or the recorder of the device's first backend
     """
 
-    def __init__(self, cache: KVCache, T: int, capture: CaptureOn | None = None) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        T: int,
+        own_logits: bool = False,
+        capture: CaptureOn | None = None,
+    ) -> None:
         self._capture_on = capture
+        self._own = {"own_logits": True} if own_logits else {}
         self.cache = cache
         device = cache.lengths.device
         with torch.inference_mode(cache.lengths.is_inference()):
@@ -132,7 +140,8 @@ class CapturedStep:
             raise
 
     def _run(self, model: Llama) -> Tensor:
-        return model(self.tokens, cache=self.cache, last_only=self.tokens.shape[1] == 1)
+        last_only = self.tokens.shape[1] == 1
+        return model(self.tokens, cache=self.cache, last_only=last_only, **self._own)
 
     def _look(self, model: Llama) -> None:
         """Sees what the model is now, and decides whether its steps can be captured."""

@@ -38,8 +38,10 @@ from .captured_step import CapturedStep, CaptureOn
 BATCH_SIZES = (1, 2, 4, 8, 16)
 # A cache has a multiple of these, so that texts of other lengths find it large enough.
 SLOTS = 256
-# Tokens of each row that a prefill takes at once: bounds the memory of activations.
-PREFILL_CHUNK = 1024
+# Tokens that a prefill takes at once, of each row and of all of them: they bound the memory of
+# activations, however long the prompts are (docs/generation.md).
+PREFILL_CHUNK, PREFILL_TOKENS = 1024, 4096
+Steps = dict[tuple[int, bool], CapturedStep]
 # The length of a row that is held: steps count up from it, and padding is neither stored nor seen.
 AWAY = -(2**30)
 
@@ -50,6 +52,11 @@ def captured_batch_size(batch: int) -> int:
     return next((rows for rows in BATCH_SIZES if rows >= batch), -(-batch // largest) * largest)
 
 
+def prefill_chunk(batch: int) -> int:
+    """Returns the tokens of each of `batch` rows that a prefill takes at once."""
+    return max(1, min(PREFILL_CHUNK, PREFILL_TOKENS // batch))
+
+
 class Engine:
     """Runs a model on `batch` sequences: the first rows of a cache, by default all of them.
 
@@ -58,7 +65,9 @@ class Engine:
     only where the cache was made in it, whatever the caller's mode.
 
     capture  makes what captures steps on the cache: see `CapturedStep`
-    steps    those captured on the cache so far, by the tokens that each gives a row
+    steps    those captured on the cache so far, by the tokens that each gives a row, and whether
+             own logits
+    own_logits  give the logits of a model over ranks as each rank has them: see `Llama.forward`
     """
 
     def __init__(
@@ -68,16 +77,18 @@ class Engine:
         batch: int | None = None,
         *,
         capture: CaptureOn | None = None,
-        steps: dict[int, CapturedStep] | None = None,
+        steps: Steps | None = None,
+        own_logits: bool = False,
     ) -> None:
         self.model = model
+        self.own_logits = own_logits
         self.cache = cache
         self.batch = cache.batch if batch is None else batch
         self._capture_on = capture
         self._steps = {} if steps is None else steps
         self._free = {*range(self.batch, cache.batch)}
         self._held: dict[int, int] = {}  # rows set aside, and the tokens that each holds
-        self._first: dict[int, tuple[KVCache, dict[int, CapturedStep]]] = {}
+        self._first: dict[int, tuple[KVCache, Steps]] = {}
 
     @classmethod
     @contextmanager
@@ -89,6 +100,7 @@ class Engine:
         kv_cache: str | None = None,
         *,
         capture: CaptureOn | None = None,
+        own_logits: bool = False,
     ) -> Iterator[Engine]:
         """Gives an engine with empty rows, for `batch` sequences of at most `max_seq_len` tokens;
         its cache has at least so many rows and slots. Inside the block it is nobody else's: another
@@ -99,7 +111,8 @@ class Engine:
         capture   None: CUDA graphs on a GPU, and elsewhere nothing is kept
         """
         if capture is None and torch.device(model.device).type != "cuda":
-            yield cls(model, model.new_cache(batch, max_seq_len, kv_cache))
+            cache = model.new_cache(batch, max_seq_len, kv_cache)
+            yield cls(model, cache, own_logits=own_logits)
             return
         kept = _kept.pop(model, None)
         if kept is None or not kept.serves(model, batch, max_seq_len, kv_cache):
@@ -108,7 +121,8 @@ class Engine:
         ended = False
         try:
             cache, steps = kept.of(batch)
-            engine = cls(model, cache, batch, capture=capture, steps=steps)
+            settings = {"capture": capture, "steps": steps, "own_logits": own_logits}
+            engine = cls(model, cache, batch, **settings)
             engine.reset()
             yield engine
             ended = True
@@ -170,8 +184,9 @@ class Engine:
             prompts = [[0] * pad + x for pad, x in zip(padding, prompts, strict=True)]
         tokens = torch.as_tensor(prompts, device=self.cache.lengths.device)
         cache.ahead(longest)  # all of it has room, before any of it is computed
-        for chunk in tokens.split(PREFILL_CHUNK, dim=1):
-            logits = self.model(chunk, cache=cache, last_only=True)
+        own = {"own_logits": True} if self.own_logits else {}
+        for chunk in tokens.split(prefill_chunk(len(prompts)), dim=1):
+            logits = self.model(chunk, cache=cache, last_only=True, **own)
         self.cache.take_lengths(cache)
         return logits[:, -1]
 
@@ -208,7 +223,8 @@ class Engine:
             self._first[n] = self.cache.first(n), {}
         part, steps = self._first[n]
         self.cache.give_lengths(part)
-        engine = Engine(self.model, part, capture=self._capture_on, steps=steps)
+        settings = {"capture": self._capture_on, "own_logits": self.own_logits}
+        engine = Engine(self.model, part, steps=steps, **settings)
         engine._free = {row for row in self._free if row < n}
         try:
             return engine.step(tokens)
@@ -217,9 +233,10 @@ class Engine:
 
     def captured(self, T: int = 1) -> CapturedStep:
         """Returns what `step` runs for T tokens of each row."""
-        if T not in self._steps:
-            self._steps[T] = CapturedStep(self.cache, T, self._capture_on)
-        return self._steps[T]
+        kind = T, self.own_logits
+        if kind not in self._steps:
+            self._steps[kind] = CapturedStep(self.cache, *kind, self._capture_on)
+        return self._steps[kind]
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Rolls each row b back to its first `lengths[b]` tokens. Raises ShapeError where it holds
@@ -293,14 +310,14 @@ class _Kept:
         room = min(model.config.max_seq_len, -(-slots // SLOTS) * SLOTS)
         self.cache = model.new_cache(captured_batch_size(batch), room, kv_cache)
         self.form = _form(model, kv_cache)
-        self._of: dict[int, tuple[KVCache, dict[int, CapturedStep]]] = {}
+        self._of: dict[int, tuple[KVCache, Steps]] = {}
 
     def serves(self, model: Llama, batch: int, slots: int, kv_cache: str | None) -> bool:
         rows = captured_batch_size(batch)
         room = self.cache.batch >= rows and self.cache.max_seq_len >= slots
         return room and self.form == _form(model, kv_cache)
 
-    def of(self, batch: int) -> tuple[KVCache, dict[int, CapturedStep]]:
+    def of(self, batch: int) -> tuple[KVCache, Steps]:
         """Returns the rows that serve `batch` sequences, and the steps captured on them."""
         rows = captured_batch_size(batch)
         if rows not in self._of:

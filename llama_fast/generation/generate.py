@@ -26,10 +26,11 @@ from .arguments import (
     stop_token_ids,
     whole_number,
 )
+from .candidates import Drawer
 from .engine import Engine
-from .grammar import Grammar, masked
+from .grammar import Grammar
 from .not_finite import not_finite
-from .sampling import Sampling, logprobs
+from .sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class Rows:
         stop = stop_texts(stop)
         self.model = model
         self.known = tokenizer.vocab_size  # the model may have more ids, as padding
+        self.drawer = Drawer(model, self.known)
         self.kv_cache = kv_cache
         self.prompts = prompts
         context = model.config.max_seq_len
@@ -185,7 +187,10 @@ class Rows:
 
     def run(self, sampling: Sampling) -> Iterator[Chunk]:
         slots = max(len(prompt) + n for prompt, n in zip(self.prompts, self.limits, strict=True))
-        with Engine.acquire(self.model, len(self.prompts), slots, self.kv_cache) as engine:
+        own = self.drawer.own_logits
+        with Engine.acquire(
+            self.model, len(self.prompts), slots, self.kv_cache, own_logits=own
+        ) as engine:
             yield from self.decode(sampling, engine, engine.prefill(self.prompts), engine.free)
 
     def decode(
@@ -200,17 +205,16 @@ class Rows:
         counts = [0] * len(self.prompts)
         active = set(range(len(self.prompts)))
         while True:
-            logits = logits[:, : self.known]
             matchers = [m if n in active else None for n, m in enumerate(self.matchers)]
-            tokens = sampling.sample(masked(logits, matchers), self.generators)
-            scores = logprobs(logits, tokens).tolist()
+            tokens, scores = self.drawer.draw(logits, matchers, sampling, self.generators)
+            scores = scores.tolist()
             for index, token in enumerate(tokens.tolist()):
                 if index not in active:
                     continue
                 counts[index] += 1
                 if not math.isfinite(scores[index]):
                     what = f"token {counts[index]} of prompt {index}"
-                    raise not_finite(self.model, logits[index], what)
+                    raise not_finite(self.model, self.drawer.whole(logits)[index], what)
                 text, reason = self.finish(index, token, counts[index])
                 if reason:
                     active.remove(index)

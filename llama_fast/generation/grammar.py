@@ -128,9 +128,10 @@ class Matcher:
         return self._matcher.is_stopped()
 
 
-def masked(logits: Tensor, matchers: Sequence[Matcher | None]) -> Tensor:
+def masked(logits: Tensor, matchers: Sequence[Matcher | None], start: int = 0) -> Tensor:
     """Returns logits (B,V) in which row b has -inf for what matchers[b] does not allow; the very
-    tensor where there is no matcher. Raises PromptError for a row that has no token left."""
+    tensor where there is no matcher. They may be those of some tokens, from `start` on. Raises
+    PromptError for a row that has no token of the whole vocabulary left."""
     if not any(matchers):
         return logits
     logits = logits.clone()
@@ -139,7 +140,8 @@ def masked(logits: Tensor, matchers: Sequence[Matcher | None]) -> Tensor:
             allowed = matcher.allowed()
             if not allowed.any():
                 raise PromptError("the grammar allows no token of this vocabulary here")
-            refused = torch.from_numpy(~allowed).to(logits.device)
+            refused = ~allowed[start : start + logits.shape[1]]
+            refused = torch.from_numpy(refused).to(logits.device)
             logits[row].masked_fill_(refused, -torch.inf)
     return logits
 

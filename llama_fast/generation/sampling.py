@@ -45,6 +45,15 @@ class Sampling:
         for name, value in ("temperature", temperature), ("top_p", top_p), ("top_k", top_k):
             object.__setattr__(self, name, value)
 
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < SMALLEST_TEMPERATURE
+
+    @property
+    def divisor(self) -> float:
+        """The temperature, as far as it has a place in float32."""
+        return min(max(self.temperature, SMALLEST_TEMPERATURE), LARGEST_TEMPERATURE)
+
     def probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits (B,V) float32 → (probabilities, token ids), likeliest first: each (B,V), or fewer
         where all others have probability 0.
@@ -53,11 +62,15 @@ class Sampling:
         """
         # Counted from the largest, they are finite or -inf at any temperature.
         logits = logits - logits.amax(-1, keepdim=True)
-        temperature = min(max(self.temperature, SMALLEST_TEMPERATURE), LARGEST_TEMPERATURE)
-        p = (logits / temperature).softmax(-1)
+        p = (logits / self.divisor).softmax(-1)
         # In float64 the token that crosses top_p does not depend on the rounding of 128,256 sums.
         whole = p.double().sum(-1, keepdim=True)
         p, ids = self._likeliest(p, whole)
+        return self.keep(p, whole), ids
+
+    def keep(self, p: Tensor, whole: Tensor) -> Tensor:
+        """Probabilities (B,N) of the likeliest tokens, likeliest first, whose sums with all others'
+        are `whole` (B,1) float64 → (B,N), zeros for those that are not kept. p is written."""
         if self.top_k:
             p[:, min(self.top_k, p.shape[-1]) :] = 0
             whole = p.double().cumsum(-1)[:, -1:]
@@ -65,7 +78,7 @@ class Sampling:
             before = p.double().cumsum(-1) - p
             p[before > self.top_p * whole] = 0
         # The last of the cumulative sums: zeros behind what is kept do not change it.
-        return (p / p.double().cumsum(-1)[:, -1:]).float(), ids
+        return (p / p.double().cumsum(-1)[:, -1:]).float()
 
     def _likeliest(self, p: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
         """p (B,V), whose sums are `whole` (B,1), sorted; and the ids. To sort 128,256 numbers takes
@@ -92,15 +105,19 @@ class Sampling:
 
     def sample(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """logits (B,V) float32 → token ids (B,) int64; row b draws from generators[b] alone."""
-        if self.temperature < SMALLEST_TEMPERATURE:
+        if self.greedy:
             return logits.argmax(-1)
         p, ids = self.probabilities(logits)
-        u = [torch.rand((), generator=g, dtype=torch.float64, device=g.device) for g in generators]
-        cumulative = p.double().cumsum(-1)
-        # The draw is scaled by the last sum, which rounding may leave just off 1.
-        draw = torch.stack(u).to(logits.device).unsqueeze(-1) * cumulative[:, -1:]
-        position = torch.searchsorted(cumulative, draw, right=True)
-        return ids.gather(-1, position.clamp(max=p.shape[-1] - 1)).squeeze(-1)
+        return ids.gather(-1, draw(p, generators)).squeeze(-1)
+
+
+def draw(p: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Probabilities (B,N) → where in each row one was drawn, (B,1); row b from generators[b]."""
+    u = [torch.rand((), generator=g, dtype=torch.float64, device=g.device) for g in generators]
+    cumulative = p.double().cumsum(-1)
+    # The draw is scaled by the last sum, which rounding may leave just off 1.
+    draw = torch.stack(u).to(p.device).unsqueeze(-1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, draw, right=True).clamp(max=p.shape[-1] - 1)
 
 
 def sample_each(

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..distributed.tensor_parallel import together
 from ..errors import PromptError
 from ..model import Llama
 from ..nn.kv_cache import cache_dtype
@@ -26,6 +27,7 @@ from ..tokenizer import Tokenizer
 from ..utils.sequences import common_beginning
 from .arguments import encode_prompts, whole_number
 from .engine import Engine
+from .follow import acquire
 from .generate import Chunk, Rows
 from .grammar import Grammar
 from .sampling import Sampling
@@ -107,7 +109,13 @@ class Session:
     def engine(self) -> Engine:
         """The engine of one row that holds the text."""
         if self._engine is None:
-            acquired = Engine.acquire(self.model, 1, self.max_seq_len, self.kv_cache)
+            acquired = acquire(
+                self.model,
+                1,
+                self.max_seq_len,
+                self.kv_cache,
+                own_logits=together(self.model),
+            )
             self._engine = self._stack.enter_context(acquired)
         return self._engine
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..distributed.tensor_parallel import share_of
 from ..errors import CheckpointError, ShapeError
 from ..utils.files import atomic_file, given_path
 from .session import Session
@@ -25,8 +26,9 @@ SAMPLE = 1024  # elements of each weight that the fingerprint reads
 
 def save_session(session: Session, path: str | Path) -> int:
     """Writes the tokens that a session holds, their keys and values; returns how many. Raises
-    CheckpointError where it holds none or the file cannot be written."""
+    CheckpointError where it holds none, the file cannot be written, or the model is over ranks."""
     path = given_path(path, "the name of a file")
+    _refuse_ranks(session)
     tokens = session.tokens
     if not tokens or session.kept_of([*tokens, 0]) < len(tokens):
         raise CheckpointError("the session holds no tokens of this model; let it answer first")
@@ -62,11 +64,20 @@ def load_session(session: Session, path: str | Path) -> int:
             raise ValueError(f"{len(tokens)} tokens")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as a session ({error})") from error
+    _refuse_ranks(session)
     try:
         session.restore(tokens, held)
     except ShapeError as error:
         raise CheckpointError(f"{path} does not fit this session: {error}") from error
     return len(tokens)
+
+
+def _refuse_ranks(session: Session) -> None:
+    if share := share_of(session.model):
+        raise CheckpointError(
+            f"the model is over {share.ranks} ranks, each of which has a part of the keys and "
+            "values: they are neither saved nor read; start one process for that"
+        )
 
 
 @torch.no_grad()

@@ -166,19 +166,23 @@ class Llama(Pretrained):
         cache: KVCache | None = None,
         last_only: bool = False,
         cu_seqlens: Tensor | None = None,
+        own_logits: bool = False,
     ) -> Tensor:
         """tokens (B,T) int64 → logits (B,T,V) float32, or (B,1,V) of the last token alone. Those of
-        the rows that `config.vocab_padding` says are no token's are -inf."""
+        the rows that `config.vocab_padding` says are no token's are -inf. With `own_logits`, of a
+        model over ranks, those of this rank's rows of the vocabulary: they are not gathered."""
         if cache is None:
-            return self._logits(self._hidden(tokens, None, cu_seqlens), last_only)
+            return self._logits(self._hidden(tokens, None, cu_seqlens), last_only, own_logits)
         with torch.no_grad():
-            logits = self._logits(self._hidden(tokens, cache, cu_seqlens), last_only)
+            logits = self._logits(self._hidden(tokens, cache, cu_seqlens), last_only, own_logits)
         cache.advance(tokens.shape[1])
         return logits
 
-    def _logits(self, h: Tensor, last_only: bool) -> Tensor:
-        logits = self.head(h[:, -1:] if last_only else h).float()
-        if padding := self.config.vocab_padding:
+    def _logits(self, h: Tensor, last_only: bool, own: bool) -> Tensor:
+        h = h[:, -1:] if last_only else h
+        logits, padding = self.head.own(h) if own else (self.head(h), self.config.vocab_padding)
+        logits = logits.float()
+        if padding:
             # Rows that are no token's are never drawn, whoever draws.
             known = logits[..., :-padding]
             logits = nn.functional.pad(known, (0, padding), value=-torch.inf)

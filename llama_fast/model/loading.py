@@ -103,6 +103,8 @@ class Pretrained(nn.Module):
             )
         whole = config = source.config.shortened(max_seq_len)
         if ranks is not None:
+            forms = settings, getattr(source, "quantization", None)
+            ranks.agree({"the model": whole, "dtype": dtype or source.dtype, "quantize": forms})
             share = ranks.share(whole)
             source, config = source.part(share), share.part
         model = cls(config, device="meta", dtype=dtype or source.dtype)

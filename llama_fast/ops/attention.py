@@ -46,7 +46,10 @@ from .model_inputs import ModelInputs
 from .quantized_kv import dequantize
 from .rms_norm import accumulate
 
-BLOCK = 2**22  # scores that the backward reference holds at a time
+# Scores that the reference, and its backward pass, hold at a time: memory grows with S alone, and a
+# chunk of a prompt of 131,072 tokens takes no more of it than one of 2,048.
+BLOCK, BACKWARD_BLOCK = 2**26, 2**22
+LONG_ROW = 4096  # keys, from which on a row's weights are added up in float64
 
 
 def attention(
@@ -88,16 +91,29 @@ def attention(
     return OP(q, k, v, causal, scale, lengths, False, k_scale, v_scale, cu_seqlens)[0]
 
 
-def visible(T: int, S: int, causal: bool, lengths: Tensor | None, device: torch.device) -> Tensor:
-    """Which keys each query sees: bool, broadcastable to (B, K, G, T, S)."""
+def visible(
+    T: int,
+    S: int,
+    causal: bool,
+    lengths: Tensor | None,
+    device: torch.device,
+    block: slice = slice(None),
+) -> Tensor:
+    """Which keys each query of a block sees: bool, broadcastable to (B, K, G, its queries, S)."""
     if lengths is None:
         lengths = torch.tensor([S], device=device)
     lengths = lengths.view(-1, 1, 1, 1, 1)
-    s = torch.arange(S, device=device)
+    s, t = torch.arange(S, device=device), torch.arange(T, device=device)[block].view(-1, 1)
     if not causal:
-        return (s < lengths).expand(-1, -1, -1, T, -1)
+        return (s < lengths).expand(-1, -1, -1, len(t), -1)
     # From -T down no query sees a key; a length near the least integer must not wrap around.
-    return s <= lengths.clamp(min=-T) - T + torch.arange(T, device=device).view(-1, 1)
+    return s <= lengths.clamp(min=-T) - T + t
+
+
+def blocks(T: int, scores: int, most: int) -> list[slice]:
+    """The T queries, which have so many scores each, as many at a time as have `most`."""
+    step = max(1, most // max(1, scores))
+    return [slice(t, t + step) for t in range(0, T, step)] or [slice(0, 0)]
 
 
 def valid_only(x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -114,8 +130,12 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def softmax_weights(scores: Tensor, seen: Tensor) -> Tensor:
     """Softmax over the keys seen, in float32; zeros for the others and for a query without keys."""
+    # torch adds a row up in order. Where one weight is nearly all of it, each of thousands of small
+    # ones is rounded to that one's units, which float32 results would show.
+    exact = scores.dtype is torch.float32 and scores.shape[-1] > LONG_ROW
     scores = scores.to(accumulate(scores.dtype)).masked_fill(~seen, float("-inf"))
-    return scores.softmax(-1).masked_fill(~seen, 0)
+    weights = scores.softmax(-1, dtype=torch.float64 if exact else None)
+    return weights.to(scores.dtype).masked_fill(~seen, 0)
 
 
 def eager(
@@ -139,18 +159,22 @@ def eager(
     if k_scale is not None:
         k, v = dequantize(k, k_scale, q.dtype), dequantize(v, v_scale, q.dtype)
     k, v = valid_only(k, lengths), valid_only(v, lengths)
-    grouped = q.unflatten(2, (K, H // K))
-    scores = torch.einsum("btkgd,bskd->bkgts", grouped, k) * scale
-    seen = visible(T, S, causal, lengths, q.device)
-    weights = softmax_weights(scores, seen).to(q.dtype)
-    o = torch.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape).contiguous()
-    lse = q.new_empty(0, dtype=lse_dtype(q.dtype))
-    if need_lse:
-        scores = scores.detach().to(accumulate(q.dtype)).masked_fill(~seen, float("-inf"))
-        nothing = scores.new_full((*scores.shape[:-1], 1), float("-inf"))  # where there is no key
-        lse = torch.cat((scores, nothing), -1).logsumexp(-1)
-        lse = lse.reshape(q.shape[0], H, T).to(lse_dtype(q.dtype))
-    return o, lse
+    o, lse = [], []
+    for block in blocks(T, q.shape[0] * H * S, BLOCK):
+        grouped = q[:, block].unflatten(2, (K, H // K))
+        scores = torch.einsum("btkgd,bskd->bkgts", grouped, k) * scale
+        seen = visible(T, S, causal, lengths, q.device, block)
+        weights = softmax_weights(scores, seen).to(q.dtype)
+        o.append(torch.einsum("bkgts,bskd->btkgd", weights, v).flatten(2, 3))
+        if need_lse:
+            scores = scores.detach().to(accumulate(q.dtype)).masked_fill(~seen, float("-inf"))
+            nothing = scores.new_full((*scores.shape[:-1], 1), float("-inf"))  # where is no key
+            lse.append(torch.cat((scores, nothing), -1).logsumexp(-1).flatten(1, 2))
+    exact = lse_dtype(q.dtype)
+    return (
+        torch.cat(o, 1).contiguous(),
+        torch.cat(lse, -1).to(exact) if need_lse else q.new_empty(0, dtype=exact),
+    )
 
 
 def eager_packed(q, k, v, causal, scale, need_lse, cu_seqlens) -> tuple[Tensor, Tensor]:
@@ -191,8 +215,8 @@ def backward_eager(
     lengths: Tensor | None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Recomputes the weights with a softmax, a block of queries at a time, so that memory grows
-    with S alone; o and lse are for the kernels."""
+    """Recomputes the weights with a softmax, a block of queries at a time; o and lse are for the
+    kernels."""
     if cu_seqlens is not None:
         return backward_packed(grad, q, k, v, o, lse, causal, scale, cu_seqlens)
     check_lengths(lengths, k.shape[1])
@@ -203,14 +227,11 @@ def backward_eager(
     kf, vf = valid_only(k, lengths).to(dtype), valid_only(v, lengths).to(dtype)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = torch.zeros_like(kf), torch.zeros_like(vf)
-    seen = visible(T, S, causal, lengths, q.device)
-    step = max(1, BLOCK // max(1, B * H * S))
-    for t in range(0, T, step):
-        block = slice(t, t + step)
+    for block in blocks(T, B * H * S, BACKWARD_BLOCK):
         qf = q[:, block].unflatten(2, (K, H // K)).to(dtype)
         gf = grad[:, block].unflatten(2, (K, H // K)).to(dtype)
         scores = torch.einsum("btkgd,bskd->bkgts", qf, kf) * scale
-        weights = softmax_weights(scores, seen[..., block, :])
+        weights = softmax_weights(scores, visible(T, S, causal, lengths, q.device, block))
         dv += torch.einsum("bkgts,btkgd->bskd", weights, gf)
         d_weights = torch.einsum("btkgd,bskd->bkgts", gf, vf)
         mean = (weights * d_weights).sum(-1, keepdim=True)

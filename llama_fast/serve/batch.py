@@ -26,6 +26,7 @@ from torch import Tensor
 from ..dispatch import use_backend
 from ..errors import BusyError, LlamaFastError
 from ..generation.engine import Engine, captured_batch_size
+from ..generation.follow import acquire
 from ..generation.grammar import masked
 from ..generation.not_finite import not_finite
 from ..generation.sampling import logprobs, sample_each
@@ -168,7 +169,7 @@ class Batch:
             with (
                 asked,
                 torch.inference_mode(),
-                Engine.acquire(self.model, self.rows, self.max_seq_len, self.kv_cache) as engine,
+                acquire(self.model, self.rows, self.max_seq_len, self.kv_cache) as engine,
             ):
                 for row in self._rows:
                     engine.hold(row.index)
