@@ -562,7 +562,7 @@ for write in (write_hf, write_meta):
     try:
         write(folder, SMALL, state)
     except CheckpointError as error:
-        assert "could not be written: File too large" in str(error), error
+        assert "cannot be written: File too large" in str(error), error
         assert "Nothing was left behind" in str(error), error
     else:
         raise SystemExit(f"{write.__name__} wrote more than the limit")
@@ -587,5 +587,5 @@ def test_full_disk_leaves_nothing(tmp_path, limit):
 def test_unwritable_folder(tmp_path):
     (tmp_path / "file").touch()
     for write in (write_hf, write_meta):
-        with pytest.raises(CheckpointError, match="could not be written"):
+        with pytest.raises(CheckpointError, match="cannot be written"):
             write(tmp_path / "file" / "out", SMALL, random_state(SMALL))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import JSON_ERRORS, CheckpointError, LlamaFastError, json_fault
+from ..utils.files import make_folder
 from .terminal import note
 from .units import write_json
 
@@ -60,14 +61,8 @@ class Run:
 
     def begin(self) -> None:
         """Writes down what the run is. Raises CheckpointError where the folder cannot be made."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / RUN, self.asked)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.folder} cannot be written: {error.strerror or error}; give --out another "
-                "folder"
-            ) from error
+        make_folder(self.folder, CheckpointError)
+        write_json(self.folder / RUN, self.asked)
 
     def finish(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..utils.files import atomic_file
+from ..utils.files import atomic_file, why
 from ..utils.memory import resident_peak
 from .weights import Weights
 
@@ -79,16 +79,18 @@ class StateFile:
             "random": random_state(device),
             **weights.state(),
         }
+        failure = (RuntimeError,)  # what torch's writer makes of a full disk
         try:
-            with atomic_file(self.path) as beside, open(beside, "wb") as file:
-                torch.save(content, file)
-        except (OSError, RuntimeError) as error:  # torch's writer makes the latter of a full disk
+            with atomic_file(self.path, CheckpointError, fails_with=failure) as beside:
+                with open(beside, "wb") as file:
+                    torch.save(content, file)
+        except CheckpointError as error:
             kept = (
                 "no state is there yet"
                 if self.saved is None
                 else f"that of step {self.saved} is still there"
             )
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            reason = why(error.__cause__ or error)
             raise CheckpointError(
                 f"the state after step {step} could not be written to {self.path}: {reason}; "
                 f"{kept}. Make room and run again: the training goes on from there"
