@@ -109,6 +109,18 @@ def test_a_file_that_may_only_be_read(tmp_path, monkeypatch):
         pytest.fail("the body must not run")
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux's /proc")
+def test_no_file_that_a_program_has_open(tmp_path):
+    """/dev/stdout leads to the file that the output goes to, which would be replaced under it."""
+    target, link = tmp_path / "file", tmp_path / "link"
+    with open(target, "w") as file:
+        link.symlink_to(f"/proc/self/fd/{file.fileno()}")
+        for path in (link, f"/proc/self/fd/{file.fileno()}", f"/dev/fd/{file.fileno()}"):
+            with pytest.raises(LlamaFastError, match="what a program has open"):
+                check_file(path)
+    assert check_file(target) == target
+
+
 @pytest.mark.parametrize("path", [None, "", 3, "a\0b"])
 def test_what_is_no_path(path):
     with pytest.raises(LlamaFastError, match=r"the path is .*; give the name of a file"):

@@ -50,6 +50,8 @@ def check_file(target: str | Path, option: str = "", error: Raised = LlamaFastEr
     cannot = f"{_named(given, option)} cannot be written: "
     if found.is_dir():
         raise error(f"{cannot}this is a folder; give the name of a file")
+    if _is_open_here(given):
+        raise error(f"{cannot}this is what a program has open; give the name of a file")
     if found.exists() and not found.is_file():
         raise error(f"{cannot}this is a device; give the name of a file")
     if found.exists() and not os.access(found, os.W_OK):
@@ -104,6 +106,13 @@ def _named(given: Path, option: str) -> str:
 
 def _led_to(given: Path) -> Path:
     return Path(os.path.realpath(given)) if given.is_symlink() else given
+
+
+def _is_open_here(given: Path) -> bool:
+    """Whether it is a link such as /dev/stdout: it leads to a file, but that is written to
+    already."""
+    places = (given.parent, Path(os.readlink(given)).parent) if given.is_symlink() else ()
+    return any(os.path.realpath(place).startswith("/proc/") for place in places)
 
 
 def _check_takes(folder: Path, cannot: str, kind: str, error: Raised) -> None:
