@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -292,22 +293,36 @@ def test_a_machine_has_a_name_for_its_file():
 # --- pytest benchmarks/ -----------------------------------------------------------------------
 
 
-def test_the_pytest_suite_writes_its_fields(tmp_path):
+NORM = "rms_norm and decode and not add and (cpu or eager)"
+
+
+def run_suite(storage: Path, which: str, *flags: str) -> subprocess.CompletedProcess:
     """In a process of its own: pytest-benchmark lets a session be measured once."""
-    path = tmp_path / "out.json"
-    ops = "rms_norm and decode and not add and (cpu or eager)"
     options = ("--shapes", "demo", "--layers", "1", "--tokens", "24", "--rounds", "3")
-    done = subprocess.run(
+    return subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "benchmarks", "-k", f"test_model or ({ops})"),
-            *("--threads", "1", *options, "--benchmark-json", str(path)),
+            *(sys.executable, "-m", "pytest", "benchmarks", "-k", which, "--threads", "1"),
+            *(*options, f"--benchmark-storage=file://{storage}", *flags),
         ],
         cwd=Path(__file__).parent.parent,
         env=ALONE,
         capture_output=True,
         text=True,
     )
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory) -> Path:
+    """The folder of a run: out.json, and the same as the plugin saves it."""
+    folder = tmp_path_factory.mktemp("suite")
+    flags = (f"--benchmark-json={folder / 'out.json'}", "--benchmark-save=before")
+    done = run_suite(folder, f"test_model or ({NORM})", *flags, "--benchmark-autosave")
     assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_pytest_suite_writes_its_fields(suite):
+    path = suite / "out.json"
     content = json.loads(path.read_text())
     assert content["machine_info"]["llama_fast"]["isa"] == _cpu.isa()
     run = content["llama_fast"]
@@ -342,34 +357,20 @@ def test_the_pytest_suite_writes_its_fields(tmp_path):
     assert "transformers" in groups["training step, demo, whole model"]
 
 
-def test_runs_are_compared_by_the_plugin(tmp_path):
+def test_runs_are_compared_by_the_plugin(suite, tmp_path):
     """Its own flags: a run is saved, and the next one is held against it, test by test."""
     pytest.importorskip("pygal", reason="histograms need pygal: '.[test]'")
-    ops = "rms_norm and decode and not add and (cpu or eager)"
-
-    def run(*flags: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [
-                *(sys.executable, "-m", "pytest", "benchmarks/test_ops.py", "-k", ops),
-                *("--threads", "1", "--shapes", "demo", "--rounds", "3"),
-                *(f"--benchmark-storage=file://{tmp_path}", *flags),
-            ],
-            cwd=Path(__file__).parent.parent,
-            env=ALONE,
-            capture_output=True,
-            text=True,
-        )
-
-    saved = run("--benchmark-save=before", "--benchmark-autosave")
-    assert saved.returncode == 0, saved.stdout + saved.stderr
-    (path,) = tmp_path.glob("*/0001_*.json")
+    (saved,) = suite.glob("*/0001_*.json")
+    path = tmp_path / saved.parent.name / saved.name
+    path.parent.mkdir()
+    shutil.copy(saved, path)
     content = json.loads(path.read_text())
     for entry in content["benchmarks"]:  # one was a thousand times slower, one faster
         factor = 1e3 if entry["extra_info"]["baseline"] == "cpu" else 1e-3
         entry["stats"]["median"] *= factor
     path.write_text(json.dumps(content))
-    found = run(
-        *("--benchmark-compare", "--benchmark-compare-fail=median:15%"),
+    found = run_suite(
+        *(tmp_path, NORM, "--benchmark-compare", "--benchmark-compare-fail=median:15%"),
         f"--benchmark-histogram={tmp_path}/bars",
     )
     said = found.stdout + found.stderr

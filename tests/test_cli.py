@@ -464,7 +464,7 @@ BAD = {
     "convert unwritable": (
         ["convert", "{tiny}", "{tiny}/params.json/new", "--to", "hf"],
         1,
-        "could not be written",
+        "cannot be written",
     ),
     "convert to what": (["convert", "{tiny}", "{tmp}/new"], 2, "--to"),
     "convert to gguf": (["convert", "{tiny}", "{tmp}/new", "--to", "gguf"], 2, "'hf', 'meta'"),

@@ -211,7 +211,7 @@ def test_folders_without_a_model(run, tmp_path):
         ("no/such/page.html", "does not exist; make it, or give another file"),
         ("", "this is a folder; give the name of a file"),
         ("/dev/null", "this is a device; give the name of a file"),
-        ("/proc/page.html", "no file can be written to /proc ("),
+        ("/proc/page.html", "nothing new can be written to /proc ("),
     ],
 )
 def test_a_page_that_could_not_be_written(run, tmp_path, monkeypatch, file, said):
@@ -219,7 +219,12 @@ def test_a_page_that_could_not_be_written(run, tmp_path, monkeypatch, file, said
     monkeypatch.setattr(Llama, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     code, out, err = run("inspect", PROMPT, "--html", tmp_path / file)
     err = " ".join(err.split())
-    assert code == 1 and not out and f"--html {tmp_path / file}: " in err and said in err
+    assert (
+        code == 1
+        and not out
+        and f"--html {tmp_path / file} cannot be written: " in err
+        and said in err
+    )
     assert "partial" not in err and not list(tmp_path.iterdir())
 
 

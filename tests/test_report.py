@@ -136,6 +136,7 @@ after
 
 def test_the_command_writes_pages_in_two_places(found, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("docs").mkdir()
     results.save(Path("r.json"), WHERE, list(found.rows.values()))
     name = next(name for name, row in found.rows.items() if row.call.get("op") == "rms_norm")
     readme = tmp_path / "README.md"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -31,6 +33,19 @@ ALL = "rms_norm add_rms_norm swiglu rope kv_append attention cross_entropy linea
 MATRIX = {"sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 
+def apart(script: str, *arguments: str) -> list[str]:
+    """The lines that a script says, which compiles in a process and with a cache of its own."""
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache},
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
 @pytest.mark.parametrize(
     ("chip", "stems"),
     [
@@ -43,16 +58,8 @@ MATRIX = {"sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
         ),
     ],
 )
-def test_the_configurations_of_the_8b_model(chip, stems, tmp_path):
-    environment = dict(os.environ, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, chip, stems],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+def test_the_configurations_of_the_8b_model(chip, stems):
+    rows = [json.loads(line) for line in apart(COMPILE, chip, stems)]
     assert {row[0].split("_")[0] for row in rows} >= {"attention"}
     assert not [problem for row in rows for problem in row[3]]
     training = [row for row in rows if row[0] == "attention_fwd" and " m=16 " not in row[1]]
@@ -73,26 +80,30 @@ from llama_fast.triton_kernels.chips import CHIPS, assume
 from llama_fast.triton_kernels.choice import trying
 from llama_fast.triton_kernels.launch import record
 
-chip = CHIPS[sys.argv[1]]
 q, k, v = (torch.empty(2, 2048, h, 128, dtype=torch.bfloat16, device="meta") for h in (32, 8, 8))
-def forward(configs):
+def forward(chip, configs):
     with assume(chip), record() as launches, trying(configs) as made:
         attention.attention(q, k, v, True, None, None, True)
     return launches, made
-_, made = forward({})
-(launch,), _ = forward({choice: dataclasses.replace(made[choice], tma=True) for choice in made})
-compiled = compile_for(chip, launch)
-print(problems(resources(chip, launch, compiled)), compiled.asm["sass"].count("UTMALDG"))
+for chip in map(CHIPS.get, sys.argv[1:]):
+    _, made = forward(chip, {})
+    tiles = {choice: dataclasses.replace(made[choice], tma=True) for choice in made}
+    (launch,), _ = forward(chip, tiles)
+    compiled = compile_for(chip, launch)
+    print(problems(resources(chip, launch, compiled)), compiled.asm["sass"].count("UTMALDG"))
 """
+WITH_TMA = ("sm_90", "sm_100")
 
 
-@pytest.mark.parametrize("chip", ["sm_90", "sm_100"])
-def test_attention_with_tiles_by_tma(chip, tmp_path):
-    environment = dict(os.environ, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    command = [sys.executable, "-c", TMA, chip]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    found, _, copies = done.stdout.strip().rpartition(" ")
-    assert found == "[]" and int(copies) >= 4, done.stdout + done.stderr[-2000:]
+@functools.cache
+def with_tiles_by_tma() -> dict[str, str]:
+    return dict(zip(WITH_TMA, apart(TMA, *WITH_TMA), strict=True))
+
+
+@pytest.mark.parametrize("chip", WITH_TMA)
+def test_attention_with_tiles_by_tma(chip):
+    found, _, copies = with_tiles_by_tma()[chip].rpartition(" ")
+    assert found == "[]" and int(copies) >= 4, with_tiles_by_tma()
 
 
 OVERWRITTEN = """
@@ -100,21 +111,23 @@ import re, sys
 from llama_fast.triton_kernels.aot import compile_for, launches
 from llama_fast.triton_kernels.chips import CHIPS
 
-chip = CHIPS[sys.argv[1]]
-for launch in launches(chip, ("cross_entropy",), brief=True):
+for chip in map(CHIPS.get, sys.argv[1:]):
+    (launch,) = launches(chip, ("cross_entropy",), brief=True)
     ptx = compile_for(chip, launch).asm["ptx"]
     print(*re.findall(r"bar\\.sync|(?:ld|st)\\.global[.:\\w]*", ptx))
 """
+OVERWRITTEN_ON = ("sm_80", "sm_90")
 
 
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
-def test_the_logit_of_a_target_is_read_before_gradients_take_its_place(chip, tmp_path):
+@functools.cache
+def overwritten() -> dict[str, str]:
+    return dict(zip(OVERWRITTEN_ON, apart(OVERWRITTEN, *OVERWRITTEN_ON), strict=True))
+
+
+@pytest.mark.parametrize("chip", OVERWRITTEN_ON)
+def test_the_logit_of_a_target_is_read_before_gradients_take_its_place(chip):
     """Every thread reads it and one overwrites it, so a barrier of the block lies between."""
-    environment = dict(os.environ, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    command = [sys.executable, "-c", OVERWRITTEN, chip]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (line,) = done.stdout.splitlines()
+    line = overwritten()[chip]
     memory = line.split()
     logit = max(i for i, code in enumerate(memory) if code.endswith(".b16") and "ld" in code)
     gradients = min(i for i, code in enumerate(memory) if "st" in code and ".v4" in code)

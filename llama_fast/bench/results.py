@@ -188,15 +188,9 @@ def today() -> str:
 def save(path: Path, machine: dict[str, Any], rows: list[Row]) -> None:
     """Writes the results file; rows of an earlier run of other names stay.
 
-    Raises ResultsError when the file is of another machine, or no results file.
+    Raises ResultsError when the file is of another machine, no results file, or cannot be written.
     """
-    merged: dict[str, Row] = {}
-    if path.exists():
-        before = load(path)
-        if before.machine != machine:
-            raise ResultsError(f"{path} holds another machine's results; name another file")
-        merged = before.rows
-    merged |= {row.name: row for row in rows}
+    merged = earlier(path, machine) | {row.name: row for row in rows}
     runs: list[dict[str, Any]] = []
     records = {}
     for name, row in merged.items():
@@ -209,8 +203,19 @@ def save(path: Path, machine: dict[str, Any], rows: list[Row]) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False)
     # A list of numbers or words is one line.
     text = re.sub(r"\[[^][{}]+\]", lambda match: " ".join(match[0].split()), text)
-    with atomic_file(path) as partial:
+    with atomic_file(path, ResultsError) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
+
+
+def earlier(path: Path, machine: dict[str, Any]) -> dict[str, Row]:
+    """Returns the rows that the file has already, which may be none. Raises ResultsError as `save`
+    does."""
+    if not path.is_file():
+        return {}
+    before = load(path)
+    if before.machine != machine:
+        raise ResultsError(f"{path} holds another machine's results; name another file")
+    return before.rows
 
 
 def rounded(value: Any) -> Any:

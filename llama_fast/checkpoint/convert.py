@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config.checks import STORED_DTYPES, check_dtype
 from ..errors import CheckpointError
 from ..tokenizer.special_tokens import SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, TOKENIZER_FILES
-from ..utils.files import refuse_existing
+from ..utils.files import check_new_folder
 from .adapter import read_adapter
 from .adapter_merge import Merge
 from .hf import CONFIG
@@ -64,7 +64,7 @@ def convert(
         raise CheckpointError(f"the format to convert to is {to!r}; it must be 'hf' or 'meta'")
     if dtype is not None:
         check_dtype(dtype, STORED_DTYPES)
-    refuse_existing(target)
+    check_new_folder(target)
     checkpoint = open_checkpoint(source, rope_factor=rope_factor)
     if isinstance(checkpoint, QuantizedCheckpoint):
         over = checkpoint.quantization

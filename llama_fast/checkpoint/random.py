@@ -18,7 +18,7 @@ from ..config import LlamaConfig
 from ..config.checks import STORED_DTYPES, check_dtype
 from ..errors import CheckpointError
 from ..tokenizer.special_tokens import N_SPECIALS
-from ..utils.files import refuse_existing
+from ..utils.files import check_new_folder
 from .names import state_shapes
 from .read import Format, Progress
 from .special_tokens import special_token_ids
@@ -59,7 +59,7 @@ def write_random(
     if format not in ("hf", "meta"):
         raise CheckpointError(f"the format to write is {format!r}; it must be 'hf' or 'meta'")
     check_dtype(dtype, STORED_DTYPES)
-    refuse_existing(folder)
+    check_new_folder(folder)
     files = tokenizer_files(tokenizer_file, config)
     dtypes = dict.fromkeys(state_shapes(config), dtype)
     tensors = _tensors(config, dtype, seed, progress)

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..config import LlamaConfig
 from ..errors import CheckpointError, TokenizerError
 from ..tokenizer import Tokenizer, vocabulary
-from ..utils.files import refuse_existing
+from ..utils.files import check_new_folder
 from .convert import companions
 from .names import EMBED, HEAD
 from .quantized import QuantizedCheckpoint
@@ -160,7 +160,7 @@ def read_pruned_ids(folder: str | Path) -> list[int]:
 
 
 def _open(source: str | Path, target: str | Path) -> tuple[Checkpoint, Tokenizer]:
-    refuse_existing(target)
+    check_new_folder(target)
     checkpoint = open_checkpoint(source)
     if isinstance(checkpoint, QuantizedCheckpoint):
         raise CheckpointError(

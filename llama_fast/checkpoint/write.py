@@ -22,7 +22,7 @@ from ..config.checks import STORED_DTYPES
 from ..errors import CheckpointError, TokenizerError
 from ..tokenizer import Tokenizer
 from ..tokenizer.special_tokens import TOKENIZER_CONFIG, TOKENIZER_FILES
-from ..utils.files import atomic_folder, given_path, refuse_existing
+from ..utils.files import atomic_folder, check_new_folder
 from ..utils.shards import whole
 from .hf import CONFIG, INDEX, SINGLE
 from .meta import PARAMS
@@ -240,24 +240,15 @@ def _parts(
 
 @contextmanager
 def writing(folder: str | Path, nbytes: int) -> Iterator[Path]:
-    """An atomic folder; refuses a disk without nbytes of room, and names it when writing fails."""
-    folder = given_path(folder, "a new folder")
-    try:
-        refuse_existing(folder)
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.absolute().parent).free
-        if free < nbytes:
-            raise CheckpointError(
-                f"{folder} needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
-                "make room or give a folder on another disk"
-            )
-        with atomic_folder(folder) as partial:
-            yield partial
-    except OSError as error:
+    """An atomic folder; raises CheckpointError for a disk without nbytes of room, too."""
+    free = shutil.disk_usage(check_new_folder(folder, error=CheckpointError).parent).free
+    if free < nbytes:
         raise CheckpointError(
-            f"{folder} could not be written: {error.strerror or error}; it needs "
-            f"{nbytes / 1e9:.2f} GB. Nothing was left behind"
-        ) from error
+            f"{folder} needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
+            "make room or give a folder on another disk"
+        )
+    with atomic_folder(folder, CheckpointError) as partial:
+        yield partial
 
 
 @contextmanager

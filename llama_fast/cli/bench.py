@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import BackendError
-from .options import Debug, Device, DType, Threads, device_named, example, set_threads
+from .options import (
+    Debug,
+    Device,
+    DType,
+    Threads,
+    device_named,
+    example,
+    file_to_write,
+    set_threads,
+)
 from .sizes import LAPTOP, sized
 from .terminal import columns, growing, note, show, table
 from .tune import tune_here
@@ -89,6 +98,7 @@ def bench(
             metavar="FILE",
             help="Also write every sample there, for llama-fast report; rows that the file has of "
             "other calls stay.",
+            callback=file_to_write,
         ),
     ] = None,
     threads: Threads = None,
@@ -128,6 +138,8 @@ def bench(
         "versions": machine.versions("triton"),
     }
     thorough = json_file is not None
+    if thorough:
+        results.earlier(json_file, machine.describe(found.isa))  # may refuse, so before the work
     done: list[Row] = []
     missing: dict[tuple[str, str], list[str]] = {}
     for (shape, calls), group in groupby(wanted, key=lambda one: (one[1], one[3])):

@@ -77,6 +77,7 @@ def chat(
     save_cache: Annotated[
         Path | None,
         typer.Option(
+            callback=chat_commands.files_to_write,
             metavar="FILE",
             help="Keep the dialog in FILE and its keys and values in FILE.cache, and go on with "
             "them the next time.",

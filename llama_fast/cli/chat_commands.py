@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from ..errors import JSON_ERRORS, CheckpointError, LlamaFastError
 from ..utils.files import atomic_file
+from .options import file_to_write
 from .terminal import note, note_pairs, text_or_file
 
 if TYPE_CHECKING:
@@ -131,11 +134,8 @@ def save_dialog(talk: Talk, path: Path) -> str:
     if not turns:
         raise LlamaFastError("there is nothing to save; the dialog is empty")
     lines = ",\n".join(json.dumps(turn, ensure_ascii=False) for turn in turns)
-    try:
-        with atomic_file(path) as beside:
-            beside.write_text(f'{{"messages": [\n{lines}\n]}}\n', "utf-8")
-    except OSError as error:
-        raise LlamaFastError(f"{path} cannot be written ({error.strerror})") from error
+    with atomic_file(path) as beside:
+        beside.write_text(f'{{"messages": [\n{lines}\n]}}\n', "utf-8")
     told = f"{len(turns)} messages were saved to {path}"
     if talk.session.tokens and share_of(talk.session.model) is None:
         held = save_session(talk.session, cache_of(path))
@@ -172,6 +172,13 @@ def load_dialog(talk: Talk, path: Path) -> str:
     except CheckpointError as error:
         why = f": {error}" if cache_of(path).exists() else "."
         return f"{told}; the model reads them anew{why}"
+
+
+def files_to_write(parameter: typer.CallbackParam, value: Path | None) -> Path | None:
+    """Callback of --save-cache: refuses, before the dialog, files that could not be written."""
+    if value is not None:
+        file_to_write(parameter, [value, cache_of(value)])
+    return value
 
 
 def cache_of(path: Path) -> Path:

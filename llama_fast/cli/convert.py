@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Debug, DType, Format, Named, example
+from .options import Debug, DType, Format, Named, Target, example
 from .terminal import note, size, weights_bar
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @example("llama-fast convert Llama-3.2-1B Llama-3.2-1B-hf --to hf")
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the model to read.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; a new one.")],
+    target: Target,
     to: Annotated[Format, typer.Option("--to", help="Format to write.")],
     dtype: Annotated[
         DType | None, typer.Option(help="Convert the weights.", show_default="as stored")

@@ -25,6 +25,7 @@ from .options import (
     Threads,
     device_named,
     example,
+    folder_to_fill,
     model_folder,
     set_threads,
 )
@@ -77,6 +78,7 @@ def finetune(
         typer.Option(
             "--out",
             "-o",
+            callback=folder_to_fill,
             metavar="RUN",
             help="Folder of the run. The same command goes on with a run that was interrupted.",
             show_default="needed, but for --show",

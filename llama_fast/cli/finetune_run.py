@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import JSON_ERRORS, CheckpointError, LlamaFastError, json_fault
+from ..utils.files import make_folder
 from .terminal import note
 from .units import write_json
 
@@ -68,21 +68,12 @@ class Run:
         return (self.folder / METRICS).is_file()
 
     def begin(self) -> None:
-        """Writes down what the run is. Raises CheckpointError where the folder cannot be made."""
-        self._writing(lambda: write_json(self.folder / RUN, self.asked))
+        """Writes down what the run is, in the folder that was made."""
+        write_json(self.folder / RUN, self.asked)
 
     def make_folder(self) -> None:
         """Raises CheckpointError where it cannot be made."""
-        self._writing(lambda: self.folder.mkdir(parents=True, exist_ok=True))
-
-    def _writing(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.folder} cannot be written: {error.strerror or error}; give --out another "
-                "folder"
-            ) from error
+        make_folder(self.folder, CheckpointError)
 
     def finish(
         self,

@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 
 from .convert import report_written
-from .options import Debug, DType, Format, example
+from .options import Debug, DType, Format, Target, example
 from .sizes import LAPTOP, sized
 from .terminal import note, weights_bar
 
 
 @example("llama-fast init --preset 1b /tmp/random-1b")
 def init(
-    target: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; a new one.")],
+    target: Target,
     preset: Annotated[
         str,
         typer.Option(

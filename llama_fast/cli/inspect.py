@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +22,7 @@ from .options import (
     check_backend,
     device_named,
     example,
+    file_to_write,
     model_folder,
     set_threads,
 )
@@ -62,7 +62,9 @@ def inspect(
     html: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Also write a page with pictures, which opens without a network."
+            metavar="FILE",
+            help="Also write a page with pictures, which opens without a network.",
+            callback=file_to_write,
         ),
     ] = None,
     compare: Annotated[
@@ -94,8 +96,6 @@ def inspect(
     other_folder = compare not in (None, EAGER, *(named.value for named in Named))
     if other_folder:
         _check_folder(compare)
-    if html is not None:
-        _check_html(html)
 
     from ..checkpoint import open_checkpoint
     from ..dispatch import use_backend
@@ -172,25 +172,6 @@ def _check_numbers(option: str, numbers: list[int] | None, count: int) -> None:
             f"{option} {','.join(wrong)}: the model has {option.removeprefix('--')} 0 to "
             f"{count - 1}; give some of these, or all"
         )
-
-
-def _check_html(html: Path) -> None:
-    """Raises LlamaFastError, before any work, where the page could not be written."""
-    if html.exists() and not html.is_file():
-        kind = "a folder" if html.is_dir() else "a device"
-        raise LlamaFastError(f"--html {html}: this is {kind}; give the name of a file")
-    if not html.parent.is_dir():
-        raise LlamaFastError(
-            f"--html {html}: the folder {html.parent} does not exist; make it, or give another file"
-        )
-    try:
-        with tempfile.NamedTemporaryFile(dir=html.parent):
-            pass
-    except OSError as error:
-        raise LlamaFastError(
-            f"--html {html}: no file can be written to {html.parent} ({error.strerror}); give "
-            "another file"
-        ) from None
 
 
 def _check_folder(compare: str) -> None:

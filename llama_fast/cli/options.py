@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from ..errors import BackendError, CheckpointError, LlamaFastError
+from ..utils.files import check_file, check_folder, check_new_folder
 
 if TYPE_CHECKING:
     import torch
@@ -172,6 +173,39 @@ Threads = Annotated[
 ]
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show Python's traceback when something fails.")
+]
+
+
+def file_to_write(parameter: typer.CallbackParam, value: Any) -> Any:
+    """Callback of an option that names one or more files to write: refuses, before any work, those
+    that could not be."""
+    for path in value if isinstance(value, list) else [value] * (value is not None):
+        check_file(path, _option(parameter))
+    return value
+
+
+def new_folder(parameter: typer.CallbackParam, value: Path) -> Path:
+    """Callback of what names a folder to make, as `file_to_write` for files."""
+    check_new_folder(value, _option(parameter))
+    return value
+
+
+def folder_to_fill(parameter: typer.CallbackParam, value: Path | None) -> Path | None:
+    """Callback of an option that names a folder to add files to, as `file_to_write` for files."""
+    if value is not None:
+        check_folder(value, _option(parameter))
+    return value
+
+
+def _option(parameter: typer.CallbackParam) -> str:
+    """The name of an option; nothing for an argument, which the path alone says."""
+    name = parameter.opts[0]
+    return name if name.startswith("-") else ""
+
+
+Target = Annotated[
+    Path,
+    typer.Argument(metavar="DST", help="Folder to write; a new one.", callback=new_folder),
 ]
 
 

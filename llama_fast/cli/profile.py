@@ -17,6 +17,8 @@ from .options import (
     check_backend,
     device_named,
     example,
+    file_to_write,
+    folder_to_fill,
     set_threads,
 )
 from .profile_code import chip_for, show_code, show_ncu
@@ -128,7 +130,12 @@ def profile(
     ] = "",
     dump: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write the kernels' listings.", rich_help_panel=CODE),
+        typer.Option(
+            metavar="DIR",
+            help="Write the kernels' listings.",
+            callback=folder_to_fill,
+            rich_help_panel=CODE,
+        ),
     ] = None,
     ncu: Annotated[
         bool,
@@ -148,6 +155,7 @@ def profile(
             metavar="FILE",
             help="Where the trace is written.",
             show_default="here, by what is profiled",
+            callback=file_to_write,
         ),
     ] = None,
     bare: Annotated[
@@ -157,7 +165,13 @@ def profile(
         ),
     ] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write every figure there.")
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Also write every figure there.",
+            callback=file_to_write,
+        ),
     ] = None,
     threads: Threads = None,
     debug: Debug = False,

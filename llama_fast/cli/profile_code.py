@@ -16,6 +16,7 @@ import typer
 
 from ..errors import BackendError
 from ..utils.environment import triton_interpreter
+from ..utils.files import atomic_file, make_folder
 from .terminal import columns, note, show, size, table
 from .units import count, duration, write_json
 
@@ -235,12 +236,13 @@ def _show_mix(kernel: Kernel) -> None:
 
 
 def _dump(kernels: list[Kernel], chip: Chip, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for number, kernel in enumerate(kernels):
         words = re.sub(r"[^A-Za-z0-9]+", "-", f"{kernel.name} {kernel.config}").strip("-")
         suffix = "s" if kernel.amd else "sass"
         file = folder / f"{number:02d}-{kernel.backend}-{words}.{chip.name}.{suffix}"
-        file.write_text(kernel.text, encoding="utf-8")
+        with atomic_file(file) as partial:
+            partial.write_text(kernel.text, encoding="utf-8")
     show(f"{len(kernels)} listings: {folder}")
 
 

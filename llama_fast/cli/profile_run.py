@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 
 from ..errors import BackendError
+from ..utils.files import check_file
 from .sizes import sized
 from .terminal import columns, note, show, size, table
 from .units import count, duration, rate, write_json
@@ -241,13 +242,14 @@ def run(
         from ..bench.roofline import measure
         from ..bench.timing import OtherPrograms
 
+        path = trace or Path(f"{wanted.stem}.trace.json")
+        check_file(path)
         note(f"Measuring this machine's peak rates, then {repeats} steps, then a trace …")
         roofline = measure(str(device))
         counters = Counters() if device.type == "cpu" else None
         with OtherPrograms([os.getpid()]) as others:
             found = profile(step, repeats, roofline, device, around=counters)
         again = None if replayed is None else seconds_of(replayed, repeats, device)
-        path = trace or Path(f"{wanted.stem}.trace.json")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, about its profiler
             between = write_trace(step, path, device)

@@ -12,7 +12,7 @@ import typer
 
 from ..errors import PromptError
 from .convert import report_written
-from .options import DEMO, Debug, DType, Threads, example, set_threads
+from .options import DEMO, Debug, DType, Target, Threads, example, set_threads
 from .terminal import BYTE_ORDER_MARK, show, table, weights_bar
 from .units import write_json
 
@@ -28,7 +28,7 @@ ROW, CALIBRATION_TOKENS, REPORT_TOKENS = 512, 16384, 4096
 @example("llama-fast quantize Llama-3.2-1B Llama-3.2-1B-int4 --bits 4")
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the model to read.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; a new one.")],
+    target: Target,
     bits: Annotated[int, typer.Option(metavar="4|8", help="Bits of a weight.")] = 4,
     group_size: Annotated[
         int | None,

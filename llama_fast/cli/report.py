@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Debug, example
+from .options import Debug, example, file_to_write, folder_to_fill
 from .terminal import show
 
 
@@ -22,7 +22,10 @@ def report(
         ),
     ],
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where report.md and the figures go.")
+        Path,
+        typer.Option(
+            metavar="DIR", help="Where report.md and the figures go.", callback=folder_to_fill
+        ),
     ] = Path("report"),
     figures: Annotated[
         bool,
@@ -36,6 +39,7 @@ def report(
             metavar="PAGE",
             help="Also put figures into this page, where comments ask for them: "
             "<!-- decode bf16: × transformers --><!-- end -->. May be given several times.",
+            callback=file_to_write,
         ),
     ] = None,
     debug: Debug = False,

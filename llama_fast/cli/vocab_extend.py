@@ -83,9 +83,7 @@ def extend(
         )
     set_threads(threads)
     from ..checkpoint.vocabulary import extend_folder
-    from ..utils.files import refuse_existing
 
-    refuse_existing(out)
     longer = tokenizer_of(vocab)
     start = time.perf_counter()
     rows = _distilled(model, longer, texts, snippets, lr) if texts else None

@@ -51,9 +51,7 @@ def prune(
     from ..checkpoint.vocabulary import prune_folder
     from ..tokenizer import Tokenizer, vocabulary
     from ..training.texts import read_texts
-    from ..utils.files import refuse_existing
 
-    refuse_existing(out)
     start = time.perf_counter()
     old = Tokenizer.from_pretrained(model)
     pruned = vocabulary.prune(old, read_texts(corpus), min_count=min_count)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Debug, example
+from .options import Debug, example, file_to_write
 from .terminal import show, table
 from .units import write_json
 from .vocab_train import tokenizer_of
@@ -29,10 +29,15 @@ def report(
     ],
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", help="A picture; needs matplotlib."),
+        typer.Option(
+            metavar="FILE.png", help="A picture; needs matplotlib.", callback=file_to_write
+        ),
     ] = None,
     json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="All figures, for programs.")
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="All figures, for programs.", callback=file_to_write
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:

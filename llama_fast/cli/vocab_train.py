@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Debug, example, model_folder
+from .options import Debug, example, model_folder, new_folder
 from .terminal import every, note, show, table
 
 if TYPE_CHECKING:
@@ -25,7 +25,10 @@ Corpus = Annotated[
         help="Text files (.txt, .md), JSON files as for fine-tuning, or folders of them.",
     ),
 ]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; a new one.")]
+Out = Annotated[
+    Path,
+    typer.Option("--out", metavar="DIR", help="Folder to write; a new one.", callback=new_folder),
+]
 
 
 @example("llama-fast vocab train corpus.txt --base MODEL --tokens 5000 --out longer")
@@ -82,9 +85,8 @@ def train(
     from ..checkpoint.vocabulary_settings import write_tokenizer_folder
     from ..tokenizer import vocabulary
     from ..training.texts import read_texts
-    from ..utils.files import atomic_folder, refuse_existing
+    from ..utils.files import atomic_folder
 
-    refuse_existing(out)
     folder = model_folder(base)
     old = tokenizer_of(folder)
     start = time.perf_counter()

@@ -70,6 +70,8 @@ def _setup_context(op: Definition, ctx: Any, inputs: tuple, output: Any) -> None
     op.arguments.refuse_gradients_of_constants(inputs)
     if op.non_differentiable:
         ctx.mark_non_differentiable(*output[-op.non_differentiable :])
+        # Else autograd makes zeros for each of these: of the loss's dw as many as the head has.
+        ctx.set_materialize_grads(False)
     tensors, ctx.scalars = op.save(inputs, output)
     ctx.save_for_backward(*tensors)
     # The backward pass may run in another thread, where the request is not known.
@@ -77,6 +79,8 @@ def _setup_context(op: Definition, ctx: Any, inputs: tuple, output: Any) -> None
 
 
 def _backward(op: Definition, ctx: Any, *gradients: Tensor) -> tuple:
+    if op.non_differentiable and gradients[0] is None:  # a function behind the op gave none
+        return (None,) * len(ctx.needs_input_grad)
     with requesting(ctx.request):
         return op.gradient(ctx.saved_tensors, ctx.scalars, ctx.needs_input_grad, *gradients)
 

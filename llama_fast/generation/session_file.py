@@ -34,12 +34,9 @@ def save_session(session: Session, path: str | Path) -> int:
         raise CheckpointError("the session holds no tokens of this model; let it answer first")
     held = session.engine.cache.held(0)
     metadata = {"format": FORMAT, "model": fingerprint(session.model), "tokens": json.dumps(tokens)}
-    try:
-        with atomic_file(path) as beside:
-            tensors = {name: x[:, : len(tokens)].contiguous().cpu() for name, x in held.items()}
-            save_file(tensors, beside, metadata)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be written ({error})") from error
+    with atomic_file(path, CheckpointError, fails_with=(SafetensorError,)) as beside:
+        tensors = {name: x[:, : len(tokens)].contiguous().cpu() for name, x in held.items()}
+        save_file(tensors, beside, metadata)
     return len(tokens)
 
 

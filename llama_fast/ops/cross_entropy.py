@@ -222,7 +222,7 @@ def chunked(
 def save(inputs: tuple, output: tuple) -> tuple:
     x, weight, targets, ignore_index, need_x, need_weight, reduction, *others = inputs
     row_weights, scales, minima, *form = others
-    made = {(need_x, need_weight): output[1:]}
+    made = {(need_x, need_weight): list(output[1:])}
     tensors = (x, weight, targets, row_weights, scales, minima)
     return tensors, (ignore_index, reduction, form, made)
 
@@ -242,10 +242,17 @@ def gradient(
     # pass through the same graph makes them again.
     gradients = made.pop(needed[:2], None)
     if gradients is None:
-        gradients = OP(*given, reduction, row_weights, scales, minima, *form)[1:]
+        gradients = list(OP(*given, reduction, row_weights, scales, minima, *form)[1:])
+    return *_as_x(x, needed, _scaled(gradients, grad)), *[None] * 11
+
+
+def _scaled(gradients: list[Tensor], grad: Tensor) -> Iterator[Tensor]:
+    """The gradients times the loss's own. The list lets go of each, so that of float16 the float32
+    dx is gone before dw exists twice."""
     scale = torch.mul if needs_dispatcher() else torch.Tensor.mul_  # a traced graph writes nothing
-    scaled = (scale(d, grad) if d.numel() else d for d in gradients)
-    return *_as_x(x, needed, scaled), *[None] * 11
+    while gradients:
+        d = gradients.pop(0)
+        yield scale(d, grad) if d.numel() else d
 
 
 def _as_x(x: Tensor, needed: tuple, gradients: Iterable[Tensor]) -> Iterator[Tensor | None]:

@@ -25,7 +25,7 @@ from ..model import Llama
 from ..nn import Linear, rope_tables
 from ..ops import QuantizedWeight
 from ..ops.quantized_weight import round_rows, round_weight
-from ..utils.files import refuse_existing
+from ..utils.files import check_new_folder
 from .gptq import Inputs, round_compensated
 
 
@@ -55,7 +55,7 @@ def quantize_folder(
     settings = Quantization.of(quantization)
     if dtype is not None:
         check_dtype(dtype, STORED_DTYPES)
-    refuse_existing(target)
+    check_new_folder(target)
     checkpoint = open_float_checkpoint(source)
     dtypes = dict.fromkeys(state_shapes(checkpoint.config), dtype or checkpoint.dtype)
 

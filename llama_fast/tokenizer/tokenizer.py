@@ -229,22 +229,16 @@ class Tokenizer:
             )
         ranks = enumerate(self.id_to_bytes[: self.n_ranks])
         lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in ranks)
-        try:
-            with atomic_file(path) as beside:
-                beside.write_bytes(lines)
-        except OSError as error:
-            raise TokenizerError(f"{path} cannot be written ({error.strerror})") from error
+        with atomic_file(path, TokenizerError) as beside:
+            beside.write_bytes(lines)
 
     def save_json(self, path: str | Path) -> None:
         """Writes a tokenizer.json, which `tokenizers`, transformers and this class read to the same
         ids: `json_file.tokenizer_json`. Raises TokenizerError where it cannot be written."""
         begin = self.name(self.bos_id)
         text = tokenizer_json(self.ranks, self.specials, self.added, begin)
-        try:
-            with atomic_file(path) as beside:
-                beside.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise TokenizerError(f"{path} cannot be written ({error.strerror})") from error
+        with atomic_file(path, TokenizerError) as beside:
+            beside.write_text(text, encoding="utf-8")
 
     def encode(
         self,

@@ -43,8 +43,5 @@ def plot(reports: Mapping[str, Report], path: str | Path) -> None:
     axes.margins(x=0.12)
     axes.grid(axis="x", alpha=0.25)
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
-    try:
-        with atomic_file(path) as beside:
-            figure.savefig(beside, format="png")
-    except OSError as error:
-        raise LlamaFastError(f"{path} cannot be written ({error.strerror})") from error
+    with atomic_file(path) as beside:
+        figure.savefig(beside, format="png")

@@ -19,7 +19,8 @@ def plot_loss(
     """Writes a PNG with the loss of each step, its running mean, and the held-out loss, over steps
     and tokens.
 
-    Needs matplotlib, which the package does not install. Raises LlamaFastError without it.
+    Needs matplotlib, which the package does not install. Raises LlamaFastError without it, and
+    where the file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
+from ..utils.files import atomic_file, make_folder, why
 from .state import History
 
 CSV_FILE, TENSORBOARD = "log.csv", "tensorboard"
@@ -21,7 +24,8 @@ class Record:
     objective records of a step and of an evaluation.
 
     log.csv has a line a step, written as the step ends. It is begun anew from the history when a
-    training is resumed, since the steps after the last saved state are taken once more.
+    training is resumed, since the steps after the last saved state are taken once more. Raises
+    CheckpointError where it cannot be written.
     """
 
     def __init__(
@@ -39,20 +43,23 @@ class Record:
     def __enter__(self) -> Record:
         if self._folder is None:
             return self
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._folder / CSV_FILE, "w", newline="", encoding="utf-8")
-        self._table = csv.DictWriter(self._file, self._columns)
-        self._table.writeheader()
+        path = make_folder(self._folder, CheckpointError) / CSV_FILE
         held_out = {record["step"]: record for record in self._history.held_out}
-        for index, record in enumerate(self._history.train):
-            self._row(index, held_out.get(record["step"]))
-        self._file.flush()
+        with atomic_file(path, CheckpointError) as beside:
+            with open(beside, "w", newline="", encoding="utf-8") as self._file:
+                self._table = csv.DictWriter(self._file, self._columns)
+                self._table.writeheader()
+                for index, record in enumerate(self._history.train):
+                    self._row(index, held_out.get(record["step"]))
+        self._file = open(path, "a", newline="", encoding="utf-8")
+        self._table = csv.DictWriter(self._file, self._columns)
         self._board = _tensorboard(self._folder / TENSORBOARD, len(self._history.train))
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses the last line again
+                self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -64,8 +71,14 @@ class Record:
         if self._file is None:
             return
         held_out = self._history.held_out[-1] if judged else None
-        self._row(-1, held_out)
-        self._file.flush()
+        try:
+            self._row(-1, held_out)
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._file.name} cannot be written: {why(error)}; make room and run again: the "
+                "training goes on from the last saved state"
+            ) from error
         if self._board is not None:
             values = {f"train/{name}": x for name, x in self._history.train[-1].items()}
             values |= {f"held_out/{name}": x for name, x in (held_out or {}).items()}

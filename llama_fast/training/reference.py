@@ -19,7 +19,7 @@ from ..distributed import Processes
 from ..distributed.fully_sharded import gathered
 from ..errors import CheckpointError
 from ..model import Llama
-from ..utils.files import atomic_file
+from ..utils.files import atomic_file, make_folder
 from .evaluation import mode
 
 REFERENCE_FILES = "reference-*.safetensors"  # in the folder of a training
@@ -113,14 +113,9 @@ def _made(model: Llama, data: Any, progress: bool) -> list[Tensor]:
 
 def _save(path: Path, values: list[Tensor]) -> None:
     pairs = torch.tensor([len(value) for value in values], device="cpu")
-    try:
-        with atomic_file(path) as beside:
-            save_file({"values": torch.cat(values), "pairs": pairs}, beside)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the reference's log-probabilities could not be written to {path}: {error}; make room "
-            "and run again"
-        ) from error
+    make_folder(path.parent, CheckpointError)
+    with atomic_file(path, CheckpointError, fails_with=(SafetensorError,)) as beside:
+        save_file({"values": torch.cat(values), "pairs": pairs}, beside)
 
 
 def _load(path: Path, rows: int) -> list[Tensor] | None:

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ..errors import JSON_ERRORS, DataError, PromptError, TokenizerError
 from ..tokenizer import Tokenizer
-from ..utils.files import atomic_file
+from ..utils.files import atomic_file, make_folder
 from .formats import parse_row
 from .masks import Chat, ChatOrMaker, examples, has_dialog
 from .rows import raw_rows
@@ -214,11 +215,9 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
 def _save(entry: Path, source: Source) -> None:
     arrays = _arrays(source)
     about = {"key": source.key, "crc32": _checksum(arrays), "faults": json.dumps(source.faults)}
-    try:
-        with atomic_file(entry) as beside:
-            save_file(arrays, beside, metadata=about)
-    except OSError as error:
-        raise DataError(f"the cache cannot be written ({error.strerror})", entry) from error
+    make_folder(entry.parent, DataError)
+    with atomic_file(entry, DataError, fails_with=(SafetensorError,)) as beside:
+        save_file(arrays, beside, metadata=about)
 
 
 # What a damaged entry makes json, numpy and torch raise.

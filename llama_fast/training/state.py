@@ -14,7 +14,7 @@ from ..checkpoint.writers import PthWriter
 from ..distributed import Processes
 from ..distributed.fully_sharded import gathered
 from ..errors import CheckpointError
-from ..utils.files import atomic_file
+from ..utils.files import atomic_file, why
 from ..utils.memory import resident_peak
 from .weights import Weights
 
@@ -89,20 +89,20 @@ class StateFile:
             **weights.state(),
         }
         try:
-            with atomic_file(self.path) as beside:
+            with atomic_file(self.path, CheckpointError) as beside:
                 writer = PthWriter(beside)
                 try:
                     writer.close(_stored(content, lambda tensor: writer.put(gathered(tensor))))
                 except BaseException:
                     writer.abandon()
                     raise
-        except OSError as error:
+        except CheckpointError as error:
             kept = (
                 "no state is there yet"
                 if self.saved is None
                 else f"that of step {self.saved} is still there"
             )
-            reason = error.strerror or str(error)
+            reason = why(error.__cause__ or error)
             raise CheckpointError(
                 f"the state after step {step} could not be written to {self.path}: {reason}; "
                 f"{kept}. Make room and run again: the training goes on from there"

@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -234,6 +235,16 @@ def test_the_logits_are_never_held(dtype, N, bits, backend, share):
     assert found["finite"]
     assert found["forward"] <= share * found["logits"], found
     assert found["both"] <= share * found["logits"], found
+
+
+def test_dx_is_let_go_before_dw_is_rounded():
+    """Of float16 each is there twice while it is rounded, so not both at a time."""
+    gradients = [torch.ones(3), torch.ones(2), torch.empty(0)]
+    first, second = map(weakref.ref, gradients[:2])
+    scaled = cross_entropy._scaled(gradients, torch.tensor(2.0))
+    assert next(scaled).tolist() == [2.0] * 3 and first() is not None
+    assert next(scaled).tolist() == [2.0] * 2 and first() is None and second() is not None
+    assert next(scaled).numel() == 0 and second() is None and not list(scaled)
 
 
 def test_a_sum_is_the_mean_of_the_kept_rows_times_their_number(backend):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fast.ops  # noqa: F401  declares the ops
 from llama_fast.dispatch import OPS
@@ -78,3 +79,44 @@ def test_compiles_in_one_graph(op, args, with_gradient):
         if isinstance(e, torch.Tensor):
             assert torch.equal(e, a)  # what the op writes
             assert e.grad is a.grad is None or torch.equal(e.grad, a.grad)
+
+
+class Computed(TorchDispatchMode):
+    """Keeps the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class GivesNone(torch.autograd.Function):
+    """The identity, whose gradient is not defined."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "with_gradient"),
+    [form for form in SMALL if form.values[0].non_differentiable and form.values[2]],
+)
+def test_results_that_no_gradient_reaches_have_no_zeros_for_one(op, args, with_gradient):
+    """Autograd makes them unless it is told: as many as dw of the loss has elements."""
+    given = leaves(op, args)
+    result, *_ = op(*given)
+    with Computed() as computed:
+        result.sum().backward()
+    assert "aten.zeros.default" not in computed.names and len(computed.names) > 2
+    assert any(isinstance(a, torch.Tensor) and a.grad is not None for a in given)
+    given = leaves(op, args)
+    GivesNone.apply(op(*given)[0]).sum().backward()
+    assert all(a.grad is None or not a.grad.any() for a in given if isinstance(a, torch.Tensor))

@@ -62,6 +62,20 @@ WAYS = {
 }
 
 
+@functools.cache
+def verdicts_there(dtype: torch.dtype, asked: str) -> dict[str, dict]:
+    """Those of a way. The ways that are told the same variables share a process."""
+    same = [way for way in WAYS if WAYS[way] == WAYS[asked]]
+    if asked != same[0]:
+        return verdicts_there(dtype, same[0])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ops.verdicts", str(dtype)[6:], *same],
+        cwd=ROOT, env=os.environ | WAYS[asked], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
 CAPABILITIES = ("default", "avx2", "avx512")
 HALF = [pytest.param(t, marks=pytest.mark.thorough) for t in (torch.bfloat16, torch.float16)]
 
@@ -73,12 +87,7 @@ def test_verdicts_are_the_same_however_torch_computes(way, dtype):
     needed = WAYS[way].get("ATEN_CPU_CAPABILITY", "default")
     if CAPABILITIES.index(needed) > CAPABILITIES.index(here):
         pytest.skip(f"torch takes {here} here: this needs a CPU with {needed}")
-    command = [sys.executable, "-m", "tests.ops.verdicts", str(dtype)[6:], way]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | WAYS[way], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    there, ours = json.loads(done.stdout), verdicts_here(dtype)
+    there, ours = verdicts_there(dtype, way)[way], verdicts_here(dtype)
     assert there.keys() == ours.keys()
     for name, of in ours.items():
         assert of["eager"] and of["sound"] and not of["faulty"], name

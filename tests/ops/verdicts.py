@@ -1,4 +1,5 @@
-"""Prints what the oracle says in one dtype of kernels, of eager and of how far rounding may go.
+"""Prints what the oracle says in one dtype of kernels, of eager and of how far rounding may go, by
+the ways in which it is asked.
 
 `test_oracle.py` runs this with instruction sets, threads and products other than torch would take:
 
@@ -67,8 +68,10 @@ def verdicts(dtype: torch.dtype) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    dtype, way = sys.argv[1:]
-    if way == "threads":
-        torch.set_num_threads(3)
-    with Blocked() if way == "blocked" else nullcontext():
-        print(json.dumps(verdicts(getattr(torch, dtype))))
+    dtype, *ways = sys.argv[1:]
+    found, own = {}, torch.get_num_threads()
+    for way in ways:
+        torch.set_num_threads(3 if way == "threads" else own)
+        with Blocked() if way == "blocked" else nullcontext():
+            found[way] = verdicts(getattr(torch, dtype))
+    print(json.dumps(found))

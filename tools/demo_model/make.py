@@ -59,6 +59,9 @@ def make(
     state_folder: where an interrupted training leaves its state; None keeps none. Files that are
     there are replaced, each in one step. Returns what ``metrics.json`` says.
     """
+    for own in (folder, state_folder):
+        if own is not None:
+            own.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     dataset = training_data(tokenizer, training)
     held_out = held_out_data(tokenizer, "seed", held_out_tokens)

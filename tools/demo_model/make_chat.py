@@ -84,7 +84,8 @@ def make(
 ) -> dict[str, float]:
     """Writes the checkpoint and its card into `folder`; returns the figures of the training. Raises
     LlamaFastError where the training did not end."""
-    state_folder.mkdir(parents=True, exist_ok=True)
+    for own in (folder, state_folder):
+        own.mkdir(parents=True, exist_ok=True)
     files = {"conversations.jsonl": ("train", count), "held_out.jsonl": ("seed", held_out)}
     for name, (split, number) in files.items():
         with atomic_file(state_folder / name) as beside:

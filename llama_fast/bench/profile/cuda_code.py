@@ -91,6 +91,7 @@ def cubin(source: Path, architecture: str) -> Path:
     key = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
     target = ROOT / "build" / "profile" / f"{source.stem}.sm_{architecture}.{key}.cubin"
     if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(target) as partial:
             command = [nvcc, *options, "-o", partial, source]
             done = subprocess.run(command, capture_output=True, text=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import ResultsError
-from ...utils.files import atomic_file
+from ...utils.files import atomic_file, make_folder
 from ..machine import file_name
 from ..results import OURS, Goal, Results, Row
 from .choose import NOISY
@@ -24,7 +24,7 @@ class Written(NamedTuple):
 
 
 def write(results: list[Results], folder: Path, *, figures: bool = True) -> Written:
-    """Writes `report.md` and PNGs into a folder, which is made where there is none.
+    """Writes `report.md` and PNGs into a folder, which is made where it is missing.
 
     results  as `llama_fast.bench.results.load` reads them; those of one machine become one part
 
@@ -34,7 +34,7 @@ def write(results: list[Results], folder: Path, *, figures: bool = True) -> Writ
     machines = _by_machine(results)
     if not any(rows for _, rows in machines):
         raise ResultsError("the results have no rows: nothing was measured")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     made: list[Path] = []
     parts = []
     for where, rows in machines:
