@@ -170,6 +170,8 @@ def test_micro_batches_change_nothing(data):
     assert len(counts) > 1
     model, history = train(data)
     other, whole = train(data, config={"micro_batch_size": 3})
+    # Before the first step the margins are nothing but rounding, so whose they are is chance.
+    del history.train[0]["accuracy"], whole.train[0]["accuracy"]
     for one, two in zip(history.train, whole.train, strict=True):
         assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
     for (name, one), two in zip(bits(model).items(), bits(other).values(), strict=True):

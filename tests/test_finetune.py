@@ -154,7 +154,7 @@ def test_a_fault_in_the_data_leaves_nothing_behind(run, tiny, texts, tmp_path):
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").write_text("")
     code, _, err = run("finetune", tiny, texts, *QUICK, "--out", tmp_path / "file" / "run")
-    assert code == 1 and "give --out another folder" in " ".join(err.split())
+    assert code == 1 and "give another folder" in " ".join(err.split())
 
 
 def test_texts_need_no_chat_format(run, tiny, texts, tmp_path):

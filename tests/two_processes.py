@@ -133,6 +133,7 @@ def keep_what_is_taken_over(kind: str, folder: Path) -> None:
         weights = Weights(dict(model.named_parameters()), KINDS[kind][2])
         saved = torch.load(folder / STATE_FILE)
         step, history = StateFile(folder, saved["identity"]).load(weights)
+        (folder.parent / "again").mkdir(exist_ok=True)
         again = StateFile(folder.parent / "again", saved["identity"])
         again.save(step, history, weights, torch.device("cpu"))
         if Processes().main:
