@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ..errors import JSON_ERRORS, DataError, PromptError, TokenizerError
@@ -217,8 +218,9 @@ def _save(entry: Path, source: Source) -> None:
     try:
         with atomic_file(entry) as beside:
             save_file(arrays, beside, metadata=about)
-    except OSError as error:
-        raise DataError(f"the cache cannot be written ({error.strerror})", entry) from error
+    except (OSError, SafetensorError) as error:  # the latter of a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"the cache cannot be written ({reason})", entry) from error
 
 
 # What a damaged entry makes json, numpy and torch raise.
