@@ -26,7 +26,6 @@ static constexpr int STREAM_BLOCK = 24;  // and as a stream: memory is asked for
 // 2 KB of a bf16 row. A scalar build sums one by one, so it needs the short chunks for exactness.
 static constexpr int CHUNK_STEPS = vf::W == 1 ? 32 : vf::W == 8 ? 64 : 32;
 
-
 // Asks for the cache lines of `bytes` bytes: 3 for all caches, 2 for the second and what is beyond.
 // Rows are too short, and change too often, for the hardware to foresee several at once: without
 // this the walk of tiles reaches 0.8 of a plain read at C_in = 2048.
