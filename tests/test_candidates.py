@@ -89,7 +89,7 @@ SAMPLINGS = {
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 @pytest.mark.parametrize("name", SAMPLINGS)
-@pytest.mark.parametrize("kind", ["sharp", "equal ones", "grammar"])
+@pytest.mark.parametrize("kind", ["sharp", "equal ones", "equal at the top", "grammar"])
 def test_the_tokens_of_one_process(size, name, kind):
     g = torch.Generator().manual_seed(1)
     logits = 4 * torch.randn(B, V, generator=g)
@@ -100,6 +100,8 @@ def test_the_tokens_of_one_process(size, name, kind):
         logits[0, [4990, 17, 2600]] = 7.0
         logits[1] = torch.where(logits[1] > 0, -0.0, logits[1])
         logits[1, ::2] += 0.0
+    if kind == "equal at the top":  # so candidates suffice
+        logits[:, [4990, 17, 2600]] = 19.125
     if kind == "grammar":  # what one row may be lies in one rank
         allowed = torch.zeros(KNOWN, dtype=torch.bool)
         allowed[1200:1230] = True

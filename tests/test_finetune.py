@@ -152,6 +152,12 @@ def test_a_fault_in_the_data_leaves_nothing_behind(run, tiny, texts, tmp_path):
     code, _, err = run("finetune", tiny, texts, bad, *QUICK, "--out", tmp_path / "run")
     assert code == 1 and "bad.jsonl, line 2" in err
     assert not (tmp_path / "run").exists()
+    (tmp_path / "other" / "data-cache").mkdir(parents=True)
+    own = write(tmp_path / "other" / "data-cache", "own.jsonl", [{"text": "Once."}, "{"])
+    (own.parent / ".0.safetensors.0.partial").touch()  # of a process that was killed
+    code, _, err = run("finetune", tiny, texts, own, *QUICK, "--out", tmp_path / "other")
+    assert code == 1 and "own.jsonl, line 2" in err
+    assert list(own.parent.iterdir()) == [own]  # what somebody else keeps there stays
     (tmp_path / "file").write_text("")
     code, _, err = run("finetune", tiny, texts, *QUICK, "--out", tmp_path / "file" / "run")
     assert code == 1 and "give another folder" in " ".join(err.split())

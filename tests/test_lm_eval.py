@@ -78,6 +78,8 @@ def test_texts_longer_than_the_context(scored):
     scores_left = rest[-left:].gather(1, torch.tensor(ids[-left:])[:, None])
     assert left < scored.max_length
     assert score == pytest.approx((scores.sum() + scores_left.sum()).item(), rel=1e-5)
+    with pytest.raises(LlamaFastError, match="larger max_seq_len"):
+        scored.loglikelihood(requests(("Once", text)), disable_tqdm=True)
 
 
 def test_answers_end_where_a_task_says(scored):
@@ -101,6 +103,8 @@ def test_answers_end_where_a_task_says(scored):
         scored.generate_until(requests(("Hello", {"max_gen_toks": 512})), True)
     with pytest.raises(LlamaFastError, match="batch_size is 'auto'"):
         LlamaFast(str(DEMO), batch_size="auto")
+    with pytest.raises(LlamaFastError, match="dtype is 'halves'"):
+        LlamaFast(str(DEMO), dtype="halves")
 
 
 def test_a_dialog_is_the_folder_s_own():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from llama_fast import Llama, LlamaConfig, Tokenizer, generate, use_backend
 from llama_fast.cli.options import DEMO
 from llama_fast.errors import CheckpointError, ConfigError, PromptError
+from llama_fast.generation import session_file
 from llama_fast.generation.session import Session
 from llama_fast.generation.session_file import fingerprint, load_session, save_session
 
@@ -184,6 +187,20 @@ def test_files_that_are_of_no_such_session(model, tokenizer, tmp_path):
         path.unlink()
         refused("cannot be read")
         assert session.tokens == held
+
+
+def test_a_model_over_ranks_is_said_to_be_that(model, tokenizer, tmp_path, monkeypatch):
+    """And not another model: what a rank has of it has another fingerprint."""
+    path = tmp_path / "text.session"
+    with Session(model, tokenizer) as session:
+        tokens_of(session.stream([1, 2, 3], **GREEDY))
+        save_session(session, path)
+        with torch.no_grad():
+            model.layers[0].mlp.down.weight.mul_(1.01)
+        monkeypatch.setattr(session_file, "share_of", lambda model: SimpleNamespace(ranks=2))
+        for read_or_write in (load_session, save_session):
+            with pytest.raises(CheckpointError, match=r"over 2 ranks.*start one process"):
+                read_or_write(session, path)
 
 
 def test_the_fingerprint_of_a_model(model):

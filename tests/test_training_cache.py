@@ -156,6 +156,20 @@ def test_damaged_entries_are_made_anew(demo, tmp_path):  # noqa: F811
     assert [p.name for p in cache.iterdir()] == [entry.name]
 
 
+def test_a_full_disk_is_said_and_leaves_nothing(demo, tmp_path):  # noqa: F811
+    """The kernel refuses to let files grow past a limit, as a full disk refuses all writes."""
+    resource = pytest.importorskip("resource", reason="limits of a process are Unix's")
+    path, cache = write(tmp_path, "a.jsonl", [MIXED]), tmp_path / "cache"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        with pytest.raises(DataError, match=r"the cache cannot be written.*File too large"):
+            read(path, demo, cache=cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not any(cache.iterdir())
+
+
 def test_faults_are_kept_in_the_cache(demo, tmp_path):  # noqa: F811
     path, cache = write(tmp_path, "a.jsonl", [dialog(), "{", dialog()]), tmp_path / "cache"
     with pytest.raises(DataError, match="line 2"):

@@ -224,7 +224,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_batch_invariant", [](bool on) { batch_invariant = on; }, py::arg("on"),
         "Whether a row's bits may not depend on how many others are multiplied beside it.");
   m.def("gemv_walk", [] { return name_of(gemv_walk()); },
-        "How GEMV goes through a weight, tiles or rows: by this CPU, unless it was set.");
+        "How GEMV has a weight fetched, as tiles or as a stream: by this CPU, unless it was set.");
   m.def("set_gemv_walk", &set_gemv_walk, py::arg("name"));
   m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("address"), py::arg("bytes"));
   m.def("large_tensor", &large_tensor, py::arg("bfloat16"), py::arg("itemsize"), py::arg("shape"),

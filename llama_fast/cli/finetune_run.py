@@ -11,7 +11,7 @@ metrics.json  the figures              loss.png       the curve, where matplotli
 from __future__ import annotations
 
 import json
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,7 @@ class Run:
         write_json(self.folder / METRICS, metrics)
         for path in (self.folder / STATE_FILE, *self.folder.glob(REFERENCE_FILES)):
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.cache, ignore_errors=True)
+        self._remove_cache()
 
     def _plot(self, history: History) -> None:
         from ..training.plot import plot_loss
@@ -115,7 +115,16 @@ class Run:
     def remove_if_empty(self) -> None:
         """Takes the folder away where nothing was done in it yet."""
         if self.folder.is_dir() and self._names() <= {RUN, CACHE}:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._remove_cache()
+            with suppress(OSError):  # the cache has files that are not ours, and stays
+                (self.folder / RUN).unlink(missing_ok=True)
+                self.folder.rmdir()
+
+    def _remove_cache(self) -> None:
+        with suppress(OSError):
+            for entry in self.cache.glob("*.safetensors*"):  # and what a killed process left of one
+                entry.unlink(missing_ok=True)
+            self.cache.rmdir()
 
     def _names(self) -> set[str]:
         return {path.name for path in self.folder.iterdir()}

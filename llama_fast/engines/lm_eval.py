@@ -65,7 +65,7 @@ class LlamaFast(TemplateLM):
         self.model = Llama.from_pretrained(
             self.folder,
             device=device or "auto",
-            dtype=None if dtype in (None, "auto") else getattr(torch, dtype),
+            dtype=None if dtype in (None, "auto") else getattr(torch, dtype, dtype),
             quantize=quantize,
             max_seq_len=max_seq_len,
         ).eval()
@@ -116,6 +116,12 @@ class LlamaFast(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
+        longest = max((len(scored) for _, _, scored in requests), default=0)
+        if longest > self.max_length:
+            raise LlamaFastError(
+                f"a continuation of {longest} tokens is to be scored, and the context is "
+                f"{self.max_length}: give a larger max_seq_len, or take another task"
+            )
         found: dict[int, tuple[float, bool]] = {}
         for batch in self._batches(
             requests, lambda pair: len(pair[1]) + len(pair[2]), disable_tqdm

@@ -96,23 +96,26 @@ class Drawer:
         """As `draw`; None where `n` candidates are too few, and nothing has been drawn."""
         logits = logits[:, : self.own_known]
         allowed = masked(logits, matchers, self.start)
+        keys = likeliest(allowed, n, self.start)
         sums = (
             logits.double().logsumexp(-1, keepdim=True),
-            (allowed.double() / sampling.divisor).logsumexp(-1, keepdim=True),
+            # Counted from the largest: else a small temperature leaves nothing of their number.
+            ((allowed - _largest(keys)) / sampling.divisor).logsumexp(-1, keepdim=True),
         )
-        keys = likeliest(allowed, n, self.start)
         given = torch.cat((keys, *(x.view(torch.int64) for x in sums)), -1)
         of_ranks = self.ranks.gather(given).unflatten(-1, (-1, n + 2))  # (B, ranks, n + 2)
 
-        sums = of_ranks[..., n:].contiguous().view(torch.float64).logsumexp(1)
-        whole, whole_divided = sums.split(1, -1)  # (B, 1)
+        sums, divided = of_ranks[..., n:].contiguous().view(torch.float64).split(1, -1)
+        whole, largest_each = sums.logsumexp(1), _largest(of_ranks)  # (B, 1), (B, ranks, 1)
+        largest = largest_each.amax(1)
+        divided += (largest_each - largest.unsqueeze(1)) / sampling.divisor
         keys, floor = of_ranks[..., :n], of_ranks[..., n - 1].amax(-1, keepdim=True)
         keys = keys.flatten(1).sort(-1, descending=True).values
         values, ids = logits_and_ids(keys)
         if sampling.greedy:
             position = torch.zeros_like(ids[:, :1])
         else:
-            p = (values.double() / sampling.divisor - whole_divided).exp()
+            p = ((values - largest) / sampling.divisor - divided.logsumexp(1)).exp()
             certain = (p * (keys >= floor)).sum(-1)
             if not sampling.top_k and not (certain > sampling.top_p).all():
                 return None
@@ -133,6 +136,12 @@ def likeliest(logits: Tensor, n: int, start: int) -> Tensor:
 def logits_and_ids(keys: Tensor) -> tuple[Tensor, Tensor]:
     """What `likeliest` has made keys of."""
     return _in_order((keys >> 32).int()).view(torch.float32), LOW_BITS - (keys & LOW_BITS)
+
+
+def _largest(keys: Tensor) -> Tensor:
+    """The logit (…,1) float64 of the likeliest token, which is the first; a finite one where it is
+    -inf, since differences to it are asked for."""
+    return logits_and_ids(keys[..., :1])[0].double().clamp(min=torch.finfo(torch.float32).min)
 
 
 def _in_order(bits: Tensor) -> Tensor:

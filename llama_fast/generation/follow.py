@@ -8,6 +8,9 @@ every layer. Logits are gathered, and the first rank draws.
     with led(model) as leads:
         if leads:
             ...  # the program; the other ranks leave the block when it has ended
+
+`generate`, sessions and the server's batch work there, one at a time. A call of the model itself is
+told to nobody: it would wait for the others.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed.tensor_parallel import group_of, ranks_answer, share_of
-from ..errors import KernelError, LlamaFastError, ProcessError
+from ..errors import ConfigError, KernelError, LlamaFastError, ProcessError
 from ..model import Llama
 from .engine import Engine
 
@@ -63,17 +66,24 @@ def acquire(
     model: Llama, batch: int, max_seq_len: int, kv_cache: str | None = None, **settings: Any
 ) -> Iterator[Engine]:
     """As `Engine.acquire`. Where this rank leads, the others have the same engine, and make the
-    calls that change this one."""
+    calls that change this one. They have one at a time: raises ConfigError for a second."""
     leader = leader_of(model)
     if leader is None:
         with Engine.acquire(model, batch, max_seq_len, kv_cache, **settings) as engine:
             yield engine
         return
-    leader.say("acquire", batch, max_seq_len, kv_cache)
+    if leader.busy:
+        raise ConfigError(
+            "the ranks that follow have one engine at a time, and a session, a server or a text "
+            "that has not ended has it: close that first"
+        )
+    leader.busy = True
     try:
+        leader.say("acquire", batch, max_seq_len, kv_cache)
         with LeadingEngine.acquire(model, batch, max_seq_len, kv_cache, **settings) as engine:
             yield engine
     finally:
+        leader.busy = False
         with suppress(ProcessError):  # of others that have ended, which has been said
             leader.say("release")
 
@@ -88,6 +98,7 @@ class Leader:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
+        self.busy = False  # whether an engine is led
 
     def say(self, name: str, *args: Any) -> None:
         self._exchange([name, _on_the_cpu(args)])

@@ -28,6 +28,7 @@ from .arguments import (
 )
 from .candidates import Drawer
 from .engine import Engine
+from .follow import acquire
 from .grammar import Grammar
 from .not_finite import not_finite
 from .sampling import Sampling
@@ -188,9 +189,7 @@ class Rows:
     def run(self, sampling: Sampling) -> Iterator[Chunk]:
         slots = max(len(prompt) + n for prompt, n in zip(self.prompts, self.limits, strict=True))
         own = self.drawer.own_logits
-        with Engine.acquire(
-            self.model, len(self.prompts), slots, self.kv_cache, own_logits=own
-        ) as engine:
+        with acquire(self.model, len(self.prompts), slots, self.kv_cache, own_logits=own) as engine:
             yield from self.decode(sampling, engine, engine.prefill(self.prompts), engine.free)
 
     def decode(

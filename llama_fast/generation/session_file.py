@@ -43,8 +43,9 @@ def save_session(session: Session, path: str | Path) -> int:
 def load_session(session: Session, path: str | Path) -> int:
     """Puts what `save_session` wrote into a session, in the place of what it holds; returns the
     number of tokens. Raises CheckpointError for a file that is damaged, of another model, of
-    another kv_cache, or too long; the session stays as it was then."""
+    another kv_cache, or too long, and for a model over ranks; the session stays as it was then."""
     path = given_path(path, "a file of a session")
+    _refuse_ranks(session)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -61,7 +62,6 @@ def load_session(session: Session, path: str | Path) -> int:
             raise ValueError(f"{len(tokens)} tokens")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as a session ({error})") from error
-    _refuse_ranks(session)
     try:
         session.restore(tokens, held)
     except ShapeError as error:

@@ -48,7 +48,7 @@ template <class T> class FewLanes {
   static constexpr int64_t MOST_LANES = GEMV_ROWS_BESIDE_GEMM;
   static constexpr int TILE = W == 16 ? 12 : W == 8 ? 6 : 4;  // rows of x in registers
   static constexpr int64_t CHUNK = CHUNK_UNITS / STEP_UNITS * STEP;      // elements of K
-  static constexpr int64_t PIECE = std::min<int64_t>(4 * STEP, CHUNK);  // turned into L1: 8 KB
+  static constexpr int64_t PIECE = std::min<int64_t>(4 * STEP, CHUNK);  // in L1: up to 16 KB
   static constexpr int64_t SPAN = 4096 / sizeof(T);  // of a row that is fetched together
 
   // n rows of W, in V vectors; the thread's own end before `last`.
