@@ -107,6 +107,11 @@ def writers(folder, tokenizer, model) -> dict[str, Callable[[Path], object]]:
         with Record(path, HISTORY):
             pass
 
+    def run(path: Path) -> None:
+        begun = Run(path, {"--full": False})
+        begun.make_folder()
+        begun.begin()
+
     return {
         # files
         "tokenizer.model": tokenizer.save,
@@ -129,7 +134,7 @@ def writers(folder, tokenizer, model) -> dict[str, Callable[[Path], object]]:
         # folders that files are added to
         "training.pt": state,
         "log.csv": record,
-        "run.json": lambda path: Run(path, {"--full": False}).begin(),
+        "run.json": run,
         "a reference": lambda path: reference._save(path / "r.safetensors", [torch.ones(2, 2)]),
         "a cache": lambda path: source._save(path / "entry.safetensors", data),
         "report": lambda path: write_report([measured], path, figures=False),
@@ -258,6 +263,7 @@ COMMANDS = (
     ("vocab report none none --json X", "--json"),
     ("vocab report none none --plot X", "--plot"),
     ("finetune none none --out X", "--out"),
+    ("finetune none none --cache X", "--cache"),
     ("chat --model none --save-cache X", "--save-cache"),
     ("inspect a --model none --html X", "--html"),
     ("bench none --json X", "--json"),

@@ -204,6 +204,7 @@ def finetune(
     cache: Annotated[
         Path | None,
         typer.Option(
+            callback=folder_to_fill,
             metavar="DIR",
             help="Keep the ids of the data files here, for other runs on them.",
             show_default="in RUN, until it is finished",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from functools import cache
 
@@ -149,12 +150,12 @@ def many_keys(
 )
 def test_attention_to_as_many_keys(backend, T, dtype, int8, monkeypatch):
     if backend == "triton":
-        kernels = pytest.importorskip("llama_fast.triton_kernels.attention")
-        wide = kernels.AttentionConfig(
-            16, 256, 4, 1
-        )  # the interpreter takes as long for a small one
+        forward = pytest.importorskip("llama_fast.triton_kernels.attention.forward")
+        configs = importlib.import_module("llama_fast.triton_kernels.attention.configs")
+        # The interpreter takes as long for a small tile.
+        wide = configs.AttentionConfig(16, 256, 4, 1)
         for name in ("forward_config", "int8_config"):
-            monkeypatch.setattr(kernels, name, lambda *_: wide)
+            monkeypatch.setattr(forward, name, lambda *_: wide)
     judge(backend, *many_keys(T, dtype, int8))
 
 
