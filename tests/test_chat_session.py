@@ -29,7 +29,7 @@ class Scripted:
     """A session whose answers are written beforehand: texts, or ids."""
 
     def __init__(self, *answers, max_seq_len: int = 4096, ends: bool = True) -> None:
-        self.tokenizer, self.max_seq_len = TOKENIZER, max_seq_len
+        self.model, self.tokenizer, self.max_seq_len = None, TOKENIZER, max_seq_len
         self.answers, self.ends = list(answers), ends
         self.prompts: list[list[int]] = []
         self.tokens: list[int] = []

@@ -163,7 +163,8 @@ def test_generate_replays_a_captured_batch_size(model, monkeypatch):
     plain = llama_fast.generate(model, tokenizer, PROMPTS, max_new_tokens=9, temperature=0)
     graphs = Graphs()
     acquire = partial(Engine.acquire, capture=graphs)
-    monkeypatch.setattr(module, "Engine", SimpleNamespace(acquire=acquire))
+    follow = importlib.import_module("llama_fast.generation.follow")
+    monkeypatch.setattr(follow, "Engine", SimpleNamespace(acquire=acquire))
     for _ in range(2):
         found = llama_fast.generate(model, tokenizer, PROMPTS, max_new_tokens=9, temperature=0)
         assert [c.tokens for c in found] == [c.tokens for c in plain]
