@@ -17,7 +17,6 @@
 #include "../dispatch.h"
 #include "../parallel.h"
 #include "../scratch.h"
-#include "ahead.h"
 #include "gemm_few.h"
 #include "gemm_tiles.h"
 #include "pack.h"
@@ -25,7 +24,7 @@
 namespace llama_fast {
 namespace ISA {
 
-constexpr int ROWS = vf::W == 16 ? 12 : vf::W == 8 ? 6 : 4;
+constexpr int ROWS = BROADCAST_ROWS;
 constexpr int VECTORS = vf::W == 1 ? 4 : 2;
 constexpr int WIDTH = VECTORS * vf::W;
 constexpr int64_t BLOCK_TILES = 16;     // of rows in a task, at most: 192 KB, or 96
@@ -128,15 +127,6 @@ template <class T> struct Product {
            panel * WIDTH * units(std::min(CHUNK, k1 - k));
   }
 
-  // To fetch elements k_begin to k_end of n rows in so many steps. Those that run down the memory
-  // are left to the hardware.
-  LinesAhead ahead_of(int64_t row, int64_t n, int64_t k_begin, int64_t k_end, int64_t steps) const {
-    if (a.rows.transposed || n <= 0) return {};
-    const Side<T> side{a.rows, a.K};
-    return {side.vector(row) + k_begin, n, ceil_div((k_end - k_begin) * int64_t(sizeof(T)), 64),
-            a.rows.rows.stride2 * int64_t(sizeof(T)), steps};
-  }
-
   void pack(int64_t k0, int64_t k1) const {
     const Side<T> side{a.lanes, a.K};
     const int64_t vectors = panels.vectors(), chunks = ceil_div(k1 - k0, CHUNK);
@@ -160,28 +150,31 @@ template <class T> struct Product {
       for (int64_t task = next(); task < blocks * parts; task = next()) {
         const int64_t block = task / parts, part = task % parts;
         const int64_t t0 = first_tile(block), t1 = first_tile(block + 1);
-        // What is most likely the next task of this thread.
-        const int64_t then = std::min((task + threads) / parts, blocks);
-        const int64_t t2 = first_tile(then), t3 = first_tile(std::min(then + 1, blocks));
         const int64_t p0 = panels.count() * part / parts, p1 = panels.count() * (part + 1) / parts;
         if (t0 < t1)
-          multiply_block(k0, k1, t0, t1, p0, p1, t2, t3, rows,
+          multiply_block(k0, k1, t0, t1, p0, p1, (task + threads) / parts, rows,
                          kept ? kept + (t0 * panels.count() + p0 * (t1 - t0)) * ROWS * WIDTH : own);
       }
     });
   }
 
+  // `then` is the block that most likely comes next on this thread.
   void multiply_block(int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t p0, int64_t p1,
-                      int64_t t2, int64_t t3, float* rows, float* sums_of) const {
+                      int64_t then, float* rows, float* sums_of) const {
     const Side<T> side{a.rows, a.K};
     const int64_t first = r0 + t0 * ROWS, count = rows_of(t0, t1);
     const int64_t panel_sums = (t1 - t0) * ROWS * WIDTH;
     for (int64_t k = k0; k < k1; k += CHUNK) {
       const int64_t end = std::min(k + CHUNK, k1);
       const int64_t steps = (p1 - p0) * (t1 - t0) * ceil_div(end - k, Dot<T>::STEP);
-      LinesAhead ahead = end < k1 ? ahead_of(first, count, end, std::min(end + CHUNK, k1), steps)
-                                  : ahead_of(r0 + t2 * ROWS, rows_of(t2, t3), k0,
-                                             std::min(k0 + CHUNK, k1), steps);
+      LinesAhead ahead;
+      if (end < k1) {
+        ahead = side.ahead(first, count, end, std::min(end + CHUNK, k1), steps);
+      } else if (then < blocks) {
+        const int64_t t = first_tile(then);
+        ahead = side.ahead(r0 + t * ROWS, rows_of(t, first_tile(then + 1)), k0,
+                           std::min(k0 + CHUNK, k1), steps);
+      }
       for (int64_t r = 0; r < count; r += W)
         side.pack_rows(first + r, int(std::min<int64_t>(W, count - r)), k, end,
                        rows + r * CHUNK_UNITS, {CHUNK_UNITS, STEP_UNITS});

@@ -12,7 +12,6 @@
 
 #include "../parallel.h"
 #include "../scratch.h"
-#include "ahead.h"
 #include "pack.h"
 
 namespace llama_fast {
@@ -46,7 +45,6 @@ template <class T> class FewLanes {
   using D = Dot<T>;
   static constexpr int W = vf::W, STEP = D::STEP, STEP_UNITS = Side<T>::STEP_UNITS;
   static constexpr int64_t MOST_LANES = GEMV_ROWS_BESIDE_GEMM;
-  static constexpr int TILE = W == 16 ? 12 : W == 8 ? 6 : 4;  // rows of x in registers
   static constexpr int64_t CHUNK = CHUNK_UNITS / STEP_UNITS * STEP;      // elements of K
   static constexpr int64_t PIECE = std::min<int64_t>(4 * STEP, CHUNK);  // in L1: up to 16 KB
   static constexpr int64_t SPAN = 4096 / sizeof(T);  // of a row that is fetched together
@@ -85,25 +83,21 @@ template <class T> class FewLanes {
   // What comes behind the span of n rows at k: the next of these rows, or the first of the next ones.
   LinesAhead after_span(int64_t r, int64_t n, int64_t last, int64_t k) const {
     const int64_t steps = ceil_div(std::min(SPAN, a_.K - k), STEP);
-    const bool more = k + SPAN < a_.K;
-    const int64_t row = more ? r : r + n, at = more ? k + SPAN : 0;
-    const int64_t count = more ? n : std::min(n, last - row);
-    if (count <= 0) return {};
-    const int64_t bytes = std::min(SPAN, a_.K - at) * int64_t(sizeof(T));
-    return {rows_.vector(row) + at, count, ceil_div(bytes, 64),
-            a_.rows.rows.stride2 * int64_t(sizeof(T)), steps};
+    const int64_t next = k + SPAN;
+    if (next < a_.K) return rows_.ahead(r, n, next, std::min(next + SPAN, a_.K), steps);
+    return rows_.ahead(r + n, std::min(n, last - r - n), 0, std::min(SPAN, a_.K), steps);
   }
 
   template <int V>
   void multiply_piece(const float* piece, const float* x, int64_t units, vf* sums) const {
-    const int64_t groups = ceil_div(a_.L, TILE);  // as even as can be
+    const int64_t groups = ceil_div(a_.L, BROADCAST_ROWS);  // as even as can be
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t l = a_.L * i / groups, end = a_.L * (i + 1) / groups;
       multiply_tile<V>(int(end - l), piece, x + l * stride_, units, sums + l * V);
     }
   }
 
-  template <int V, int L = TILE>
+  template <int V, int L = BROADCAST_ROWS>
   void multiply_tile(int lanes, const float* piece, const float* x, int64_t units, vf* sums) const {
     if constexpr (L > 1) {
       if (lanes < L) return multiply_tile<V, L - 1>(lanes, piece, x, units, sums);

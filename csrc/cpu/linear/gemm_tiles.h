@@ -18,7 +18,6 @@
 
 #include "../parallel.h"
 #include "../scratch.h"
-#include "ahead.h"
 #include "pack.h"
 
 namespace llama_fast {
@@ -146,11 +145,6 @@ class Product {
                       to + r / ROWS * tile + r % ROWS * STEP_UNITS, {STEP_UNITS, TILE_UNITS});
   }
 
-  // To fetch elements k_begin to k_end of n rows in so many steps.
-  LinesAhead ahead_of(int64_t first, int64_t n, int64_t k_begin, int64_t k_end, int64_t steps) const {
-    if (a_.rows.transposed || n <= 0 || k_begin >= k_end) return {};
-    return {rows_.vector(first) + k_begin, n, ceil_div(k_end - k_begin, STEP), row_bytes(), steps};
-  }
   int64_t row_bytes() const { return a_.rows.rows.stride2 * int64_t(sizeof(bf16)); }
 
   // Few lanes. The CPU foresees the lines of 32 rows by itself: to fetch them costs a quarter.
@@ -188,7 +182,7 @@ class Product {
       const int64_t end = std::min(k + CHUNK, a_.K), steps = ceil_div(end - k, STEP);
       pack_rows(first, n, k, end, rows);
       const int64_t all_steps = (p1 - p0) * tiles * steps;
-      LinesAhead rows_ahead = ahead_of(first, n, end, std::min(end + CHUNK, a_.K), all_steps);
+      LinesAhead rows_ahead = rows_.ahead(first, n, end, std::min(end + CHUNK, a_.K), all_steps);
       for (int64_t p = p0; p < p1; ++p) {
         const int vectors = vectors_of(p);
         const float* panel = panel_at(p, k / STEP);

@@ -7,6 +7,7 @@
 
 #include "../../args.h"
 #include "../simd/dot.h"
+#include "ahead.h"
 
 namespace llama_fast {
 namespace ISA {
@@ -16,6 +17,8 @@ static inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by
 // Units of K whose products are added up before they join a sum: of a panel 32 KB, or 16 on AVX2. A
 // scalar build needs short chunks for exactness.
 constexpr int64_t CHUNK_UNITS = vf::W == 1 ? 32 : 256;
+// Vectors whose units are broadcast, to meet two vectors of the other side's in registers.
+constexpr int BROADCAST_ROWS = vf::W == 16 ? 12 : vf::W == 8 ? 6 : 4;
 
 // Where packed rows lie, in units: row i at i · row, each step of it `step` behind the one before.
 struct RowStrides { int64_t row, step; };
@@ -28,6 +31,14 @@ template <class T> struct Side {
   int64_t K;
 
   const T* vector(int64_t i) const { return static_cast<const T*>(m.data) + m.rows.offset(i); }
+
+  // To fetch elements k_begin to k_end of n vectors from `first` on, in so many steps of computing.
+  // Vectors that run down the memory are left to the hardware.
+  LinesAhead ahead(int64_t first, int64_t n, int64_t k_begin, int64_t k_end, int64_t steps) const {
+    if (m.transposed || n <= 0 || k_begin >= k_end) return {};
+    return {vector(first) + k_begin, n, ceil_div((k_end - k_begin) * int64_t(sizeof(T)), 64),
+            m.rows.stride2 * int64_t(sizeof(T)), steps};
+  }
 
   // The STEP elements of a vector from k on, in a buffer with zeros where they end.
   const T* step(const T* vector, int64_t k, T (&buffer)[D::STEP]) const {
