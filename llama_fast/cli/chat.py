@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +33,7 @@ from .options import (
     example,
     model_folder,
     set_threads,
+    using,
 )
 from .terminal import note, text_or_file
 
@@ -104,7 +104,6 @@ def chat(
     functions = Tools.from_file(tools) if tools else Tools()
 
     from ..checkpoint import open_checkpoint
-    from ..dispatch import use_backend
     from ..distributed import launched
     from ..generation.chat import Chat
     from ..generation.folder_sampling import folder_sampling
@@ -126,7 +125,7 @@ def chat(
     sampling = vars(drawn) | {"seed": seed}
     with (
         launched(where) as (where, mesh),
-        use_backend(backend.value, strict=True) if backend else nullcontext(),
+        using(backend),
     ):
         llama = load_model(
             source,

@@ -30,6 +30,7 @@ from .options import (
     example,
     model_folder,
     set_threads,
+    using,
 )
 from .terminal import note, note_pairs, show_prompt, size, text_or_stdin
 
@@ -98,10 +99,7 @@ def generate(
         raise PromptError("the prompt is empty; give some text to continue")
     folder = model_folder(model)
 
-    from contextlib import nullcontext
-
     from ..checkpoint import open_checkpoint
-    from ..dispatch import use_backend
     from ..distributed import Processes, launched
     from ..generation.folder_sampling import folder_sampling
     from ..generation.generate import check_prompts, encode_prompts, stream
@@ -140,7 +138,7 @@ def generate(
 
         ended = None
         times = [time.perf_counter()]
-        with use_backend(backend.value, strict=True) if backend else nullcontext():
+        with using(backend):
             chunks = stream(
                 llama,
                 tokenizer,

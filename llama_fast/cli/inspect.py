@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +24,7 @@ from .options import (
     file_to_write,
     model_folder,
     set_threads,
+    using,
 )
 from .terminal import columns, show, size, table, text_or_stdin
 
@@ -123,7 +123,7 @@ def inspect(
     def traced(llama: Llama) -> Trace:
         return trace(llama, text, tokenizer, layers=chosen, heads=chosen_heads)
 
-    with use_backend(backend.value, strict=True) if backend else nullcontext():
+    with using(backend):
         trace(llama, text, tokenizer, layers=[])  # so that no time is that of a first call
         found = traced(llama)
         comparison = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -266,3 +267,10 @@ def check_backend(name: str, device: str) -> None:
     if name != "eager" and (name not in backends() or backends()[name].unavailable):
         why = backends()[name].unavailable if name in backends() else ["it is not installed"]
         raise BackendError(f"--backend {name} cannot be used: {'; '.join(why)}")
+
+
+def using(backend: Backend | None) -> AbstractContextManager[None]:
+    """For a `with`: --backend, where it was given, serves all calls inside."""
+    from ..dispatch import use_backend
+
+    return use_backend(backend.value, strict=True) if backend else nullcontext()

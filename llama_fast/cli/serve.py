@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,6 +26,7 @@ from .options import (
     example,
     model_folder,
     set_threads,
+    using,
 )
 from .terminal import note, size, text_or_file
 
@@ -111,7 +111,6 @@ def serve(
     folder = model_folder(model, CHAT_DEMO)
 
     from ..checkpoint import open_checkpoint
-    from ..dispatch import use_backend
     from ..distributed import Processes, launched
     from ..generation.folder_sampling import folder_sampling
     from ..generation.follow import led
@@ -134,7 +133,7 @@ def serve(
     with (
         launched(where) as (where, mesh),
         # For ranks that follow; the batch asks in a thread of its own.
-        use_backend(backend.value, strict=True) if backend else nullcontext(),
+        using(backend),
     ):
         if Processes().main:
             unwind_when_stopped()
