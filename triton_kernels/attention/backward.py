@@ -17,6 +17,7 @@ from .tiles import (
     load_queries,
     load_tile,
     remake_weights,
+    rows_of_queries,
     visible,
 )
 
@@ -204,11 +205,8 @@ def attention_bwd_dq_kernel(
     else:
         token, length = 0, load_length(lengths_ptr, b, T, S, HAS_LENGTHS)
     rows = T * G
-    row, d = m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    t = tl.minimum(row // G, T - 1)
-    seen = visible(t, length, T, CAUSAL)
-    least = tl.maximum(visible(m // G, length, T, CAUSAL), 0)
-    most = tl.maximum(visible(tl.minimum((m + BLOCK_M - 1) // G, T - 1), length, T, CAUSAL), 0)
+    d = tl.arange(0, BLOCK_D)
+    row, t, seen, least, most = rows_of_queries(m, length, T, G, CAUSAL, BLOCK_M)
     whole = least // BLOCK_N * BLOCK_N
 
     q_row = q_ptr + b * stride_qb + kv_head * G * stride_qh

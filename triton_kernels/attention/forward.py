@@ -20,7 +20,7 @@ from .tiles import (
     load_queries,
     load_scales,
     load_tile,
-    visible,
+    rows_of_queries,
 )
 
 
@@ -87,11 +87,8 @@ def attention_fwd_kernel(
     else:
         token, length = 0, load_length(lengths_ptr, b, T, S, HAS_LENGTHS)
     rows = T * G
-    row, d = m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    t = tl.minimum(row // G, T - 1)
-    seen = visible(t, length, T, CAUSAL)
-    least = tl.maximum(visible(m // G, length, T, CAUSAL), 0)
-    most = tl.maximum(visible(tl.minimum((m + BLOCK_M - 1) // G, T - 1), length, T, CAUSAL), 0)
+    d = tl.arange(0, BLOCK_D)
+    row, t, seen, least, most = rows_of_queries(m, length, T, G, CAUSAL, BLOCK_M)
 
     begin = 0
     if SPLIT:

@@ -40,6 +40,18 @@ def visible(t, length, T, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def rows_of_queries(m, length, T, G: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The rows from m on, a query head of a token each: (row, its token, how many keys it sees),
+    and the fewest and most keys that one of them sees."""
+    row = m + tl.arange(0, BLOCK_M)
+    t = tl.minimum(row // G, T - 1)
+    seen = visible(t, length, T, CAUSAL)
+    least = tl.maximum(visible(m // G, length, T, CAUSAL), 0)
+    most = tl.maximum(visible(tl.minimum((m + BLOCK_M - 1) // G, T - 1), length, T, CAUSAL), 0)
+    return row, t, seen, least, most
+
+
+@triton.jit
 def load_tile(ptr, first, n, d, end, D, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The rows first + n of (end, D), which lie `stride` apart, and its columns d; zeros outside.
     ROWS and COLUMNS say which of the two bounds can be passed at all."""
