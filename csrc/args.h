@@ -205,7 +205,7 @@ struct LinearQuantizedArgs {
   const void* x;         // M rows of C_in
   const uint8_t* qdata;  // (blocks, columns · bits / 8, 16)
   const void* scales;    // float16 (blocks, groups, 16)
-  const void* minima;    // float16 as scales, or null: qdata is centred on half its range
+  const void* minima;    // float16 as scales, or null: qdata stands for levels
   void* y;               // (M, C_out) contiguous
   Rows rows;
   int64_t C_in, C_out, group_size;

@@ -16,6 +16,7 @@ from llama_fast.config.quantization import NAMED, Quantization, WeightFormat
 from llama_fast.demo import FOLDER
 from llama_fast.errors import ConfigError
 from llama_fast.model import Llama
+from llama_fast.ops import QuantizedWeight
 from llama_fast.ops.quantized_weight import round_weight
 from llama_fast.quantization.folder import layers, quantize_folder
 from llama_fast.quantization.gptq import round_compensated
@@ -118,7 +119,6 @@ def test_calibration_brings_the_model_closer(calibrated, held_out):
     for name, tensor in state.items():
         if name.endswith("norm.weight"):
             assert torch.equal(tensor, floats[name])
-    assert torch.equal(state["embed.weight.qdata"], nearest.state_dict()["embed.weight.qdata"])
 
 
 def test_calibration_gives_the_same_again(calibrated, calibration, tmp_path):
@@ -127,6 +127,7 @@ def test_calibration_gives_the_same_again(calibrated, calibration, tmp_path):
     assert (tmp_path / "again" / name).read_bytes() == (calibrated / name).read_bytes()
 
 
+@torch.no_grad()
 def test_an_untied_model_and_kinds_that_stay(tmp_path):
     write_hf(tmp_path / "hf", SMALL, random_state(SMALL))
     settings = Quantization(None, WeightFormat(4, 32), None, WeightFormat(8, 64))
@@ -135,8 +136,15 @@ def test_an_untied_model_and_kinds_that_stay(tmp_path):
     model = Llama.from_pretrained(tmp_path / "out", device="cpu")
     floats = Llama.from_pretrained(tmp_path / "hf", device="cpu")
     assert torch.equal(model.embed.weight, floats.embed.weight)
-    head = round_weight(floats.head.weight, WeightFormat(8, 64))
-    assert torch.equal(model.head.weight.qdata, head.qdata)
+    found = []
+    floats.head.register_forward_pre_hook(lambda module, args: found.append(args[0].float()))
+    floats(tokens)
+    x, weight = found[0].flatten(0, 1), floats.head.weight.float()
+
+    def error(head: QuantizedWeight) -> float:
+        return float((x @ (head.dequantize() - weight).t()).square().mean())
+
+    assert error(model.head.weight) < 0.8 * error(round_weight(weight, WeightFormat(8, 64)))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +213,7 @@ def test_the_report_is_what_the_models_say(held_out):
     expected = (quantized.layers[2].mlp.down.weight.dequantize() - exact).norm() / exact.norm()
     assert weights[name].weights == pytest.approx(float(expected), rel=1e-4)
     assert 0.3 * weights[name].weights < weights[name].outputs < 1.5 * weights[name].weights
-    assert (weights[name].bits, weights["embed.weight"].bits) == (4, 8)
+    assert (weights[name].bits, weights["embed.weight"].bits) == (4, 4)
 
 
 def test_of_a_model_beside_itself_nothing_is_reported(held_out):

@@ -175,7 +175,7 @@ def test_the_command(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("other", "said"),
-    [("int4", "They part at layers.0."), ("eager", "They agree to"), (DEMO, "bit for bit")],
+    [("int4", "They part at embedding"), ("eager", "They agree to"), (DEMO, "bit for bit")],
 )
 def test_the_command_compares(run, other, said):
     code, out, _ = run("inspect", PROMPT, "--compare", other)

@@ -1,12 +1,14 @@
 """Linear layer whose weight is 8-bit or 4-bit integers: y = x Wᵀ, dequantised on the way.
 
-    y[m, o] = Σ over groups of scale[o] · (Σ_i x[m, i] · (q[o, i] - centre))
-        (and + (minimum + centre · scale) · Σ x, where there are minima: of values that are not
-        centred the two sums would be large and nearly cancel, which float32 x shows)
+    y[m, o] = Σ over groups of scale[o] · Σ_i x[m, i] · level(q[o, i])
+        or, where there are minima, scale[o] · (Σ_i x[m, i] · (q[o, i] - centre))
+                                    + (minimum[o] + centre · scale[o]) · Σ_i x[m, i]
+        (of values that are not centred the two sums would be large and nearly cancel, which
+        float32 x shows)
 
 Bound by reading the weight while rows are few: a program owns 16 to 64 rows of W and walks their
-groups. A value q is a whole number of at most 8 bits, which the half types hold exactly, so a group
-is one matrix product of x with the values themselves, and its scale multiplies 16 sums rather than
+groups. Levels are whole numbers of at most 8 bits, which the half types hold exactly, so a group
+is one matrix product of x with the levels themselves, and its scale multiplies 16 sums rather than
 16 · group_size weights. x is not rounded to 8 bits, as the CPU's kernels do: sums are in float32.
 
 Layout: uint8 (NB, C_pad/4, 16, 4) for 8 bits and (NB, C_pad/8, 16, 4) for 4, scales and minima
@@ -72,7 +74,10 @@ def linear_quantized_kernel(
         if BITS == 4:  # the second four columns of a run are the high halves
             q = (q >> (i % RUN // 4 * 4)[None, :].to(tl.uint8)) & 15
         scale = tl.load(scales_ptr + scale_at + group * 16, mask=valid, other=0.0).to(tl.float32)
-        w = q.to(tl.float32) - CENTRE
+        t = q.to(tl.int32) - CENTRE
+        if BITS == 4 and not HAS_MINIMA:
+            t = (t * (192 + t * t) + 16) >> 5
+        w = t.to(tl.float32)
         s = tl.dot(x, tl.trans(w.to(x.dtype)), input_precision="ieee")
         acc += s * scale[None, :]
         if HAS_MINIMA:

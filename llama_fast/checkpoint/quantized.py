@@ -28,7 +28,7 @@ from .pieces import refuse_few_tensors
 from .share import part_of_quantized
 from .stored import SafetensorsFile, StoredFile, open_files, read_json
 
-ENTRY, METHOD, VERSION = "quantization_config", "llama_fast", 2
+ENTRY, METHOD, VERSION = "quantization_config", "llama_fast", 3
 
 
 def quantized_contents(

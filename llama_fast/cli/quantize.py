@@ -47,11 +47,14 @@ def quantize(
         ),
     ] = False,
     head_bits: Annotated[
-        int,
+        int | None,
         typer.Option(
-            metavar="4|8|16", help="Bits of the embedding and the head; 16 keeps them as they are."
+            metavar="4|8|16",
+            help="Bits of the embedding and the head, whose rounding changes most; 16 keeps them as "
+            "they are.",
+            show_default="as --bits",
         ),
-    ] = 8,
+    ] = None,
     calibrate: Annotated[
         Path | None,
         typer.Option(
@@ -105,6 +108,7 @@ def quantize(
     default = {4: NAMED["int4"].mlp, 8: NAMED["int8"].mlp}
     if bits not in default:
         raise typer.BadParameter(f"{bits} is not 4 or 8. Write: --bits 4", param_hint="--bits")
+    head_bits = bits if head_bits is None else head_bits
     if head_bits not in (*default, 16):
         raise typer.BadParameter(
             f"{head_bits} is not 4, 8 or 16. Write: --head-bits 8", param_hint="--head-bits"

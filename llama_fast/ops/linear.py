@@ -14,7 +14,7 @@ Rounding  products and sums in float32, one rounding to x's dtype at the end; th
           Beside a quantised weight an x of a half type is rounded to 8 bits first, for each row and
           group apart:
               s = max |x| / 127 in float32        x_q = x / s, rounded to even; 0 where s is 0
-              y = Σ over groups of s · scale · (Σ q · x_q - centre · Σ x_q)
+              y = Σ over groups of s · scale · Σ level(q) · x_q
                                             (or s · (scale · Σ q · x_q + minimum · Σ x_q))
           so that the sums within a group may be those of integers. A float32 x is not rounded. A
           row of x that is not finite gives outputs that are not finite.

@@ -1,7 +1,15 @@
 """How a weight of 8-bit or 4-bit integers lies in memory, and the numbers that it stands for.
 
-    w[o, i] = scale · (q - centre)     symmetric: no minima; centre is 128 for 8 bits, 8 for 4
+    w[o, i] = scale · level(q)         symmetric: no minima
     w[o, i] = scale · q + minimum      otherwise
+
+    level(q) = q - 128                             for 8 bits
+    level(q) = ⌊(t (192 + t²) + 16) / 32⌋, t = q - 8   for 4: -64, -53, -43, -34, -26, -19, -12, -6,
+                                                   0, 6, 12, 19, 26, 34, 43, 53
+
+The 16 levels are closer together around zero, where most weights of a group are: evenly spaced ones
+are 7% to 9% further from the weights. They are whole numbers of 7 bits, so that integers may be
+multiplied, and a formula, so that no kernel needs a table.
 
 A group is `group_size` columns of one row of w: it has one scale, and one minimum.
 
@@ -14,7 +22,8 @@ Layout    the 16 rows of a block are interleaved, so that a kernel which sums 16
               8 bits    values[b, i // 4, r, i % 4]
               4 bits    values[b, i // 8, r, i % 4], its low half if i % 8 < 4, else its high half
               scale     scales[b, i // group_size, r]
-          The values of padded columns are the centre (0 with minima), padded rows have scale 0
+          The values of padded columns are the centre, whose level is 0 (0 with minima), padded rows
+          have scale 0
 """
 
 from __future__ import annotations
@@ -30,6 +39,7 @@ from ..errors import ShapeError
 from .inputs import rand, randint
 
 BLOCK = 1 << 22  # weights that the reference dequantises at a time
+LOWEST = -64  # level of 4 bits
 
 
 def centre(bits: int) -> int:
@@ -37,10 +47,16 @@ def centre(bits: int) -> int:
     return 1 << (bits - 1)
 
 
+def levels(t: Tensor, bits: int) -> Tensor:
+    """Returns what symmetric values stand for, but for their scale: `t` is what they are less the
+    centre, whole numbers in a float dtype."""
+    return t if bits == 8 else ((t * (192 + t * t) + 16) / 32).floor()
+
+
 def numbers(values: Tensor, scales: Tensor, minima: Tensor | None, bits: int) -> Tensor:
     """Returns the numbers that values stand for: floats in, of one dtype, and floats out."""
     if minima is None:
-        return (values - centre(bits)) * scales
+        return levels(values - centre(bits), bits) * scales
     return values * scales + minima
 
 
@@ -151,7 +167,7 @@ def random_weight(
             low, high = (column >= C_in).split(4, dim=-1)
             values = torch.where(low, values & 240 | fill, values)
             values = torch.where(high, values & 15 | fill << 4, values)
-    size = 2.0 ** (1 - bits) * max(C_in, 1) ** -0.5
-    scales = size * (0.5 + rand(g, *of_scales))
+    largest = -LOWEST if symmetric and bits == 4 else centre(bits)
+    scales = (0.5 + rand(g, *of_scales)) * max(C_in, 1) ** -0.5 / largest
     minima = None if symmetric else (-scales * centre(bits)).half().to(device)
     return values.to(device), scales.half().to(device), minima, C_out, bits, group_size

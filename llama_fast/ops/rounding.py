@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from .quantized_layout import centre
+from .quantized_layout import LOWEST, centre, levels
 
 # (groups (..., group_size), bits, symmetric) → (scales, minima or None), float16 (...)
 Fit = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
@@ -17,14 +17,27 @@ Fit = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
 AT_ONCE_ON_GPU = 1 << 25
 
 
+def nearest(u: Tensor) -> Tensor:
+    """Which of the 16 levels of 4 bits is nearest to `u`, counted from the centre: -8 … 7, in u's
+    dtype.
+
+    The inverse of the levels is a curve of odd powers, fitted to where one level's numbers end and
+    the next one's begin; off by a thirtieth of a step there, which costs 0.2% of the error, where a
+    search among 15 bounds would take ten times as long.
+    """
+    s = u * u
+    s = s.mul(1.9898088e-9).sub_(1.7354857e-5).mul_(s).add_(0.16446258).mul_(u)
+    return s.round_().clamp_(-8, 7)
+
+
 def enclosing(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
     """Scales and minima, float16 (...), that take in all numbers of `groups` (..., group_size)."""
     if symmetric:
         low, high = groups.aminmax(dim=-1)
         if bits == 8:
             return (torch.maximum(-low, high) / 127).half(), None
-        # The largest number by its size becomes code 0: -8 times a scale of the other sign.
-        return (torch.where(-low > high, low, high) / -8).half(), None
+        # The largest number by its size becomes code 0: LOWEST times a scale of the other sign.
+        return (torch.where(-low > high, low, high) / LOWEST).half(), None
     low, high = groups.aminmax(dim=-1)
     return ((high - low) / (2**bits - 1)).half(), low.half()
 
@@ -33,13 +46,13 @@ def encode(groups: Tensor, scales: Tensor, minima: Tensor | None, bits: int) -> 
     """The quantised values, uint8, nearest to `groups` (..., group_size) under scales and minima
     (...)."""
     scale = scales.float().unsqueeze(-1)
-    if minima is None:
-        low, high, zero = (1 if bits == 8 else 0), 2**bits - 1, float(centre(bits))
-    else:
-        low, high, zero = 0, 2**bits - 1, 0.0
+    if minima is not None:
         groups = groups - minima.float().unsqueeze(-1)
-    qdata = torch.where(scale == 0, zero, groups / scale + zero)
-    return qdata.round_().clamp_(low, high).to(torch.uint8)
+    of_one = torch.where(scale == 0, 0.0, groups / scale)
+    if minima is not None:
+        return of_one.round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    t = nearest(of_one) if bits == 4 else of_one.round_().clamp_(-127, 127)
+    return t.add_(centre(bits)).to(torch.uint8)
 
 
 def refuse_non_finite(groups: Tensor, scales: Tensor, minima: Tensor | None) -> None:
@@ -61,9 +74,9 @@ def best_fit(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor
     return enclosing(groups, bits, symmetric)
 
 
-# Shares of the scale that takes in the largest number. Below 1 it is stretched beyond the quantised
-# values, so that the others fall closer together; more shares gain less than 0.2% of error.
-_SHARES = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
+# Shares of the lowest level that the largest number is meant for. Above 1 it is cut off, so that
+# the others fall closer together; more shares gain less than 0.4% of error.
+_SHARES = (0.8, 0.87, 0.94, 1.0, 1.07)
 _CHUNK = 1 << 17  # numbers that go through a CPU's caches together
 
 
@@ -71,8 +84,8 @@ def search_scales(groups: Tensor) -> Tensor:
     """The scales, float16 (...), that leave symmetric four-bit values of `groups`
     (..., group_size) the least squared error, among some.
 
-    For quantised values q, the scale of least error is s = Σ wq / Σ q² and the error
-    Σ w² - s Σ wq. They are made for each of _SHARES, and the scale of the best of them is taken.
+    For levels v, the scale of least error is s = Σ wv / Σ v² and the error Σ w² - s Σ wv. They
+    are made for each of _SHARES, and the scale of the best of them is taken.
     """
     rows = groups.reshape(-1, groups.shape[-1])
     found = torch.empty(len(rows), dtype=torch.float16, device=rows.device)
@@ -81,14 +94,14 @@ def search_scales(groups: Tensor) -> Tensor:
     for start in range(0, len(rows), step):
         w = rows[start : start + step]
         low, high = w.aminmax(dim=-1)
-        # The largest number by its size is meant for code 0, which stands for -8.
-        inverse = (-8 / torch.where(-low > high, low, high)).nan_to_num_(0, 0, 0)
+        # The largest number by its size is meant for code 0, the lowest level.
+        inverse = (LOWEST / torch.where(-low > high, low, high)).nan_to_num_(0, 0, 0)
         best, scale = torch.zeros_like(inverse), torch.zeros_like(inverse)
         for share in _SHARES:
-            q = (w * (inverse * share).unsqueeze(-1)).round_().clamp_(-8, 7)
-            wq, qq = torch.linalg.vecdot(w, q), torch.linalg.vecdot(q, q)
-            s = wq / qq.clamp_(min=1)
-            better = wq * s > best
-            best, scale = torch.where(better, wq * s, best), torch.where(better, s, scale)
+            v = levels(nearest(w * (inverse * share).unsqueeze(-1)), 4)
+            wv, vv = torch.linalg.vecdot(w, v), torch.linalg.vecdot(v, v)
+            s = wv / vv.clamp_(min=1)
+            better = wv * s > best
+            best, scale = torch.where(better, wv * s, best), torch.where(better, s, scale)
         found[start : start + step] = scale
     return found.view(groups.shape[:-1])

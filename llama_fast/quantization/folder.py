@@ -147,15 +147,18 @@ def _calibrated(
     checkpoint: Checkpoint, settings: Quantization, tokens: Tensor, progress: Progress | None
 ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
     """Every weight in its order. A layer sees what the quantised layers before it make of the
-    tokens, so that its rounding makes up for theirs as well."""
+    tokens, so that its rounding makes up for theirs as well. A head sees what the float layers do:
+    it may be the embedding, which comes first."""
     check_tokens(checkpoint, tokens)
+    head = "embed" if checkpoint.config.tied else "head"
+    of_head = _hessian_of_head(checkpoint, tokens)
     T, config = tokens.shape[1], checkpoint.config
     cos, sin = rope_tables(config.head_dim, T, config.rope_theta, config.rope_scaling)
     update, x = None, None
     for part, module in layers(checkpoint, progress):
         if part == "head" and checkpoint.config.tied:
             continue
-        hessians = {}
+        hessians = {"": of_head} if part == head else {}
         if part.startswith("layers."):
             hessians = _hessians(module, update, x, cos, sin)
         for name, weight in list(module.named_parameters()):
@@ -172,6 +175,20 @@ def _calibrated(
             x = module(tokens).to(checkpoint.dtype)
         elif part.startswith("layers."):
             update, x = module(update, x, cos, sin, None)
+
+
+def _hessian_of_head(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
+    T, config = tokens.shape[1], checkpoint.config
+    cos, sin = rope_tables(config.head_dim, T, config.rope_theta, config.rope_scaling)
+    update, x, inputs = None, None, Inputs()
+    for part, module in layers(checkpoint):
+        if part == "embed":
+            x = module(tokens)
+        elif part.startswith("layers."):
+            update, x = module(update, x, cos, sin, None)
+        elif part == "norm":
+            inputs(module, module(update, x)[:1])
+    return inputs.H
 
 
 def _hessians(layer: nn.Module, *arguments: Tensor | None) -> dict[str, Tensor]:

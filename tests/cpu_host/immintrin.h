@@ -141,6 +141,7 @@ FLOATS_3(fmadd_ps)
 FLOATS_3(fmaddsub_ps)
 INTS_2(add_epi32, add_epi32)
 INTS_2(sub_epi8, sub_epi8)
+INTS_2(shuffle_epi8, shuffle_epi8)
 INTS_2(mullo_epi32, mullo_epi32)
 INTS_2(and_si512, and_si256)
 INTS_2(unpacklo_epi16, unpacklo_epi16)
@@ -161,6 +162,11 @@ INTS_SHIFT(srli_epi16)
 static inline __m512 _mm512_set1_ps(float x) { return host::floats([&](int) { return x; }); }
 static inline __m512 _mm512_setzero_ps() { return _mm512_set1_ps(0.f); }
 static inline __m512i _mm512_set1_epi32(int x) { return host::words([&](int) { return x; }); }
+static inline __m512i _mm512_broadcast_i32x4(__m128i a) {
+  int32_t x[4];
+  std::memcpy(x, &a, sizeof(x));
+  return host::words([&](int i) { return x[i % 4]; });
+}
 static inline __m512i _mm512_setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h,
                                         int i, int j, int k, int l, int m, int n, int o, int p) {
   const int x[16] = {a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p};

@@ -267,6 +267,7 @@ static void print_hashes() {
   HASH(_mm512_fmaddsub_ps, in.a, in.b, in.c);
   HASH(_mm512_add_epi32, in.i, in.j);
   HASH(_mm512_sub_epi8, in.i, in.j);
+  HASH(_mm512_shuffle_epi8, in.i, in.j);
   HASH(_mm512_mullo_epi32, in.i, in.j);
   HASH(_mm512_and_si512, in.i, in.j);
   HASH(_mm512_unpacklo_epi16, in.i, in.j);
@@ -278,6 +279,7 @@ static void print_hashes() {
   HASH(_mm512_set1_ps, in.a[0]);
   HASH(_mm512_setzero_ps);
   HASH(_mm512_set1_epi32, int(in.k));
+  HASH(_mm512_broadcast_i32x4, _mm256_castsi256_si128(in.half));
   HASH(_mm512_setr_epi32, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, int(in.k));
   HASH(_mm512_castsi512_ps, in.i);
   HASH(_mm512_castps_si512, in.a);

@@ -26,19 +26,18 @@ static constexpr int UNPACK_FROM = 3;         // tiles of rows
 // Bytes from what is used to what is fetched: far enough to have begun before a block ends.
 static constexpr int QDATA_AHEAD = 2048, SCALES_AHEAD = 512;
 
-// How the numbers of a line are stored, and which numbers they are.
+// How the bytes of a line are stored, and which bytes they are.
 struct TwoNibbles {
-  using Kind = Nibble;
+  using Kind = SmallByte;
   static constexpr int STEPS = 2;
-  static vi numbers(vi line, int step) {
-    if (step == 0) return low_nibbles(line);
-    return high_nibbles(line);
+  static vi bytes(Table table, vi line, int step) {
+    return look_up(table, step == 0 ? low_nibbles(line) : high_nibbles(line));
   }
 };
 template <class C> struct Bytes {
   using Kind = C;
   static constexpr int STEPS = 1;
-  static vi numbers(vi line, int) { return line; }
+  static vi bytes(Table, vi line, int) { return line; }
 };
 
 // Qdata that each line asks for in passing: `step` bytes of each block, which lie `stride` apart.
@@ -53,6 +52,7 @@ struct Part {
   const f16 *scales, *minima;  // of the first block; minima may be null
   int64_t qdata_stride, scale_stride;  // from a block to the next
   int64_t groups, group_size;
+  Table table;  // bytes of nibbles
   Activations x;
   bool first;    // of its columns: the totals start here
   float* total;  // (MT, NT, BLOCK)
@@ -88,6 +88,7 @@ template <class Storage, int MT, int NT> static void add_quantized(const Part& p
   using Kind = typename Storage::Kind;
   Sums<MT, NT> total = load_totals<MT, NT>(part);
   const uint8_t* qdata = part.qdata;
+  const Table table = part.table;
   Fetch fetch = part.fetch;
   const int8_t* x = part.x.bytes;
   const int64_t lines = part.group_size / (4 * Storage::STEPS);
@@ -111,7 +112,7 @@ template <class Storage, int MT, int NT> static void add_quantized(const Part& p
         vi w[NT][V];
         for (int n = 0; n < NT; ++n)
           for (int v = 0; v < V; ++v)
-            w[n][v] = Storage::numbers(stored[n][v], step);
+            w[n][v] = Storage::bytes(table, stored[n][v], step);
         for (int m = 0; m < MT; ++m) {
           const vi xm = set_bytes(x + 4 * m);
           for (int n = 0; n < NT; ++n)
@@ -184,12 +185,12 @@ static inline void with_tile(int mt, int nt, F&& f) {
 }
 
 // Nibbles of `lines` lines → one byte each.
-static void unpack(const uint8_t* qdata, int64_t lines, uint8_t* to) {
+static void unpack(Table table, const uint8_t* qdata, int64_t lines, uint8_t* to) {
   for (int64_t i = 0; i < lines; ++i, qdata += LINE, to += 2 * LINE) {
     for (int v = 0; v < V; ++v) {
       const vi line = load_lanes(qdata + v * 4 * vf::W);
-      store_lanes(to + v * 4 * vf::W, low_nibbles(line));
-      store_lanes(to + LINE + v * 4 * vf::W, high_nibbles(line));
+      store_lanes(to + v * 4 * vf::W, look_up(table, low_nibbles(line)));
+      store_lanes(to + LINE + v * 4 * vf::W, look_up(table, high_nibbles(line)));
     }
   }
 }
@@ -216,6 +217,7 @@ static Part part_of(const LinearQuantizedArgs& a, const Shape& s, int64_t n0, in
       .scale_stride = scale_stride,
       .groups = std::min(groups, s.groups - g0),
       .group_size = s.group_size,
+      .table = bytes_of_nibbles(a),
       .x = {},
       .first = g0 == 0,
       .total = nullptr,
@@ -234,7 +236,7 @@ static void by_bytes(const LinearQuantizedArgs& a, const Shape& s, int64_t row0,
   const RoundedRows<T> x(a, s, row0, M, tiles, chunk, Lie::by_four);
   for_each_blocks(s, M, [&](int64_t n0, int NT) {
     float* total = scratch<LinearQuantizedArgs>(M * NT * BLOCK + (unpacked ? MAX_NT * CHUNK * 4 : 0));
-    auto* nibbles_of_chunk = reinterpret_cast<uint8_t*>(total + M * NT * BLOCK);
+    auto* bytes_of_chunk = reinterpret_cast<uint8_t*>(total + M * NT * BLOCK);
     for (int64_t g0 = 0; g0 < s.groups; g0 += chunk) {
       Part part = part_of(a, s, n0, g0, chunk);
       const int64_t columns = part.groups * s.group_size, bytes = columns * BLOCK * a.bits / 8;
@@ -243,8 +245,8 @@ static void by_bytes(const LinearQuantizedArgs& a, const Shape& s, int64_t row0,
       part.fetch = {part.qdata + (tiles == 1 ? QDATA_AHEAD : bytes), share / lines, s.qdata_bytes};
       if (unpacked) {
         for (int n = 0; n < NT; ++n)
-          unpack(part.qdata + n * s.qdata_bytes, columns / 8, nibbles_of_chunk + n * CHUNK * BLOCK);
-        part.qdata = nibbles_of_chunk;
+          unpack(part.table, part.qdata + n * s.qdata_bytes, columns / 8, bytes_of_chunk + n * CHUNK * BLOCK);
+        part.qdata = bytes_of_chunk;
         part.qdata_stride = CHUNK * BLOCK;
       }
       for_each_tile(M, tiles, [&](int64_t m0, int mt) {
@@ -252,7 +254,7 @@ static void by_bytes(const LinearQuantizedArgs& a, const Shape& s, int64_t row0,
         part.total = total + m0 * NT * BLOCK;
         with_tile(mt, NT, [&](auto MT, auto NT) {
           constexpr int rows = decltype(MT)::value, wide = decltype(NT)::value;
-          if (unpacked) add_quantized<Bytes<Nibble>, rows, wide>(part);
+          if (unpacked) add_quantized<Bytes<SmallByte>, rows, wide>(part);
           else if (nibbles) add_quantized<TwoNibbles, rows, wide>(part);
           else add_quantized<Bytes<Byte>, rows, wide>(part);
         });
@@ -264,9 +266,8 @@ static void by_bytes(const LinearQuantizedArgs& a, const Shape& s, int64_t row0,
 }
 
 // The values of `groups` groups of NT blocks, (columns, NT, BLOCK).
-static void dequantize(const Part& part, int bits, int NT, float* to) {
+static void dequantize(const Part& part, int bits, int centre, int NT, float* to) {
   const int64_t steps = bits == 8 ? 1 : 2, lines = part.group_size / (4 * steps);
-  const float centre = bits == 8 ? 128.f : 8.f;
   for (int n = 0; n < NT; ++n) {
     for (int v = 0; v < V; ++v) {
       const uint8_t* qdata = part.qdata + n * part.qdata_stride + v * 4 * vf::W;
@@ -274,11 +275,11 @@ static void dequantize(const Part& part, int bits, int NT, float* to) {
       for (int64_t g = 0; g < part.groups; ++g) {
         const int64_t at = n * part.scale_stride + g * BLOCK + v * vf::W;
         const vf scale = load(part.scales + at);
-        const vf minimum = part.minima ? load(part.minima + at) : scale * set(-centre);
+        const vf minimum = part.minima ? load(part.minima + at) : scale * set(float(-centre));
         for (int64_t line = 0; line < lines; ++line, qdata += LINE) {
           const vi stored = load_lanes(qdata);
           for (int step = 0; step < steps; ++step, w += 4 * NT * BLOCK) {
-            const vi four = bits == 8 ? stored : step ? high_nibbles(stored) : low_nibbles(stored);
+            const vi four = bits == 8 ? stored : TwoNibbles::bytes(part.table, stored, step);
             store(w, fma(to_float(byte_of<0>(four)), scale, minimum));
             store(w + NT * BLOCK, fma(to_float(byte_of<1>(four)), scale, minimum));
             store(w + 2 * NT * BLOCK, fma(to_float(byte_of<2>(four)), scale, minimum));
@@ -306,7 +307,7 @@ static void by_values(const LinearQuantizedArgs& a, const Shape& s, int64_t row0
     float* values = total + M * NT * BLOCK;
     for (int64_t g0 = 0; g0 < s.groups; g0 += chunk) {
       Part part = part_of(a, s, n0, g0, chunk);
-      dequantize(part, a.bits, NT, values);
+      dequantize(part, a.bits, centre_of(a), NT, values);
       for_each_tile(M, tiles_of(M), [&](int64_t m0, int mt) {
         part.total = total + m0 * NT * BLOCK;
         const float* tile = x + m0 * s.columns + g0 * s.group_size * mt;

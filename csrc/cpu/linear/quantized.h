@@ -37,13 +37,27 @@ template <class F> static inline void for_each_tile(int64_t M, int64_t tiles, F&
   }
 }
 
+// What a nibble stands for, as a byte: a level of a symmetric weight above the lowest, or itself.
+// llama_fast/ops/quantized_layout.py has the levels' formula.
+static constexpr uint8_t LEVELS[16] = {0,  11, 21, 30, 38, 45, 52,  58,
+                                       64, 70, 76, 83, 90, 98, 107, 117};
+static constexpr uint8_t PLAIN[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+static inline Table bytes_of_nibbles(const LinearQuantizedArgs& a) {
+  return table_of(a.minima ? PLAIN : LEVELS);
+}
+
+// What the byte of a weight of zero is: 0 where there are minima.
+static inline int centre_of(const LinearQuantizedArgs& a) {
+  return a.minima ? 0 : a.bits == 8 ? 128 : LEVELS[8];
+}
+
 // A tile of MT rows of x as the products take them: (groups, MT * group_size) bytes, and its scales,
 // sums and starts, which are (groups, MT).
 struct Activations {
   int8_t* bytes;
   float* scales;
   float* sums;      // scale · Σ bytes of the group, for the minima
-  int32_t* starts;  // where the sum of a group starts: what takes qdata's centre off again
+  int32_t* starts;  // where the sum of a group starts: what takes the bytes' centre off again
 };
 
 // One group of one row of x, to signed bytes: q = round(x / scale), scale = max |x| / 127.
@@ -108,8 +122,7 @@ template <class T> class RoundedRows {
   void round(int64_t m0, int MT, int64_t g_begin, int64_t g_end) const {
     alignas(64) float values[128];
     alignas(64) int8_t q[128];
-    const int bias = a_.bits == 4 ? BIAS<Nibble> : BIAS<Byte>;
-    const int centre = a_.minima ? 0 : a_.bits == 8 ? 128 : 8;
+    const int bias = a_.bits == 4 ? BIAS<SmallByte> : BIAS<Byte>, centre = centre_of(a_);
     for (int m = 0; m < MT; ++m) {
       const T* x = static_cast<const T*>(a_.x) + a_.rows.offset(row0_ + m0 + m);
       for (int64_t g = g_begin; g < g_end; ++g) {

@@ -161,17 +161,18 @@ template <class T> class QuantizedProduct {
     for (int64_t n = n0; n < n1; ++n) write<T>(total + (n - n0) * M_ * BLOCK, a_, row0_, M_, n, 1);
   }
 
-  // A chunk of block n, a byte for each value: what it is less its centre, where there are no minima.
+  // A chunk of block n, a byte for each value: less the centre, where there are no minima.
   void to_bytes(int64_t n, int64_t g, uint8_t* to) const {
-    const vi centre = set(a_.minima ? 0 : a_.bits == 4 ? 0x08080808 : int(0x80808080));
+    const vi centre = set(int(0x01010101u * unsigned(centre_of(a_))));
+    const Table table = bytes_of_nibbles(a_);
     const uint8_t* from = qdata(n, g);
     for (const uint8_t* end = from + groups_from(g) * group_bytes_; from < end; from += LINE) {
       const vi line = load_lanes(from);
-      const vi low = a_.bits == 4 ? low_nibbles(line) : line;
+      const vi low = a_.bits == 4 ? look_up(table, low_nibbles(line)) : line;
       store_lanes(to, {_mm512_sub_epi8(low.v, centre.v)});
       to += LINE;
       if (a_.bits == 8) continue;
-      store_lanes(to, {_mm512_sub_epi8(high_nibbles(line).v, centre.v)});
+      store_lanes(to, {_mm512_sub_epi8(look_up(table, high_nibbles(line)).v, centre.v)});
       to += LINE;
     }
     written(to);

@@ -13,8 +13,8 @@
 namespace llama_fast {
 namespace ISA {
 
-// What a quantised weight may be: a nibble, or any byte.
-struct Nibble {};
+// What a quantised weight may be: a byte below 128, as what nibbles stand for is, or any byte.
+struct SmallByte {};
 struct Byte {};
 
 static inline uint32_t word_at(const void* p) {
@@ -26,6 +26,7 @@ static inline uint32_t word_at(const void* p) {
 #if defined(ISA_AVX512) || defined(ISA_AVX512_BF16)
 
 struct vi { __m512i v; };
+using Table = vi;
 
 static inline vi load_lanes(const void* p) { return {_mm512_loadu_si512(p)}; }
 static inline void store_lanes(void* p, vi x) { _mm512_storeu_si512(p, x.v); }
@@ -35,6 +36,11 @@ static inline vi low_nibbles(vi x) {
   return {_mm512_and_si512(x.v, _mm512_set1_epi32(0x0f0f0f0f))};
 }
 static inline vi high_nibbles(vi x) { return low_nibbles({_mm512_srli_epi16(x.v, 4)}); }
+// What a table of 16 bytes has for each nibble.
+static inline vi table_of(const void* bytes) {
+  return {_mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(bytes)))};
+}
+static inline vi look_up(vi table, vi nibbles) { return {_mm512_shuffle_epi8(table.v, nibbles.v)}; }
 // Byte j of each lane, as a number.
 template <int J> static inline vi byte_of(vi x) {
   return {_mm512_and_si512(_mm512_srli_epi32(x.v, 8 * J), _mm512_set1_epi32(0xff))};
@@ -58,6 +64,7 @@ template <class Kind> static inline vi dot(Kind, vi qdata, vi x, vi acc) {
 #elif defined(ISA_AVX2)
 
 struct vi { __m256i v; };
+using Table = vi;
 
 static inline vi load_lanes(const void* p) {
   return {_mm256_loadu_si256(static_cast<const __m256i*>(p))};
@@ -71,6 +78,10 @@ static inline vi low_nibbles(vi x) {
   return {_mm256_and_si256(x.v, _mm256_set1_epi32(0x0f0f0f0f))};
 }
 static inline vi high_nibbles(vi x) { return low_nibbles({_mm256_srli_epi16(x.v, 4)}); }
+static inline vi table_of(const void* bytes) {
+  return {_mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(bytes)))};
+}
+static inline vi look_up(vi table, vi nibbles) { return {_mm256_shuffle_epi8(table.v, nibbles.v)}; }
 template <int J> static inline vi byte_of(vi x) {
   return {_mm256_and_si256(_mm256_srli_epi32(x.v, 8 * J), _mm256_set1_epi32(0xff))};
 }
@@ -96,14 +107,14 @@ template <class Kind> static inline vi dot(Kind, vi qdata, vi x, vi acc) {
 
 #else
 
-// vpmaddubsw adds two products in 16 bits and saturates: 2 · 15 · 127 fits, 2 · 255 · 127 does not.
+// vpmaddubsw adds two products in 16 bits and saturates: 2 · 127 · 127 fits, 2 · 255 · 127 does not.
 // A byte is therefore made signed, and its sign moved to the activation: 2 · 128 · 127 fits.
 template <> constexpr int BIAS<Byte> = 128;
 
 static inline __m256i add_pairs(__m256i pairs, __m256i acc) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-static inline vi dot(Nibble, vi qdata, vi x, vi acc) {
+static inline vi dot(SmallByte, vi qdata, vi x, vi acc) {
   return {add_pairs(_mm256_maddubs_epi16(qdata.v, x.v), acc.v)};
 }
 static inline vi dot(Byte, vi qdata, vi x, vi acc) {
@@ -116,6 +127,7 @@ static inline vi dot(Byte, vi qdata, vi x, vi acc) {
 #else
 
 struct vi { int32_t v; };
+struct Table { const uint8_t* bytes; };
 
 static inline vi load_lanes(const void* p) { return {int32_t(word_at(p))}; }
 static inline void store_lanes(void* p, vi x) { std::memcpy(p, &x.v, sizeof(x.v)); }
@@ -123,6 +135,13 @@ static inline vi set(int32_t x) { return {x}; }
 static inline vf to_float(vi x) { return {float(x.v)}; }
 static inline vi low_nibbles(vi x) { return {x.v & 0x0f0f0f0f}; }
 static inline vi high_nibbles(vi x) { return {int32_t(uint32_t(x.v) >> 4 & 0x0f0f0f0fu)}; }
+static inline Table table_of(const void* bytes) { return {static_cast<const uint8_t*>(bytes)}; }
+static inline vi look_up(Table table, vi nibbles) {
+  uint32_t found = 0;
+  for (int shift = 0; shift < 32; shift += 8)
+    found |= uint32_t(table.bytes[uint32_t(nibbles.v) >> shift & 15]) << shift;
+  return {int32_t(found)};
+}
 template <int J> static inline vi byte_of(vi x) { return {int32_t(uint32_t(x.v) >> (8 * J) & 0xff)}; }
 static inline void store_bytes(int8_t* p, vf x) { *p = int8_t(x.v); }
 

@@ -1,7 +1,7 @@
 // A weight of 8-bit or 4-bit integers with a scale, and perhaps an offset, for each group of columns of a
 // row, as gemv.cuh multiplies by it. llama_fast/ops/quantized_layout.py says how it is laid out.
 //
-// The integers less their centre are whole numbers that bfloat16 and float16 hold exactly, so the products
+// What the integers stand for are whole numbers that bfloat16 and float16 hold exactly, so the products
 // of a step are summed without any rounding of the weights, and x is not rounded to 8 bits as the op
 // allows; the scale multiplies the sum of each step of 32 columns, which lies in one group. Offsets
 // multiply the sum of x, which comes from a matrix of ones.
@@ -12,18 +12,35 @@
 
 namespace llama_fast::cuda {
 
-// The same of the low halves of the bytes, which are below 16: 128 + value is exact in bfloat16 too.
+// Two bytes below 128, which `pick` takes and puts a byte of MAGIC above each, as numbers less the centre.
 template <class T>
-__device__ __forceinline__ void dequantize_nibbles(uint32_t bytes, int centre, uint32_t& first,
-                                              uint32_t& second) {
-  if constexpr (std::is_same_v<T, f16>) {
-    dequantize_bytes<f16>(bytes & 0x0f0f0f0f, centre, first, second);
+__device__ __forceinline__ uint32_t small_bytes(uint32_t bytes, uint32_t pick, int centre) {
+  // 1024 + byte in float16, and 128 + byte in bfloat16, end in the byte; the difference is exact.
+  constexpr bool HALF = std::is_same_v<T, f16>;
+  constexpr uint32_t MAGIC = HALF ? 0x64646464 : 0x43434343, LESS = HALF ? 0xe400e400 : 0xc300c300;
+  return add_pairs<T>(pick_bytes(bytes, MAGIC, pick), LESS | centre * 0x00010001);
+}
+
+constexpr int LEVEL_OF_ZERO = 64;  // above the lowest
+
+// The levels of four nibbles above the lowest, a byte each: those of nibbles below 8 and the others are
+// both looked up, and a nibble's highest bit chooses.
+__device__ __forceinline__ uint32_t levels_of(uint32_t nibbles) {
+  const uint32_t below = pick_bytes(0x1e150b00, 0x3a342d26, nibbles & 0x7777);
+  const uint32_t above = pick_bytes(0x534c4640, 0x756b625a, nibbles & 0x7777);
+  return pick_bytes(below, above, 0x3210 | (nibbles & 0x8888) >> 1);
+}
+
+// The numbers of a word of 8 nibbles, as four pairs: a byte has column k in its low half, k + 4 in its high.
+template <class T, bool LEVELS> __device__ __forceinline__ Pairs dequantize_nibbles(uint32_t word) {
+  if constexpr (LEVELS) {
+    const uint32_t even = levels_of(word & 0xffff), odd = levels_of(word >> 16);  // columns 0 4 1 5, 2 6 3 7
+    return {{small_bytes<T>(even, 0x4240, LEVEL_OF_ZERO), small_bytes<T>(odd, 0x4240, LEVEL_OF_ZERO),
+             small_bytes<T>(even, 0x4341, LEVEL_OF_ZERO), small_bytes<T>(odd, 0x4341, LEVEL_OF_ZERO)}};
   } else {
-    constexpr uint32_t MAGIC = 0x43434343;
-    const uint32_t less = 0xc300c300 | centre * 0x00010001;  // -(128 + centre), twice
-    bytes &= 0x0f0f0f0f;
-    first = add_pairs<bf16>(pick_bytes(bytes, MAGIC, 0x4140), less);
-    second = add_pairs<bf16>(pick_bytes(bytes, MAGIC, 0x4342), less);
+    const uint32_t low = word & 0x0f0f0f0f, high = word >> 4 & 0x0f0f0f0f;
+    return {{small_bytes<T>(low, 0x4140, 0), small_bytes<T>(low, 0x4342, 0),
+             small_bytes<T>(high, 0x4140, 0), small_bytes<T>(high, 0x4342, 0)}};
   }
 }
 
@@ -38,7 +55,6 @@ template <class T, int BITS, bool OFFSETS> struct PackedWeight {
   int group_shift;  // log2 of the columns of a group
 
   static constexpr int WORDS = BITS / 4;  // of four bytes, for 8 columns of a row
-  static constexpr int CENTRE = OFFSETS ? 0 : 1 << (BITS - 1);
   // 1.0 twice.
   static constexpr uint32_t ONES = std::is_same_v<T, f16> ? 0x3c003c00u : 0x3f803f80u;
 
@@ -87,15 +103,15 @@ template <class T, int BITS, bool OFFSETS> struct PackedWeight {
   }
 
   static __device__ __forceinline__ Pairs dequantize(const uint32_t (&words)[WORDS]) {
-    Pairs pairs;
-    if constexpr (BITS == 8) {
+    if constexpr (BITS == 4) {
+      return dequantize_nibbles<T, !OFFSETS>(words[0]);
+    } else {
+      constexpr int CENTRE = OFFSETS ? 0 : 128;
+      Pairs pairs;
       dequantize_bytes<T>(words[0], CENTRE, pairs.v[0], pairs.v[1]);
       dequantize_bytes<T>(words[1], CENTRE, pairs.v[2], pairs.v[3]);
-    } else {
-      dequantize_nibbles<T>(words[0], CENTRE, pairs.v[0], pairs.v[1]);
-      dequantize_nibbles<T>(words[0] >> 4, CENTRE, pairs.v[2], pairs.v[3]);
+      return pairs;
     }
-    return pairs;
   }
 
   template <int TILES>

@@ -23,6 +23,7 @@ from ...generation.engine import Engine
 from ...model import Llama
 from ...nn.kv_cache import KVCache
 from ...ops import QuantizedWeight
+from ...ops.quantized_layout import centre, levels
 from ...training.config import TrainConfig
 from ...training.weights import make_optimizer
 from ..shapes import Work, problem_shapes
@@ -70,11 +71,14 @@ def random_model(
 def random_quantized(
     form: WeightFormat, shape: tuple[int, int], std: float, device: str | torch.device
 ) -> QuantizedWeight:
-    """Returns a weight whose quantised values are uniform, with a scale that gives it that standard
+    """Returns a weight all of whose values are as likely, with a scale that gives it that standard
     deviation."""
     weight = QuantizedWeight.empty(shape, form).to_empty(device=device)
     fill(weight.qdata)
-    weight.scales.fill_(std * 12**0.5 / 2**form.bits)
+    of_values = torch.arange(2.0**form.bits, dtype=torch.float32, device="cpu") - centre(form.bits)
+    if form.symmetric:
+        of_values = levels(of_values, form.bits)
+    weight.scales.fill_(std / of_values.std(correction=0).item())
     if weight.minima is not None:
         weight.minima.fill_(-std * 3**0.5)
     return weight
