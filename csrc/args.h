@@ -184,9 +184,9 @@ struct AttentionBackwardArgs {
   void* dv;    // (B, S, K, D) contiguous
 };
 
-// How GEMV on the CPU has a weight fetched that few rows of x meet: tiles of some rows in step, each row
-// fetched on its own; or a stream, the block of rows to come in the order of its addresses, into the
-// second cache. Both sum in the same order.
+// How a CPU has a weight fetched that few rows of x meet: tiles of some rows in step, each row (of a
+// quantised one, each block of rows) fetched on its own; or a stream, what comes next in the order of its
+// addresses, into the second cache. Both sum in the same order.
 enum class Walk { tiles, stream };
 
 struct LinearArgs {
@@ -210,6 +210,7 @@ struct LinearQuantizedArgs {
   Rows rows;
   int64_t C_in, C_out, group_size;
   int bits;
+  Walk walk = Walk::tiles;
 };
 
 // One side of a matrix product: vectors of K elements. They are rows of memory; or columns of it,

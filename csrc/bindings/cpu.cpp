@@ -390,8 +390,9 @@ PYBIND11_MODULE(_cpu, m) {
   def(m, "linear_quantized", [](const Tensor& x, const Tensor& qdata, const Tensor& scales,
                                const OptionalTensor& minima, int64_t bits, int64_t group_size,
                                const Tensor& y) {
-    launch(&KernelTable::linear_quantized,
-           linear_quantized_args(x, qdata, scales, minima, bits, group_size, y));
+    auto args = linear_quantized_args(x, qdata, scales, minima, bits, group_size, y);
+    args.walk = gemv_walk();
+    launch(&KernelTable::linear_quantized, args);
     return y;
   });
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import llama_fast
-from llama_fast import linear
+from llama_fast import QuantizedWeight, linear
 from llama_fast.backends import cpu
 from llama_fast.ops.linear import BACKWARD_WEIGHT, BACKWARD_X, OP
 
@@ -153,8 +153,11 @@ def test_many_rows_of_odd_sizes(backend, dtype, way, shape):
 @pytest.mark.parametrize("backend", CPU)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 2, 3, 6, 7])
-def test_both_walks_of_gemv_sum_in_one_order(backend, dtype, M):
+@pytest.mark.parametrize("bits", [None, 4])
+def test_both_walks_of_gemv_sum_in_one_order(backend, dtype, M, bits):
     x, weight, _ = operands(M, 2 * 2048 + 77, 45, dtype)
+    if bits:
+        weight = QuantizedWeight.from_float(weight, bits, 32)
     with on(backend):
         usual = cpu._cpu.gemv_walk()
         found = []

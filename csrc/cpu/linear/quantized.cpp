@@ -23,7 +23,7 @@ static constexpr int CHUNK = 512;             // columns; a multiple of every gr
 static constexpr int FLOAT_CHUNK = 128, FLOAT_RUN = 16;
 static constexpr int64_t SLAB = 512;          // rows of x that are packed at a time
 static constexpr int UNPACK_FROM = 3;         // tiles of rows
-// Bytes from what is used to what is fetched: far enough to have begun before a block ends.
+// Bytes from what is used to what is fetched, where that is no stream: begun before a block ends.
 static constexpr int QDATA_AHEAD = 2048, SCALES_AHEAD = 512;
 
 // How the bytes of a line are stored, and which bytes they are.
@@ -40,11 +40,20 @@ template <class C> struct Bytes {
   static vi bytes(Table, vi line, int) { return line; }
 };
 
-// Qdata that each line asks for in passing: `step` bytes of each block, which lie `stride` apart.
+// What is fetched in passing. Of qdata each line asks for a line for each block, `stride` apart, and the next
+// for `step` bytes on. Of the scales each group asks for those of each block that lie so many elements on.
 struct Fetch {
   const uint8_t* next;
   int64_t step, stride;
+  int64_t scales, scales_stride, scales_step;
+  bool stream;  // into the second cache
 };
+template <int NT, class P> static inline void prefetch(const P* p, int64_t stride, bool stream) {
+  for (int n = 0; n < NT; ++n) {
+    if (stream) __builtin_prefetch(p + n * stride, 0, 2);
+    else __builtin_prefetch(p + n * stride);
+  }
+}
 
 // Some columns of one or two blocks of W, and of a tile of x.
 struct Part {
@@ -58,13 +67,6 @@ struct Part {
   float* total;  // (MT, NT, BLOCK)
   Fetch fetch;
 };
-
-// Asks for what the next groups of NT blocks of scales or minima will need.
-template <int NT> static inline void prefetch_group(const f16* p, const Part& part, int64_t g) {
-  for (int n = 0; n < NT; ++n)
-    __builtin_prefetch(reinterpret_cast<const char*>(p + n * part.scale_stride + g * BLOCK) +
-                       SCALES_AHEAD);
-}
 
 template <int MT, int NT> struct Sums { vf of[MT][NT][V]; };
 
@@ -93,20 +95,20 @@ template <class Storage, int MT, int NT> static void add_quantized(const Part& p
   const int8_t* x = part.x.bytes;
   const int64_t lines = part.group_size / (4 * Storage::STEPS);
   for (int64_t g = 0; g < part.groups; ++g) {
-    prefetch_group<NT>(part.scales, part, g);
-    if (part.minima) prefetch_group<NT>(part.minima, part, g);
+    const int64_t later = fetch.scales + g * fetch.scales_step;
+    prefetch<NT>(part.scales + later, fetch.scales_stride, fetch.stream);
+    if (part.minima) prefetch<NT>(part.minima + later, fetch.scales_stride, fetch.stream);
     vi acc[MT][NT][V];
     for (int m = 0; m < MT; ++m)
       for (int n = 0; n < NT; ++n)
         for (int v = 0; v < V; ++v) acc[m][n][v] = set(part.x.starts[g * MT + m]);
     for (int64_t line = 0; line < lines; ++line, qdata += LINE) {
       vi stored[NT][V];
-      for (int n = 0; n < NT; ++n) {
+      for (int n = 0; n < NT; ++n)
         for (int v = 0; v < V; ++v)
           stored[n][v] = load_lanes(qdata + n * part.qdata_stride + v * 4 * vf::W);
-        // A page ends where the hardware stops to look ahead.
-        __builtin_prefetch(fetch.next + n * fetch.stride);
-      }
+      // A page ends where the hardware stops to look ahead.
+      prefetch<NT>(fetch.next, fetch.stride, fetch.stream);
       fetch.next += fetch.step;
       for (int step = 0; step < Storage::STEPS; ++step, x += 4 * MT) {
         vi w[NT][V];
@@ -205,6 +207,22 @@ template <class F> static void for_each_blocks(const Shape& s, int64_t M, F&& f)
   });
 }
 
+// One tile of rows of x has whole blocks for itself. It fetches what it will soon need; or the blocks to
+// come, as one stream of addresses.
+static Fetch fetch_of_one_tile(const LinearQuantizedArgs& a, const Shape& s, const Part& part, int NT) {
+  if (a.walk == Walk::stream)
+    return {part.qdata + NT * s.qdata_bytes, NT * LINE, LINE,
+            NT * part.scale_stride, BLOCK, NT * BLOCK, true};
+  return {part.qdata + QDATA_AHEAD, LINE, s.qdata_bytes,
+          SCALES_AHEAD / int64_t(sizeof(f16)), part.scale_stride, BLOCK, false};
+}
+
+// Several tiles meet a chunk, and each fetches its share of the next one.
+static Fetch fetch_of_tiles(const Shape& s, const Part& part, int64_t bytes, int64_t share, int64_t lines) {
+  return {part.qdata + bytes, share / lines, s.qdata_bytes,
+          SCALES_AHEAD / int64_t(sizeof(f16)), part.scale_stride, BLOCK, false};
+}
+
 // A chunk of the columns of some blocks of W, `groups` groups from g0 on; without a tile of x.
 static Part part_of(const LinearQuantizedArgs& a, const Shape& s, int64_t n0, int64_t g0,
                     int64_t groups) {
@@ -240,9 +258,9 @@ static void by_bytes(const LinearQuantizedArgs& a, const Shape& s, int64_t row0,
     for (int64_t g0 = 0; g0 < s.groups; g0 += chunk) {
       Part part = part_of(a, s, n0, g0, chunk);
       const int64_t columns = part.groups * s.group_size, bytes = columns * BLOCK * a.bits / 8;
-      // One tile fetches what it will soon need itself, several the next chunk, each its share.
       const int64_t share = bytes / tiles, lines = bytes / LINE * (unpacked ? 2 : 1);
-      part.fetch = {part.qdata + (tiles == 1 ? QDATA_AHEAD : bytes), share / lines, s.qdata_bytes};
+      part.fetch = tiles == 1 ? fetch_of_one_tile(a, s, part, NT)
+                              : fetch_of_tiles(s, part, bytes, share, lines);
       if (unpacked) {
         for (int n = 0; n < NT; ++n)
           unpack(part.table, part.qdata + n * s.qdata_bytes, columns / 8, bytes_of_chunk + n * CHUNK * BLOCK);
