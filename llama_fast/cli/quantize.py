@@ -50,8 +50,8 @@ def quantize(
         int | None,
         typer.Option(
             metavar="4|8|16",
-            help="Bits of the embedding and the head, whose rounding changes most; 16 keeps them as "
-            "they are.",
+            help="Bits of the embedding and the head, whose rounding changes most; 16 keeps them "
+            "as they are.",
             show_default="as --bits",
         ),
     ] = None,

@@ -148,8 +148,8 @@ class Quantization:
 
 
 _EIGHT, _FOUR = WeightFormat(8, 64), WeightFormat(4, 32)
-# Four bits in the head too: of the 1B shape, a head of eight would be a third of what a token reads.
-# They double the divergence of the demo model; `quantize --head-bits 8` is for whom that matters.
+# Four bits in the head too: of the 1B shape, eight there would be a third of what a token reads.
+# They double the divergence of the demo model; for whom that matters there is --head-bits 8.
 NAMED = {
     "int8": Quantization(_EIGHT, _EIGHT, _EIGHT, _EIGHT),
     "int4": Quantization(_FOUR, _FOUR, _FOUR, _FOUR),
