@@ -36,22 +36,26 @@ def block(p: dict[str, Tensor], cos: Tensor, sin: Tensor, targets: Tensor) -> di
 
 
 def found(mesh: DeviceMesh | None = None, sequence: bool = False) -> dict[str, dict]:
-    """Results and gradients, and how they are placed.
+    """Results and gradients, and how they are placed over the last dim of the mesh.
 
-    sequence  whether x comes with a part of the tokens on each rank
+    mesh      of one dim, or of two, the first of which shares the rows of x
+    sequence  whether x comes with a part of the tokens on each rank of the last dim
     """
     g = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, device="cpu") * shape[-1] ** -0.5
 
-    def placed(x: Tensor, at: Replicate | Shard = ALL) -> Tensor:
-        return x if mesh is None else distribute_tensor(x, mesh, [at])
+    def placed(x: Tensor, at: Replicate | Shard = ALL, first: Replicate | Shard = ALL) -> Tensor:
+        return x if mesh is None else distribute_tensor(x, mesh, [first, at][-mesh.ndim :])
 
     p = {}
     for name, (shape, at) in PARAMETERS.items():
-        at = Shard(1) if sequence and name == "x" else at
-        p[name] = placed(randn(*shape), at).requires_grad_()
+        if name == "x":
+            at, first = Shard(1) if sequence else ALL, Shard(0)
+        else:
+            first = ALL
+        p[name] = placed(randn(*shape), at, first).requires_grad_()
     angles = randn(T, D // 2)
     targets = torch.randint(V, (B, T), generator=g)
     results = block(p, placed(angles.cos()), placed(angles.sin()), placed(targets))
@@ -59,7 +63,9 @@ def found(mesh: DeviceMesh | None = None, sequence: bool = False) -> dict[str, d
     results |= {f"gradient of {name}": x.grad for name, x in p.items()}
     return {
         "values": {name: _whole(x).detach() for name, x in results.items()},
-        "placements": {name: str(getattr(x, "placements", "")) for name, x in results.items()},
+        "placements": {
+            name: str(x.placements[-1]) for name, x in results.items() if isinstance(x, DTensor)
+        },
     }
 
 

@@ -181,20 +181,21 @@ def test_a_draw_exchanges_candidates(found, size):
         assert of_rank[case]["given drawn"] == steps * rows * (256 + 2) * 8
 
 
-def test_ops_on_dtensors(found):
+@pytest.mark.parametrize("size", [2, 4])
+def test_ops_on_dtensors(found, size):
     """A block whose weights torch's tensor parallelism has cut, fed with whole rows and with a part
-    of the tokens: results, gradients, and that heads and hidden dims are never gathered."""
+    of the tokens: results, gradients, and that heads and hidden dims are never gathered. Four
+    ranks are a mesh of two dims."""
     alone = sharded_ops.found()["values"]
-    for of_rank in found(2):
+    for of_rank in found(size):
         for sharded in of_rank["dtensors"]:
             for name, value in alone.items():
                 torch.testing.assert_close(sharded["values"][name], value, rtol=1e-5, atol=1e-5)
-            placements = sharded["placements"]
-            assert placements["attention"] == placements["hidden"] == "(Shard(dim=2),)"
+            assert sharded["placements"]["attention"] == sharded["placements"]["hidden"] == "S(2)"
             for name, (_, at) in sharded_ops.PARAMETERS.items():
                 if isinstance(at, Shard):
-                    assert placements[f"gradient of {name}"] == f"({at!r},)"
-        assert of_rank["dtensors"][1]["placements"]["y"] == "(Shard(dim=1),)"  # no row is whole
+                    assert sharded["placements"][f"gradient of {name}"] == str(at)
+        assert of_rank["dtensors"][1]["placements"]["y"] == "S(1)"  # no row is whole
 
 
 def test_info_of_ranks(run):
