@@ -100,11 +100,13 @@ class Repository:
 
 def register() -> None:
     """Makes these layers the ones that `use_kernels=True` and `kernelize` put into models, on CPUs
-    and on CUDA GPUs. Raises ImportError where `kernels` is not installed."""
+    and on CUDA GPUs, there with transformers 5.16 or newer. Raises ImportError where `kernels` is
+    not installed."""
     import kernels
 
     ours = {name: dict.fromkeys(("cpu", "cuda"), Repository(name)) for name in LAYERS}
     # `use_kernels=True` registers transformers' own mapping once more, and the last one counts.
+    # Older versions have no function that returns it.
     theirs = getattr(hub_kernels, "get_kernel_mapping_transformers", dict)()
     for name, repositories in ours.items():
         theirs.setdefault(name, {}).update(repositories)
