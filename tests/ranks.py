@@ -35,6 +35,8 @@ from llama_fast.serve.batch import Batch
 from llama_fast.serve.job import Job
 from llama_fast.tokenizer import Tokenizer
 
+from . import sharded_ops
+
 # Of 8 heads and 2 KV heads: two ranks have one each, and of four, two share one. The vocabulary
 # cannot be cut into equal parts.
 CONFIG = LlamaConfig(
@@ -272,6 +274,9 @@ if __name__ == "__main__":
     found["led"] = led_texts(folder, CASES_OF[mesh.size()][0], mesh)
     if mesh.size() == 3:  # the demo has a KV head for 3 heads
         found["long"] = near_the_end(folder, mesh)
+    if mesh.size() != 3:  # which does not divide its KV heads
+        of_ops = mesh if mesh.size() == 2 else init_device_mesh("cpu", (2, 2))
+        found["dtensors"] = [sharded_ops.found(of_ops, sequence) for sequence in (False, True)]
     found["refusals"] = refusals(folder, mesh)
     torch.save(found, folder / f"found-{mesh.size()}-{dist.get_rank()}.pt")
     dist.barrier()

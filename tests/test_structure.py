@@ -38,7 +38,7 @@ MAY_IMPORT |= {
     "generation": MODEL | {"tokenizer", "_cpu"},
     "training": MODEL | {"tokenizer"},
     "inspect": MODEL | {"tokenizer", "generation", "hf"},
-    "engines": MODEL | {"tokenizer", "generation", "training"},
+    "engines": MODEL | {"tokenizer", "generation", "training", "hf"},
 }
 BELOW_BENCH = MODEL | {"tokenizer", "quantization", "generation", "training", "hf", "inspect"}
 MAY_IMPORT["bench"] = BELOW_BENCH | KERNELS

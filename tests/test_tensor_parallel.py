@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard
 
 from llama_fast import checkpoint
 from llama_fast.bench.plan import plan
@@ -26,7 +27,7 @@ from llama_fast.errors import ConfigError
 from llama_fast.model import Llama
 from llama_fast.model.quantized import quantize_
 
-from . import ranks
+from . import ranks, sharded_ops
 from .checkpoints import meta_files, meta_state, save_meta
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +179,23 @@ def test_a_draw_exchanges_candidates(found, size):
     if size == 3:
         steps = max(map(len, of_rank[case]["drawn"]))
         assert of_rank[case]["given drawn"] == steps * rows * (256 + 2) * 8
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ops_on_dtensors(found, size):
+    """A block whose weights torch's tensor parallelism has cut, fed with whole rows and with a part
+    of the tokens: results, gradients, and that heads and hidden dims are never gathered. Four
+    ranks are a mesh of two dims."""
+    alone = sharded_ops.found()["values"]
+    for of_rank in found(size):
+        for sharded in of_rank["dtensors"]:
+            for name, value in alone.items():
+                torch.testing.assert_close(sharded["values"][name], value, rtol=1e-5, atol=1e-5)
+            assert sharded["placements"]["attention"] == sharded["placements"]["hidden"] == "S(2)"
+            for name, (_, at) in sharded_ops.PARAMETERS.items():
+                if isinstance(at, Shard):
+                    assert sharded["placements"][f"gradient of {name}"] == str(at)
+        assert of_rank["dtensors"][1]["placements"]["y"] == "S(1)"  # no row is whole
 
 
 def test_info_of_ranks(run):

@@ -19,7 +19,7 @@ from .op import OPS, Op
 from .overrides import needs_dispatcher
 from .step_memory import keep_step_memory, step_memory
 from .torch_private import DispatchMode
-from .types import Backend, Case, Cost, Decision, Implementation, nothing
+from .types import Backend, Case, Cost, Decision, Implementation, Sharding, nothing
 
 __all__ = [
     "BACKENDS",
@@ -32,6 +32,7 @@ __all__ = [
     "DispatchMode",
     "Implementation",
     "Op",
+    "Sharding",
     "backends",
     "explain",
     "keep_step_memory",

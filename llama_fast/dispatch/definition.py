@@ -8,7 +8,7 @@ from typing import Any
 
 from .arguments import Arguments
 from .schema import fake_of
-from .types import Case, Cost
+from .types import Case, Cost, Sharding
 
 
 @dataclass(eq=False)
@@ -34,6 +34,8 @@ class Definition:
              "lower": autocast's dtype; "widest": the widest of theirs, or that of what it writes;
              "": nothing. Inside the op autocast is off, as it is in torch's own
     cost     arguments → Cost
+    sharding  how ranks may share a call; or (arguments) → that. Absent on an op that writes: what a
+             rank writes must be the part that it has
     cases    () → list[Case]; absent on an op that is only the backward of another
     variant  arguments → which of the op's forms they ask for, in words: "swiglu int8", or none
     at_model_size  (ops.model_inputs.ModelInputs) → what a model calls the op with: by a name such
@@ -54,6 +56,7 @@ class Definition:
     grad_alternative: str = ""
     autocast: str = ""
     cost: Callable[..., Cost] | None = None
+    sharding: Sharding | Callable[..., Sharding] | None = None
     cases: Callable[[], list[Case]] | None = None
     variant: Callable[..., str] | None = None
     at_model_size: Callable[[Any], dict[str, Callable[[], tuple]]] | None = None

@@ -58,6 +58,21 @@ class Cost(NamedTuple):
     flops: int
 
 
+class Sharding(NamedTuple):
+    """How ranks may share a call of an op: which dims of its tensors each may have a part of.
+
+    dims  the dims of each tensor by their letters, as einsum has them: "...C, C -> ...C". Tensors
+          stand in the order of the schema, those that may be None too. "-" is whole on each rank,
+          "*" a result of no dims
+    cut   the letters that may be cut, one word for each way; letters of one word are cut together,
+          into parts that belong to each other: "B HK". A result without the letter is then a sum
+          over the ranks; all other tensors without it are whole on each
+    """
+
+    dims: str
+    cut: str
+
+
 @dataclass(frozen=True)
 class Case:
     """Arguments for one test or benchmark of an op: `make(generator, dtype, device)` → args."""

@@ -2,3 +2,5 @@
 
 Each file here is imported by whoever wants it: it needs what it extends.
 """
+
+NAME = "llama_fast"  # by which engines know what is registered here

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.library import Library
 
 from ..ops.attention import BACKWARD, OP
-from . import torch_varlen
+from . import NAME, torch_varlen
 from .torch_kernels import TorchKernel, for_backward, unsupported
 
 try:
@@ -36,8 +36,6 @@ except ImportError as error:
         "llama_fast.engines.torch_attention needs torch 2.13 or newer, in which flash attention "
         f"can be replaced; this is torch {torch.__version__}: use llama_fast.patch(model) instead"
     ) from error
-
-NAME = "llama_fast"
 
 
 @dataclass

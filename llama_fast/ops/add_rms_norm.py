@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..dispatch import Case, Cost, Op
+from ..dispatch import Case, Cost, Op, Sharding
 from . import checks, rms_norm
 from .inputs import randn
 from .model_inputs import ModelInputs
@@ -137,6 +137,7 @@ OP = Op(
     eager=eager,
     save=save,
     gradient=gradient,
+    sharding=Sharding("...C, ...C, C -> ...C, ...C", "..."),
     cost=cost,
     cases=cases,
     at_model_size=at_model_size,
@@ -145,5 +146,6 @@ BACKWARD = Op(
     name="add_rms_norm_backward",
     check=backward_check,
     eager=backward_eager,
+    sharding=Sharding("...C, ...C, ...C, C -> ...C, C", "..."),
     cost=backward_cost,
 )

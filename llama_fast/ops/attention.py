@@ -38,7 +38,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..dispatch import Cost, Op
+from ..dispatch import Cost, Op, Sharding
 from . import documents
 from .attention_cases import cases
 from .attention_checks import backward_check, check, check_lengths, no_gradient
@@ -296,6 +296,14 @@ def backward_cost(grad, q, k, v, o, lse, causal, scale, lengths, cu_seqlens=None
     return Cost(bytes=elements * q.element_size() + lse.nbytes, flops=10 * D * H * pairs)
 
 
+def sharding(
+    q, k, v, causal, scale, lengths, need_lse, k_scale=None, v_scale=None, cu_seqlens=None
+) -> Sharding:
+    """By rows and by heads: each KV head with the query heads that use it."""
+    lse = "BHT" if need_lse else "-"
+    return Sharding(f"BTHD, BSKD, BSKD, B, BSK, BSK, - -> BTHD, {lse}", "B HK")
+
+
 def variant(
     q, k, v, causal, scale, lengths, need_lse, k_scale=None, v_scale=None, cu_seqlens=None
 ) -> str:
@@ -348,6 +356,7 @@ OP = Op(
     constants=("k_scale", "v_scale"),
     forward_only=("int8",),
     non_differentiable=1,
+    sharding=sharding,
     cost=cost,
     cases=cases,
     variant=variant,
@@ -358,5 +367,6 @@ BACKWARD = Op(
     check=backward_check,
     eager=backward_eager,
     fake=backward_fake,
+    sharding=Sharding("BTHD, BTHD, BSKD, BSKD, BTHD, BHT, B, - -> BTHD, BSKD, BSKD", "B HK"),
     cost=backward_cost,
 )

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from ..config.quantization import NAMED
-from ..dispatch import Case, Cost, Op, needs_dispatcher, refuse_strict
+from ..dispatch import Case, Cost, Op, Sharding, needs_dispatcher, refuse_strict
 from ..errors import ShapeError
 from . import checks
 from .inputs import rand, randint, randn
@@ -291,6 +291,17 @@ def cost(
     )
 
 
+def sharding(
+    x, weight, targets, ignore_index, need_x, need_weight, reduction, row_weights, scales, *form
+) -> Sharding:
+    """By rows; their mean is over the targets of all ranks, which a rank does not know."""
+    loss = "..." if reduction == "none" else "*"
+    dx, dw = "...C" if need_x else "-", "VC" if need_weight else "-"
+    weight = "VC" if scales is None else "-"
+    dims = f"...C, {weight}, ..., ..., -, - -> {loss}, {dx}, {dw}"
+    return Sharding(dims, "" if reduction == "mean" else "...")
+
+
 def variant(
     x, weight, targets, ignore_index, need_x, need_weight, reduction="mean", row_weights=None,
     scales=None, minima=None, V=0, bits=0, group_size=0,
@@ -430,6 +441,7 @@ OP = Op(
     constants=("row_weights", "scales", "minima"),
     non_differentiable=2,
     gradient_in_forward=True,
+    sharding=sharding,
     cost=cost,
     cases=cases,
     variant=variant,

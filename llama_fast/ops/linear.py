@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import Cost, Op
+from ..dispatch import Cost, Op, Sharding
 from ..errors import ShapeError
 from . import checks
 from .linear_cases import cases
@@ -243,6 +243,17 @@ def _product_cost(x: Tensor, C_out: int, C_in: int, *weight: Tensor | None) -> C
     return Cost(moved + M * (C_in + C_out) * x.element_size(), 2 * M * C_out * C_in)
 
 
+def sharding(x, weight, scales, minima, C_out, bits, group_size, epilogue) -> Sharding:
+    """By rows, or as column- and row-parallel layers are. The rows of gate and up are one weight,
+    and quantised values are packed: those stay whole."""
+    whole = scales is not None or epilogue
+    return Sharding("...I, OI, -, - -> ...O", "..." if whole else "... O I")
+
+
+def backward_x_sharding(grad, weight, scales, minima, C_in, bits, group_size) -> Sharding:
+    return Sharding("...O, OI, -, - -> ...I", "..." if scales is not None else "... O I")
+
+
 def variant(x, weight, scales=None, minima=None, C_out=0, bits=0, group_size=0, epilogue="") -> str:
     return f"{epilogue} {f'int{bits}' if bits else ''}".strip()
 
@@ -274,6 +285,7 @@ OP = Op(
     save=save,
     gradient=gradient,
     constants=("scales", "minima"),
+    sharding=sharding,
     cost=cost,
     cases=cases,
     variant=variant,
@@ -284,6 +296,7 @@ BACKWARD_X = Op(
     check=check_backward_x,
     eager=backward_x_eager,
     fake=backward_x_fake,
+    sharding=backward_x_sharding,
     cost=backward_x_cost,
 )
 BACKWARD_WEIGHT = Op(
@@ -291,5 +304,6 @@ BACKWARD_WEIGHT = Op(
     check=check_backward_weight,
     eager=backward_weight_eager,
     fake=backward_weight_fake,
+    sharding=Sharding("...O, ...I -> OI", "... O I"),
     cost=backward_weight_cost,
 )

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..dispatch import Case, Cost, Op
+from ..dispatch import Case, Cost, Op, Sharding
 from . import checks
 from .inputs import randn
 from .model_inputs import ModelInputs
@@ -145,6 +145,7 @@ OP = Op(
     eager=eager,
     save=save,
     gradient=gradient,
+    sharding=Sharding("...C, C -> ...C", "..."),
     cost=cost,
     cases=cases,
     at_model_size=at_model_size,
@@ -153,5 +154,6 @@ BACKWARD = Op(
     name="rms_norm_backward",
     check=backward_check,
     eager=backward_eager,
+    sharding=Sharding("...C, ...C, C -> ...C, C", "..."),
     cost=backward_cost,
 )

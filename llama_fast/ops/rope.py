@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..dispatch import Case, Cost, Op
+from ..dispatch import Case, Cost, Op, Sharding
 from ..errors import ShapeError
 from . import checks
 from .inputs import randn
@@ -121,6 +121,11 @@ def cost(
     )
 
 
+def sharding(q, k, cos, sin, interleaved) -> Sharding:
+    table = "BTR" if cos.ndim == 3 else "TR"
+    return Sharding(f"BTHD, BTKD, {table}, {table} -> BTHD, BTKD", "B T HK")
+
+
 def tables(g: torch.Generator, *shape: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of random angles, for cases."""
     angle = randn(g, *shape, dtype=torch.float32, scale=10.0)
@@ -183,6 +188,7 @@ OP = Op(
     save=save,
     gradient=gradient,
     constants=("cos", "sin"),
+    sharding=sharding,
     cost=cost,
     cases=cases,
     at_model_size=at_model_size,

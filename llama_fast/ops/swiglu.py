@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ..dispatch import Case, Cost, Op
+from ..dispatch import Case, Cost, Op, Sharding
 from . import checks
 from .inputs import randn
 from .model_inputs import ModelInputs
@@ -117,6 +117,7 @@ OP = Op(
     eager=eager,
     save=save,
     gradient=gradient,
+    sharding=Sharding("...F, ...F -> ...F", "... F"),
     cost=cost,
     cases=cases,
     at_model_size=at_model_size,
@@ -125,5 +126,6 @@ BACKWARD = Op(
     name="swiglu_backward",
     check=backward_check,
     eager=backward_eager,
+    sharding=Sharding("...F, ...F, ...F -> ...F, ...F", "... F"),
     cost=backward_cost,
 )
