@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 
 from llama_fast import batch_invariant
-from llama_fast.generation.generate import generate
 from llama_fast.generation.sampling import Sampling
 from llama_fast.tokenizer import Message
 
@@ -18,7 +17,7 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 from llama_fast.serve.requests import chat_request, text_request  # noqa: E402
 
-from .serving import demo, serving  # noqa: E402
+from .serving import demo, generate, serving  # noqa: E402
 
 HELLO = [{"role": "user", "content": "Hello, how are you?"}]
 WEATHER = {
@@ -60,7 +59,7 @@ def client(server):
 def expected(served, messages, **asked):
     """What `generate` makes of the same ids."""
     ids = served.format.encode([Message.from_dict(m) for m in messages]).ids
-    return generate(served.model, served.tokenizer, ids, **asked)[0]
+    return generate(served, ids, **asked)[0]
 
 
 def test_an_answer_is_that_of_generate(served, client):
@@ -106,7 +105,7 @@ def test_text_completions(served, client):
     tokenizer = served.tokenizer
     texts = ["Once upon a time", "The dog"]
     ids = [tokenizer.encode(text, bos=True) for text in texts]
-    wanted = generate(served.model, tokenizer, texts, max_new_tokens=16, seed=1)
+    wanted = generate(served, texts, max_new_tokens=16, seed=1)
     for prompt in (texts, ids):
         found = client.completions.create(model="demo", prompt=prompt, seed=1)
         assert found.object == "text_completion"
@@ -201,7 +200,7 @@ def test_tools_that_are_not_called_leave_the_text(served, client):
     )
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     ids = served.format.encode([Message.from_dict(m) for m in HELLO], tools=[CLOCK]).ids
-    (want,) = generate(served.model, served.tokenizer, ids, max_new_tokens=30, seed=3)
+    (want,) = generate(served, ids, max_new_tokens=30, seed=3)
     assert streamed == want.text
     without = client.chat.completions.create(
         model="demo", messages=HELLO, tools=[CLOCK], tool_choice="none", seed=3, max_tokens=30
