@@ -340,6 +340,8 @@ class Batch:
         if not math.isfinite(score):
             raise not_finite(self.model, logits, f"token {job.made} of an answer")
         text, reason = job.rows.finish(0, token, job.made)
+        if job.ends is not None and job.ends(token, text):
+            reason = reason or "stop"
         top: tuple[tuple[int, float], ...] = ()
         if job.top:
             best = logits.log_softmax(-1).topk(min(job.top, len(logits)))
