@@ -4,6 +4,7 @@ shown as soon as it cannot be a call."""
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
@@ -75,6 +76,30 @@ def test_in_whatever_parts_it_comes(text, content, calls):
     for size in (1, 2, 3, 7, len(text) or 1):
         shown, rest, found = read([text[n : n + size] for n in range(0, len(text), size)])
         assert shown + rest == content and found == calls
+
+
+def test_random_texts():
+    """Whatever a model writes: nothing raises, the parts do not matter, and what has no call in it
+    is shown letter by letter."""
+    parts = [*"{}[]()\"'\\,=> \n", "; ", "<function=", "weather", "</function>", "clock", "text", CALL,
+             '{"name": "weather", "parameters": ', '{"town": "Oslo"}', '{"name": "clock"}',
+             "[weather(town='x')]", "<func"]  # fmt: skip
+    generator, called = random.Random(0), 0
+    for _ in range(2000):
+        text = "".join(generator.choices(parts, k=generator.randrange(1, 9)))
+        found = []
+        for size in (1, 3, len(text)):
+            reader, shown, pieces = CallReader(NAMES, TAG), "", []
+            for start in range(0, len(text), size):
+                more, new = reader.push(0, text[start : start + size])
+                shown, pieces = shown + more, pieces + new
+            names = [piece.name for piece in pieces if piece.name]
+            arguments = "".join(piece.arguments for piece in pieces)
+            found.append((shown + reader.end(), names, arguments, reader.open))
+        assert found[0] == found[1] == found[2] and reader.text == text
+        assert names or found[0][0] == text
+        called += bool(names)
+    assert called > 200
 
 
 def test_a_call_comes_in_pieces():
