@@ -81,8 +81,8 @@ def test_in_whatever_parts_it_comes(text, content, calls):
 def test_random_texts():
     """Whatever a model writes: nothing raises, the parts do not matter, and what has no call in it
     is shown letter by letter."""
-    parts = [*"{}[]()\"'\\,=> \n", "; ", "<function=", "weather", "</function>", "clock", "text", CALL,
-             '{"name": "weather", "parameters": ', '{"town": "Oslo"}', '{"name": "clock"}',
+    parts = [*"{}[]()\"'\\,=> \n", "; ", "<function=", "weather", "</function>", "clock", "text",
+             CALL, '{"name": "weather", "parameters": ', '{"town": "Oslo"}', '{"name": "clock"}',
              "[weather(town='x')]", "<func"]  # fmt: skip
     generator, called = random.Random(0), 0
     for _ in range(2000):
