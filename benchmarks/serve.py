@@ -61,7 +61,8 @@ def main() -> int:
         flush=True,
     )
     measured: list[tuple[Run, Run]] = []
-    with_server(served, options, lambda url: turns(served, options, url, asked, measured))
+    settings = {"rows": options.clients, "queue": options.clients, "reuse": False}
+    with_server(served, lambda _, url: turns(served, options, url, asked, measured), **settings)
     for name in ("per_second", "per_cpu_second"):
         static, streamed = (
             statistics.median(getattr(run, name) for run in runs)
@@ -125,22 +126,20 @@ def turns(served, options, url, asked, measured: list[tuple[Run, Run]]) -> None:
             )
 
 
-def with_server(served: Served, options, work) -> None:
-    """Calls work(url) while a server runs."""
+def with_server(served: Served, work, **settings) -> None:
+    """Calls work(server, url) while a server runs."""
     started, url, http = threading.Event(), [], []
 
     def ready(address: str) -> None:
         url.append(address)
         started.set()
 
-    settings = {"rows": options.clients, "queue": options.clients, "port": 0, "reuse": False}
-    thread = threading.Thread(
-        target=run, args=(served,), kwargs={**settings, "ready": ready, "started": http.append}
-    )
+    settings |= {"port": 0, "ready": ready, "started": http.append}
+    thread = threading.Thread(target=run, args=(served,), kwargs=settings)
     thread.start()
     started.wait()
     try:
-        work(url[0])
+        work(http[0], url[0])
     finally:
         http[0].should_exit = True
         thread.join()

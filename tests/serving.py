@@ -7,9 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from torch import Tensor
 
 import llama_fast
 from llama_fast import Llama
+from llama_fast.generation import generate as generation
+from llama_fast.generation.engine import Engine
+from llama_fast.generation.generate import Completion
 from llama_fast.serve.batch import Batch
 from llama_fast.serve.requests import Served
 from llama_fast.serve.server import run
@@ -27,6 +33,17 @@ def demo(**given: Any) -> Served:
     format = chat_format(DEMO, tokenizer)
     settings = {"name": "demo", "max_seq_len": 512, "most_choices": 4}
     return Served(model=model, tokenizer=tokenizer, format=format, **settings | given)
+
+
+def generate(served: Served, prompts: Any, **asked: Any) -> list[Completion]:
+    """As `generate`; its prompts are multiplied in the order that the server's are."""
+    inner = Engine.prefill
+
+    def prefill(self: Engine, prompts: Any, first_row: int = 0, _: bool = True) -> Tensor:
+        return inner(self, prompts, first_row, True)
+
+    with mock.patch.object(Engine, "prefill", prefill):
+        return generation.generate(served.model, served.tokenizer, prompts, **asked)
 
 
 class Running:

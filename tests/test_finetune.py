@@ -15,6 +15,7 @@ from llama_fast.checkpoint import open_checkpoint, write_random
 from llama_fast.cli import finetune as command
 from llama_fast.cli.options import DEMO
 from llama_fast.tokenizer import Tokenizer
+from llama_fast.training import vocabulary
 from llama_fast.training.adapter import load_adapter
 from llama_fast.training.weights import Weights
 
@@ -96,7 +97,7 @@ def test_the_same_command_goes_on_and_another_is_refused(
     there = {path.name for path in (tmp_path / "run").iterdir()} - {"tensorboard", "loss.png"}
     assert there == {"run.json", "log.csv", "metrics.json", name}
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["steps"] == 6 and (len(metrics["held_out"]) == 6) == (kind == "full")
+    assert metrics["steps"] == 6 and len(metrics["held_out"]) == (7 if kind == "full" else 0)
     with open(tmp_path / "run" / "log.csv", newline="") as table:
         assert [row["step"] for row in csv.DictReader(table)] == list("123456")
     code, _, err = run(*asked, "--out", tmp_path / "run")
@@ -187,6 +188,11 @@ def test_texts_need_no_chat_format(run, tiny, texts, tmp_path):
         (("--held-out", "1.5"), "above 0 and below 1"),
         (("--lr", "-1"), "learning_rate is -1"),
         (("--sample", ""), "prompt"),
+        (("--full", "--new-rows"), "Give one of the two"),
+        (("--new-rows",), "was not extended"),
+        (("--embedding-lr", "1e-3"), "Write: --new-rows, or --full"),
+        (("--full", "--embedding-lr", "0"), "embedding_learning_rate is 0"),
+        (("--full", "--alpha", "3"), "Write: --lora RANK --alpha A"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
@@ -245,6 +251,54 @@ def test_a_lora_over_integers_is_merged_into_what_they_stand_for(run, tiny, text
             for name in ("over", "plain")
         )
     assert over < 1e-4 < plain
+
+
+@pytest.fixture(scope="module")
+def longer(tiny, tmp_path_factory) -> Path:
+    """The tiny model with new tokens, and what they are learnt from."""
+    folder = tmp_path_factory.mktemp("longer")
+    old = Tokenizer.from_pretrained(tiny)
+    (folder / "t.txt").write_text("".join(f"好猫坐山上看月亮，{n}猫好看月亮。" for n in range(60)))
+    new = vocabulary.extend(old, [(folder / "t.txt").read_text()], 9)
+    vocabulary.extend_folder(tiny, new, folder / "model")
+    return folder
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_new_rows_alone_or_beside_a_lora(run, longer, tmp_path, rank, monkeypatch):
+    """Interrupted too; old rows keep their bits, and held-out text takes fewer bits per byte."""
+    more = ("--new-rows", *([] if rank is None else ["--lora", rank]), "--embedding-lr", "0.02")
+    model, out = longer / "model", tmp_path / "run"
+    asked = (
+        "finetune", model, longer / "t.txt", *QUICK, *more, "--lr", "0.01", "--held-out",
+        longer / "t.txt",
+    )  # fmt: skip
+    code, _, err = run(*asked, "--out", tmp_path / "whole")
+    what = "9 new tokens' rows of" if rank is None else "a LoRA and 9 new tokens' rows of"
+    assert code == 0 and what in err and "of embedding and head 0.02" in err
+    assert "bits per byte, at first" in err and "bits per byte, at last" in err
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, 3)
+        assert run(*asked, "--out", out)[0] == 130
+    code, _, err = run(*asked[:-4], "--lr", "0.01", "--out", out)
+    assert code == 1 and "--held-out" in err
+    assert run(*asked, "--out", out)[0] == 0
+    one, other = (load_file(each / "adapter" / "adapter_model.safetensors")
+                  for each in (tmp_path / "whole", out))  # fmt: skip
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert any("lora_A" in key for key in one) == (rank is not None)
+    metrics = json.loads((out / "metrics.json").read_text())
+    before, after = (metrics["held_out"][n]["bits_per_byte"] for n in (0, -1))
+    assert after < 0.99 * before
+    assert metrics["config"]["embedding_learning_rate"] == 0.02
+
+    assert run("convert", model, tmp_path / "m", "--to", "hf", "--merge", out / "adapter")[0] == 0
+    old, new = (load(open_checkpoint(folder)) for folder in (model, tmp_path / "m"))
+    ids = vocabulary.tokens_after_specials(Tokenizer.from_pretrained(model))
+    for name in ("embed.weight", "head.weight"):
+        if name in old:
+            changed = (old[name] != new[name]).any(-1).nonzero().flatten().tolist()
+            assert set(changed) <= set(ids) and len(changed) > 5
 
 
 def test_learning_rates_by_size():

@@ -7,18 +7,19 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from llama_fast import batch_invariant
-from llama_fast.generation.generate import generate
 from llama_fast.generation.sampling import Sampling
 from llama_fast.tokenizer import Message
 
 openai = pytest.importorskip("openai", reason="needs the extra test")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
+from llama_fast.serve import batch  # noqa: E402
 from llama_fast.serve.requests import chat_request, text_request  # noqa: E402
 
-from .serving import demo, serving  # noqa: E402
+from .serving import demo, generate, serving  # noqa: E402
 
 HELLO = [{"role": "user", "content": "Hello, how are you?"}]
 WEATHER = {
@@ -60,7 +61,7 @@ def client(server):
 def expected(served, messages, **asked):
     """What `generate` makes of the same ids."""
     ids = served.format.encode([Message.from_dict(m) for m in messages]).ids
-    return generate(served.model, served.tokenizer, ids, **asked)[0]
+    return generate(served, ids, **asked)[0]
 
 
 def test_an_answer_is_that_of_generate(served, client):
@@ -106,7 +107,7 @@ def test_text_completions(served, client):
     tokenizer = served.tokenizer
     texts = ["Once upon a time", "The dog"]
     ids = [tokenizer.encode(text, bos=True) for text in texts]
-    wanted = generate(served.model, tokenizer, texts, max_new_tokens=16, seed=1)
+    wanted = generate(served, texts, max_new_tokens=16, seed=1)
     for prompt in (texts, ids):
         found = client.completions.create(model="demo", prompt=prompt, seed=1)
         assert found.object == "text_completion"
@@ -180,8 +181,11 @@ def test_a_call_that_is_asked_for(client, choice):
     assert list(arguments) == ["town", "unit"] and arguments["unit"] in ("C", "F")
     chunks = [c.choices[0] for c in client.chat.completions.create(**asked, stream=True)]
     assert not any(chunk.delta.content for chunk in chunks)
-    (streamed,) = [chunk.delta.tool_calls for chunk in chunks if chunk.delta.tool_calls]
-    assert streamed[0].index == 0 and streamed[0].function.arguments == call.function.arguments
+    streamed = [part for chunk in chunks for part in chunk.delta.tool_calls or ()]
+    assert len(streamed) > 4 and {part.index for part in streamed} == {0}
+    assert streamed[0].function.name == "get_weather" and streamed[0].id.startswith("call_")
+    assert all(part.id is None and part.function.name is None for part in streamed[1:])
+    assert "".join(part.function.arguments for part in streamed) == call.function.arguments
     assert chunks[-1].finish_reason == "tool_calls"
     # The result goes back in the next request.
     messages = [
@@ -195,13 +199,82 @@ def test_a_call_that_is_asked_for(client, choice):
     assert after.choices[0].finish_reason in ("length", "stop")
 
 
+@pytest.fixture
+def says(served, monkeypatch):
+    """Has the server draw the tokens of a text, whatever the model says."""
+
+    def begin(text):
+        tokens = iter([*served.tokenizer.encode(text), served.tokenizer.specials["<|eot_id|>"]])
+        monkeypatch.setattr(batch, "sample_each", lambda *_: torch.tensor([next(tokens)]))
+        return {"model": "demo", "messages": HELLO, "tools": [WEATHER, CLOCK]}
+
+    return begin
+
+
+def called(message):
+    return [(call.function.name, call.function.arguments) for call in message.tool_calls]
+
+
+OSLO = '{"town": "Oslo", "unit": "C"}'
+CALLS = f'I look.\n{{"name": "get_weather", "parameters": {OSLO}}}; <function=clock>{{}}</function>'
+
+
+def test_calls_that_a_model_chooses(client, says):
+    whole = client.chat.completions.create(**says(CALLS)).choices[0]
+    assert whole.message.content == "I look." and whole.finish_reason == "tool_calls"
+    assert called(whole.message) == [("get_weather", OSLO), ("clock", "{}")]
+    # As the client itself puts a stream together; with what came between.
+    with client.chat.completions.stream(**says(CALLS)) as stream:
+        events = [event.type for event in stream]
+        made = stream.get_final_completion().choices[0]
+    assert events.count("tool_calls.function.arguments.delta") > 5
+    assert events.count("tool_calls.function.arguments.done") == 2
+    assert made.message.content == "I look." and made.finish_reason == "tool_calls"
+    assert called(made.message) == [("get_weather", OSLO), ("clock", "{}")]
+
+
+def test_one_call_at_most(served, client, says):
+    """The answer ends behind it."""
+    asked = says(CALLS) | {"parallel_tool_calls": False}
+    found = client.chat.completions.create(**asked)
+    assert called(found.choices[0].message) == [("get_weather", OSLO)]
+    assert found.choices[0].finish_reason == "tool_calls"
+    tokens = served.tokenizer.encode(CALLS)
+    text = served.tokenizer.decode(tokens[: found.usage.completion_tokens])
+    assert text.startswith(CALLS[: CALLS.index(";")]) and "<func" not in text
+    with client.chat.completions.stream(**says(CALLS), parallel_tool_calls=False) as stream:
+        made = stream.get_final_completion().choices[0]
+    assert called(made.message) == [("get_weather", OSLO)]
+    plain = client.chat.completions.create(**says("No call."), parallel_tool_calls=False)
+    assert plain.choices[0].message.content == "No call."
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "reason"),
+    [
+        (CALLS[:50], 500, "stop"),
+        (CALLS, 20, "length"),
+        (CALLS.replace("town", 'to"wn'), 500, "stop"),
+    ],
+)
+def test_a_broken_call_is_text(client, says, text, limit, reason):
+    """In a stream it has begun, and stays what it is."""
+    asked = says(text) | {"max_tokens": limit}
+    found = client.chat.completions.create(**asked).choices[0]
+    assert found.message.tool_calls is None and found.finish_reason == reason
+    assert text.startswith(found.message.content) and len(found.message.content) > 20
+    parts = [c.choices[0] for c in client.chat.completions.create(**says(text), stream=True)]
+    streamed = [part for choice in parts for part in choice.delta.tool_calls or ()]
+    assert streamed[0].function.name == "get_weather"
+
+
 def test_tools_that_are_not_called_leave_the_text(served, client):
     stream = client.chat.completions.create(
         model="demo", messages=HELLO, tools=[CLOCK], seed=3, max_tokens=30, stream=True
     )
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     ids = served.format.encode([Message.from_dict(m) for m in HELLO], tools=[CLOCK]).ids
-    (want,) = generate(served.model, served.tokenizer, ids, max_new_tokens=30, seed=3)
+    (want,) = generate(served, ids, max_new_tokens=30, seed=3)
     assert streamed == want.text
     without = client.chat.completions.create(
         model="demo", messages=HELLO, tools=[CLOCK], tool_choice="none", seed=3, max_tokens=30

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from llama_fast.errors import BusyError, LlamaFastError, LogitsError, PromptError
-from llama_fast.generation.generate import Rows, generate
+from llama_fast.generation.generate import Rows
 from llama_fast.generation.sampling import Sampling
 from llama_fast.serve import batch as loop
 from llama_fast.serve.batch import Batch, common_beginning
 from llama_fast.serve.job import Job
 
-from .serving import demo
+from .serving import demo, generate
 
 PROMPTS = ["Once upon a time", "The dog", "What is 9 - 5?", "狗", "In the morning the"]
 
@@ -83,9 +83,7 @@ class Collected:
 
 
 def alone(served, prompt, max_new_tokens=12, seed=1, **asked):
-    return generate(
-        served.model, served.tokenizer, prompt, max_new_tokens=max_new_tokens, seed=seed, **asked
-    )[0].text
+    return generate(served, prompt, max_new_tokens=max_new_tokens, seed=seed, **asked)[0].text
 
 
 def test_each_row_has_its_own_settings(served):
@@ -123,6 +121,38 @@ def test_rows_do_not_see_their_neighbours(dtype, kv_cache):
             collected.result(job)
             found.append([(piece.token, piece.logprob) for piece in collected.pieces[job]])
     assert found[0] == found[1]
+
+
+def test_prompts_that_wait_are_computed_at_once(monkeypatch):
+    """But for one to which the others would be padded far; and to the bits of each alone, though
+    prompts of few tokens are otherwise multiplied in another order than many."""
+    served = demo()
+    served.model.float()
+    calls = []
+    inner = loop.Engine.prefill
+
+    def prefill(self, prompts, first_row=0, *more):
+        calls.append(([len(prompt) for prompt in prompts], first_row))
+        return inner(self, prompts, first_row, *more)
+
+    monkeypatch.setattr(loop.Engine, "prefill", prefill)
+    prompts = [list(range(300 + n, 300 + n + length)) for n, length in enumerate((9, 12, 10, 60))]
+
+    def pieces(rows, prompts):
+        with Collected(served, rows=rows) as collected:
+            jobs = collected.submit(*(collected.job(ids, 6) for ids in prompts))
+            for job in jobs:
+                collected.result(job)
+            return [[(x.token, x.logprob) for x in collected.pieces[job]] for job in jobs]
+
+    together = pieces(4, prompts)
+    assert calls == [([9, 12, 10], 0), ([60], 3)]
+    assert together == [pieces(1, [ids])[0] for ids in prompts]
+    monkeypatch.setattr(loop, "PREFILL_TOKENS", 25)
+    calls.clear()
+    assert pieces(4, prompts) == together
+    # 12 of 2 rows are 24, one token is left; the next turn has 25 again.
+    assert [lengths for lengths, _ in calls] == [[9, 12], [1], [9], [16], [25], [19]]
 
 
 def test_a_prompt_goes_on_from_what_a_row_holds(served):

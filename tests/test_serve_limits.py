@@ -99,11 +99,6 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         (CHAT, {"messages": [USER], "parallel_tool_calls": "no"}, "parallel_tool_calls"),
         (
             CHAT,
-            {"messages": [USER], "tools": [TOOL], "parallel_tool_calls": False},
-            "parallel_tool_calls",
-        ),
-        (
-            CHAT,
             {"messages": [USER], "tools": [TOOL], "response_format": {"type": "json_object"}},
             "response_format",
         ),

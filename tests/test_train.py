@@ -107,7 +107,8 @@ def test_training_learns():
         held_out=data,
         sample=lambda: next(samples),
     )
-    assert [record["step"] for record in history.held_out] == [30, 60]
+    assert [record["step"] for record in history.held_out] == [0, 30, 60]
+    assert history.held_out[0]["loss"] == pytest.approx(before.loss)
     assert [record["step"] for record in history.train] == list(range(1, 61))
     assert history.tokens == history.kept == 60 * 4 * 16 and len(history.seconds) == 60
     assert history.held_out[-1]["loss"] < 0.2

@@ -419,6 +419,7 @@ register_backend(
         recorder=lambda: CpuRecorder(_cpu.Tape),
         settings=None if _cpu is None else lambda: (isa(),),
         reserve=_reserve,
+        batch_invariant=batch_invariant,
         implementations={
             "attention": _planned(_attention, _attention_unsupported),
             "attention_backward": _planned(_attention_backward, _attention_backward_unsupported),

@@ -34,9 +34,11 @@ from .terminal import note, note_pairs, show
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..distributed import Processes
-    from ..training import TrainConfig
+    from ..model import Llama
+    from ..training import Adapter, TrainConfig
     from ..training.dpo import DPO
 
+RANK = 16
 TOKENS_PER_STEP, TOKENS_AT_ONCE, BLOCK = 4096, 2048, 2048
 EPOCHS, LEAST_STEPS = 3, 100
 
@@ -85,8 +87,15 @@ def finetune(
         ),
     ] = None,
     lora: Annotated[
-        int, typer.Option("--lora", min=1, metavar="RANK", help="Train a LoRA of this rank.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            "--lora",
+            min=1,
+            metavar="RANK",
+            help="Train a LoRA of this rank.",
+            show_default=f"{RANK}, but for --new-rows",
+        ),
+    ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(
@@ -95,6 +104,14 @@ def finetune(
     ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Train all weights instead of a LoRA.")
+    ] = False,
+    new_rows: Annotated[
+        bool,
+        typer.Option(
+            "--new-rows",
+            help="Train the rows of the tokens that vocab extend has added, in the embedding and "
+            "the head: alone, or beside a LoRA with --lora RANK.",
+        ),
     ] = False,
     quantize: Annotated[
         Named | None,
@@ -133,6 +150,14 @@ def finetune(
             help="The highest learning rate.",
             show_default="by the model's size; for a LoRA 10 × that of --full; for --full with "
             "--dpo a 30th",
+        ),
+    ] = None,
+    embedding_lr: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="That of the embedding, the head and new rows: for --full and --new-rows.",
+            show_default="that of --lr",
         ),
     ] = None,
     held_out: Annotated[
@@ -232,6 +257,20 @@ def finetune(
             "integers are not trained. Leave --full out, and a LoRA is trained beside them",
             param_hint="--quantize",
         )
+    if full and new_rows:
+        raise typer.BadParameter(
+            "all weights are trained, new rows among them. Give one of the two",
+            param_hint="--new-rows",
+        )
+    if embedding_lr is not None and not (full or new_rows):
+        raise typer.BadParameter(
+            "a LoRA trains neither embedding nor head. Write: --new-rows, or --full",
+            param_hint="--embedding-lr",
+        )
+    rank = (None if full or new_rows else RANK) if lora is None else lora
+    if alpha is not None and rank is None:
+        raise typer.BadParameter("it is a setting of a LoRA. Write: --lora RANK --alpha A",
+                                 param_hint="--alpha")  # fmt: skip
     if epochs is not None and steps is not None:
         raise typer.BadParameter("it is given beside --steps. Give one of the two",
                                  param_hint="--epochs")  # fmt: skip
@@ -252,6 +291,7 @@ def finetune(
     from ..distributed import Processes, started
     from ..tokenizer import Tokenizer
     from ..tokenizer.chat_choice import chat_format
+    from ..tokenizer.vocabulary import tokens_after_specials
     from ..training import read, read_pairs
     from ..training.dpo import DPO
     from ..training.split import hold_out
@@ -275,6 +315,13 @@ def finetune(
             param_hint="--block",
         )
     tokenizer = Tokenizer.from_pretrained(folder)
+    ids = tokens_after_specials(tokenizer) if new_rows else None
+    if ids == []:
+        raise typer.BadParameter(
+            f"the vocabulary of {folder} was not extended: no token follows the special ones. "
+            "Write first: llama-fast vocab train, and vocab extend",
+            param_hint="--new-rows",
+        )
     objective = DPO(0.1 if beta is None else beta) if dpo else None
     how = {
         "block": block,
@@ -298,7 +345,7 @@ def finetune(
             "MODEL": str(folder.resolve()),
             "DATA": [str(path.resolve()) for path in data],
             "--full": full,
-            "--lora": lora,
+            "--lora": rank,
             "--alpha": alpha,
             "--quantize": quantize and quantize.value,
             "--epochs": epochs,
@@ -315,6 +362,8 @@ def finetune(
             "--dtype": dtype and dtype.value,
             "--device": where.type,
             **({} if objective is None else {"--dpo": True, "--beta": objective.beta}),
+            **({"--new-rows": True} if new_rows else {}),
+            **({} if embedding_lr is None else {"--embedding-lr": embedding_lr}),
         },
     )
     finished = run.check()  # before the cache is kept there
@@ -332,7 +381,7 @@ def finetune(
                     rows, judged = hold_out(rows, share, seed)
             config = _config(
                 len(rows), report.block, source.config.dim, full, epochs, steps, tokens_per_step,
-                lr, optimizer, checkpointing, seed, dpo,
+                lr, embedding_lr, optimizer, checkpointing, seed, dpo,
             )  # fmt: skip
         except BaseException:
             run.remove_if_empty()
@@ -351,7 +400,7 @@ def finetune(
                 note(str(report))
             return _train(
                 run, source, rows, judged, config,
-                rank=None if full else lora, alpha=2.0 * lora if alpha is None else alpha,
+                rank=rank, alpha=alpha, new_rows=ids,
                 quantize=quantize and quantize.value, sample=sample, tokenizer=tokenizer,
                 device=where, dtype=dtype and dtype.torch, block=report.block,
                 objective=objective, processes=processes,
@@ -382,6 +431,7 @@ def _config(
     steps: int | None,
     tokens_per_step: int,
     lr: float | None,
+    embedding_lr: float | None,
     optimizer: Optimizer,
     checkpointing: bool,
     seed: int,
@@ -400,6 +450,7 @@ def _config(
         batch_size=batch,
         micro_batch_size=None if whole else max(1, min(batch, TOKENS_AT_ONCE // block)),
         learning_rate=default_learning_rate(dim, full, dpo) if lr is None else lr,
+        embedding_learning_rate=embedding_lr,
         weight_decay=0.01,
         grad_clip=None if whole else 1.0,
         moments="float32" if optimizer is Optimizer.adamw else "int8",
@@ -429,7 +480,8 @@ def _train(
     config: TrainConfig,
     *,
     rank: int | None,
-    alpha: float,
+    alpha: float | None,
+    new_rows: list[int] | None,
     quantize: str | None,
     sample: str | None,
     tokenizer: Any,
@@ -442,18 +494,19 @@ def _train(
     import torch
 
     from ..generation.generate import check_prompts, encode_prompts, generate
-    from ..training import finetune, finetune_dpo, lora
+    from ..training import finetune, finetune_dpo
     from ..training.state import STATE_FILE
 
     if sample is not None:
         check_prompts(source.config, tokenizer, encode_prompts(tokenizer, sample))
     if dtype is None and source.dtype is torch.float16:
         dtype = torch.bfloat16
-    cut = rank is None and processes.size > 1
+    full = rank is None and new_rows is None
+    cut = full and processes.size > 1
     llama = load_model(source, device=device, dtype=dtype, quantize=quantize, fully_sharded=cut)
     unwind_when_stopped()
     torch.manual_seed(config.seed)  # the first values of A
-    adapter = None if rank is None else lora(llama, rank, alpha)
+    adapter = None if full else _adapter(llama, rank, alpha, new_rows)
     steps = config.steps_of(len(rows))
     if processes.main:
         note_pairs(plan(llama, adapter, rows, config, steps, block, objective, processes.size))
@@ -478,5 +531,16 @@ def _train(
     metrics = figures(llama, history, config, adapter)
     run.finish(llama, adapter, source, history, metrics, processes)
     if processes.main:
-        summary(run, llama, history, metrics, time.perf_counter() - started, adapter is None)
+        summary(run, llama, history, metrics, time.perf_counter() - started, full)
     return 0
+
+
+def _adapter(
+    llama: Llama, rank: int | None, alpha: float | None, new_rows: list[int] | None
+) -> Adapter:
+    """A LoRA, the rows of new tokens, or both."""
+    from ..training import lora
+
+    if rank is None:
+        return lora(llama, targets=(), rows=new_rows)
+    return lora(llama, rank, 2.0 * rank if alpha is None else alpha, rows=new_rows)

@@ -31,8 +31,17 @@ def plan(
     if adapter is None:
         trained = f"all {count:,} weights"
     else:
+        new = len(adapter.config.rows.get("embed_tokens", ()))
+        parts = [
+            *["a LoRA"] * bool(adapter.config.targets),
+            *[f"{new:,} new tokens' rows"] * (new > 0),
+        ]
         share = adapter.n_parameters / count
-        trained = f"a LoRA of {adapter.n_parameters:,} parameters, {share:.2%} of the model's"
+        trained = f"{' and '.join(parts)} of {adapter.n_parameters:,} parameters, "
+        trained += f"{share:.2%} of the model's"
+    rate = f"{config.learning_rate:g}"
+    if config.embedding_learning_rate is not None:
+        rate += f" (of embedding and head {config.embedding_learning_rate:g})"
     passes = config.rows_of(len(rows)) / len(rows)
     at_once = config.micro_batch_size or config.batch_size
     of = [] if objective is None else [("objective", f"DPO, beta {objective.beta:g}")]
@@ -44,7 +53,7 @@ def plan(
         ("trains", f"{trained}, in {str(llama.dtype).removeprefix('torch.')} on {llama.device}"),
         ("steps", f"{steps:,} of up to {config.batch_size * block:,} tokens "
                   f"({at_once * block:,} at a time): {passes:.3g} passes"),
-        ("learning rate", f"{config.learning_rate:g} after a warm-up, then a cosine"),
+        ("learning rate", f"{rate} after a warm-up, then a cosine"),
     ]  # fmt: skip
 
 
@@ -91,8 +100,8 @@ def summary(
         ("try it", f'llama-fast generate{how} "…"'),
     ]  # fmt: skip
     if history.held_out:
-        judged = history.held_out[-1]
-        lines.insert(1, ("held out", measures_text(judged)))
+        before, after = (measures_text(history.held_out[n]) for n in (0, -1))
+        lines[1:1] = [("held out", f"{before}, at first"), ("", f"{after}, at last")]
     if "accuracy_last_tenth" in metrics:
         last = {n: metrics[f"{n}_last_tenth"] for n in ("reward_margin", "accuracy")}
         lines.insert(1, ("preferences", f"{measures_text(last)}, at last"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
@@ -142,6 +142,13 @@ def reserve(fresh: Tensor) -> Tensor:
     the first backend of its device likes it."""
     first = _first(fresh.device)
     return fresh if first is None or first.reserve is None else first.reserve(fresh)
+
+
+def batch_invariant_on(device: torch.device) -> AbstractContextManager[None]:
+    """The context in which the bits of a row do not depend on the rows beside it; one that changes
+    nothing where the first backend of the device has no such thing."""
+    first = _first(device)
+    return nullcontext() if first is None or not first.batch_invariant else first.batch_invariant()
 
 
 def _first(device: torch.device) -> Backend | None:

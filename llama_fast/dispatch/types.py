@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,6 +40,8 @@ class Backend:
     `recorder`, where there is one, makes a `captured_step.Capturer` for steps of its ops.
     `settings`, where there is one, says what its launches depend on besides their arguments.
     `reserve`, where there is one, readies fresh memory that weights or a cache are to fill.
+    `batch_invariant`, where there is one, is the context in which a row's bits do not depend on the
+    rows beside it.
     `refuses`, where there is one, says why it serves no tensor of a device; its rows say so too.
     """
 
@@ -48,6 +51,7 @@ class Backend:
     recorder: Callable[[], Any] | None = None
     settings: Callable[[], tuple] | None = None
     reserve: Callable[[Tensor], Tensor] | None = None
+    batch_invariant: Callable[[], AbstractContextManager[None]] | None = None
     refuses: Callable[[torch.device], list[str]] | None = None
 
 

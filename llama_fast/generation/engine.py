@@ -23,11 +23,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from ..dispatch import batch_invariant_on
 from ..errors import PromptError, ShapeError
 from ..model import Llama
 from ..nn.kv_cache import KVCache
@@ -140,12 +141,19 @@ class Engine:
         lengths = [0 if row in self._free else length for row, length in enumerate(counted)]
         return [self._held.get(row, length) for row, length in enumerate(lengths)]
 
-    def prefill(self, prompts: Tensor | Sequence[Sequence[int]], first_row: int = 0) -> Tensor:
+    def prefill(
+        self,
+        prompts: Tensor | Sequence[Sequence[int]],
+        first_row: int = 0,
+        batch_invariant: bool = False,
+    ) -> Tensor:
         """Appends a prompt to each of the rows from `first_row` on, while the others stay as they
         are → the logits after the last token of each, (B,V) float32.
 
-        Prompts may be of different lengths, or one tensor (B,T) int64. Raises PromptError for an
-        empty one and where there is no room.
+        Prompts may be of different lengths, or one tensor (B,T) int64. With `batch_invariant` the
+        CPU kernels give a prompt the same bits whatever is beside it and wherever it is cut; this
+        costs time where there are few tokens (docs/numerics.md). Raises PromptError for an empty
+        prompt and where there is no room.
         """
         if not isinstance(prompts, Tensor):
             prompts = [list(prompt) for prompt in prompts]
@@ -162,8 +170,10 @@ class Engine:
             raise PromptError(f"the rows {sorted(aside)} are held; resume them before a prefill")
         self._empty(self._free & rows)
         before = self.cache.host_lengths
+        device = self.cache.lengths.device
+        alike = batch_invariant_on(device) if batch_invariant else nullcontext()
         try:
-            with torch.inference_mode(self.cache.lengths.is_inference()), torch.no_grad():
+            with alike, torch.inference_mode(self.cache.lengths.is_inference()), torch.no_grad():
                 logits = self._prefill(prompts, first_row)
         except BaseException:
             self.cache.truncate(before)

@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from ..errors import JSON_ERRORS
 from ..tokenizer import Tokenizer
-from ..tokenizer.special_tokens import PYTHON_TAG
+from .call_reader import CallPiece
 from .job import Job, Piece
 from .requests import Asked
-from .tools import CallReader, as_openai
 
 REASONS = {"stop": "stop", "stop_string": "stop", "length": "length"}
 
@@ -28,17 +28,19 @@ class Choice:
 
     def __init__(self, index: int, asked: Asked, tokenizer: Tokenizer) -> None:
         self.index, self._asked, self._tokenizer = index, asked, tokenizer
-        tag = tokenizer.specials.get(PYTHON_TAG)
-        self._reader = CallReader(asked.tools, tag) if asked.tools else None
+        self._reader = asked.call_reader(tokenizer) if asked.tools else None
         self.text = ""
         self.calls: list[dict[str, Any]] = []
         self.tokens: list[dict[str, Any]] = []  # with their logprobs
         self.finish_reason: str | None = None
 
-    def take(self, piece: Piece) -> tuple[str, list[dict[str, Any]]]:
-        """Takes the next piece; returns what it adds to the text and to the tokens."""
-        text = piece.text if self._reader is None else self._reader.push(piece.token, piece.text)
-        tokens = []
+    def take(self, piece: Piece) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
+        """Takes the next piece; returns what it adds to the text, to the calls and to the tokens.
+        Each call comes with its name first, then with more and more of its arguments."""
+        text, calls, tokens = piece.text, [], []
+        if self._reader is not None:
+            text, parts = self._reader.push(piece.token, piece.text)
+            calls = [self._call_delta(part) for part in parts]
         # A token that ends an answer is no part of it.
         ends = piece.token in self._tokenizer.stop_ids and piece.finish_reason == "stop"
         if self._asked.top is not None and not ends:
@@ -46,13 +48,35 @@ class Choice:
         if piece.finish_reason:
             self.finish_reason = REASONS[piece.finish_reason]
             if self._reader is not None:
-                rest, calls = self._reader.end()
-                text += rest
-                self.calls = [as_openai(call) for call in calls]
-                self.finish_reason = "tool_calls" if calls else self.finish_reason
+                text += self._reader.end()
+                if self.calls and not self._reader.open:
+                    self.finish_reason = "tool_calls"
         self.text += text
         self.tokens += tokens
-        return text, tokens
+        return text, calls, tokens
+
+    def _call_delta(self, part: CallPiece) -> dict[str, Any]:
+        """Adds to the calls; returns what is new, as a stream tells it."""
+        function = {"arguments": part.arguments}
+        if part.name is None:
+            self.calls[-1]["function"]["arguments"] += part.arguments
+            return {"index": len(self.calls) - 1, "function": function}
+        call = {"id": f"call_{secrets.token_hex(12)}", "type": "function"}
+        function = {"name": part.name, **function}
+        self.calls.append({**call, "function": {**function}})
+        return {"index": len(self.calls) - 1, **call, "function": function}
+
+    def message(self) -> dict[str, Any]:
+        """Returns the whole answer. One with a call that is cut off, or whose arguments are no
+        JSON, is text."""
+        if self.calls and not all(map(_is_call, self.calls)):
+            self.text, self.calls = self._reader.text, []
+            if self.finish_reason == "tool_calls":
+                self.finish_reason = "stop"
+        made = {"role": "assistant", "content": self.text, "refusal": None}
+        if self.calls:
+            made |= {"tool_calls": self.calls, "content": self.text or None}
+        return made
 
     def _scored(self, piece: Piece) -> dict[str, Any]:
         def one(token: int, logprob: float) -> dict[str, Any]:
@@ -63,6 +87,14 @@ class Choice:
         known = [(id_, score) for id_, score in piece.top if id_ < len(self._tokenizer.id_to_bytes)]
         top = [one(*entry) for entry in known]
         return {**one(piece.token, piece.logprob), "top_logprobs": top}
+
+
+def _is_call(call: dict[str, Any]) -> bool:
+    try:
+        json.loads(call["function"]["arguments"])
+    except JSON_ERRORS:
+        return False
+    return True
 
 
 class Answer:
@@ -85,7 +117,7 @@ class Answer:
     def chunks(self, job: Job, piece: Piece) -> Iterable[dict[str, Any]]:
         """Yields what a piece adds to the stream."""
         choice = self.choices[job.address]
-        text, tokens = choice.take(piece)
+        text, calls, tokens = choice.take(piece)
         if not self.asked.chat:
             if text or tokens or choice.finish_reason:
                 body = {"text": text, "logprobs": self._text_logprobs(choice, tokens)}
@@ -97,8 +129,8 @@ class Answer:
         logprobs = {"content": tokens, "refusal": None} if tokens else None
         if text or tokens:
             yield self._chunk(choice, {"delta": {"content": text}, "logprobs": logprobs}, None)
-        for n, call in enumerate(choice.calls if choice.finish_reason else ()):
-            yield self._chunk(choice, {"delta": {"tool_calls": [{"index": n, **call}]}}, None)
+        for call in calls:
+            yield self._chunk(choice, {"delta": {"tool_calls": [call]}}, None)
         if choice.finish_reason:
             yield self._chunk(choice, {"delta": {}}, choice.finish_reason)
 
@@ -117,10 +149,7 @@ class Answer:
         choices = []
         for choice in self.choices:
             if self.asked.chat:
-                message = {"role": "assistant", "content": choice.text, "refusal": None}
-                if choice.calls:
-                    message |= {"tool_calls": choice.calls, "content": choice.text or None}
-                body = {"message": message, "logprobs": None}
+                body = {"message": choice.message(), "logprobs": None}
                 if self.asked.top is not None:
                     body["logprobs"] = {"content": choice.tokens, "refusal": None}
             else:

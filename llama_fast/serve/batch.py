@@ -37,6 +37,8 @@ from .metrics import Metrics
 
 # Tokens of prompts that are computed between two steps of the rows that answer.
 PREFILL_TOKENS = 512
+# Prompts are padded to the longest beside them: up to so many times their tokens.
+LARGEST_PADDING = 1.5
 # A common beginning shorter than this is computed again: the lowest free row is worth more.
 LEAST_REUSED = 32
 
@@ -207,8 +209,8 @@ class Batch:
             if row.job is not None and row.job.cancelled:
                 self._retire(engine, row)
         budget = PREFILL_TOKENS
-        while budget > 0 and (row := self._filling() or self._admit()):
-            budget -= self._fill(engine, row, budget)
+        while budget > 0 and (rows := self._filling() or self._admit(budget)):
+            budget -= self._fill(engine, rows, budget)
         answering = [row for row in self._rows if row.drawn is not None]
         if answering:
             self._step(engine, answering)
@@ -219,46 +221,64 @@ class Batch:
         if new:
             self.publish(new)
 
-    def _filling(self) -> _Row | None:
-        """The row whose prompt is not all computed; there is one at most."""
-        return next((row for row in self._rows if row.job and row.drawn is None), None)
+    def _filling(self) -> list[_Row]:
+        """The row whose prompt is not all computed, if there is one; there is one at most."""
+        return [row for row in self._rows if row.job and row.drawn is None][:1]
 
-    def _admit(self) -> _Row | None:
-        """Gives the first request that waits a row, if one is free: the one that holds most of its
-        beginning, else the lowest."""
-        free = [row for row in self._rows if row.job is None]
+    def _admit(self, budget: int) -> list[_Row]:
+        """Gives requests that wait a row each, as many as are to be computed at once: one; or where
+        it begins anew, also those behind it that do, have the next rows free, and fit."""
+        rows: list[_Row] = []
         with self._changed:
-            if not free or not self._waiting:
-                return None
-            job = self._waiting.popleft()
-            common = [common_beginning(row.tokens, job.ids[:-1]) for row in free]
-            most = max(common)
-            row = free[common.index(most) if most >= LEAST_REUSED else 0]
-            row.job = job
-        kept = most if most >= LEAST_REUSED else 0
-        del row.tokens[kept:]
-        job.reused = kept
-        self.metrics.count("prompt_tokens", len(job.ids))
-        self.metrics.count("reused_tokens", kept)
-        return row
+            while self._waiting:
+                job = self._waiting[0]
+                row, kept = self._row_for(job)
+                if row is None or (rows and not _beside(rows, row, kept, job, budget)):
+                    break
+                self._waiting.popleft()
+                row.job = job
+                del row.tokens[kept:]
+                job.reused = kept
+                rows.append(row)
+                if kept:
+                    break
+        self.metrics.count("prompt_tokens", sum(len(row.job.ids) for row in rows))
+        self.metrics.count("reused_tokens", sum(row.job.reused for row in rows))
+        return rows
 
-    def _fill(self, engine: Engine, row: _Row, budget: int) -> int:
-        """Computes up to `budget` more tokens of a row's prompt; returns how many. After the last
-        of them the first token of the answer is drawn."""
-        job, held = row.job, len(row.tokens)
-        part = job.ids[held : held + budget]
-        engine.resume(row.index, held)
+    def _row_for(self, job: Job) -> tuple[_Row | None, int]:
+        """The free row that holds most of a prompt's beginning, and how many tokens of it; the
+        lowest one, and 0, where that is too little. None where no row is free."""
+        free = [row for row in self._rows if row.job is None]
+        common = [common_beginning(row.tokens, job.ids[:-1]) for row in free]
+        most = max(common, default=0)
+        if most >= LEAST_REUSED:
+            return free[common.index(most)], most
+        return (free[0] if free else None), 0
+
+    def _fill(self, engine: Engine, rows: list[_Row], budget: int) -> int:
+        """Computes up to `budget` more tokens of a row's prompt, or the whole prompts of several
+        rows; returns how many, padding included. After the last token of a prompt the first one of
+        its answer is drawn."""
+        parts = []
+        for row in rows:
+            held = len(row.tokens)
+            parts.append(row.job.ids[held : held + budget])
+            engine.resume(row.index, held)
+        computed = len(parts) * max(map(len, parts))
         try:
-            logits = engine.prefill([part], row.index)
+            logits = engine.prefill(parts, rows[0].index, True)
         except Exception as error:  # out of memory, a kernel: the other rows go on
-            self._end(engine, row, error)
-            return len(part)
-        row.tokens += part
-        if len(row.tokens) < len(job.ids):
-            engine.hold(row.index)
+            for row in rows:
+                self._end(engine, row, error)
+            return computed
+        for row, part in zip(rows, parts, strict=True):
+            row.tokens += part
+        if len(rows[0].tokens) < len(rows[0].job.ids):
+            engine.hold(rows[0].index)
         else:
-            self._draw(engine, [row], logits)
-        return len(part)
+            self._draw(engine, rows, logits)
+        return computed
 
     def _step(self, engine: Engine, rows: list[_Row]) -> None:
         """Makes one step of the rows that answer, and draws a token of each."""
@@ -320,6 +340,8 @@ class Batch:
         if not math.isfinite(score):
             raise not_finite(self.model, logits, f"token {job.made} of an answer")
         text, reason = job.rows.finish(0, token, job.made)
+        if job.ends is not None and job.ends(token, text):
+            reason = reason or "stop"
         top: tuple[tuple[int, float], ...] = ()
         if job.top:
             best = logits.log_softmax(-1).topk(min(job.top, len(logits)))
@@ -342,3 +364,15 @@ class Batch:
         engine.hold(row.index)
         if not self.reuse:
             row.tokens.clear()
+
+
+def _beside(rows: list[_Row], row: _Row, kept: int, job: Job, budget: int) -> bool:
+    """Whether a prompt in `row` is computed together with those of `rows`: a batch of rows in
+    their order, in which all are padded to the longest."""
+    lengths = [len(one.job.ids) for one in rows] + [len(job.ids)]
+    padded = max(lengths) * len(lengths)
+    return (
+        not kept
+        and row.index == rows[-1].index + 1
+        and padded <= min(budget, LARGEST_PADDING * sum(lengths))
+    )

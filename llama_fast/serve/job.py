@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,8 @@ class Job:
     """An answer to one prompt.
 
     rows: the state of its text, of one row. top: how many of the likeliest tokens each piece tells.
-    address: whatever tells the receiver of the pieces which answer they are of. made: tokens so
+    address: whatever tells the receiver of the pieces which answer they are of. ends: says of each
+    token and its text whether the answer ends with it, besides what `rows` finds. made: tokens so
     far. reused: tokens of the prompt that were not computed again. A job that is cancelled gets no
     more pieces.
     """
@@ -41,6 +43,7 @@ class Job:
     sampling: Sampling
     top: int = 0
     address: Any = None
+    ends: Callable[[int, str], bool] | None = None
     made: int = 0
     reused: int = 0
     cancelled: bool = False

@@ -14,6 +14,8 @@ from ..generation.grammar import Grammar
 from ..generation.sampling import Sampling
 from ..model import Llama
 from ..tokenizer import ChatFormat, Message, TemplateFormat, Tokenizer
+from ..tokenizer.special_tokens import PYTHON_TAG
+from .call_reader import CallReader
 from .fields import Fields, shown
 from .job import Job
 from .tools import called, choice_of_tools, tools_of
@@ -50,7 +52,8 @@ class Served:
 @dataclass
 class Asked:
     """What a request asks for. jobs: an answer each, n for each prompt in turn. tools: the names
-    that answers may call; top: how many of the likeliest tokens are told, None without logprobs."""
+    that answers may call; single_call: at most once; top: how many of the likeliest tokens are
+    told, None without logprobs."""
 
     jobs: list[Job]
     stream: bool
@@ -58,7 +61,13 @@ class Asked:
     top: int | None
     chat: bool
     tools: frozenset[str] = field(default_factory=frozenset)
+    single_call: bool = False
     prompt_tokens: int = 0
+
+    def call_reader(self, tokenizer: Tokenizer) -> CallReader:
+        """Returns what reads the calls of one answer."""
+        tag = tokenizer.specials.get(PYTHON_TAG)
+        return CallReader(self.tools, tag, self.single_call)
 
 
 def chat_request(served: Served, body: Any) -> Asked:
@@ -74,13 +83,7 @@ def chat_request(served: Served, body: Any) -> Asked:
     for name in ("audio", "prediction", "web_search_options"):
         fields.only(name, (), "answers are text that the model alone makes; leave it out")
     choice, offered = choice_of_tools(fields, tools_of(fields))
-    if fields.flag("parallel_tool_calls", True) is False and choice == "auto":
-        fields.refuse(
-            "parallel_tool_calls",
-            "is false, and a model that chooses for itself may make several calls; leave it out, "
-            'or give a tool_choice of "none", "required" or a function',
-            "unsupported_value",
-        )
+    single = not fields.flag("parallel_tool_calls", True)
     grammar = _grammar(fields)
     if grammar is not None and offered:
         fields.refuse(
@@ -104,6 +107,7 @@ def chat_request(served: Served, body: Any) -> Asked:
         top=(top or 0) if with_logprobs else None,
         chat=True,
         tools=frozenset(tool.name for tool in offered),
+        single_call=single,
     )
     n = fields.whole("n", 1, 1, served.most_choices)
     _add_jobs(served, fields, asked, [ids], n, limit, grammar)
@@ -294,4 +298,7 @@ def _add_jobs(
                 served.kv_cache,
                 grammar,
             )
-            asked.jobs.append(Job(rows, sampling, asked.top or 0, address=len(asked.jobs)))
+            job = Job(rows, sampling, asked.top or 0, address=len(asked.jobs))
+            if asked.tools and asked.single_call:
+                job.ends = asked.call_reader(served.tokenizer).ends
+            asked.jobs.append(job)

@@ -1,24 +1,18 @@
-"""Tools of a request, and the calls of them in an answer."""
+"""Tools of a request, and which of them are to be called."""
 
 from __future__ import annotations
 
-import json
 import re
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import PromptError, RequestError
-from ..tokenizer import ToolCall, ToolDefinition
+from ..errors import RequestError
+from ..tokenizer import ToolDefinition
 from ..tokenizer.chat_messages import BUILTIN_TOOLS
-from ..tokenizer.chat_parse import read_calls
 from .fields import Fields
 
 MOST_TOOLS = 128
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
-# Where the text of a call may begin: with one of these at the begin of a line, or with this tag.
-_TAG = "<function="
-_BEGINS = re.compile(r"[\[{]|" + _TAG)
 
 
 def tools_of(fields: Fields) -> list[ToolDefinition]:
@@ -100,71 +94,3 @@ def called(tools: Sequence[ToolDefinition]) -> dict[str, Any]:
         for tool in tools
     ]
     return calls[0] if len(calls) == 1 else {"anyOf": calls}
-
-
-class CallReader:
-    """Tells calls from text while an answer is made.
-
-    names: the tools that may be called; anything else that looks like a call is text. python_tag:
-    the id of <|python_tag|>, after which a call follows.
-
-    What may be a call waits: from the begin of a line with "{" or "[", from "<function=", or from
-    the tag on, all that follows is text or calls only when the answer is whole.
-    """
-
-    def __init__(self, names: frozenset[str], python_tag: int | None) -> None:
-        self._names, self._tag = names, python_tag
-        self._text = ""
-        self._code: str | None = None
-        self._shown = 0
-        self._waits = False  # until the answer is whole
-
-    def push(self, token: int, text: str) -> str:
-        """Takes a token and its text; returns what can be shown."""
-        if self._code is not None:
-            self._code += text
-            return ""
-        self._text += text
-        if token == self._tag:
-            self._code = ""
-        return self._show(self._safe())
-
-    def end(self) -> tuple[str, list[ToolCall]]:
-        """Returns the rest of the text, and the calls, when the answer is whole."""
-        content, calls, _ = read_calls(self._text, self._code, self._names)
-        if calls and all(call.name in self._names for call in calls):
-            return content[self._shown :], list(calls)
-        self._text += self._code or ""
-        return self._show(len(self._text)), []
-
-    def _safe(self) -> int:
-        """Where text ends that is no part of a call; blanks before a call may belong to it."""
-        text = self._text
-        for found in () if self._waits else _BEGINS.finditer(text, self._shown):
-            at = found.start()
-            line = text[text.rfind("\n", 0, at) + 1 : at]
-            if found.group() == _TAG or not line.strip():
-                self._waits = True
-                return max(self._shown, len(text[:at].rstrip()))
-        if self._waits:
-            return self._shown
-        begun = next((n for n in range(len(_TAG) - 1, 0, -1) if text.endswith(_TAG[:n])), 0)
-        return max(self._shown, len(text[: len(text) - begun].rstrip()))
-
-    def _show(self, end: int) -> str:
-        text = self._text[self._shown : end]
-        self._shown = max(self._shown, end)
-        return text
-
-
-def as_openai(call: ToolCall) -> dict[str, Any]:
-    """Returns a call as OpenAI's answers hold it, with a new id."""
-    try:
-        arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
-    except RecursionError:
-        raise PromptError("the arguments of a call are nested too deeply") from None
-    return {
-        "id": f"call_{secrets.token_hex(12)}",
-        "type": "function",
-        "function": {"name": call.name, "arguments": arguments},
-    }

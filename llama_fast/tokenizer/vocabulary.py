@@ -80,6 +80,12 @@ def extend(
     return _like(tokenizer, tokens, specials, tokenizer.added)
 
 
+def tokens_after_specials(tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids of the tokens that follow the special ones, or stand in the place of reserved
+    ones: those that `extend` has made."""
+    return sorted(id_ for id_ in tokenizer.ranks.values() if id_ >= tokenizer.n_ranks)
+
+
 def _reserved(tokenizer: Tokenizer) -> list[str]:
     """The reserved special tokens, by their ids. Raises where tokens follow them already."""
     named = sorted((id_, name) for name, id_ in tokenizer.specials.items())

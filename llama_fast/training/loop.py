@@ -153,6 +153,8 @@ class _Training:
             TrainingProgress(self.steps, first, shown=progress and main) as shown,
             self._stepping(),
         ):
+            if not first:
+                self._evaluate(0)
             for step in range(first, self.steps):
                 started = time.perf_counter()
                 found = self._step(step)

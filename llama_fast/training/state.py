@@ -28,7 +28,8 @@ class History:
 
     train     of each step {step, epoch, loss, learning_rate, grad_norm, tokens, kept}: the loss in
               nats per trained token, tokens and those trained (kept) of this step
-    held_out  of each evaluation {step, loss, perplexity, bits_per_byte}; what is not known is None
+    held_out  of each evaluation, the first one before any step, {step, loss, perplexity,
+              bits_per_byte}; what is not known is None
     seconds, peak_bytes   of each step, in their order: how long it took, without its evaluation,
               and the most memory so far, of the GPU or of the process. They differ from run to run
     """

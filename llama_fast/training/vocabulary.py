@@ -27,7 +27,13 @@ from ..checkpoint.vocabulary import (
 from ..errors import ConfigError, TokenizerError
 from ..model import Llama
 from ..tokenizer import Tokenizer
-from ..tokenizer.vocabulary import Pruned, extend, new_tokens, prune
+from ..tokenizer.vocabulary import (
+    Pruned,
+    extend,
+    new_tokens,
+    prune,
+    tokens_after_specials,
+)
 from .distill import distill
 
 __all__ = [
@@ -105,9 +111,8 @@ def _names(model: Llama) -> tuple[str, ...]:
 def _before_the_extension(longer: Tokenizer, model: Llama) -> Tokenizer:
     """The vocabulary of all that comes before the first token after the special ones. Raises where
     the model has rows for more: it was extended before."""
-    later = [id_ for id_ in longer.ranks.values() if id_ >= longer.n_ranks]
     words = longer.specials | longer.added
-    first = min(later, default=longer.vocab_size)
+    first = min(tokens_after_specials(longer), default=longer.vocab_size)
     tokens = list(longer.id_to_bytes[: longer.n_ranks])
     if model.config.vocab_size - model.config.vocab_padding > first:
         raise TokenizerError(
