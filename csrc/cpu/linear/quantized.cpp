@@ -25,6 +25,7 @@ static constexpr int64_t SLAB = 512;          // rows of x that are packed at a 
 static constexpr int UNPACK_FROM = 3;         // tiles of rows
 // Bytes from what is used to what is fetched, where that is no stream: begun before a block ends.
 static constexpr int QDATA_AHEAD = 2048, SCALES_AHEAD = 512;
+static constexpr int STREAM_AHEAD = 1024;     // bytes of a stream that is read by itself as well
 
 // How the bytes of a line are stored, and which bytes they are.
 struct TwoNibbles {
@@ -198,18 +199,20 @@ static void unpack(Table table, const uint8_t* qdata, int64_t lines, uint8_t* to
 }
 
 // Calls f(n0, NT, scratch) for the blocks of each thread.
-template <class F> static void for_each_blocks(const Shape& s, int64_t M, F&& f) {
-  const int64_t n = (s.blocks + MAX_NT - 1) / MAX_NT, each = s.columns * BLOCK * MAX_NT * M;
-  const int64_t piece = std::max<int64_t>(1, PIECE_BYTES / (s.qdata_bytes * MAX_NT));
+template <class F> static void for_each_blocks(const Shape& s, int64_t M, int NT, F&& f) {
+  const int64_t n = (s.blocks + NT - 1) / NT, each = s.columns * BLOCK * NT * M;
+  const int64_t piece = std::max<int64_t>(1, PIECE_BYTES / (s.qdata_bytes * NT));
   parallel_for_then_pieces(n, product_grain(n, each), piece, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      f(i * MAX_NT, int(std::min<int64_t>(MAX_NT, s.blocks - i * MAX_NT)));
+      f(i * NT, int(std::min<int64_t>(NT, s.blocks - i * NT)));
   });
 }
 
 // One tile of rows of x has whole blocks for itself. It fetches what it will soon need; or the blocks to
-// come, as one stream of addresses.
+// come, as one stream of addresses, which a single block is anyway.
 static Fetch fetch_of_one_tile(const LinearQuantizedArgs& a, const Shape& s, const Part& part, int NT) {
+  if (a.walk == Walk::stream && NT == 1)
+    return {part.qdata + STREAM_AHEAD, LINE, LINE, STREAM_AHEAD / BLOCK, BLOCK, BLOCK, true};
   if (a.walk == Walk::stream)
     return {part.qdata + NT * s.qdata_bytes, NT * LINE, LINE,
             NT * part.scale_stride, BLOCK, NT * BLOCK, true};
@@ -252,7 +255,9 @@ static void by_bytes(const LinearQuantizedArgs& a, const Shape& s, int64_t row0,
   const bool nibbles = a.bits == 4, unpacked = nibbles && tiles >= UNPACK_FROM;
   const int64_t chunk = tiles == 1 ? s.groups : std::max<int64_t>(1, CHUNK / s.group_size);
   const RoundedRows<T> x(a, s, row0, M, tiles, chunk, Lie::by_four);
-  for_each_blocks(s, M, [&](int64_t n0, int NT) {
+  // One row of x does so little that a single block, which lies in memory as it is read, is faster.
+  const int width = a.walk == Walk::stream && M == 1 ? 1 : MAX_NT;
+  for_each_blocks(s, M, width, [&](int64_t n0, int NT) {
     float* total = scratch<LinearQuantizedArgs>(M * NT * BLOCK + (unpacked ? MAX_NT * CHUNK * 4 : 0));
     auto* bytes_of_chunk = reinterpret_cast<uint8_t*>(total + M * NT * BLOCK);
     for (int64_t g0 = 0; g0 < s.groups; g0 += chunk) {
@@ -320,7 +325,7 @@ static void by_values(const LinearQuantizedArgs& a, const Shape& s, int64_t row0
     }
   });
   const int64_t chunk = FLOAT_CHUNK / s.group_size;
-  for_each_blocks(s, M, [&](int64_t n0, int NT) {
+  for_each_blocks(s, M, MAX_NT, [&](int64_t n0, int NT) {
     float* total = scratch<LinearQuantizedArgs>(M * NT * BLOCK + FLOAT_CHUNK * MAX_NT * BLOCK);
     float* values = total + M * NT * BLOCK;
     for (int64_t g0 = 0; g0 < s.groups; g0 += chunk) {
