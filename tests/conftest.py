@@ -20,10 +20,11 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 from llama_fast.cli import main as command_line
 from llama_fast.utils.environment import triton_interpreter
 from tests.selection import short_run
-from tests.triton_interpreter import behave_as_a_gpu
+from tests.triton_interpreter import be_quick, behave_as_a_gpu
 
 if triton_interpreter():
     behave_as_a_gpu()
+    be_quick()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
