@@ -36,6 +36,11 @@ SLOW = (
 )
 
 
+def runs_all(config: pytest.Config) -> bool:
+    """Whether nothing that is asked for is left out."""
+    return config.getoption("--all") or any("::" in argument for argument in config.args)
+
+
 def short_run(items: list[pytest.Item]) -> list[pytest.Item]:
     """Those of `items` that run without `--all`, in their order."""
     items = [
