@@ -19,11 +19,12 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 
 from llama_fast.cli import main as command_line
 from llama_fast.utils.environment import triton_interpreter
-from tests.selection import short_run
-from tests.triton_interpreter import behave_as_a_gpu
+from tests.selection import runs_all, short_run
+from tests.triton_interpreter import be_quick, behave_as_a_gpu
 
 if triton_interpreter():
     behave_as_a_gpu()
+    be_quick()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             "workers collect tests by their names, and these have an address in it; give ids: "
             + ", ".join(addresses)
         )
-    if config.getoption("--all") or any("::" in argument for argument in config.args):
+    if runs_all(config):
         return
     kept = short_run(items)
     left = set(items).difference(kept)

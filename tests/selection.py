@@ -2,7 +2,8 @@
 
 Tests in several dtypes on several backends are the bulk of the work. On each backend one dtype runs
 in full, and of the others every third combination, so spread that each case meets each dtype, and
-each backend as well. What is marked `thorough` is left out, and what takes very long.
+each backend as well. Cases that differ from others in size alone run in the one dtype. What is
+marked `thorough` is left out, and what takes very long.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ import pytest
 import torch
 
 EVERY = 3
-# Each takes Triton's interpreter 4 to 60 seconds; shorter cases meet the same kernels.
+# The parts of the rows and of the vocabulary are the same in every dtype, and large.
+IN_ONE_DTYPE = ("linear_cross_entropy-two blocks",)
+# Each takes Triton's interpreter 2 to 30 seconds; shorter cases meet the same kernels.
 SLOW = (
+    "test_forward[attention-long-float32-triton]",
+    "test_forward[attention-8 bits, long-float32-triton]",
     "test_gradient[attention-long-float32-triton]",
     "test_gradient[attention-long-bfloat16-triton]",
     "test_gradient[attention-long decode-float32-triton]",
@@ -29,6 +34,11 @@ SLOW = (
     "test_gradient[linear-swiglu, decode, 8 bits-float32-triton]",
     "test_gradient[linear-quantised, decode, 4 bits-float32-triton]",
 )
+
+
+def runs_all(config: pytest.Config) -> bool:
+    """Whether nothing that is asked for is left out."""
+    return config.getoption("--all") or any("::" in argument for argument in config.args)
 
 
 def short_run(items: list[pytest.Item]) -> list[pytest.Item]:
@@ -61,6 +71,8 @@ def _runs(item: pytest.Item, dtypes: dict, cases: dict, backends: dict) -> bool:
     known = list(dtypes[test])
     if dtype is full_dtype(backend, known):
         return True
+    if any(f"[{case}-" in item.name for case in IN_ONE_DTYPE):
+        return False
     if item.get_closest_marker("skip"):  # it would stand in the place of one that runs
         return False
     case = tuple(i for name, i in item.callspec.indices.items() if name not in ("backend", "dtype"))

@@ -24,8 +24,9 @@ SLACK = 110e6
 # What blocks take that are rounded; less than the embedding as it is stored, 66 MB.
 QUANTIZING = 60e6
 
+# Each in a fork of a process that has imported what it needs.
 _HIGH_WATER = """
-import sys
+import os, sys
 from pathlib import Path
 import torch
 from llama_fast.checkpoint import convert, open_checkpoint, state_shapes
@@ -35,20 +36,31 @@ def high_water():  # bytes; VmHWM, because ru_maxrss is inherited from the paren
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
-torch.zeros(2**20, dtype=torch.bfloat16).add(1).sum()  # torch's own threads and buffers
-before = high_water()
-source, target = sys.argv[1:]
-if target == "int8":
-    Llama.from_pretrained(source, device="cpu", quantize="int8", max_seq_len=16)
-elif target == "memory":
-    checkpoint = open_checkpoint(source)
-    shapes = state_shapes(checkpoint.config)
-    state = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-    checkpoint.load_into(state)
-else:
-    convert(source, target, "hf" if "meta" in source else "meta")
-print(high_water() - before)
+def peak(source, target):
+    torch.zeros(2**20, dtype=torch.bfloat16).add(1).sum()  # torch's own threads and buffers
+    before = high_water()
+    if target == "int8":
+        Llama.from_pretrained(source, device="cpu", quantize="int8", max_seq_len=16)
+    elif target == "memory":
+        checkpoint = open_checkpoint(source)
+        shapes = state_shapes(checkpoint.config)
+        state = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        checkpoint.load_into(state)
+    else:
+        convert(source, target, "hf" if "meta" in source else "meta")
+    return high_water() - before
+
+for source, target in zip(sys.argv[1::2], sys.argv[2::2]):
+    if not (child := os.fork()):
+        print(peak(source, target), flush=True)
+        os._exit(0)
+    assert not os.waitpid(child, 0)[1]
 """
+ASKED = [
+    *((name, "memory") for name in ("hf", "hf-shards", "meta", "meta-2")),
+    *((name, "int8") for name in ("hf", "meta")),
+    *((name, "converted") for name in ("hf", "meta")),
+]
 
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="needs Linux's /proc to see the peak of memory"
@@ -71,32 +83,32 @@ def folders(tmp_path_factory):
     return folder
 
 
-def _peak(source: Path, target: str | Path) -> int:
-    command = [sys.executable, "-c", _HIGH_WATER, str(source), str(target)]
+@pytest.fixture(scope="module")
+def peaks(folders) -> dict[tuple[str, str], int]:
+    """Bytes at most, by those of ASKED."""
+    command = [sys.executable, "-c", _HIGH_WATER]
+    for name, kind in ASKED:
+        command += [folders / name, folders / f"{name} {kind}" if kind == "converted" else kind]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.returncode == 0, result.stderr
-    print(int(result.stdout) / 1e6)
-    return int(result.stdout)
+    return dict(zip(ASKED, map(int, result.stdout.split()), strict=True))
 
 
 @needs_proc
 @pytest.mark.parametrize("name", ["hf", "hf-shards", "meta", "meta-2"])
-def test_peak_of_loading(folders, name):
-    peak = _peak(folders / name, "memory")
-    assert WEIGHTS < peak < WEIGHTS + SLACK
+def test_peak_of_loading(peaks, name):
+    assert WEIGHTS < peaks[name, "memory"] < WEIGHTS + SLACK
 
 
 @needs_proc
 @pytest.mark.parametrize("name", ["hf", "meta"])
-def test_peak_of_quantizing(folders, name):
+def test_peak_of_quantizing(peaks, name):
     """Neither a float matrix nor a second copy of a quantised one is ever held."""
-    peak = _peak(folders / name, "int8")
     weights = quantized_bytes(CONFIG, NAMED["int8"])
-    assert weights < peak < weights + QUANTIZING
+    assert weights < peaks[name, "int8"] < weights + QUANTIZING
 
 
 @needs_proc
 @pytest.mark.parametrize("name", ["hf", "meta"])
-def test_peak_of_converting(folders, name, tmp_path):
-    peak = _peak(folders / name, tmp_path / "out")
-    assert LARGEST < peak < LARGEST + SLACK
+def test_peak_of_converting(peaks, name):
+    assert LARGEST < peaks[name, "converted"] < LARGEST + SLACK

@@ -3,7 +3,6 @@ and matrix instructions of every kernel for every architecture that is tested he
 
 from __future__ import annotations
 
-import functools
 import re
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from llama_fast.triton_kernels import cubin
 
 from .test_cuda import ROOT, setup_cuda
 
-ARCHITECTURES = ["80", "90a"]
 NVCC = setup_cuda.find_nvcc()
 
 
@@ -27,63 +25,69 @@ needs_cuobjdump = pytest.mark.skipif(
 )
 
 
-@functools.cache
-def build() -> Path:
-    folder = ROOT / "build" / "cuda-code"
+@pytest.fixture(scope="module")
+def architectures(request) -> list[str]:
+    """Every kernel is in 90a; 80 takes as long again to compile."""
+    return ["80", "90a"] if request.config.getoption("--all") else ["90a"]
+
+
+@pytest.fixture(scope="module")
+def built(architectures) -> Path:
+    folder = ROOT / "build" / "-".join(["cuda-code", *architectures])
     target = folder / "_cuda.so"
-    setup_cuda.build_cuda_module(target, folder, ARCHITECTURES, "--Werror=all-warnings")
+    setup_cuda.build_cuda_module(target, folder, architectures, "--Werror=all-warnings")
     return target
 
 
-@functools.cache
-def kernels() -> list[cubin.Usage]:
-    return cubin.usages(build())
+@pytest.fixture(scope="module")
+def kernels(built) -> list[cubin.Usage]:
+    return cubin.usages(built)
 
 
-@functools.cache
-def listings() -> list[tuple[str, str]]:
-    return cubin.listings(build())
+@pytest.fixture(scope="module")
+def listings(built) -> list[tuple[str, str]]:
+    return cubin.listings(built)
 
 
 @needs_nvcc
-def test_it_builds_and_imports_without_a_gpu():
+def test_it_builds_and_imports_without_a_gpu(built, architectures):
     code = (
         "import importlib.util as u, sys\n"
         "spec = u.spec_from_file_location('_cuda', sys.argv[1])\n"
         "module = u.module_from_spec(spec); spec.loader.exec_module(module)\n"
         "print(module.architectures(), module.device_type(), 'torch' in sys.modules)"
     )
-    command = [sys.executable, "-c", code, str(build())]
+    command = [sys.executable, "-c", code, str(built)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.split() == [",".join(ARCHITECTURES), "cuda", "False"], done.stderr
+    assert done.stdout.split() == [",".join(architectures), "cuda", "False"], done.stderr
 
 
 @needs_cuobjdump
-def test_every_kernel_is_there_for_every_architecture():
+def test_every_kernel_is_there_for_every_architecture(kernels, architectures):
     sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").rglob("*.cu*"))
     names = set(re.findall(r"(\w+_kernel)\(", sources))
     assert "linear_fwd_kernel" in names
-    for architecture in ARCHITECTURES:
-        compiled = " ".join(k.name for k in kernels() if k.architecture == architecture)
+    for architecture in architectures:
+        compiled = " ".join(k.name for k in kernels if k.architecture == architecture)
         missing = [name for name in names if name not in compiled]
         assert not missing, f"sm_{architecture} lacks {missing}"
 
 
 @needs_cuobjdump
-def test_no_kernel_spills():
-    spilling = [kernel for kernel in kernels() if kernel.stack]
+def test_no_kernel_spills(kernels):
+    spilling = [kernel for kernel in kernels if kernel.stack]
     assert not spilling, "\n".join(map(str, spilling))
 
 
 @needs_cuobjdump
-def test_warpgroups_pass_on_the_registers_that_they_have():
+def test_warpgroups_pass_on_the_registers_that_they_have(kernels, listings):
     """What a launch gives, and what stands behind setmaxnreg.dec up to the kernel's end."""
     source = (ROOT / "csrc" / "cuda" / "attention" / "prefill_sm90.cuh").read_text()
     count = {name: int(n) for name, n in re.findall(r"(\w+)_REGISTERS = (\d+)", source)}
-    given = {k.registers for k in kernels() if k.architecture == "90a" and "wgmma" in k.name}
+    given = {k.registers for k in kernels if k.architecture == "90a" and "wgmma" in k.name}
     assert given == {count["LAUNCH"]}
     found = 0
-    for _, code in listings():
+    for _, code in listings:
         _, shrunk, behind = code.partition("USETMAXREG.DEALLOC")
         if shrunk:
             found += 1
@@ -91,22 +95,22 @@ def test_warpgroups_pass_on_the_registers_that_they_have():
     assert found == 4
 
 
-@functools.cache
-def instructions() -> dict[str, list[str]]:
+@pytest.fixture(scope="module")
+def instructions(listings) -> dict[str, list[str]]:
     """Every kernel's instructions, of all its instances and architectures together."""
     found: dict[str, list[str]] = {}
-    for mangled, code in listings():
+    for mangled, code in listings:
         name = re.search(r"\d([a-z_]+?)_kernel", mangled)[1]
         found.setdefault(name, []).extend(one.opcode for one in parse_sass(code))
     return found
 
 
 @needs_cuobjdump
-def test_matrix_instructions_are_where_they_should_be():
+def test_matrix_instructions_are_where_they_should_be(instructions):
     def kernels_with(pattern: str) -> set[str]:
         return {
             name
-            for name, codes in instructions().items()
+            for name, codes in instructions.items()
             if any(re.match(pattern, code) for code in codes)
         }
 
@@ -120,16 +124,16 @@ def test_matrix_instructions_are_where_they_should_be():
 
 
 @needs_cuobjdump
-def test_linear_has_no_division_of_whole_numbers():
+def test_linear_has_no_division_of_whole_numbers(instructions):
     """It begins by I2F, a conversion; nothing else of these kernels has one."""
-    assert not [code for code in instructions()["linear_fwd"] if code.startswith("I2F")]
+    assert not [code for code in instructions["linear_fwd"] if code.startswith("I2F")]
 
 
 @needs_cuobjdump
-def test_products_of_warpgroups_are_not_serialised():
+def test_products_of_warpgroups_are_not_serialised(instructions):
     """Where ptxas cannot follow the registers of a product, it waits behind each: there would be
     more waits than the source has, four in each instance."""
-    codes = instructions()["attention_prefill_wgmma"]
+    codes = instructions["attention_prefill_wgmma"]
     instances = codes.count("USETMAXREG.DEALLOC.CTAPOOL")
     assert instances == 4  # two dtypes, two head dims
     assert sum(code.startswith("WARPGROUP.DEPBAR") for code in codes) == 4 * instances

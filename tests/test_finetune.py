@@ -146,6 +146,10 @@ def test_a_cache_for_several_runs(run, tiny, texts, tmp_path, monkeypatch):
     assert code == 0 and "1 from the cache" in err, err
     code, out, err = run("finetune", tiny, texts, "--block", 64, "--show", 1, *kept)
     assert code == 0 and "1 from the cache" in out + err
+    own = tmp_path / "a" / "data-cache"
+    code, _, err = run(*asked, "--out", tmp_path / "a", "--cache", own)
+    assert code == 2 and "removed when it is finished" in " ".join(err.split())
+    assert not own.exists()
 
 
 def test_a_fault_in_the_data_leaves_nothing_behind(run, tiny, texts, tmp_path):

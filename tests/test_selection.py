@@ -11,7 +11,7 @@ import torch
 from llama_fast import ops  # noqa: F401
 from llama_fast.dispatch import OPS
 
-from .selection import SLOW, full_dtype, short_run
+from .selection import IN_ONE_DTYPE, SLOW, full_dtype, short_run
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["eager", "cpu-avx512_bf16", "cpu-avx2", "cpu-scalar", "triton", "cuda", "cuda-host"]
@@ -59,13 +59,21 @@ def test_what_is_marked_thorough_is_left_out():
     assert len(short_run([item(0, 0, "eager", DTYPES)])) == 1
 
 
+def test_what_differs_in_size_alone_runs_in_one_dtype():
+    each = [item(0, at, "eager", DTYPES) for at in range(len(DTYPES))]
+    for one in each:
+        one.name = one.name.replace("[0-", f"[{IN_ONE_DTYPE[0]}-")
+    assert short_run(each) == each[:1]
+
+
 def test_what_takes_very_long_is_left_out():
     slow = SimpleNamespace(name=SLOW[0], get_closest_marker=lambda name: None)
     assert short_run([slow]) == []
+    cases = {f"{name}-{case}" for name, op in OPS.items() if op.cases for case in op.cases()}
     names = {
-        f"test_gradient[{name}-{case}-{dtype}-triton]"
-        for name, op in OPS.items()
-        for case in (op.cases() if op.cases else ())
+        f"{test}[{case}-{dtype}-triton]"
+        for test in ("test_forward", "test_gradient")
+        for case in cases
         for dtype in ("float32", "bfloat16")
     }
-    assert set(SLOW) <= names
+    assert set(SLOW) <= names and set(IN_ONE_DTYPE) <= cases

@@ -29,10 +29,19 @@ from llama_fast.model.quantized import quantize_
 
 from . import ranks, sharded_ops
 from .checkpoints import meta_files, meta_state, save_meta
+from .selection import runs_all
 
 ROOT = Path(__file__).parent.parent
 SIZES = (2, 3, 4)
-CASES = [(size, case) for size, cases in ranks.CASES_OF.items() for case in cases]
+
+
+def cases_but(*left_out: str) -> list:
+    return [
+        pytest.param(size, case, marks=[pytest.mark.thorough] * ((size, case) in ranks.THOROUGH))
+        for size, cases in ranks.CASES_OF.items()
+        for case in cases
+        if case not in left_out
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +96,12 @@ def torchrun(
 
 
 @pytest.fixture(scope="module")
-def found(folder):
+def found(folder, pytestconfig):
     """What each rank has found, by the number of ranks."""
 
     @functools.cache
     def of(size: int) -> list[dict]:
-        ended = torchrun(size, "-m", "tests.ranks", folder)
+        ended = torchrun(size, "-m", "tests.ranks", folder, *["--all"] * runs_all(pytestconfig))
         paths = [folder / f"found-{size}-{rank}.pt" for rank in range(size)]
         assert all(path.exists() for path in paths), ended.stderr[-6000:]
         return [torch.load(path) for path in paths]
@@ -105,7 +114,7 @@ def alone(folder):
     return functools.cache(lambda case: ranks.found_with(folder, case))
 
 
-@pytest.mark.parametrize(("size", "case"), CASES)
+@pytest.mark.parametrize(("size", "case"), cases_but())
 def test_the_logits_and_texts_of_one_process(found, alone, case, size):
     own = alone(case)
     of_ranks = [of_rank[case] for of_rank in found(size)]
@@ -124,7 +133,7 @@ def test_the_logits_and_texts_of_one_process(found, alone, case, size):
         assert of_ranks[0].get("drawn") == own.get("drawn")
 
 
-@pytest.mark.parametrize(("size", "case"), [x for x in CASES if x[1] != "int8 cache"])
+@pytest.mark.parametrize(("size", "case"), cases_but("int8 cache"))
 def test_a_rank_reads_its_share(found, alone, case, size):
     whole = alone(case)
     # Bytes of the file for each of the model: it may be rounded, or made of wider floats.
@@ -139,9 +148,7 @@ def test_a_rank_reads_its_share(found, alone, case, size):
             assert of_rank[case]["held"] <= 1.02 * whole["held"] * own / in_all
 
 
-@pytest.mark.parametrize(
-    ("size", "case"), [x for x in CASES if x[1] not in ("meta", "int8", "int8 cache")]
-)
+@pytest.mark.parametrize(("size", "case"), cases_but("meta", "int8", "int8 cache"))
 def test_the_plan_says_what_ranks_take(found, folder, case, size):
     """Bytes held, and bytes given to each exchange, by the first rank, which has most."""
     name, settings = ranks.CASES[case]

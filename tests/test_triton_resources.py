@@ -50,11 +50,11 @@ def apart(script: str, *arguments: str) -> list[str]:
     ("chip", "stems"),
     [
         ("sm_90", ALL),
-        *((chip, ATTENTION) for chip in ("sm_80", "sm_100", "gfx942")),
-        # Half a minute each, with the instructions of sm_80.
+        *((chip, ATTENTION) for chip in ("sm_80", "gfx942")),
+        # Half a minute each, with the instructions of sm_80, or as below.
         *(
             pytest.param(chip, ATTENTION, marks=pytest.mark.thorough)
-            for chip in ("sm_86", "sm_89", "sm_120")
+            for chip in ("sm_86", "sm_89", "sm_100", "sm_120")
         ),
     ],
 )

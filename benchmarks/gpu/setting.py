@@ -157,9 +157,10 @@ def kernels(setting: Setting) -> Iterator[None]:
         yield
         return
     from tests.cuda_host import host
-    from tests.triton_interpreter import behave_as_a_gpu
+    from tests.triton_interpreter import be_quick, behave_as_a_gpu
 
     behave_as_a_gpu()
+    be_quick()
     if host.why_not():  # the CUDA backend says itself that it cannot be used
         yield
         return

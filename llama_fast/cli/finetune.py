@@ -366,6 +366,12 @@ def finetune(
             **({} if embedding_lr is None else {"--embedding-lr": embedding_lr}),
         },
     )
+    if cache is not None and cache.resolve() == run.cache.resolve():
+        raise typer.BadParameter(
+            f"{cache} is the run's own, which is removed when it is finished. Name another folder "
+            "to keep the ids, or leave the option out",
+            param_hint="--cache",
+        )
     finished = run.check()  # before the cache is kept there
     if not finished:
         how["cache"] = cache or run.cache

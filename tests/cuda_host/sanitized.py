@@ -7,6 +7,7 @@ of their own, so that an access beyond them is one of memory that nobody has.
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import torch
@@ -27,6 +28,9 @@ def exact_copy(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(span, dtype=x.dtype).as_strided(x.shape, x.stride()).copy_(x)
 
 
+expected = functools.lru_cache(maxsize=1)(of_op)  # of the case that is run twice
+
+
 def run(op, args: tuple, name: str) -> bool:
     """Whether the op's kernel took these arguments; its results are judged as everywhere."""
     own = tuple(exact_copy(a) if isinstance(a, torch.Tensor) else a for a in args)
@@ -34,7 +38,7 @@ def run(op, args: tuple, name: str) -> bool:
         return False
     with torch.no_grad():
         actual = as_tuple(op(*own))
-    assert_accurate(actual, of_op(op, args)[: len(actual)], name)
+    assert_accurate(actual, expected(op, args)[: len(actual)], name)
     return True
 
 
@@ -61,7 +65,7 @@ def main() -> None:
                         continue
                     args = case.make(torch.Generator().manual_seed(0), dtype, "cpu")
                     taken += run(op, args, f"{name} {case} {dtype}")
-                    if name == "attention":
+                    if "attention_prefill" in (x.kernel for x in host.take_launches()):
                         cuda.WARPGROUPS = True
                         taken += run(op, args, f"{name} {case} {dtype}, warpgroups")
                         cuda.WARPGROUPS = False
