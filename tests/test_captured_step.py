@@ -488,8 +488,8 @@ def test_replays_on_the_cpu_are_the_steps_bit_for_bit(model, quantize, kv_cache)
     found, cache, step = run_on_cpu(model, 12, captured=True, kv_cache=kv_cache)
     assert found.isfinite().all() and torch.equal(found, expected)
     assert cache._lengths == plain._lengths == cache.lengths.tolist() == plain.lengths.tolist()
-    # Python between the kernels of two layers would be steps of its own. Rows of an embedding of 4 bits
-    # take some steps more.
+    # Python between the kernels of two layers would be steps of its own. Rows of an embedding of
+    # 4 bits take some steps more.
     assert len(step.capturer._steps) < (24 if quantize == "int4" else 16)
 
 
