@@ -139,4 +139,11 @@ __device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint
   return __byte_perm(low, high, pick);
 }
 
+// The same of bytes below 128, but 0 where the highest bit of a digit of `pick` is set (the sign of a byte).
+__device__ __forceinline__ uint32_t pick_bytes_or_zero(uint32_t low, uint32_t high, uint32_t pick) {
+  uint32_t picked;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(picked) : "r"(low), "r"(high), "r"(pick));
+  return picked;
+}
+
 }  // namespace llama_fast::cuda

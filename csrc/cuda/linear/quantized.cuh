@@ -23,18 +23,17 @@ __device__ __forceinline__ uint32_t small_bytes(uint32_t bytes, uint32_t pick, i
 
 constexpr int LEVEL_OF_ZERO = 64;  // above the lowest
 
-// The levels of four nibbles above the lowest, a byte each: those of nibbles below 8 and the others are
-// both looked up, and a nibble's highest bit chooses.
+// The levels of the low four nibbles above the lowest, a byte each: of nibbles below 8 from one table, of the
+// others from a second one.
 __device__ __forceinline__ uint32_t levels_of(uint32_t nibbles) {
-  const uint32_t below = pick_bytes(0x1e150b00, 0x3a342d26, nibbles & 0x7777);
-  const uint32_t above = pick_bytes(0x534c4640, 0x756b625a, nibbles & 0x7777);
-  return pick_bytes(below, above, 0x3210 | (nibbles & 0x8888) >> 1);
+  return pick_bytes_or_zero(0x1e150b00, 0x3a342d26, nibbles) |
+         pick_bytes_or_zero(0x534c4640, 0x756b625a, nibbles ^ 0x8888);
 }
 
 // The numbers of a word of 8 nibbles, as four pairs: a byte has column k in its low half, k + 4 in its high.
 template <class T, bool LEVELS> __device__ __forceinline__ Pairs dequantize_nibbles(uint32_t word) {
   if constexpr (LEVELS) {
-    const uint32_t even = levels_of(word & 0xffff), odd = levels_of(word >> 16);  // columns 0 4 1 5, 2 6 3 7
+    const uint32_t even = levels_of(word), odd = levels_of(word >> 16);  // columns 0 4 1 5, 2 6 3 7
     return {{small_bytes<T>(even, 0x4240, LEVEL_OF_ZERO), small_bytes<T>(odd, 0x4240, LEVEL_OF_ZERO),
              small_bytes<T>(even, 0x4341, LEVEL_OF_ZERO), small_bytes<T>(odd, 0x4341, LEVEL_OF_ZERO)}};
   } else {

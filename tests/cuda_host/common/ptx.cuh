@@ -148,5 +148,11 @@ inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t pick) {
     picked |= uint32_t(bytes >> 8 * (pick >> 4 * i & 7) & 0xff) << 8 * i;
   return picked;
 }
+inline uint32_t pick_bytes_or_zero(uint32_t low, uint32_t high, uint32_t pick) {
+  uint32_t picked = pick_bytes(low, high, pick);
+  for (int i = 0; i < 4; ++i)
+    if (pick >> 4 * i & 8) picked &= ~(0xffu << 8 * i);
+  return picked;
+}
 
 }  // namespace llama_fast::cuda
