@@ -42,7 +42,7 @@ def quantize_folder(
     quantised ones, which `Llama.from_pretrained` maps into memory.
 
     quantization  "int8", "int4" or a Quantization
-    calibration   tokens (B,T) int64 of a text: the weights of the layers are rounded so that their
+    calibration   tokens (B,T) int64 of a text: layers and head are rounded so that their
                   outputs on it change least (`.gptq`). None: to the nearest quantised values
     dtype         of the weights that stay floats, and so of the activations; None: as stored
     progress      called as progress(bytes done, bytes in all, name) while weights are read
@@ -151,7 +151,8 @@ def _calibrated(
     it may be the embedding, which comes first."""
     check_tokens(checkpoint, tokens)
     head = "embed" if checkpoint.config.tied else "head"
-    of_head = _hessian_of_head(checkpoint, tokens)
+    rounded = settings.of_weight(f"{head}.weight") is not None
+    of_head = _hessian_of_head(checkpoint, tokens) if rounded else None
     T, config = tokens.shape[1], checkpoint.config
     cos, sin = rope_tables(config.head_dim, T, config.rope_theta, config.rope_scaling)
     update, x = None, None
