@@ -32,7 +32,7 @@ class OpenVino(Baseline):
     def prefill(self, tokens: list[int]) -> None:
         self.tokens = tokens
         self._start(1)
-        self._finish()
+        self._make(1)
 
     def step(self, token: int) -> None:
         raise NotImplementedError("OpenVINO GenAI goes on with its own tokens: see decode")
@@ -43,9 +43,10 @@ class OpenVino(Baseline):
     def log_probabilities(self, tokens: list[int]) -> np.ndarray:
         """Those of all tokens but the first, each after those before it, (T-1,) float32."""
         self.tokens = tokens
-        request = self._start(1, echo=True, logprobs=1)
-        self._finish()
-        (output,) = request.read_all()
+        self._start(1, echo=True, logprobs=1)
+        while self.pipeline.has_non_finished_requests():
+            self.pipeline.step()
+        (output,) = self.request.read_all()
         return np.array(output.generated_log_probs[1 : len(tokens)], dtype=np.float32)
 
     def decode(self, count: int) -> None:
@@ -53,16 +54,21 @@ class OpenVino(Baseline):
         if not self.running:
             self.running = True
             self._start(self.room)
-        for _ in range(count):
-            self.pipeline.step()
+        self._make(count)
 
-    def _start(self, count: int, **options: object) -> openvino_genai.GenerationHandle:
+    def _start(self, count: int, **options: object) -> None:
         config = openvino_genai.GenerationConfig(
             max_new_tokens=count, ignore_eos=True, do_sample=False, **options
         )
         ids = openvino.Tensor(np.array([self.tokens], dtype=np.int64))
-        return self.pipeline.add_request(0, ids, config)
+        self.request = self.pipeline.add_request(0, ids, config)  # it ends when that is dropped
 
-    def _finish(self) -> None:
-        while self.pipeline.has_non_finished_requests():
+    def _make(self, count: int) -> None:
+        """Steps until there are `count` tokens more. Raises RuntimeError where there are none."""
+        while count > 0:
+            if not self.pipeline.has_non_finished_requests():
+                raise RuntimeError(f"OpenVINO GenAI has stopped, {count} tokens too early")
             self.pipeline.step()
+            if self.request.can_read():
+                (output,) = self.request.read().values()
+                count -= len(output.generated_ids)
