@@ -4,11 +4,11 @@
 
 First the machine's own peak rates, then a row for each line of the table: decode and prefill of a
 whole model, ours beside transformers, llama.cpp, ik_llama, OpenVINO GenAI and CTranslate2 on the
-same random weights, attention beside SDPA, the memory-bound ops beside torch.compile, the cost of a call, and memory. All baselines of a
-row take turns, round by round, with the same number of threads, and so does what the machine can do
-at most, a plain read or copy of as many bytes or as many multiply-adds: a figure is the median over
-the rounds. Everything goes to benchmarks/results/<machine>.json; the rows that were not
-asked for stay there as they are.
+same random weights, attention beside SDPA, the memory-bound ops beside torch.compile, the cost of a
+call, and memory. All baselines of a row take turns, round by round, with the same number of
+threads, and so does what the machine can do at most, a plain read or copy of as many bytes or as
+many multiply-adds: a figure is the median over the rounds. Everything goes to
+benchmarks/results/<machine>.json; the rows that were not asked for stay there as they are.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """OpenVINO GenAI: a GGUF, which it makes a graph of its own of when it opens it.
 
-The engine is that of `LLMPipeline(gguf, "CPU")`: on x86 this hands its requests to a
-`ContinuousBatchingPipeline`, which makes a token a step and so can take turns. Its defaults stay:
-8-bit weights with the groups of the file, repacked by oneDNN, activations rounded to 8 bits in
-groups, and a KV cache of 8 bits, where ours is bfloat16. Its reader of GGUF knows no bfloat16.
+Requests go to a `ContinuousBatchingPipeline`, which makes a token a step and so can take turns;
+`LLMPipeline` makes all of an answer in one call. The CPU plugin's defaults stay: float arithmetic
+in bfloat16 (where the CPU has it), activations rounded to 8 bits in groups of 32 before quantised
+weights, and a KV cache of 8 bits, where ours is bfloat16. Its reader of GGUF knows no bfloat16.
 """
 
 from __future__ import annotations
