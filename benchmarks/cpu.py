@@ -3,12 +3,12 @@
     python -m benchmarks.cpu [--rows NAME ...] [--shape 1b] [--threads N] [--isa avx2] [--8b]
 
 First the machine's own peak rates, then a row for each line of the table: decode and prefill of a
-whole model, ours beside transformers and llama.cpp on the same random weights, attention beside
-SDPA, the memory-bound ops beside torch.compile, the cost of a call, and memory. All baselines of a
-row take turns, round by round, with the same number of threads, and so does what the machine can do
-at most, a plain read or copy of as many bytes or as many multiply-adds: a figure is the median over
-the rounds. Everything goes to benchmarks/results/<machine>.json; the rows that were not
-asked for stay there as they are.
+whole model, ours beside transformers, llama.cpp, ik_llama, OpenVINO GenAI and CTranslate2 on the
+same random weights, attention beside SDPA, the memory-bound ops beside torch.compile, the cost of a
+call, and memory. All baselines of a row take turns, round by round, with the same number of
+threads, and so does what the machine can do at most, a plain read or copy of as many bytes or as
+many multiply-adds: a figure is the median over the rounds. Everything goes to
+benchmarks/results/<machine>.json; the rows that were not asked for stay there as they are.
 """
 
 from __future__ import annotations
@@ -40,18 +40,21 @@ from llama_fast.config import LlamaConfig
 from llama_fast.errors import LlamaFastError
 
 RESULTS = Path(__file__).parent / "results"
-PEERS = ("transformers", "llama-cpp-python", "gguf", "numpy")
+PEERS = (
+    *("transformers", "llama-cpp-python", "gguf", "numpy"),
+    *("openvino-genai", "ctranslate2", "ik-llama-cpp-python"),
+)
 
 # What each row must reach: times as fast as a peer, or the part of a peak rate.
 DECODE = {
     "bf16": {"transformers": 4.0, "llama.cpp bf16": 1.6, READ: 0.90},
     "int8": {"llama.cpp q8_0": 1.6, READ: 0.85},
-    "int4": {"llama.cpp q4_0": 1.6, READ: 0.75},
+    "int4": {"llama.cpp q4_0": 1.6, "ik_llama q4_0": 1.0, READ: 0.75},
 }
 PREFILL = {
     "bf16": {"transformers": 1.3, "llama.cpp bf16": 1.5, MULTIPLY_ADDS: 0.75},
-    "int8": {"llama.cpp q8_0": 1.5},
-    "int4": {"llama.cpp q4_0": 1.5},
+    "int8": {"llama.cpp q8_0": 1.5, "OpenVINO q8_0": 1.3},
+    "int4": {"llama.cpp q4_0": 1.5, "OpenVINO q4_0": 1.3},
 }
 COMPILED = {"rms_norm": 1.0, "add_rms_norm": 1.0, "swiglu": 1.2, "rope": 1.2}  # × torch.compile
 COPIED = 0.85  # of the speed of a copy

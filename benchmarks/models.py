@@ -27,7 +27,7 @@ from llama_fast.bench.timing import OtherPrograms, interleaved
 from llama_fast.cli.options import DEMO
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import WrongResultError
-from llama_fast.utils.files import atomic_file
+from llama_fast.utils.files import atomic_file, atomic_folder
 
 HOW_TO_INSTALL = "pip install -c constraints.txt '.[bench,peers]'"
 CONTEXT_TOKENS = 16  # what a decoded sequence begins with
@@ -66,9 +66,22 @@ class Weights:
 
 
 WEIGHTS = {
-    "bf16": Weights(None, ("transformers", "llama.cpp bf16"), 0.08),
-    "int8": Weights("int8", ("llama.cpp q8_0",), 0.2),
-    "int4": Weights("int4", ("llama.cpp q4_0", "llama.cpp q4_k"), 1.0),
+    "bf16": Weights(None, ("transformers", "llama.cpp bf16", "ik_llama bf16"), 0.08),
+    "int8": Weights(
+        "int8", ("llama.cpp q8_0", "ik_llama q8_0", "OpenVINO q8_0", "CTranslate2 int8"), 0.2
+    ),
+    "int4": Weights(
+        "int4", ("llama.cpp q4_0", "llama.cpp q4_k", "ik_llama q4_0", "OpenVINO q4_0"), 1.0
+    ),
+}
+# The modules that a peer needs, by the first word of its name; llama.cpp quantises the GGUF files.
+NEEDS = {
+    OURS: (),
+    "transformers": ("transformers",),
+    "llama.cpp": ("llama_cpp", "gguf"),
+    "ik_llama": ("ik_llama_cpp", "llama_cpp", "gguf"),
+    "OpenVINO": ("openvino_genai", "llama_cpp", "gguf"),
+    "CTranslate2": ("ctranslate2", "transformers"),
 }
 # Every matrix in the type of its name, which reads the fewest bytes; q4_k as it is published, with
 # some matrices in more bits.
@@ -106,6 +119,15 @@ class Models:
         run_apart(_write_gguf, kind, source, path, self.threads, threads=self.threads)
         return path
 
+    def ctranslate2(self) -> Path:
+        path = self.folder / "ctranslate2"
+        if not path.exists():
+            source = self.checkpoint()
+            self._need_room(self.config.n_params)
+            self.say(f"writing {path.name}")
+            run_apart(_write_ctranslate2, source, path, threads=self.threads)
+        return path
+
     def _need_room(self, nbytes: int) -> None:
         if (free := shutil.disk_usage(self.folder).free) < 1.1 * nbytes:
             raise OSError(
@@ -113,24 +135,27 @@ class Models:
                 "needed for weights; give a larger folder with --tmp"
             )
 
-    def reference(self, tokens: list[int]) -> np.ndarray:
-        """Logits after the tokens by the ops' eager definitions, (V,) float32."""
-        key = tuple(tokens)
+    def reference(self, tokens: list[int], *request: Any) -> np.ndarray:
+        """By the ops' eager definitions: the logits after the tokens, (V,) float32, or what else
+        of our baseline's methods is asked for."""
+        request = request or ("logits_after", tokens, 0)
+        key = (request[0], *tokens)
         if key not in self.references:
             arguments = (self.checkpoint(), len(tokens), None, "eager")
             with Worker(_ours, *arguments, threads=self.threads) as worker:
-                self.references[key] = worker.ask("logits_after", tokens, 0)
+                self.references[key] = worker.ask(*request)
         return self.references[key]
 
     def start(self, name: str, weights: Weights, context: int) -> Worker:
         """A worker with the baseline of that name. Raises WorkerError, OSError."""
+        engine, _, kind = name.partition(" ")
         if name == OURS:
             arguments = (_ours, self.checkpoint(), context, weights.quantize)
-        elif name == "transformers":
+        elif engine == "transformers":
             arguments = (_hugging_face, self.checkpoint())
         else:
-            gguf = self.gguf(name.removeprefix("llama.cpp "))
-            arguments = (_llama_cpp, gguf, self.threads, context)
+            weights_of = self.ctranslate2() if engine == "CTranslate2" else self.gguf(kind)
+            arguments = (ENGINES[engine], weights_of, self.threads, context)
         return Worker(*arguments, threads=self.threads)
 
 
@@ -148,6 +173,13 @@ def _write_gguf(kind: str, source: Path, path: Path, threads: int) -> None:
             gguf_file.write_bf16(source, partial)
         else:
             gguf_file.quantize(source, partial, kind, threads, pure=PURE[kind])
+
+
+def _write_ctranslate2(source: Path, path: Path) -> None:
+    from benchmarks.peers import ctranslate2
+
+    with atomic_folder(path) as partial:
+        ctranslate2.convert(source, partial)
 
 
 # Baselines import their libraries in their own process.
@@ -169,15 +201,42 @@ def _llama_cpp(*arguments: Any) -> Any:
     return LlamaCpp(*arguments)
 
 
+def _ik_llama(*arguments: Any) -> Any:
+    from benchmarks.peers.ik_llama import IkLlama
+
+    return IkLlama(*arguments)
+
+
+def _openvino(*arguments: Any) -> Any:
+    from benchmarks.peers.openvino import OpenVino
+
+    return OpenVino(*arguments)
+
+
+def _ctranslate2(*arguments: Any) -> Any:
+    from benchmarks.peers.ctranslate2 import CTranslate2
+
+    return CTranslate2(*arguments)
+
+
+# Those that are made of a file, the number of threads and the room for tokens.
+ENGINES = {
+    "llama.cpp": _llama_cpp,
+    "ik_llama": _ik_llama,
+    "OpenVINO": _openvino,
+    "CTranslate2": _ctranslate2,
+}
+
+
 def missing(name: str) -> str | None:
     """Why a peer cannot take part, or None."""
-    needed = ["transformers"] if name == "transformers" else ["llama_cpp", "gguf"]
-    absent = [module for module in needed if importlib.util.find_spec(module) is None]
-    if name.startswith("llama.cpp") and (why := isa.no_llama_cpp()):
+    engine = name.partition(" ")[0]
+    if engine == "llama.cpp" and (why := isa.no_llama_cpp()):
         return why
-    if not absent or name == OURS:
-        return None
-    return f"{' and '.join(absent)} not installed: {HOW_TO_INSTALL}"
+    if engine in ("ik_llama", "OpenVINO", "CTranslate2") and isa.held_to():
+        return f"{engine} is not held to {isa.held_to()}"
+    absent = [module for module in NEEDS[engine] if importlib.util.find_spec(module) is None]
+    return f"{' and '.join(absent)} not installed: {HOW_TO_INSTALL}" if absent else None
 
 
 @contextlib.contextmanager
@@ -194,18 +253,32 @@ def baselines(models: Models, row: Row, form: str, context: int) -> Iterator[dic
                 models.say(f"{row.name}: loading {name}")
                 workers[name] = stack.enter_context(models.start(name, weights, context))
             except WorkerError as error:
-                # What quantised forms exist is our own model's to say; anything else is a fault.
-                if name != OURS or error.kind != "ConfigError":
+                # What quantised forms exist is our own model's to say, and a peer may be built for
+                # another CPU or system; anything else is a fault.
+                if error.kind == "ConfigError" and name == OURS:
+                    row.missing[name] = f"no {form} weights: {error.text}"
+                elif error.kind in ("EOFError", "ImportError", "OSError") and name != OURS:
+                    row.missing[name] = error.text
+                else:
                     raise
-                row.missing[name] = f"no {form} weights: {error.text}"
         yield workers
 
 
 def check(models: Models, row: Row, form: str, worker: Worker, name: str, tokens, steps) -> None:
-    """Raises WrongResultError unless the baseline's logits are those of the eager definition."""
-    expected = models.reference(tokens)
-    found = worker.ask("logits_after", tokens, steps)
-    error = float(np.sqrt(np.square(found - expected).mean() / np.square(expected).mean()))
+    """Raises WrongResultError unless the baseline's logits are those of the eager definition.
+
+    OpenVINO gives log probabilities of given tokens alone, of a whole prompt: as random tokens
+    have random logits, their errors are of the same size, and so is their deviation.
+    """
+    if name.startswith("OpenVINO"):
+        request = ("log_probabilities", tokens)
+        expected, found = models.reference(tokens, *request), worker.ask(*request)
+        size = expected.var()
+    else:
+        expected = models.reference(tokens)
+        found = worker.ask("logits_after", tokens, steps)
+        size = np.square(expected).mean()
+    error = float(np.sqrt(np.square(found - expected).mean() / size))
     row.notes.append(f"{name}: error of the logits {error:.2g}")
     if not error <= WEIGHTS[form].tolerance:
         raise WrongResultError(

@@ -68,9 +68,10 @@ def test_the_results_hold_every_sample_and_what_they_were_measured_with(measured
     assert list(found["rows"]) == ["decode bf16", "attention query", "call"]
     assert set(found["rows"]["attention query"]["samples"]) == {"llama_fast", "SDPA", "plain read"}
     row = found["rows"]["decode bf16"]
-    baselines = {"llama_fast", "transformers"} | ({"llama.cpp bf16"} if PEER else set())
-    assert set(row["samples"]) == baselines | {"plain read"}
-    assert set(row.get("missing", {})) == {"llama.cpp bf16"} - baselines
+    everybody = {"llama_fast", *models.WEIGHTS["bf16"].peers}
+    absent = {name for name in everybody if models.missing(name)}
+    assert set(row["samples"]) == everybody - absent | {"plain read"}
+    assert set(row.get("missing", {})) == absent
     for name, seconds in row["samples"].items():
         assert len(seconds) == 2 and min(seconds) > 0
         assert row["medians"][name] == pytest.approx(2 / statistics.median(seconds), rel=1e-4)
@@ -98,6 +99,9 @@ def test_peers_that_are_missing_are_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert models.missing("transformers").startswith("transformers not installed: pip install")
     assert models.missing("llama.cpp q8_0").startswith("llama_cpp and gguf not installed")
+    assert models.missing("OpenVINO q8_0").startswith("openvino_genai and llama_cpp and gguf not")
+    assert models.missing("ik_llama q4_0").startswith("ik_llama_cpp and llama_cpp and gguf not")
+    assert models.missing("CTranslate2 int8").startswith("ctranslate2 and transformers not")
     assert models.missing("llama_fast") is None
 
 
@@ -158,6 +162,20 @@ def test_llama_cpp_runs_the_same_model(tiny):
                     raise
                 pytest.skip("llama.cpp 0.3.36 dies of quantised weights on AMX")
     assert not list(tiny.folder.glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["ik_llama q8_0", "OpenVINO q8_0", "CTranslate2 int8"])
+def test_other_engines_run_the_same_model(tiny, name):
+    """And go on with it, as many tokens as are asked for: what makes none must not be timed."""
+    if why := models.missing(name):
+        pytest.skip(why)
+    tokens = models.prompt_of(tiny, 40)
+    with tiny.start(name, models.WEIGHTS["int8"], 64) as worker:
+        models.check(tiny, Row("prefill", "", "tok/s"), "int8", worker, name, tokens, 0)
+        worker.ask("prefill", tokens)
+        models.check(tiny, Row("decode", "", "tok/s"), "int8", worker, name, tokens, 4)
+        worker.ask("decode", 4)
+        worker.ask("decode", 4)
 
 
 def test_a_peer_that_dies_takes_no_part(tiny):

@@ -1,7 +1,7 @@
-"""GGUF files of a checkpoint, for llama.cpp: bfloat16, and what its own quantiser makes of that.
+"""GGUF files of a checkpoint: bfloat16, and what llama.cpp's own quantiser makes of that.
 
 The tensors' names and keys are those that llama.cpp's converter gives to architecture "llama".
-There is no vocabulary: models are fed token ids.
+llama.cpp, ik_llama and OpenVINO read the same files.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def write_bf16(folder: Path, target: Path) -> None:
 def _add_keys(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
+    _add_tokenizer(writer, config.vocab_size)
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)
@@ -67,6 +67,20 @@ def _add_keys(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
+    """A vocabulary of the right size and no meaning: models are fed token ids, but OpenVINO opens
+    no file without one, nor one without special tokens."""
+    types = [gguf.TokenType.NORMAL] * vocab_size
+    types[:2] = [gguf.TokenType.CONTROL] * 2
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list([f"<{number}>" for number in range(vocab_size)])
+    writer.add_token_types(types)
+    writer.add_token_merges(["< 0"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
 
 
 def _frequency_factors(config: LlamaConfig) -> torch.Tensor:

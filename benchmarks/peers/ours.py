@@ -38,5 +38,11 @@ class Ours(Baseline):
     def logits(self) -> np.ndarray:
         return self.out[0].numpy()
 
+    @torch.no_grad()
+    def log_probabilities(self, tokens: list[int]) -> np.ndarray:
+        """Those of all tokens but the first, each after those before it, (T-1,) float32."""
+        found = self.model(torch.tensor([tokens[:-1]]))[0].log_softmax(-1)
+        return found.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].numpy()
+
     def bytes_per_token(self, context: float) -> float:
         return bytes_per_token(self.model, context)
