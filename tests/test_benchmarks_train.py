@@ -20,6 +20,9 @@ def test_a_batch_counts_its_tokens():
     assert Batch((16,)).labelled == 15
     (_, labels), _ = TWO.documents()
     assert labels[:8].eq(lora.IGNORED).all() and labels[8:].ge(0).all()
+    tokens, targets, cu_seqlens = TWO.packed()
+    assert tokens.shape == targets.shape == (1, 25) and cu_seqlens.tolist() == [0, 16, 25]
+    assert targets[0, 7:15].equal(tokens[0, 8:16]) and targets.eq(lora.IGNORED).sum() == 25 - 13
     assert lora.flops(DEMO, Batch((16, 9))) > lora.flops(DEMO, TWO)
 
 
@@ -37,6 +40,7 @@ def test_peft_and_the_full_step_have_the_loss_of_random_weights():
     pytest.importorskip("peft", reason="peft is not installed")
     lora.PeftLora(DEMO, TWO)()
     step = lora.OursFull(DEMO, Batch((16,)))
+    assert all("forward" in vars(layer) for layer in step.model.layers)  # checkpointed still
     step()
     step.model.norm.weight.data.fill_(1e4)
     with pytest.raises(WrongResultError, match="with random weights it is near"):

@@ -50,6 +50,13 @@ class Batch:
             found.append((tokens, labels))
         return found
 
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """One row of all documents: tokens (1,T), the targets of each, and cu_seqlens."""
+        tokens, labels = zip(*self.documents(), strict=True)
+        targets = [torch.cat((each[1:], each.new_full((1,), IGNORED))) for each in labels]
+        ends = torch.tensor([0, *self.lengths]).cumsum(0)
+        return torch.cat(tokens)[None], torch.cat(targets)[None], ends.to(torch.int32)
+
 
 class Step:
     """What both share: a step's loss must be that of random weights, or its time means nothing."""
@@ -70,9 +77,30 @@ class Step:
         return resident_peak()
 
 
-class OursLora(Step):
+class Ours(Step):
     """Documents are packed into one row."""
 
+    def __init__(
+        self, config: LlamaConfig, batch: Batch, quantize: str | None, checkpoint: bool
+    ) -> None:
+        from llama_fast.bench.profile.steps import random_model
+        from llama_fast.training.checkpointing import activation_checkpointing
+
+        self.config = config
+        settings = {"layers": config.n_layers, "dtype": torch.bfloat16, "device": "cpu"}
+        self.model = random_model(config, **settings, quantize=quantize).train()
+        self.tokens, self.targets, self.cu_seqlens = batch.packed()
+        # To the end of the process: what is dropped is undone.
+        self.saving = activation_checkpointing(self.model) if checkpoint else nullcontext()
+        self.saving.__enter__()
+
+    def backward(self) -> Tensor:
+        loss = self.model.loss(self.tokens, self.targets, cu_seqlens=self.cu_seqlens)
+        loss.backward()
+        return loss
+
+
+class OursLora(Ours):
     def __init__(
         self,
         config: LlamaConfig,
@@ -81,29 +109,31 @@ class OursLora(Step):
         checkpoint: bool = False,
     ) -> None:
         from llama_fast import train
-        from llama_fast.bench.profile.steps import random_model
-        from llama_fast.training.checkpointing import activation_checkpointing
 
-        self.config = config
-        settings = {"layers": config.n_layers, "dtype": torch.bfloat16, "device": "cpu"}
-        self.model = random_model(config, **settings, quantize=quantize).train()
+        super().__init__(config, batch, quantize, checkpoint)
         adapter = train.lora(self.model, RANK, ALPHA)
         self.optimizer = torch.optim.AdamW(adapter.parameters(), lr=LEARNING_RATE, fused=True)
-        documents = batch.documents()
-        self.tokens = torch.cat([tokens for tokens, _ in documents]).unsqueeze(0)
-        after = [torch.cat((labels[1:], labels.new_full((1,), IGNORED))) for _, labels in documents]
-        self.targets = torch.cat(after).unsqueeze(0)
-        ends = torch.tensor([0, *batch.lengths]).cumsum(0)
-        self.cu_seqlens = ends.to(torch.int32)
-        self.saving = activation_checkpointing(self.model) if checkpoint else nullcontext()
-        self.saving.__enter__()  # to the end of the process
 
     def step(self) -> Tensor:
-        loss = self.model.loss(self.tokens, self.targets, cu_seqlens=self.cu_seqlens)
-        loss.backward()
+        loss = self.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss
+
+
+class OursFull(Ours):
+    """All weights in bfloat16, 8-bit moments, each weight's step as soon as it has its gradient,
+    checkpointed."""
+
+    def __init__(self, config: LlamaConfig, batch: Batch) -> None:
+        from llama_fast.training.optim import AdamW, step_in_backward
+
+        super().__init__(config, batch, None, checkpoint=True)
+        optimizer = AdamW(self.model.parameters(), LEARNING_RATE, moments="int8")
+        self.stepping = step_in_backward(self.model, optimizer)
+
+    def step(self) -> Tensor:
+        return self.backward()
 
 
 class PeftLora(Step):
@@ -145,30 +175,6 @@ class PeftLora(Step):
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss
-
-
-class OursFull(Step):
-    """All weights in bfloat16, 8-bit moments, each weight's step as soon as it has its gradient."""
-
-    def __init__(self, config: LlamaConfig, batch: Batch) -> None:
-        from llama_fast.bench.profile.steps import random_model
-        from llama_fast.training.checkpointing import activation_checkpointing
-        from llama_fast.training.optim import AdamW, step_in_backward
-
-        self.config = config
-        settings = {"layers": config.n_layers, "dtype": torch.bfloat16, "device": "cpu"}
-        self.model = random_model(config, **settings).train()
-        optimizer = AdamW(self.model.parameters(), LEARNING_RATE, moments="int8")
-        self.stepping = step_in_backward(self.model, optimizer)
-        activation_checkpointing(self.model).__enter__()  # to the end of the process
-        ((tokens, labels),) = batch.documents()
-        self.tokens = tokens.unsqueeze(0)
-        self.targets = torch.cat((labels[1:], labels.new_full((1,), IGNORED))).unsqueeze(0)
-
-    def step(self) -> Tensor:
-        loss = self.model.loss(self.tokens, self.targets)
-        loss.backward()
         return loss
 
 
