@@ -14,7 +14,6 @@ benchmarks/results/<machine>.json; the rows that were not asked for stay there a
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import os
 import sys
@@ -23,23 +22,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from benchmarks import elementwise, isa, kernels, memory, models
 from benchmarks.models import PART_OF
-from benchmarks.table import show, table_of
-from benchmarks.worker import Worker, WorkerError, run_apart
-from llama_fast.bench import machine, results, roofline
+from benchmarks.run import chosen, measure, say
+from benchmarks.worker import WorkerError, run_apart
+from llama_fast.bench import machine
 from llama_fast.bench.results import COPY, MULTIPLY_ADDS, OURS, READ, Goal, Row
-from llama_fast.bench.roofline import Roofline
 from llama_fast.bench.shapes import Work
 from llama_fast.bench.timing import ratio
 from llama_fast.config import LlamaConfig
 from llama_fast.errors import LlamaFastError
 
-RESULTS = Path(__file__).parent / "results"
 PEERS = (
     *("transformers", "llama-cpp-python", "gguf", "numpy"),
     *("openvino-genai", "ctranslate2", "ik-llama-cpp-python"),
@@ -60,7 +56,6 @@ COMPILED = {"rms_norm": 1.0, "add_rms_norm": 1.0, "swiglu": 1.2, "rope": 1.2}  #
 COPIED = 0.85  # of the speed of a copy
 CALLED = ("rms_norm", "add_rms_norm", "swiglu", "rope", "kv_append", "attention", "linear")
 MICROSECONDS = 5.0
-RATES = {"read": "GB/s", "copy": "GB/s", "float32": "GFLOP/s", "bfloat16": "GFLOP/s"}
 # (shape, weights, `quantize`, gigabytes)
 MEMORY = [("1b", "int4", "int4", 1.1), ("8b", "bf16", None, 16.8), ("8b", "int4", "int4", 5.5)]
 LONG_PROMPT, ITS_GIGABYTES = 32768, 1.0
@@ -148,22 +143,6 @@ def cost_of_calls(threads: int, rounds: int) -> Row:
     return row
 
 
-class RooflineProbe:
-    """Measures the peak rates again and again, in a process of its own, and keeps the best: other
-    programs can only make one look lower."""
-
-    def __init__(self) -> None:
-        self.highest: dict[str, float] = {}
-
-    def measure(self) -> Roofline:
-        roofline.forget()
-        found = roofline.measure("cpu")
-        for name in RATES:
-            if (rate := getattr(found, name)) is not None:
-                self.highest[name] = max(rate, self.highest.get(name, 0.0))
-        return dataclasses.replace(found, **self.highest)
-
-
 def llama_cpp_says() -> dict[str, str]:
     import llama_cpp
 
@@ -235,50 +214,13 @@ def run(given: argparse.Namespace, folder: Path, console: Console) -> int:
     if given.list:
         print("\n".join(rows))
         return 0
-    names = list(rows) if given.rows is None else given.rows
-    if unknown := [name for name in names if name not in rows]:
-        raise ValueError(f"no row {', '.join(unknown)}; the rows are {', '.join(rows)}")
+    names = chosen(rows, given.rows)
 
     installed = importlib.util.find_spec("llama_cpp") and not isa.no_llama_cpp()
     facts = run_apart(llama_cpp_says, threads=given.threads) if installed else None
     versions = {**machine.versions(*PEERS), "llama.cpp": facts}
-    with Worker(RooflineProbe, threads=given.threads) as probe:
-        say("measuring the peak rates")
-        found: Roofline = probe.ask("measure")
-        where = machine.describe(found.isa)
-        console.print(_roofline_line(where, found), markup=False)
-        path = given.json or RESULTS / f"{machine.file_name(where, given.threads)}.json"
-        done: list[Row] = []
-        for name in names:
-            if done:
-                found = probe.ask("measure")
-            row = rows[name]()
-            row.measured_with = {
-                "date": results.today(),
-                "shape": given.shape,
-                "threads": given.threads,
-                "roofline": dataclasses.asdict(found),
-                "versions": versions,
-            }
-            done.append(row)
-            show(console, row)
-            results.save(path, where, done)
-    if len(done) > 1:
-        console.print(table_of(done))
-    console.print(f"written to {path}", markup=False)
+    measure(rows, names, given, console, versions=versions)
     return 0
-
-
-def say(text: str) -> None:
-    print(f"… {text}", file=sys.stderr, flush=True)
-
-
-def _roofline_line(where: dict[str, Any], roofline: Roofline) -> str:
-    said = [f"{where['cpu']}, {roofline.threads} threads, {roofline.isa or 'no C++ kernels'}"]
-    for name, unit in RATES.items():
-        rate = getattr(roofline, name)
-        said.append(f"{name} {rate / 1e9:.1f} {unit}" if rate else f"{name} not measured")
-    return " · ".join(said)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import os
 import random
@@ -27,14 +26,13 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from benchmarks.cpu import RESULTS, RooflineProbe, say
 from benchmarks.models import HOW_TO_INSTALL, PAUSE, goals_of, shape
 from benchmarks.optimizer import arguments as adamw_arguments
 from benchmarks.peers import lora
 from benchmarks.peers.lora import Batch
-from benchmarks.table import show, table_of
+from benchmarks.run import chosen, measure, say
 from benchmarks.worker import Worker, WorkerError, run_apart
-from llama_fast.bench import machine, results
+from llama_fast.bench import machine
 from llama_fast.bench.results import COPY, MULTIPLY_ADDS, OURS, Goal, Row
 from llama_fast.bench.roofline import multiply_adds
 from llama_fast.bench.timing import OtherPrograms, interleaved
@@ -249,31 +247,9 @@ def run(given: argparse.Namespace, console: Console) -> int:
     if given.list:
         print("\n".join(rows))
         return 0
-    names = list(rows) if given.rows is None else given.rows
-    if unknown := [name for name in names if name not in rows]:
-        raise ValueError(f"no row {', '.join(unknown)}; the rows are {', '.join(rows)}")
-    with Worker(RooflineProbe, threads=given.threads) as probe:
-        say("measuring the peak rates")
-        found = probe.ask("measure")
-    where = machine.describe(found.isa)
-    path = given.json or RESULTS / f"{machine.file_name(where, given.threads)}.json"
-    done = []
-    for name in names:
-        row = rows[name]()
-        row.measured_with = {
-            "date": results.today(),
-            "shape": given.shape,
-            "layers": given.layers,
-            "threads": given.threads,
-            "roofline": dataclasses.asdict(found),
-            "versions": machine.versions("transformers", "peft"),
-        }
-        done.append(row)
-        show(console, row)
-        results.save(path, where, done)
-    if len(done) > 1:
-        console.print(table_of(done))
-    console.print(f"written to {path}", markup=False)
+    versions = machine.versions("transformers", "peft")
+    names = chosen(rows, given.rows)
+    measure(rows, names, given, console, layers=given.layers, versions=versions)
     return 0
 
 
