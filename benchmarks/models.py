@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ class Models:
         key = (request[0], *tokens)
         if key not in self.references:
             arguments = (self.checkpoint(), len(tokens), None, "eager")
-            with Worker(_ours, *arguments, threads=self.threads) as worker:
+            with Worker(_baseline, OURS, *arguments, threads=self.threads) as worker:
                 self.references[key] = worker.ask(*request)
         return self.references[key]
 
@@ -150,13 +151,13 @@ class Models:
         """A worker with the baseline of that name. Raises WorkerError, OSError."""
         engine, _, kind = name.partition(" ")
         if name == OURS:
-            arguments = (_ours, self.checkpoint(), context, weights.quantize)
+            arguments = (self.checkpoint(), context, weights.quantize)
         elif engine == "transformers":
-            arguments = (_hugging_face, self.checkpoint())
+            arguments = (self.checkpoint(),)
         else:
             weights_of = self.ctranslate2() if engine == "CTranslate2" else self.gguf(kind)
-            arguments = (ENGINES[engine], weights_of, self.threads, context)
-        return Worker(*arguments, threads=self.threads)
+            arguments = (weights_of, self.threads, context)
+        return Worker(_baseline, engine, *arguments, threads=self.threads)
 
 
 def _write_checkpoint(path: Path, config: LlamaConfig) -> None:
@@ -182,50 +183,21 @@ def _write_ctranslate2(source: Path, path: Path) -> None:
         ctranslate2.convert(source, partial)
 
 
-# Baselines import their libraries in their own process.
-def _ours(*arguments: Any) -> Any:
-    from benchmarks.peers.ours import Ours
-
-    return Ours(*arguments)
-
-
-def _hugging_face(*arguments: Any) -> Any:
-    from benchmarks.peers.hugging_face import HuggingFace
-
-    return HuggingFace(*arguments)
-
-
-def _llama_cpp(*arguments: Any) -> Any:
-    from benchmarks.peers.llama_cpp import LlamaCpp
-
-    return LlamaCpp(*arguments)
-
-
-def _ik_llama(*arguments: Any) -> Any:
-    from benchmarks.peers.ik_llama import IkLlama
-
-    return IkLlama(*arguments)
-
-
-def _openvino(*arguments: Any) -> Any:
-    from benchmarks.peers.openvino import OpenVino
-
-    return OpenVino(*arguments)
-
-
-def _ctranslate2(*arguments: Any) -> Any:
-    from benchmarks.peers.ctranslate2 import CTranslate2
-
-    return CTranslate2(*arguments)
-
-
-# Those that are made of a file, the number of threads and the room for tokens.
+# Where each engine's baseline is, in benchmarks/peers.
 ENGINES = {
-    "llama.cpp": _llama_cpp,
-    "ik_llama": _ik_llama,
-    "OpenVINO": _openvino,
-    "CTranslate2": _ctranslate2,
+    OURS: ("ours", "Ours"),
+    "transformers": ("hugging_face", "HuggingFace"),
+    "llama.cpp": ("llama_cpp", "LlamaCpp"),
+    "ik_llama": ("ik_llama", "IkLlama"),
+    "OpenVINO": ("openvino", "OpenVino"),
+    "CTranslate2": ("ctranslate2", "CTranslate2"),
 }
+
+
+def _baseline(engine: str, *arguments: Any) -> Any:
+    """Made in a process of its own, which alone imports the engine's library."""
+    module, name = ENGINES[engine]
+    return getattr(import_module(f"benchmarks.peers.{module}"), name)(*arguments)
 
 
 def missing(name: str) -> str | None:
