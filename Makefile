@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 # Those of the extra "peers", each by itself: one that cannot be installed keeps no other away.
-PEERS := liger-kernel llama-cpp-python gguf openvino-genai ctranslate2 ik-llama-cpp-python
+PEERS := $(shell sed -n '/^peers = \[/,/^]/s/.*"\(.*\)".*/\1/p' pyproject.toml)
 # Each worker takes long runs of tests in their order, since neighbours share what they are judged by.
 WORKERS ?= -n 2 --dist worksteal
 # The C++ sources too: a change of theirs rebuilds the extension.

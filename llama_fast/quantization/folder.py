@@ -151,10 +151,10 @@ def _calibrated(
     it may be the embedding, which comes first."""
     check_tokens(checkpoint, tokens)
     head = "embed" if checkpoint.config.tied else "head"
-    rounded = settings.of_weight(f"{head}.weight") is not None
-    of_head = _hessian_of_head(checkpoint, tokens) if rounded else None
     T, config = tokens.shape[1], checkpoint.config
     cos, sin = rope_tables(config.head_dim, T, config.rope_theta, config.rope_scaling)
+    rounded = settings.of_weight(f"{head}.weight") is not None
+    of_head = _hessian_of_head(checkpoint, tokens, cos, sin) if rounded else None
     update, x = None, None
     for part, module in layers(checkpoint, progress):
         if part == "head" and checkpoint.config.tied:
@@ -178,9 +178,7 @@ def _calibrated(
             update, x = module(update, x, cos, sin, None)
 
 
-def _hessian_of_head(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
-    T, config = tokens.shape[1], checkpoint.config
-    cos, sin = rope_tables(config.head_dim, T, config.rope_theta, config.rope_scaling)
+def _hessian_of_head(checkpoint: Checkpoint, tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     update, x, inputs = None, None, Inputs()
     for part, module in layers(checkpoint):
         if part == "embed":
