@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,7 @@ from llama_fast.model import Llama
 from llama_fast.model.quantized import quantization_of
 from llama_fast.quantization.folder import quantize_folder
 from llama_fast.tokenizer import Tokenizer
+from tests import resident_memory
 from tests.checkpoints import SMALL, random_state
 
 MIXED = Quantization(WeightFormat(4, 64, False), WeightFormat(8, 128), None, WeightFormat(4, 32))
@@ -309,46 +309,27 @@ LARGEST = LARGE.vocab_size * LARGE.dim * 2
 # What torch allocates for itself, mapped pages between two releases and the chunks of rounding.
 SLACK = 200e6
 
-_HIGH_WATER = """
-import os, sys
-from pathlib import Path
-import torch
+_WORK = """
 from llama_fast.model import Llama
 from llama_fast.quantization.folder import quantize_folder
 
-def high_water():
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-def peak(source, action):
-    torch.zeros(2**20, dtype=torch.bfloat16).add(1).sum()  # torch's own threads and buffers
-    before = high_water()
+def work(source, action):
     if action == "load":
         model = Llama.from_pretrained(source, device="cpu")
     elif action == "quantize":
         model = Llama.from_pretrained(source, device="cpu", quantize="int4")
     else:
         quantize_folder(source, action, "int4")
-    return high_water() - before
-
-for source, action in zip(sys.argv[1::2], sys.argv[2::2]):
-    if not (child := os.fork()):
-        print(peak(source, action), flush=True)
-        os._exit(0)
-    assert not os.waitpid(child, 0)[1]
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_peaks_of_memory(tmp_path):
-    """Each in a fork of a process that has imported what it needs."""
     floats, integers = tmp_path / "hf", tmp_path / "int4"
     write_random(floats, LARGE)
-    asked = [floats, integers, floats, "quantize", integers, "load"]
-    command = [sys.executable, "-c", _HIGH_WATER, *asked]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent.parent)
-    assert done.returncode == 0, done.stderr
-    writing, quantizing, loading = map(int, done.stdout.split())
+    write_random(tmp_path / "hf small", replace(SMALL, vocab_size=1024))
+    asked = [(floats, integers), (floats, "quantize"), (integers, "load")]
+    writing, quantizing, loading = resident_memory.peaks(_WORK, asked)
     final = quantized_bytes(LARGE, NAMED["int4"])
     assert LARGEST / 2 < writing < LARGEST * 1.6 + SLACK
     assert final < quantizing < final + LARGEST + SLACK
