@@ -199,26 +199,32 @@ struct LinearArgs {
   Walk walk = Walk::tiles;
 };
 
-// The layout of a quantised weight is drawn in docs/ops/linear.md.
-struct LinearQuantizedArgs {
-  DType dtype;
-  const void* x;         // M rows of C_in
+// A weight of 8-bit or 4-bit integers; its layout is drawn in docs/ops/linear.md.
+struct QuantizedWeight {
   const uint8_t* qdata;  // (blocks, columns · bits / 8, 16)
   const void* scales;    // float16 (blocks, groups, 16)
   const void* minima;    // float16 as scales, or null: qdata stands for levels
-  void* y;               // (M, C_out) contiguous
-  Rows rows;
   int64_t C_in, C_out, group_size;
   int bits;
+};
+
+struct LinearQuantizedArgs {
+  DType dtype;
+  const void* x;           // M rows of C_in
+  QuantizedWeight weight;
+  void* y;                 // (M, C_out) contiguous
+  Rows rows;
   Walk walk = Walk::tiles;
 };
 
 // One side of a matrix product: vectors of K elements. They are rows of memory; or columns of it,
-// where `transposed`, and the K rows of memory then have one stride, rows.stride2.
+// where `transposed`, and the K rows of memory then have one stride, rows.stride2; or the columns
+// of a quantised weight.
 struct MatrixSide {
   const void* data;
   Rows rows;
   bool transposed;
+  const QuantizedWeight* quantized = nullptr;
 };
 
 // out[r][l] = Σ_k rows[r][k] · lanes[l][k]

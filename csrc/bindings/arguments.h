@@ -230,20 +230,26 @@ inline GemmArgs gemm_args(const LinearArgs& a) {
           .K = a.C_in};
 }
 
+inline QuantizedWeight quantized_weight(const Tensor& qdata, const Tensor& scales,
+                                        const OptionalTensor& minima, int64_t C_in, int64_t C_out,
+                                        int64_t bits, int64_t group_size) {
+  return {.qdata = qdata.as<uint8_t>(),
+          .scales = scales.data,
+          .minima = data_of(minima),
+          .C_in = C_in,
+          .C_out = C_out,
+          .group_size = group_size,
+          .bits = int(bits)};
+}
+
 inline LinearQuantizedArgs linear_quantized_args(const Tensor& x, const Tensor& qdata,
                                                  const Tensor& scales, const OptionalTensor& minima,
                                                  int64_t bits, int64_t group_size, const Tensor& y) {
   return {.dtype = x.dtype(),
           .x = x.data,
-          .qdata = qdata.as<uint8_t>(),
-          .scales = scales.data,
-          .minima = data_of(minima),
+          .weight = quantized_weight(qdata, scales, minima, x.size(-1), y.size(-1), bits, group_size),
           .y = y.data,
-          .rows = rows(x),
-          .C_in = x.size(-1),
-          .C_out = y.size(-1),
-          .group_size = group_size,
-          .bits = int(bits)};
+          .rows = rows(x)};
 }
 
 }  // namespace llama_fast

@@ -396,6 +396,25 @@ PYBIND11_MODULE(_cpu, m) {
     return y;
   });
 
+  def(m, "linear_quantized_backward_x", [](const Tensor& grad, const Tensor& qdata,
+                                          const Tensor& scales, const OptionalTensor& minima,
+                                          int64_t bits, int64_t group_size, const Tensor& dx) {
+    const int64_t C_in = dx.size(-1), C_out = grad.size(-1);
+    const auto weight = quantized_weight(qdata, scales, minima, C_in, C_out, bits, group_size);
+    const MatrixSide of_grad{grad.data, rows(grad), false};
+    launch([=, dtype = dx.dtype(), R = dx.outer(), out = dx.data] {
+      chosen.second->gemm({.dtype = dtype,
+                           .rows = of_grad,
+                           .lanes = {nullptr, {}, true, &weight},
+                           .out = out,
+                           .out_transposed = false,
+                           .R = R,
+                           .L = C_in,
+                           .K = C_out});
+    });
+    return dx;
+  }, "GEMM of grad's rows with the columns of a quantised weight.");
+
   def(m, "gemm", [](const Tensor& rows_tensor, bool rows_transposed, const Tensor& lanes_tensor,
                      bool lanes_transposed, int64_t K, const Tensor& out, bool out_transposed) {
     const int64_t columns = out.size(-1), outer = out.outer();

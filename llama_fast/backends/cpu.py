@@ -396,6 +396,23 @@ def _linear_quantized(
     )
 
 
+def _linear_quantized_backward_x(
+    grad: torch.Tensor,
+    qdata: torch.Tensor,
+    scales: torch.Tensor,
+    minima: torch.Tensor | None,
+    C_in: int,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    dx = _maker(grad, (*grad.shape[:-1], C_in))()
+    if grad.numel() == 0:
+        return dx.zero_()
+    return _cpu.linear_quantized_backward_x(
+        grad.contiguous(), qdata, scales, minima, bits, group_size, dx
+    )
+
+
 def _planned(
     plan: Callable[..., Launcher],
     unsupported: Callable[..., list[str]],
@@ -430,7 +447,7 @@ register_backend(
                 composed.then_swiglu(LINEAR_QUANTIZED, SWIGLU, 7),
             ),
             "linear_backward_x": composed.linear_backward_x(
-                BACKWARD_X, Implementation(OPS["linear_backward_x"].eager, nothing)
+                BACKWARD_X, Implementation(_linear_quantized_backward_x, nothing)
             ),
             "linear_backward_weight": Implementation(
                 _linear_backward_weight, nothing, _gradient_how

@@ -136,6 +136,23 @@ def dequantized_blocks(
         yield dequantize(values[part], scales[part], some, bits, group_size, dtype)
 
 
+def dequantized_columns(
+    values: Tensor,
+    scales: Tensor,
+    minima: Tensor | None,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Iterator[Tensor]:
+    """Yields the columns of the weights in order, whole groups and BLOCK weights at a time."""
+    step = max(1, BLOCK // max(1, ROWS * len(values) * group_size))
+    runs = group_size * bits // 32  # of values in a group
+    for start in range(0, scales.shape[1], step):
+        part, some = slice(start, start + step), slice(start * runs, (start + step) * runs)
+        least = None if minima is None else minima[:, part]
+        yield dequantize(values[:, some], scales[:, part], least, bits, group_size, dtype)
+
+
 def rounded(x: Tensor, group_size: int) -> Tensor:
     """Returns x rounded to 8 bits in each group of its last dim, in float32, of x's shape.
 

@@ -189,6 +189,11 @@ class Arguments:
         form = self.draw.choice((4, 8)), self.draw.choice((32, 64, 128)), self.draw.random() < 0.5
         return x, *QuantizedWeight.from_float(weight.float(), *form).arguments
 
+    def _linear_backward_x_quantized(self, dtype):
+        x, *weight, C_out, bits, group_size = self._linear_quantized(dtype)
+        grad = self.randn(len(x), C_out, dtype=dtype)
+        return grad, *weight, x.shape[-1], bits, group_size
+
     def _linear_swiglu_quantized(self, dtype):
         return *self._linear_quantized(dtype, 2), "swiglu"
 

@@ -16,9 +16,10 @@ from llama_fast.backends import cpu
 from llama_fast.dispatch import OPS, use_backend
 from llama_fast.errors import BackendError, GradientError, ShapeError
 from llama_fast.nn import Linear
+from llama_fast.ops.linear import BACKWARD_X
 
 from .backends import BACKENDS, EMULATED, PRODUCTS, name_of, on
-from .oracle import same_bits
+from .oracle import fence, same_bits
 
 KINDS = list(itertools.product((8, 4), (32, 64, 128), (True, False)))
 C_OUT, C_IN = 37, 135  # a block and groups that are not full
@@ -283,6 +284,31 @@ def test_rows_in_any_company(backend, kind, dtype):
                 torch.set_num_threads(threads)
                 found = linear(x[:rows], weight)
                 assert same_bits(found, expected[:rows]), f"{rows} rows, {threads} threads"
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", ISAS)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gradient_in_any_company(backend, kind, dtype):
+    """Right, and of the same bits on any number of threads; the weight has blocks and groups that
+    are not full, and more columns than are multiplied at a time."""
+    weight = QuantizedWeight.from_float(random_weight(C_OUT, 530), *kind)
+    grad = torch.randn(33, C_OUT, generator=torch.Generator().manual_seed(1)).to(dtype)
+    form = (*weight.arguments[:3], 530, weight.bits, weight.group_size)
+    wanted = grad.double() @ weight.dequantize(torch.float64)
+    before = torch.get_num_threads()
+    try:
+        with on(backend):
+            dx = BACKWARD_X(grad, *form)
+            size = float(wanted.abs().max())
+            unit = torch.finfo(dtype).eps
+            torch.testing.assert_close(dx.double(), wanted, rtol=unit, atol=4 * unit * size)
+            for rows, threads in ((1, 2), (2, 1), (7, 3), (32, 1)):
+                torch.set_num_threads(threads)
+                found = BACKWARD_X(fence(grad[:rows])[0], *form)
+                assert same_bits(found, dx[:rows]), f"{rows} rows, {threads} threads"
     finally:
         torch.set_num_threads(before)
 

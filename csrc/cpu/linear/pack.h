@@ -8,6 +8,7 @@
 #include "../../args.h"
 #include "../simd/dot.h"
 #include "ahead.h"
+#include "quantized_weight.h"
 
 namespace llama_fast {
 namespace ISA {
@@ -88,6 +89,9 @@ template <class T> struct Side {
   // Lanes beyond n hold anything: what comes of them goes nowhere.
   void pack_lanes(int64_t first, int n, int64_t k_begin, int64_t k_end, float* to,
                   int64_t width) const {
+    if (m.quantized && m.quantized->bits == 8)
+      return pack_quantized<8>(first, k_begin, k_end, to, width);
+    if (m.quantized) return pack_quantized<4>(first, k_begin, k_end, to, width);
     if (m.transposed) {
       for (int64_t k = k_begin; k < k_end; k += D::STEP)
         for (int u = 0; u < STEP_UNITS; ++u, to += width) store(to, unit(k, u, first, n));
@@ -109,6 +113,29 @@ template <class T> struct Side {
   }
 
  private:
+  // Elements of columns are made a block of rows at a time; K counts rows here.
+  template <int BITS>
+  void pack_quantized(int64_t column, int64_t k_begin, int64_t k_end, float* to,
+                      int64_t width) const {
+    constexpr int SPAN = std::max<int>(D::STEP, BLOCK);
+    const Shape shape(*m.quantized);
+    alignas(64) float made[SPAN * vf::W];
+    for (int64_t k = k_begin; k < k_end; k += D::STEP) {
+      if (k % SPAN == 0) {
+        for (int64_t i = 0; i < SPAN && k + i < K; i += BLOCK)
+          dequantize_columns<BITS>(*m.quantized, shape, (k + i) / BLOCK, column, made + i * vf::W);
+        if (k + SPAN > K) std::fill(made + (K - k) * vf::W, std::end(made), 0.f);
+      }
+      for (int u = 0; u < STEP_UNITS; ++u, to += width) {
+        const float* row = made + (k % SPAN + D::element(u)) * vf::W;
+        if constexpr (D::UNIT == 1) store(to, load(row));
+#ifdef ISA_HAS_PAIRS
+        else store(to, pair_up(load(row), load(row + vf::W)));
+#endif
+      }
+    }
+  }
+
   static void pack_step(const T* const (&from)[vf::W], int64_t k, float* to, int64_t width) {
     constexpr int W = vf::W;
     vf x[W];

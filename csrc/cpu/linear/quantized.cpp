@@ -231,14 +231,14 @@ static Part part_of(const LinearQuantizedArgs& a, const Shape& s, int64_t n0, in
                     int64_t groups) {
   const int64_t scale_stride = s.groups * BLOCK, at = n0 * scale_stride + g0 * BLOCK;
   return {
-      .qdata = a.qdata + n0 * s.qdata_bytes + g0 * s.group_size * BLOCK * a.bits / 8,
-      .scales = static_cast<const f16*>(a.scales) + at,
-      .minima = a.minima ? static_cast<const f16*>(a.minima) + at : nullptr,
+      .qdata = a.weight.qdata + n0 * s.qdata_bytes + g0 * s.group_size * BLOCK * a.weight.bits / 8,
+      .scales = static_cast<const f16*>(a.weight.scales) + at,
+      .minima = a.weight.minima ? static_cast<const f16*>(a.weight.minima) + at : nullptr,
       .qdata_stride = s.qdata_bytes,
       .scale_stride = scale_stride,
       .groups = std::min(groups, s.groups - g0),
       .group_size = s.group_size,
-      .table = bytes_of_nibbles(a),
+      .table = bytes_of_nibbles(a.weight),
       .x = {},
       .first = g0 == 0,
       .total = nullptr,
@@ -249,10 +249,10 @@ static Part part_of(const LinearQuantizedArgs& a, const Shape& s, int64_t n0, in
 template <class T>
 static void by_bytes(const LinearQuantizedArgs& a, const Shape& s, int64_t row0, int64_t M) {
 #ifdef ISA_HAS_TILES
-  if (M >= quantized_tile_rows(a.bits)) return tiles::QuantizedProduct<T>(a, s, row0, M).run();
+  if (M >= quantized_tile_rows(a.weight.bits)) return tiles::QuantizedProduct<T>(a, s, row0, M).run();
 #endif
   const int64_t tiles = tiles_of(M);
-  const bool nibbles = a.bits == 4, unpacked = nibbles && tiles >= UNPACK_FROM;
+  const bool nibbles = a.weight.bits == 4, unpacked = nibbles && tiles >= UNPACK_FROM;
   const int64_t chunk = tiles == 1 ? s.groups : std::max<int64_t>(1, CHUNK / s.group_size);
   const RoundedRows<T> x(a, s, row0, M, tiles, chunk, Lie::by_four);
   // One row of x does so little that a single block, which lies in memory as it is read, is faster.
@@ -262,7 +262,7 @@ static void by_bytes(const LinearQuantizedArgs& a, const Shape& s, int64_t row0,
     auto* bytes_of_chunk = reinterpret_cast<uint8_t*>(total + M * NT * BLOCK);
     for (int64_t g0 = 0; g0 < s.groups; g0 += chunk) {
       Part part = part_of(a, s, n0, g0, chunk);
-      const int64_t columns = part.groups * s.group_size, bytes = columns * BLOCK * a.bits / 8;
+      const int64_t columns = part.groups * s.group_size, bytes = columns * BLOCK * a.weight.bits / 8;
       const int64_t share = bytes / tiles, lines = bytes / LINE * (unpacked ? 2 : 1);
       part.fetch = tiles == 1 ? fetch_of_one_tile(a, s, part, NT)
                               : fetch_of_tiles(s, part, bytes, share, lines);
@@ -289,8 +289,9 @@ static void by_bytes(const LinearQuantizedArgs& a, const Shape& s, int64_t row0,
 }
 
 // The values of `groups` groups of NT blocks, (columns, NT, BLOCK).
-static void dequantize(const Part& part, int bits, int centre, int NT, float* to) {
-  const int64_t steps = bits == 8 ? 1 : 2, lines = part.group_size / (4 * steps);
+template <int BITS> static void dequantize(const Part& part, int centre, int NT, float* to) {
+  constexpr int columns = 32 / BITS;
+  const int64_t lines = part.group_size / columns;
   for (int n = 0; n < NT; ++n) {
     for (int v = 0; v < V; ++v) {
       const uint8_t* qdata = part.qdata + n * part.qdata_stride + v * 4 * vf::W;
@@ -298,17 +299,10 @@ static void dequantize(const Part& part, int bits, int centre, int NT, float* to
       for (int64_t g = 0; g < part.groups; ++g) {
         const int64_t at = n * part.scale_stride + g * BLOCK + v * vf::W;
         const vf scale = load(part.scales + at);
-        const vf minimum = part.minima ? load(part.minima + at) : scale * set(float(-centre));
-        for (int64_t line = 0; line < lines; ++line, qdata += LINE) {
-          const vi stored = load_lanes(qdata);
-          for (int step = 0; step < steps; ++step, w += 4 * NT * BLOCK) {
-            const vi four = bits == 8 ? stored : TwoNibbles::bytes(part.table, stored, step);
-            store(w, fma(to_float(byte_of<0>(four)), scale, minimum));
-            store(w + NT * BLOCK, fma(to_float(byte_of<1>(four)), scale, minimum));
-            store(w + 2 * NT * BLOCK, fma(to_float(byte_of<2>(four)), scale, minimum));
-            store(w + 3 * NT * BLOCK, fma(to_float(byte_of<3>(four)), scale, minimum));
-          }
-        }
+        const vf minimum = minimum_of(part.minima ? part.minima + at : nullptr, scale, centre);
+        for (int64_t line = 0; line < lines; ++line, qdata += LINE, w += columns * NT * BLOCK)
+          dequantize_line<BITS>(load_lanes(qdata), part.table, scale, minimum,
+                                [&](int i, vf numbers) { store(w + i * NT * BLOCK, numbers); });
       }
     }
   }
@@ -321,7 +315,7 @@ static void by_values(const LinearQuantizedArgs& a, const Shape& s, int64_t row0
     for (int m = 0; m < MT; ++m) {
       const float* row = static_cast<const float*>(a.x) + a.rows.offset(row0 + m0 + m);
       float* to = x + m0 * s.columns + m;
-      for (int64_t c = 0; c < s.columns; ++c) to[c * MT] = c < a.C_in ? row[c] : 0.f;
+      for (int64_t c = 0; c < s.columns; ++c) to[c * MT] = c < a.weight.C_in ? row[c] : 0.f;
     }
   });
   const int64_t chunk = FLOAT_CHUNK / s.group_size;
@@ -330,7 +324,9 @@ static void by_values(const LinearQuantizedArgs& a, const Shape& s, int64_t row0
     float* values = total + M * NT * BLOCK;
     for (int64_t g0 = 0; g0 < s.groups; g0 += chunk) {
       Part part = part_of(a, s, n0, g0, chunk);
-      dequantize(part, a.bits, centre_of(a), NT, values);
+      const int centre = centre_of(a.weight);
+      if (a.weight.bits == 8) dequantize<8>(part, centre, NT, values);
+      else dequantize<4>(part, centre, NT, values);
       for_each_tile(M, tiles_of(M), [&](int64_t m0, int mt) {
         part.total = total + m0 * NT * BLOCK;
         const float* tile = x + m0 * s.columns + g0 * s.group_size * mt;
@@ -345,7 +341,7 @@ static void by_values(const LinearQuantizedArgs& a, const Shape& s, int64_t row0
 }
 
 void linear_quantized(const LinearQuantizedArgs& a) {
-  const Shape shape(a);
+  const Shape shape(a.weight);
   const int64_t M = a.rows.count();
   for (int64_t row = 0; row < M; row += SLAB) {
     const int64_t rows = std::min(SLAB, M - row);

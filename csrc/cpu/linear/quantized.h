@@ -1,5 +1,5 @@
-// What the ways to multiply by quantised weights share: the shape of a call, rows of x in bytes, tile
-// after tile, and what becomes of the sums.
+// What the ways to multiply by quantised weights share: rows of x in bytes, tile after tile, and what
+// becomes of the sums.
 #pragma once
 
 #include <algorithm>
@@ -9,25 +9,12 @@
 #include "../dispatch.h"
 #include "../parallel.h"
 #include "../scratch.h"
-#include "../simd/bytes.h"
+#include "quantized_weight.h"
 
 namespace llama_fast {
 namespace ISA {
 
-static constexpr int BLOCK = 16;              // rows of W
-static constexpr int V = BLOCK / vf::W;       // vectors of a line: four bytes for each row
-static constexpr int LINE = BLOCK * 4;
 static constexpr int64_t PIECE_BYTES = 1 << 16;  // of qdata, about: see parallel_for_then_pieces
-
-// The shape of a call, its columns filled up to whole groups.
-struct Shape {
-  int64_t columns, groups, group_size, blocks;
-  int64_t qdata_bytes;  // of a block
-  explicit Shape(const LinearQuantizedArgs& a)
-      : columns((a.C_in + a.group_size - 1) / a.group_size * a.group_size),
-        groups(columns / a.group_size), group_size(a.group_size),
-        blocks((a.C_out + BLOCK - 1) / BLOCK), qdata_bytes(columns * BLOCK * a.bits / 8) {}
-};
 
 // Calls f(m, MT) for so many tiles of M rows, as even as can be.
 template <class F> static inline void for_each_tile(int64_t M, int64_t tiles, F&& f) {
@@ -35,20 +22,6 @@ template <class F> static inline void for_each_tile(int64_t M, int64_t tiles, F&
     const int64_t begin = M * i / tiles, end = M * (i + 1) / tiles;
     f(begin, int(end - begin));
   }
-}
-
-// What a nibble stands for, as a byte: a level of a symmetric weight above the lowest, or itself.
-// llama_fast/ops/quantized_layout.py has the levels' formula.
-static constexpr uint8_t LEVELS[16] = {0,  11, 21, 30, 38, 45, 52,  58,
-                                       64, 70, 76, 83, 90, 98, 107, 117};
-static constexpr uint8_t PLAIN[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-static inline Table bytes_of_nibbles(const LinearQuantizedArgs& a) {
-  return table_of(a.minima ? PLAIN : LEVELS);
-}
-
-// What the byte of a weight of zero is: 0 where there are minima.
-static inline int centre_of(const LinearQuantizedArgs& a) {
-  return a.minima ? 0 : a.bits == 8 ? 128 : LEVELS[8];
 }
 
 // A tile of MT rows of x as the products take them: (groups, MT * group_size) bytes, and its scales,
@@ -122,12 +95,12 @@ template <class T> class RoundedRows {
   void round(int64_t m0, int MT, int64_t g_begin, int64_t g_end) const {
     alignas(64) float values[128];
     alignas(64) int8_t q[128];
-    const int bias = a_.bits == 4 ? BIAS<SmallByte> : BIAS<Byte>, centre = centre_of(a_);
+    const int bias = a_.weight.bits == 4 ? BIAS<SmallByte> : BIAS<Byte>, centre = centre_of(a_.weight);
     for (int m = 0; m < MT; ++m) {
       const T* x = static_cast<const T*>(a_.x) + a_.rows.offset(row0_ + m0 + m);
       for (int64_t g = g_begin; g < g_end; ++g) {
         const Activations to = tile(m0, MT, g);
-        const int64_t begin = g * s_.group_size, n = std::min(s_.group_size, a_.C_in - begin);
+        const int64_t begin = g * s_.group_size, n = std::min(s_.group_size, a_.weight.C_in - begin);
         for_each_vector(n, [&](int64_t i, auto width) {
           store(values + i, load(x + begin + i, width));
         });
@@ -155,9 +128,9 @@ template <class T> class RoundedRows {
 template <class T>
 static void write(const float* total, const LinearQuantizedArgs& a, int64_t row0, int64_t rows,
                   int64_t n0, int NT) {
-  const int64_t begin = n0 * BLOCK, n = std::min<int64_t>(NT * BLOCK, a.C_out - begin);
+  const int64_t begin = n0 * BLOCK, n = std::min<int64_t>(NT * BLOCK, a.weight.C_out - begin);
   for (int64_t m = 0; m < rows; ++m) {
-    T* y = static_cast<T*>(a.y) + (row0 + m) * a.C_out + begin;
+    T* y = static_cast<T*>(a.y) + (row0 + m) * a.weight.C_out + begin;
     const float* t = total + m * NT * BLOCK;
     for_each_vector(n, [&](int64_t i, auto width) { store(y + i, load(t + i), width); });
   }

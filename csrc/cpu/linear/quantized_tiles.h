@@ -108,7 +108,7 @@ template <class T> class QuantizedProduct {
   QuantizedProduct(const LinearQuantizedArgs& args, const Shape& shape, int64_t row0, int64_t rows)
       : a_(args), s_(shape), row0_(row0), M_(rows), tiles_((M_ + TILE_WORDS - 1) / TILE_WORDS),
         near_(M_ <= TILE_WORDS ? 1 : NEAR_BLOCKS), together_(M_ <= TILE_WORDS ? 1 : TASK_BLOCKS),
-        chunk_(COLUMNS / s_.group_size), group_bytes_(s_.group_size * BLOCK * a_.bits / 8),
+        chunk_(COLUMNS / s_.group_size), group_bytes_(s_.group_size * BLOCK * a_.weight.bits / 8),
         x_(a_, s_, row0, M_, tiles_, chunk_, Lie::by_row) {}
 
   void run() {
@@ -123,7 +123,7 @@ template <class T> class QuantizedProduct {
  private:
   int64_t groups_from(int64_t g) const { return std::min(chunk_, s_.groups - g); }
   const uint8_t* qdata(int64_t n, int64_t g) const {
-    return a_.qdata + n * s_.qdata_bytes + g * group_bytes_;
+    return a_.weight.qdata + n * s_.qdata_bytes + g * group_bytes_;
   }
 
   void multiply(int64_t n0, int64_t n1) const {
@@ -143,9 +143,9 @@ template <class T> class QuantizedProduct {
             const int64_t at = (i * s_.groups + g) * BLOCK;
             const BlockChunk chunk{
                 .w = bytes + (i - n) * CHUNK_BYTES,
-                .is_signed = a_.bits == 4 || !a_.minima,
-                .scales = static_cast<const f16*>(a_.scales) + at,
-                .minima = a_.minima ? static_cast<const f16*>(a_.minima) + at : nullptr,
+                .is_signed = a_.weight.bits == 4 || !a_.weight.minima,
+                .scales = static_cast<const f16*>(a_.weight.scales) + at,
+                .minima = a_.weight.minima ? static_cast<const f16*>(a_.weight.minima) + at : nullptr,
                 .groups = groups_from(g),
                 .group_size = s_.group_size,
                 .x = x_.tile(m, MT, g),
@@ -163,15 +163,15 @@ template <class T> class QuantizedProduct {
 
   // A chunk of block n, a byte for each value: less the centre, where there are no minima.
   void to_bytes(int64_t n, int64_t g, uint8_t* to) const {
-    const vi centre = set(int(0x01010101u * unsigned(centre_of(a_))));
-    const Table table = bytes_of_nibbles(a_);
+    const vi centre = set(int(0x01010101u * unsigned(centre_of(a_.weight))));
+    const Table table = bytes_of_nibbles(a_.weight);
     const uint8_t* from = qdata(n, g);
     for (const uint8_t* end = from + groups_from(g) * group_bytes_; from < end; from += LINE) {
       const vi line = load_lanes(from);
-      const vi low = a_.bits == 4 ? look_up(table, low_nibbles(line)) : line;
+      const vi low = a_.weight.bits == 4 ? look_up(table, low_nibbles(line)) : line;
       store_lanes(to, {_mm512_sub_epi8(low.v, centre.v)});
       to += LINE;
-      if (a_.bits == 8) continue;
+      if (a_.weight.bits == 8) continue;
       store_lanes(to, {_mm512_sub_epi8(look_up(table, high_nibbles(line)).v, centre.v)});
       to += LINE;
     }

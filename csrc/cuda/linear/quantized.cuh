@@ -138,22 +138,24 @@ template <class T, int BITS, bool OFFSETS> struct PackedWeight {
 
 template <class T, int BITS, bool OFFSETS, bool GATED>
 void launch_packed(const Target& target, const char* name, const LinearQuantizedArgs& a) {
+  const QuantizedWeight& w = a.weight;
   int shift = 0;
-  while ((1 << shift) < a.group_size) ++shift;
-  const int64_t groups = ceil_div(a.C_in, a.group_size);
+  while ((1 << shift) < w.group_size) ++shift;
+  const int64_t groups = ceil_div(w.C_in, w.group_size);
   const PackedWeight<T, BITS, OFFSETS> weight{
-      a.qdata, static_cast<const __half*>(a.scales),
-      static_cast<const __half*>(a.minima), groups * a.group_size, groups, shift};
-  launch_linear<T, GATED>(target, name, a.x, a.rows, weight, a.y, a.C_in, a.C_out);
+      w.qdata, static_cast<const __half*>(w.scales),
+      static_cast<const __half*>(w.minima), groups * w.group_size, groups, shift};
+  launch_linear<T, GATED>(target, name, a.x, a.rows, weight, a.y, w.C_in, w.C_out);
 }
 
 template <bool GATED>
 void launch_quantized(const Target& target, const char* name, const LinearQuantizedArgs& a) {
   const auto run = [&](auto type) {
     using T = typename decltype(type)::type;
-    if (a.bits == 8 && a.minima) launch_packed<T, 8, true, GATED>(target, name, a);
-    else if (a.bits == 8) launch_packed<T, 8, false, GATED>(target, name, a);
-    else if (a.minima) launch_packed<T, 4, true, GATED>(target, name, a);
+    const bool bytes = a.weight.bits == 8, minima = a.weight.minima;
+    if (bytes && minima) launch_packed<T, 8, true, GATED>(target, name, a);
+    else if (bytes) launch_packed<T, 8, false, GATED>(target, name, a);
+    else if (minima) launch_packed<T, 4, true, GATED>(target, name, a);
     else launch_packed<T, 4, false, GATED>(target, name, a);
   };
   if (a.dtype == DType::bf16) run(Type<bf16>{});
