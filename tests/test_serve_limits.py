@@ -116,6 +116,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         (TEXT, {"prompt": [99999999999999999999]}, None),
         (TEXT, {"prompt": [[]]}, None),
         (TEXT, {"prompt": "\ud800"}, None),
+        (TEXT, {"prompt": "x", "regex": "\ud800"}, None),
         (TEXT, {"prompt": "x" * 50_000}, "prompt"),
         (TEXT, {"prompt": "x", "n": 0}, "n"),
         (TEXT, {"prompt": "x", "n": 5}, "n"),
