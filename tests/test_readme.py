@@ -77,6 +77,16 @@ def test_every_link_leads_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_every_link_into_a_page_leads_to_a_heading(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", text):
+        target = (ROOT / page).parent / link if link else ROOT / page
+        titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+        words = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).lower() for title in titles)
+        assert anchor in {re.sub(r"[^\w\- ]", "", w).replace(" ", "-") for w in words}, link
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_name_of_the_package_is_there(page):
     """Modules are looked for, and the names in them, but not imported: some need a peer."""
     text = (ROOT / page).read_text(encoding="utf-8")
