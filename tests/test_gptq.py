@@ -14,7 +14,7 @@ from llama_fast.cli import main
 from llama_fast.cli.quantize import REPORT
 from llama_fast.config.quantization import NAMED, Quantization, WeightFormat
 from llama_fast.demo import FOLDER
-from llama_fast.errors import ConfigError
+from llama_fast.errors import ConfigError, ShapeError
 from llama_fast.model import Llama
 from llama_fast.ops import QuantizedWeight
 from llama_fast.ops.quantized_weight import round_weight
@@ -71,6 +71,13 @@ def test_large_inputs_are_rounded_first_and_stored_in_their_place(size):
     assert torch.equal(found[:, 140], expected[:, 140])
     assert not torch.equal(found[:, first], expected[:, first])
     assert not torch.equal(found[:, 0], expected[:, 0])
+
+
+def test_inputs_that_are_not_finite_are_refused():
+    weight, x = weight_and_inputs()
+    x[3, 7] = float("inf")
+    with pytest.raises(ShapeError, match="activations of the model that are not finite"):
+        round_compensated(weight, x.t() @ x, FORMS[0])
 
 
 def test_inputs_that_are_always_zero_or_too_few():

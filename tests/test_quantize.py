@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
 
 import pytest
@@ -21,6 +22,7 @@ from llama_fast.ops import QuantizedWeight
 from llama_fast.ops.quantized_layout import levels, numbers
 from llama_fast.ops.quantized_weight import round_rows, round_weight
 from llama_fast.ops.rounding import enclosing, encode, search_scales
+from llama_fast.quantization.gptq import round_compensated
 from llama_fast.tokenizer import Tokenizer
 from tools.demo_model.recipe import held_out_data
 
@@ -100,6 +102,34 @@ def test_searched_scales_of_zeros_and_of_what_codes_can_hold():
     scales = search_scales(groups)
     assert scales[0] == 0
     assert rounding_error(groups[1:], scales[1:]) == 0
+
+
+@pytest.mark.parametrize(
+    ("form", "at_1e5", "at_1e6"),
+    [
+        (FOUR, 0.09, 0.12),
+        (WeightFormat(4, 64, False), 0.093, 0.102),
+        (WeightFormat(8, 64), 0.0072, 0.018),
+        (WeightFormat(8, 64, False), 0.0065, 0.018),
+    ],
+    ids=str,
+)
+def test_small_weights_are_as_close_as_float16_scales_let(form, at_1e5, at_1e6):
+    """These scales are subnormal numbers of float16; rounded down, they would be 0 at last."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    for std, most in ((1e-5, at_1e5), (1e-6, at_1e6)):
+        error = round_weight(weight * std, form).dequantize() / std - weight
+        assert error.square().mean().sqrt() < most
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e9])
+@pytest.mark.parametrize("form", [FOUR, WeightFormat(4, 64, False), WeightFormat(8, 64)], ids=str)
+def test_weights_that_cannot_be_stored_are_refused(form, value):
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    weight[3, 5] = value
+    for rounding in (round_weight, lambda *a: round_compensated(a[0], torch.eye(64), a[1])):
+        with pytest.raises(ShapeError, match="finite" if abs(value) != 1e9 else "float16"):
+            rounding(weight, form)
 
 
 def test_a_gpu_rounds_large_pieces_of_bounded_memory():

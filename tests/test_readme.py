@@ -15,18 +15,10 @@ from llama_fast.cli.app import command
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README.zh-CN.md")
+LOG = ROOT / "docs/log.md"  # what was true on its day
 PAGES = (
     *READMES,
-    "docs/commands.md",
-    "docs/index.md",
-    "docs/benchmarks.md",
-    "docs/chat.md",
-    "docs/quantization.md",
-    "docs/inspect.md",
-    "docs/training.md",
-    "docs/vocabulary.md",
-    "docs/walk-through.md",
-    "docs/walk-through.zh-CN.md",
+    *(p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("docs/**/*.md")) if p != LOG),
 )
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)")
 
@@ -84,6 +76,35 @@ def test_every_link_leads_somewhere(page):
             assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_into_a_page_leads_to_a_heading(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", text):
+        target = (ROOT / page).parent / link if link else ROOT / page
+        titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+        words = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).lower() for title in titles)
+        assert anchor in {re.sub(r"[^\w\- ]", "", w).replace(" ", "-") for w in words}, link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_name_of_the_package_is_there(page):
+    """Modules are looked for, and the names in them, but not imported: some need a peer."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    package = Path(llama_fast.__file__).parent
+    for name in set(re.findall(r"\bllama_fast(?:\.[a-z]\w*)+", text, re.I)):
+        place, words = package, name.split(".")[1:]
+        while words and (
+            place.joinpath(words[0]).is_dir() or place.joinpath(f"{words[0]}.py").is_file()
+        ):
+            place /= words.pop(0)
+        if words and place == package:
+            assert words[0] in dir(llama_fast), name
+        elif words:
+            module = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+            source = module.read_text(encoding="utf-8")
+            assert set(words) <= set(re.findall(r"\w+", source)), name
+
+
 def test_the_index_leads_to_every_page():
     index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
     linked = {(ROOT / "docs" / link).resolve() for link in LINK.findall(index)}
@@ -128,4 +149,5 @@ def test_setting_up_is_not_silent():
     targets = set(re.findall(r"^([a-z0-9/-]+):", makefile, re.M))
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
-        assert set(re.findall(r"(?:`|^)make ([a-z0-9/-]+)\b", text, re.M)) <= targets
+        code = "\n".join([*blocks(page), *re.findall(r"`(make [^`]+)`", text)])
+        assert set(re.findall(r"^make ([a-z0-9/-]+)\b", code, re.M)) <= targets, page

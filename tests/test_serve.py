@@ -255,6 +255,7 @@ def test_one_call_at_most(served, client, says):
         (CALLS[:50], 500, "stop"),
         (CALLS, 20, "length"),
         (CALLS.replace("town", 'to"wn'), 500, "stop"),
+        (CALLS.replace('"Oslo"', "NaN"), 500, "stop"),
     ],
 )
 def test_a_broken_call_is_text(client, says, text, limit, reason):

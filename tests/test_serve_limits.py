@@ -116,6 +116,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         (TEXT, {"prompt": [99999999999999999999]}, None),
         (TEXT, {"prompt": [[]]}, None),
         (TEXT, {"prompt": "\ud800"}, None),
+        (TEXT, {"prompt": "x", "regex": "\ud800"}, None),
         (TEXT, {"prompt": "x" * 50_000}, "prompt"),
         (TEXT, {"prompt": "x", "n": 0}, "n"),
         (TEXT, {"prompt": "x", "n": 5}, "n"),
@@ -367,6 +368,10 @@ def test_what_the_command_refuses(capsys, monkeypatch):
     assert main(["serve", "--api-key", "two words"]) == 1
     assert "--api-key" in capsys.readouterr().err
     assert main(["serve", "--api-key", "@/no/such/file"]) == 1
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--port", port, "--max-seq-len", "64"]) == 1
+    assert f"cannot listen on 127.0.0.1, port {port}; give another" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve"]) == 1
     assert "llama_fast[serve]" in capsys.readouterr().err

@@ -68,6 +68,7 @@ def read(parts, names=NAMES, single=False):
         ('{"answer": 5}', '{"answer": 5}', []),
         ("{no JSON} at all", "{no JSON} at all", []),
         (CALL[:30], CALL[:30], []),
+        ("[weather(town=1e999)]", "[weather(town=1e999)]", []),
         ('{"name": "rm", "parameters": {}}', '{"name": "rm", "parameters": {}}', []),
         ("", "", []),
     ],

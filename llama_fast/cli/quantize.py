@@ -43,7 +43,8 @@ def quantize(
         typer.Option(
             "--minima",
             "--offsets",
-            help="Store the minimum of a group beside its scale: closer, and larger.",
+            help="Store the minimum of a group beside its scale: larger; closer with 8 bits, not "
+            "with 4.",
         ),
     ] = False,
     head_bits: Annotated[

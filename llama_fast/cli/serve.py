@@ -186,8 +186,11 @@ def serve(
             except KeyboardInterrupt:  # the answers are finished; it was asked to end
                 pass
             except SystemExit as end:
-                if end.code != 128 + signal.SIGTERM:  # Uvicorn, which has said why it cannot listen
-                    raise
+                if end.code != 128 + signal.SIGTERM:  # Uvicorn, which has said what is wrong
+                    raise LlamaFastError(
+                        f"the server cannot listen on {host}, port {port}; give another --port "
+                        "(0: a free one), or a --host of this machine"
+                    ) from None
             note("stopped")
     return 0
 

@@ -46,7 +46,7 @@ class WeightFormat:
 
     bits        8 or 4
     group_size  32, 64 or 128 columns share a scale: smaller is closer to the weights, and larger
-    symmetric   without minima: smaller; with them closer to the weights
+    symmetric   without minima: smaller; 8 bits are closer to the weights with them, 4 without
     """
 
     bits: int

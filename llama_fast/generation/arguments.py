@@ -53,8 +53,8 @@ def check_prompts(
             )
         if not all(0 <= token < config.vocab_size for token in prompt):
             raise PromptError(
-                f"{name} has token ids outside 0 … {config.vocab_size - 1}; "
-                "this tokenizer does not belong to this model"
+                f"{name} has token ids outside 0 … {config.vocab_size - 1}, the model's "
+                "vocabulary; give those of its own tokenizer"
             )
 
 

@@ -198,9 +198,16 @@ def _vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise PromptError(f"{name} is {type(value).__name__}; give a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{name} has a lone surrogate (character {error.start}), which is not text; "
+            "leave it out"
+        ) from None
     return value
 
 
 def _short(error: Any) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).partition(" <state>")[0].split())  # then come a parser's insides
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

@@ -30,16 +30,27 @@ def nearest(u: Tensor) -> Tensor:
     return s.round_().clamp_(-8, 7)
 
 
+def stored(scales: Tensor) -> Tensor:
+    """`scales` (...) as float16; never smaller, where float16 has but few bits left for them.
+
+    Below its normal numbers float16 counts in steps of 6e-8. A scale that is rounded down there, to
+    zero at worst, cuts off the largest numbers of its group; a larger one costs wider steps only.
+    """
+    half = scales.half()
+    cut = (half.abs() < torch.finfo(torch.float16).tiny) & (half.float().abs() < scales.abs())
+    return (half.view(torch.int16) + cut).view(torch.float16)  # away from zero, whatever the sign
+
+
 def enclosing(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
     """Scales and minima, float16 (...), that take in all numbers of `groups` (..., group_size)."""
     if symmetric:
         low, high = groups.aminmax(dim=-1)
         if bits == 8:
-            return (torch.maximum(-low, high) / 127).half(), None
+            return stored(torch.maximum(-low, high) / 127), None
         # The largest number by its size becomes code 0: LOWEST times a scale of the other sign.
-        return (torch.where(-low > high, low, high) / LOWEST).half(), None
+        return stored(torch.where(-low > high, low, high) / LOWEST), None
     low, high = groups.aminmax(dim=-1)
-    return ((high - low) / (2**bits - 1)).half(), low.half()
+    return stored((high - low) / (2**bits - 1)), low.half()
 
 
 def encode(groups: Tensor, scales: Tensor, minima: Tensor | None, bits: int) -> Tensor:
@@ -95,7 +106,8 @@ def search_scales(groups: Tensor) -> Tensor:
         w = rows[start : start + step]
         low, high = w.aminmax(dim=-1)
         # The largest number by its size is meant for code 0, the lowest level.
-        inverse = (LOWEST / torch.where(-low > high, low, high)).nan_to_num_(0, 0, 0)
+        largest = torch.where(-low > high, low, high)
+        inverse = (LOWEST / largest).nan_to_num_(0, 0, 0)
         best, scale = torch.zeros_like(inverse), torch.zeros_like(inverse)
         for share in _SHARES:
             v = levels(nearest(w * (inverse * share).unsqueeze(-1)), 4)
@@ -103,5 +115,6 @@ def search_scales(groups: Tensor) -> Tensor:
             s = wv / vv.clamp_(min=1)
             better = wv * s > best
             best, scale = torch.where(better, wv * s, best), torch.where(better, s, scale)
-        found[start : start + step] = scale
+        # Times zero, a number that is not finite is NaN: whoever stores the weight refuses it.
+        found[start : start + step] = stored(scale + largest * 0)
     return found.view(groups.shape[:-1])

@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config.quantization import WeightFormat
+from ..errors import ShapeError
 from ..ops import QuantizedWeight
 from ..ops.quantized_layout import numbers
-from ..ops.rounding import best_fit, encode
+from ..ops.rounding import best_fit, encode, refuse_non_finite
 
 # Share of the mean of H's diagonal that is added to it: H has no inverse where inputs are few, or
 # depend on each other.
@@ -50,8 +51,13 @@ def round_compensated(weight: Tensor, H: Tensor, form: WeightFormat) -> Quantize
     """`weight` (C_out, C_in), of any float dtype, rounded for inputs with XᵀX = `H` (C_in, C_in).
 
     Takes 4 · C_in · (C_out + 4 C_in) bytes of memory. Raises ShapeError for a weight that cannot be
-    stored so.
+    stored so, and for inputs that were not finite.
     """
+    if not torch.isfinite(H).all():
+        raise ShapeError(
+            "the calibration text makes activations of the model that are not finite, so no "
+            "rounding can make up for its errors there; give another text, or a wider dtype"
+        )
     C_out, C_in = weight.shape
     size = form.group_size
     made = QuantizedWeight(C_out, C_in, form.bits, size, form.symmetric, weight.device)
@@ -69,6 +75,7 @@ def round_compensated(weight: Tensor, H: Tensor, form: WeightFormat) -> Quantize
         group, of_group = w[start:end], int(columns[0]) // size
         padded = F.pad(group.t(), (0, size - len(group)))  # (C_out, size)
         scale, offset = best_fit(padded, form.bits, form.symmetric)
+        refuse_non_finite(padded, scale, offset)
         scales[:, of_group] = scale
         if minima is not None:
             minima[:, of_group] = offset

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import JSON_ERRORS
 from ..tokenizer import Tokenizer
+from ..tokenizer.chat_parse import CALLS_JSON
 from .call_reader import CallPiece
 from .job import Job, Piece
 from .requests import Asked
@@ -91,7 +92,7 @@ class Choice:
 
 def _is_call(call: dict[str, Any]) -> bool:
     try:
-        json.loads(call["function"]["arguments"])
+        CALLS_JSON.decode(call["function"]["arguments"])
     except JSON_ERRORS:
         return False
     return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -117,9 +118,19 @@ def _tagged(text: str) -> tuple[str, tuple[ToolCall, ...], str | None]:
     return "".join([*outside, rest if rest.strip() else ""]), tuple(calls), fault
 
 
+def _number(text: str) -> float:
+    """A number of JSON, which has no NaN and nothing infinite."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return number
+
+
+CALLS_JSON = json.JSONDecoder(parse_float=_number, parse_constant=_number)
+
+
 def _json_at(text: str, at: int) -> tuple[Any, int]:
     try:
-        return json.JSONDecoder().raw_decode(text, _skip(text, at, " \t\r\n"))
+        return CALLS_JSON.raw_decode(text, _skip(text, at, " \t\r\n"))
     except JSON_ERRORS as error:
         raise NoCall(f"a call's JSON cannot be read: {error}") from None
 
@@ -134,7 +145,7 @@ def _object(value: Any, name: str) -> Mapping[str, Any]:
     """Arguments as an object; some models write them as JSON text."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = CALLS_JSON.decode(value)
         except JSON_ERRORS:
             value = None
     if not isinstance(value, Mapping):
@@ -215,13 +226,15 @@ def _python_call(tree: ast.expr) -> tuple[str, dict[str, Any]]:
             arguments[word.arg] = _value(word.value)
         except RecursionError:
             raise NoCall(f"an argument of {called} is nested too deeply") from None
+        except ValueError as error:
+            raise NoCall(f"an argument of {called}: {error}") from None
     return called, arguments
 
 
 def _value(tree: ast.expr) -> Any:
     """The JSON value of a literal, in which true, false and null are JSON's."""
     if isinstance(tree, ast.Constant) and isinstance(tree.value, str | int | float | None):
-        return tree.value
+        return _number(repr(tree.value)) if isinstance(tree.value, float) else tree.value
     if isinstance(tree, ast.Name) and tree.id in _WORDS:
         return _WORDS[tree.id]
     if isinstance(tree, ast.List | ast.Tuple):

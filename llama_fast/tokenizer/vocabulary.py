@@ -67,8 +67,9 @@ def extend(
     trainer.train(n, progress, min_count=min_count, max_chars=max_chars)
     if len(trainer.new) < n:
         raise TokenizerError(
-            f"the corpus gives {len(trainer.new)} new tokens whose pair occurs {min_count} times, "
-            f"not {n}: give more text, fewer tokens, or a smaller min_count"
+            f"the corpus gives {len(trainer.new)} new tokens whose pair occurs {min_count} times "
+            f"or more, not {n}: ask for fewer, give more text, or take rarer pairs (min_count, "
+            "--min-count)"
         )
     names = set(places[:n])
     specials = {name: id_ for name, id_ in tokenizer.specials.items() if name not in names}
