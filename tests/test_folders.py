@@ -450,6 +450,8 @@ def test_other_arguments_of_from_pretrained(tmp_path):
     for wrong, message in (
         ({"device": "gpu"}, "device is 'gpu'; it must be"),
         ({"device": 1.5}, "device is 1.5; it must be"),
+        ({"device": "mps"}, "device is 'mps'; it must be"),
+        ({"device": "cuda:99"}, r"device is 'cuda:99', and torch .* sees .* GPUs"),
         ({"max_seq_len": "64"}, "max_seq_len is '64'"),
         ({"max_seq_len": 0}, "max_seq_len is 0"),
         ({"quantize": "int3"}, "int3"),

@@ -98,6 +98,17 @@ class TestUnwrapped:
         patch.remove(force=True)
         assert not patch.active and torch.equal(net(ids).logits, own)
 
+    def test_a_wrapper_that_was_there_stays(self):
+        """A model that accelerate prepared, or gave hooks, before it was patched."""
+        net, ids, calls = model(), tokens(), []
+        inner = net.forward
+        net.forward = wrapper = lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs)
+        with llama_fast.patch(net) as patch:
+            assert any(row.module == "" for row in patch.report.left_alone)
+            net(ids)
+            assert len(calls) == 1
+        assert vars(net)["forward"] is wrapper and not is_patched(net)
+
     def test_the_forward_that_a_module_had_stays(self):
         """A bound method of its own, as accelerate leaves it."""
         net, ids = model(), tokens()

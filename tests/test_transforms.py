@@ -1,4 +1,4 @@
-"""torch.func's transforms and forward-mode gradients, taken of the definitions."""
+"""torch.func's transforms, forward-mode gradients and ONNX files, taken of the definitions."""
 
 from __future__ import annotations
 
@@ -85,3 +85,21 @@ def test_a_kernel_that_was_asked_for_strictly_is_refused():
     with llama_fast.use_backend("cpu", strict=True):
         with pytest.raises(BackendError, match="a forward-mode gradient"):
             vmap(norm, in_dims=(0, None))(X, W)
+
+
+def test_an_onnx_file_has_the_definitions(monkeypatch):
+    """torch.onnx.export takes such a program apart, and knows no op of ours."""
+
+    def exported():
+        with torch.no_grad():
+            program = torch.export.export(model, (tokens,), strict=False)
+        return program.module(), any("llama_fast" in str(n.target) for n in program.graph.nodes)
+
+    model, tokens = Llama(CONFIG).eval(), torch.randint(64, (1, 5))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    assert exported()[1]
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    program, has_ops = exported()
+    assert not has_ops
+    torch.testing.assert_close(program(tokens), model(tokens), rtol=1e-4, atol=1e-4)

@@ -21,7 +21,7 @@ from .arguments import device_type
 from .backends import current_request, when_changed
 from .choice import choose, decide, order_of, refuse_strict
 from .definition import Definition
-from .overrides import needs_dispatcher, transformed
+from .overrides import exporting_to_onnx, needs_dispatcher, transformed
 from .signature import call_signature
 from .torch_private import profiler
 from .types import Decision, Implementation
@@ -49,8 +49,8 @@ class Op(Definition):
         record a gradient, for tensor subclasses, or to have a name in a profiler's trace; the
         direct call costs a tenth as much."""
         if needs_dispatcher() or profiler._is_profiler_enabled:
-            if not torch.compiler.is_compiling() and transformed():
-                return self._transformed(*args)
+            if exporting_to_onnx() or (not torch.compiler.is_compiling() and transformed()):
+                return self._defined(*args)
             return self.torch_op(*self.arguments.with_plain_numbers(args))
         signature = call_signature(args, torch.is_grad_enabled())
         if signature is None:
@@ -86,14 +86,16 @@ class Op(Definition):
         self._orders.clear()
         self._plans.clear()
 
-    def _transformed(self, *args: Any) -> Any:
-        """What torch.func's transforms and forward-mode gradients are taken of: the definition,
-        since it is made of what torch can transform. torch's dispatcher would refuse an op with a
-        gradient of its own, or take its tangents for zero."""
+    def _defined(self, *args: Any) -> Any:
+        """What torch.func's transforms and forward-mode gradients are taken of, and what an ONNX
+        file gets: the definition, since it is made of what torch can transform and write. torch's
+        dispatcher would refuse an op with a gradient of its own, or take its tangents for zero."""
         args = self.complete(args)
         self.arguments.check_tensors(args)
         self.check(*args)
-        refuse_strict(self, "inside of a torch.func transform or a forward-mode gradient")
+        refuse_strict(
+            self, "inside of a torch.func transform, a forward-mode gradient or an ONNX export"
+        )
         return self.eager(*args)
 
     def _specialize(self, key: tuple, args: tuple) -> Callable[..., Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from .torch_private import (
@@ -35,6 +37,15 @@ def transformed() -> bool:
     """True inside of torch.func's grad, vmap, jvp and their like, and where tangents may be carried
     along (torch.autograd.forward_ad)."""
     return functorch_level() is not None or forward_ad._current_level >= 0
+
+
+def exporting_to_onnx() -> bool:
+    """True inside of torch.onnx.export, which has no words for an op of another library."""
+    return (
+        not torch.compiler.is_dynamo_compiling()
+        and "torch.onnx" in sys.modules  # asking would import it
+        and torch.onnx.is_in_onnx_export()
+    )
 
 
 def function_mode_observes() -> bool:

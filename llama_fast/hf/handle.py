@@ -69,7 +69,7 @@ class Patch:
         if not self.active:
             return
         modules = self._patched()
-        wrapped = [module for module in modules if replaced_forward(module) is not None]
+        wrapped = [module for module in modules if _wrapped(module)]
         if wrapped and not force:
             module = wrapped[0]
             raise PatchError(
@@ -78,7 +78,8 @@ class Patch:
                 "remove() again; or remove(force=True) takes both away"
             )
         for module in modules:
-            vars(module).pop("forward", None)
+            if function_of(module) is not None:
+                vars(module).pop("forward", None)
             unpatch_class(module)
         for module in self._bound:
             vars(module)["forward"] = MethodType(type(module).forward, module)
@@ -145,7 +146,8 @@ class Patch:
         return f"<Patch of {of}, {'active' if self.active else 'removed'}, {len(self.report)} rows>"
 
     def _replace(self, module: nn.Module, function: Callable[..., Any] | None) -> None:
-        if vars(module).pop("forward", None) is not None:
+        # A model that has its class for the handle alone keeps what other code gave it.
+        if function is not None and vars(module).pop("forward", None) is not None:
             self._bound.append(module)
         patch_class(module, function, handle_of if module is self.model else None)
         self._modules.add(module)
@@ -309,6 +311,11 @@ def _computes_in(decoder: nn.Module) -> Tensor:
         named = vars(decoder.config)
         dtype = named.get("dtype") or named.get("torch_dtype") or torch.float32
     return torch.empty(0, dtype=dtype, device=device)
+
+
+def _wrapped(module: nn.Module) -> bool:
+    """Whether other code has put something over a forward of ours."""
+    return function_of(module) is not None and replaced_forward(module) is not None
 
 
 def _foreign(module: nn.Module) -> str | None:

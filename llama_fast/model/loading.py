@@ -41,6 +41,17 @@ def _device(asked: str | torch.device) -> torch.device:
         raise ConfigError(f'device is {asked!r}; it must be "auto", "cpu" or "cuda"') from None
 
 
+def _check_device(device: torch.device) -> None:
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f'device is {str(device)!r}; it must be "auto", "cpu" or "cuda"')
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(
+            f"device is {str(device)!r}, and torch {torch.__version__} sees {count or 'no'} GPUs "
+            'here: give "auto" or "cpu"' + (', or "cuda:0"' if count else "")
+        )
+
+
 class Pretrained(nn.Module):
     """A model that is loaded from a folder and saved as one."""
 
@@ -90,6 +101,7 @@ class Pretrained(nn.Module):
             raise ConfigError(
                 f"device is {device} and the mesh is of {ranks.device.type}: leave device out"
             )
+        _check_device(device)
         if ranks is not None and ranks.size == 1:
             ranks = None
         opened = isinstance(path, checkpoint.Checkpoint | checkpoint.QuantizedCheckpoint)
