@@ -165,6 +165,14 @@ class counting:
             kind.rows = own
 
 
+def compiled(folder: Path, mesh) -> bool:
+    """Whether a graph of `torch.compile` has the bits of the model, exchanges included."""
+    model = Llama.from_pretrained(folder / "hf", mesh=mesh, dtype=torch.float32)
+    graph = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        return torch.equal(*(run(TOKENS, cache=model.new_cache(2, 64)) for run in (graph, model)))
+
+
 def near_the_end(folder: Path, mesh=None, context: int = 2304) -> list[int]:
     """What the demo's shape says at the end of a longer context than its own, after chunks of a
     prompt that leave three tokens of room."""
@@ -277,6 +285,8 @@ if __name__ == "__main__":
         cases = [case for case in cases if (mesh.size(), case) not in THOROUGH]
     found = {case: found_with(folder, case, mesh) for case in cases}
     found["led"] = led_texts(folder, CASES_OF[mesh.size()][0], mesh)
+    if mesh.size() == 2:
+        found["compiled"] = compiled(folder, mesh)
     if mesh.size() == 3:  # the demo has a KV head for 3 heads
         found["long"] = near_the_end(folder, mesh)
     if mesh.size() != 3:  # which does not divide its KV heads
