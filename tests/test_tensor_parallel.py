@@ -297,6 +297,8 @@ def test_the_first_rank_leads(found, folder, size):
     first, *others = (of_rank["led"] for of_rank in found(size))
     assert first == ranks.led_texts(folder, ranks.CASES_OF[size][0])
     assert others == [None] * (size - 1)
+    for of_rank in found(size):  # of each row a candidate and two sums
+        assert {*of_rank["given led"]} == {24, 48}
 
 
 @pytest.mark.parametrize(
