@@ -26,7 +26,7 @@ from llama_fast.distributed import Ranks
 from llama_fast.errors import LlamaFastError, ProcessError, ShapeError
 from llama_fast.generation.candidates import Drawer
 from llama_fast.generation.engine import Engine
-from llama_fast.generation.follow import led
+from llama_fast.generation.follow import acquire, led
 from llama_fast.generation.generate import Rows, generate
 from llama_fast.generation.sampling import Sampling
 from llama_fast.generation.session import Session
@@ -110,11 +110,11 @@ def given_in_a_step(model: Llama) -> dict[str, list[int]]:
     """The bytes that this rank gives to each exchange of a step of two rows and its draw."""
     drawer = Drawer(model, CONFIG.vocab_size)
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-    with Engine.acquire(model, 2, 64, own_logits=drawer.own_logits) as engine:
+    with acquire(model, 2, 64) as engine:
         engine.prefill(TOKENS[:, :3])
         with exchanges() as given:
             logits = engine.step(TOKENS[:, 3])
-            drawer.draw(logits, [None, None], Sampling(), generators)
+            drawer.draw(logits, [None, None], [Sampling()] * 2, generators)
     return given
 
 
@@ -163,6 +163,14 @@ class counting:
     def __exit__(self, *_) -> None:
         for kind, own in self.own:
             kind.rows = own
+
+
+def compiled(folder: Path, mesh) -> bool:
+    """Whether a graph of `torch.compile` has the bits of the model, exchanges included."""
+    model = Llama.from_pretrained(folder / "hf", mesh=mesh, dtype=torch.float32)
+    graph = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        return torch.equal(*(run(TOKENS, cache=model.new_cache(2, 64)) for run in (graph, model)))
 
 
 def near_the_end(folder: Path, mesh=None, context: int = 2304) -> list[int]:
@@ -276,7 +284,11 @@ if __name__ == "__main__":
     if "--all" not in sys.argv:
         cases = [case for case in cases if (mesh.size(), case) not in THOROUGH]
     found = {case: found_with(folder, case, mesh) for case in cases}
-    found["led"] = led_texts(folder, CASES_OF[mesh.size()][0], mesh)
+    with exchanges() as given:
+        found["led"] = led_texts(folder, CASES_OF[mesh.size()][0], mesh)
+    found["given led"] = given["gather"]
+    if mesh.size() == 2:
+        found["compiled"] = compiled(folder, mesh)
     if mesh.size() == 3:  # the demo has a KV head for 3 heads
         found["long"] = near_the_end(folder, mesh)
     if mesh.size() != 3:  # which does not divide its KV heads

@@ -23,7 +23,7 @@ from .small_training import bits, counting_data, new_model, one_thread  # noqa: 
 from .test_finetune import QUICK, tiny  # noqa: F401  fixtures
 from .test_optim_sharded import numbers
 from .training_rows import write
-from .two_processes import KINDS, preferring, trained
+from .two_processes import KINDS, SMALL, preferring, trained
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -127,6 +127,13 @@ def test_a_process_holds_a_part_of_everything(done):
             assert held["sharded bfloat16"][name] == elements / 2
 
 
+def test_a_process_holds_a_part_of_what_a_lora_is_trained_beside(done):
+    for kind, frozen in (("lora", 0), ("sharded lora", SMALL.n_params)):
+        elements = torch.load(done.folder / f"{kind}-1.pt")["elements"]
+        whole, own = map(sum, zip(*elements, strict=True))
+        assert own == whole - frozen / 2 and whole > SMALL.n_params
+
+
 def test_a_model_is_read_in_parts_and_saved_as_a_whole(done, tiny):  # noqa: F811
     model = Llama.from_pretrained(tiny, device="cpu")
     judged = evaluate(model, counting_data(500)).loss
@@ -155,15 +162,17 @@ REFUSED = (
     "fully sharded already",
     "without quantize and without an adapter",
     "leave mesh and quantize out",
-    "each process has as a whole",
     "leave it out where there are several",
+    *["leave dora and modules_to_save out"] * 2,
+    "no process has the weights",
+    "put on it afterwards",
 )
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_command_under_torchrun(done, kind):
-    of_weights = " and of the weights (fully sharded)" if kind == "full" else ""
-    assert f"processes      2, each with its part of every step{of_weights}\n" in done.stderr
+    said = "processes      2, each with its part of every step and of the weights (fully sharded)\n"
+    assert done.stderr.count(said) == 2
     assert done.stderr.count("a LoRA of") == 1
     more = ["--full", "--held-out", "0.3", "--sample", "The"] if kind == "full" else []
     alone, both = done.folder / f"{kind} alone", done.folder / KIND_FOLDERS[kind]

@@ -193,6 +193,8 @@ def test_texts_need_no_chat_format(run, tiny, texts, tmp_path):
         (("--lr", "-1"), "learning_rate is -1"),
         (("--sample", ""), "prompt"),
         (("--full", "--new-rows"), "Give one of the two"),
+        (("--sharded", "--quantize", "int8"), "integers are not sharded"),
+        (("--sharded",), "Write: torchrun --nproc-per-node 2 -m llama_fast finetune"),
         (("--new-rows",), "was not extended"),
         (("--embedding-lr", "1e-3"), "Write: --new-rows, or --full"),
         (("--full", "--embedding-lr", "0"), "embedding_learning_rate is 0"),

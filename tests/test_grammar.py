@@ -13,7 +13,7 @@ import torch
 import llama_fast
 from llama_fast.errors import PromptError
 from llama_fast.generation.generate import generate, stream
-from llama_fast.generation.grammar import Grammar, masked
+from llama_fast.generation.grammar import Grammar, allowed_by, masked
 from llama_fast.generation.session import Session
 from llama_fast.tokenizer import Tokenizer
 
@@ -139,7 +139,7 @@ def test_masked_changes_refused_logits_alone(tokenizer):
     matcher = Grammar.regex("[0-9]").matcher(tokenizer, frozenset(tokenizer.stop_ids))
     logits = torch.randn(3, tokenizer.vocab_size, device="cpu")
     before = logits.clone()
-    found = masked(logits, [None, matcher, None])
+    found = masked(logits, [None, allowed_by(matcher), None])
     assert torch.equal(logits, before)
     assert torch.equal(found[0], before[0]) and torch.equal(found[2], before[2])
     kept = torch.from_numpy(matcher.allowed())

@@ -16,7 +16,7 @@ from llama_fast.tokenizer import Message
 openai = pytest.importorskip("openai", reason="needs the extra test")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
-from llama_fast.serve import batch  # noqa: E402
+from llama_fast.generation import candidates  # noqa: E402
 from llama_fast.serve.requests import chat_request, text_request  # noqa: E402
 
 from .serving import demo, generate, serving  # noqa: E402
@@ -205,7 +205,7 @@ def says(served, monkeypatch):
 
     def begin(text):
         tokens = iter([*served.tokenizer.encode(text), served.tokenizer.specials["<|eot_id|>"]])
-        monkeypatch.setattr(batch, "sample_each", lambda *_: torch.tensor([next(tokens)]))
+        monkeypatch.setattr(candidates, "sample_each", lambda *_: torch.tensor([next(tokens)]))
         return {"model": "demo", "messages": HELLO, "tools": [WEATHER, CLOCK]}
 
     return begin

@@ -169,6 +169,10 @@ def test_the_plan_says_what_ranks_take(found, folder, case, size):
     assert planned.cache == 2 * 64 * 2 * ranks.CONFIG.n_layers * K * 32 * dtype.itemsize
 
 
+def test_torch_compile_of_a_rank(found):
+    assert [of_rank["compiled"] for of_rank in found(2)] == [True, True]
+
+
 def test_a_prompt_near_the_end_of_the_context(found, folder):
     alone = ranks.near_the_end(folder)
     assert len(alone) == 3
@@ -293,6 +297,8 @@ def test_the_first_rank_leads(found, folder, size):
     first, *others = (of_rank["led"] for of_rank in found(size))
     assert first == ranks.led_texts(folder, ranks.CASES_OF[size][0])
     assert others == [None] * (size - 1)
+    for of_rank in found(size):  # of each row a candidate and two sums
+        assert {*of_rank["given led"]} == {24, 48}
 
 
 @pytest.mark.parametrize(

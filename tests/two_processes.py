@@ -56,6 +56,7 @@ KINDS = {
     "bfloat16": (SMALL, torch.bfloat16, CONFIG),
     "sharded": (SMALL, torch.float32, CONFIG),
     "sharded bfloat16": (SMALL, torch.bfloat16, CONFIG),
+    "sharded lora": (SMALL, torch.float32, CONFIG),
     "sharded wide": (WIDE, torch.float32, dataclasses.replace(CONFIG, checkpointing=True)),
     "sharded 8 bits": (WIDE, torch.bfloat16, EIGHT_BITS),
 }
@@ -73,9 +74,9 @@ def new_model_of(kind: str) -> Llama:
 
 def trained(kind: str, **more) -> tuple[Llama, History]:
     model, adapter = new_model_of(kind), None
-    if kind == "lora":
+    if kind.endswith("lora"):
         torch.manual_seed(Processes().rank)  # the first process's values of A are everybody's
-        adapter = lora(model, 4)
+        adapter = lora(model, 4, rows=[3, 5] if kind.startswith("sharded") else None)
     data, held_out = masked_data(), counting_data(500)
     config = KINDS[kind][2]
     return model, quick(model, data, config, held_out=held_out, adapter=adapter, **more)
@@ -149,6 +150,7 @@ def keep(folder: Path, name: str, found: tuple[Llama, History]) -> None:
     model, history = found
     weights = {name: gathered(weight).clone() for name, weight in bits(model).items()}
     content = {"weights": weights, "history": dataclasses.asdict(history)}
+    content["elements"] = [(weight.numel(), own(weight)) for weight in model.parameters()]
     torch.save(content, folder / f"{name}-{Processes().rank}.pt")
 
 
@@ -190,14 +192,23 @@ def keep_what_is_loaded(folder: Path, model_folder: str) -> None:
         lambda: fully_shard(model),
         lambda: fully_shard(Llama.from_pretrained(model_folder, device="cpu", quantize="int8")),
         lambda: Llama.from_pretrained(model_folder, quantize="int8", fully_sharded=True),
-        lambda: quick(model, counting_data(), CONFIG, adapter=lora(new_model(), 4)),
         lambda: quick(new_model(), counting_data(), in_backward()),
+        lambda: lora(model, 4, dora=True),
+        lambda: lora(model, 4, modules_to_save=["norm"]),
+        lambda: lora(model, 4).merge(),
+        lambda: fully_shard(new_model_with_lora()),
     ):
         try:
             refused()
         except ConfigError as error:
             said.append(str(error))
     torch.save((weights, judged, said), folder / f"loaded-{Processes().rank}.pt")
+
+
+def new_model_with_lora() -> Llama:
+    model = new_model()
+    lora(model, 4)
+    return model
 
 
 def in_backward() -> TrainConfig:
@@ -235,7 +246,7 @@ if __name__ == "__main__":
     # Processes are joined once in a launch: the command does it, and they stay so for what follows.
     dist.destroy_process_group = lambda: None
     command = sys.argv[2:]
-    assert main([*command, "--out", str(folder / "command")]) == 0
+    assert main([*command, "--sharded", "--out", str(folder / "command")]) == 0
     full = ["--full", "--held-out", "0.3", "--sample", "The"]
     assert main([*command, *full, "--out", str(folder / "full command")]) == 0
     assert Processes().size == 2

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import DataError
+from ..utils.environment import processes_started
 from .finetune_report import figures, plan, summary
 from .finetune_run import Run
 from .interrupt import unwind_when_stopped
@@ -104,6 +105,14 @@ def finetune(
     ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Train all weights instead of a LoRA.")
+    ] = False,
+    sharded: Annotated[
+        bool,
+        typer.Option(
+            "--sharded",
+            help="Of several processes each holds a part of the weights below a LoRA too, as it "
+            "does with --full.",
+        ),
     ] = False,
     new_rows: Annotated[
         bool,
@@ -257,6 +266,16 @@ def finetune(
             "integers are not trained. Leave --full out, and a LoRA is trained beside them",
             param_hint="--quantize",
         )
+    if sharded and quantize is not None:
+        raise typer.BadParameter(
+            "integers are not sharded. Leave one of the two out", param_hint="--quantize"
+        )
+    if sharded and processes_started() == 1:
+        raise typer.BadParameter(
+            "one process has nobody to share with. Write: torchrun --nproc-per-node 2 -m "
+            "llama_fast finetune …",
+            param_hint="--sharded",
+        )
     if full and new_rows:
         raise typer.BadParameter(
             "all weights are trained, new rows among them. Give one of the two",
@@ -301,10 +320,10 @@ def finetune(
     where = device_named(device)
     source = open_checkpoint(folder)
     quantized = not isinstance(source, Checkpoint)
-    if quantized and (full or quantize is not None):
+    if quantized and (full or sharded or quantize is not None):
         raise typer.BadParameter(
             f"{folder} is quantised already. Leave it out: a LoRA is trained beside the integers",
-            param_hint="--full" if full else "--quantize",
+            param_hint="--full" if full else "--sharded" if sharded else "--quantize",
         )
     context = source.config.max_seq_len
     block = min(context, BLOCK) if block is None else block
@@ -409,7 +428,7 @@ def finetune(
                 rank=rank, alpha=alpha, new_rows=ids,
                 quantize=quantize and quantize.value, sample=sample, tokenizer=tokenizer,
                 device=where, dtype=dtype and dtype.torch, block=report.block,
-                objective=objective, processes=processes,
+                objective=objective, processes=processes, sharded=sharded or full,
             )  # fmt: skip
         finally:
             if processes.main:
@@ -496,6 +515,7 @@ def _train(
     block: int,
     objective: DPO | None,
     processes: Processes,
+    sharded: bool,
 ) -> int:
     import torch
 
@@ -508,8 +528,8 @@ def _train(
     if dtype is None and source.dtype is torch.float16:
         dtype = torch.bfloat16
     full = rank is None and new_rows is None
-    cut = full and processes.size > 1
-    llama = load_model(source, device=device, dtype=dtype, quantize=quantize, fully_sharded=cut)
+    how = {"dtype": dtype, "quantize": quantize, "fully_sharded": sharded and processes.size > 1}
+    llama = load_model(source, device=device, **how)
     unwind_when_stopped()
     torch.manual_seed(config.seed)  # the first values of A
     adapter = None if full else _adapter(llama, rank, alpha, new_rows)

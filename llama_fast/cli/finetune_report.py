@@ -46,7 +46,9 @@ def plan(
     at_once = config.micro_batch_size or config.batch_size
     of = [] if objective is None else [("objective", f"DPO, beta {objective.beta:g}")]
     if processes > 1:
-        and_of = " and of the weights (fully sharded)" if adapter is None else ""
+        from ..distributed import is_fully_sharded
+
+        and_of = " and of the weights (fully sharded)" if is_fully_sharded(llama) else ""
         of.append(("processes", f"{processes}, each with its part of every step{and_of}"))
     return [
         *of,

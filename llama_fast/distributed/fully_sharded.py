@@ -1,12 +1,13 @@
-"""A model of which each of several processes holds a part of every weight, to train all of them:
-FSDP2 (torch's `fully_shard`; Rajbhandari et al., "ZeRO", 2020).
+"""A model of which each of several processes holds a part of every weight, to train all of them, or
+an adapter beside them: FSDP2 (torch's `fully_shard`; Rajbhandari et al., "ZeRO", 2020).
 
     forward    the weights of a block are gathered when it comes to it, and let go behind it
     backward   they are gathered again; each process keeps its rows of the gradients' sum
 
 So weights, gradients, moments and float32 copies take 1/n of their memory in each of n processes,
 beside a block or two, the embedding and the head, which are whole while they are used. `RowShare`
-says which rows are whose.
+says which rows are whose. An adapter that is put on the model afterwards freezes the weights, which
+stay in parts, and each process has all of it.
 
 Losses are divided by the count of the whole step, so gradients are summed and not averaged. Every
 process takes part in every pass: one that has no data for it computes another's, and does not count
@@ -42,7 +43,8 @@ _NEEDED = (
 
 def fully_shard(model: nn.Module) -> nn.Module:
     """Cuts a `Llama` over the processes that are joined (`started`), in place, and returns it. Its
-    weights are all trained; the first process's values are everybody's.
+    weights are all trained, or those of an adapter that is put on it then (`lora`); the first
+    process's values are everybody's.
 
     The model moves to this process's device a block at a time, so it may be larger than that.
     `Llama.from_pretrained(DIR, fully_sharded=True)` reads no more than this process's part.
@@ -90,8 +92,8 @@ def _refuse_unshardable(model: nn.Module) -> None:
     ):
         raise ConfigError(
             "only a model whose weights are all trained, and of one dtype, is fully sharded: load "
-            "it without quantize and without an adapter. An adapter is trained by several "
-            "processes that have the whole model each"
+            "it without quantize and without an adapter. An adapter can be put on it afterwards, "
+            "and the weights below that stay in parts"
         )
 
 

@@ -14,15 +14,17 @@ of the numbers, and below them its id counted down, so that equal logits come in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..distributed.tensor_parallel import share_of, together
+from ..distributed.tensor_parallel import share_of
 from ..model import Llama
-from .grammar import Matcher, masked
-from .sampling import Sampling, draw, logprobs
+from .grammar import masked
+from .sampling import Sampling, draw, logprobs, rows_of_each, sample_each
 
 # Candidates of a rank where top_p alone says how many are kept: 2 kB of each rank.
 NUCLEUS = 256
@@ -43,85 +45,171 @@ def exchanged_bytes(n: int, rows: int, dtype: torch.dtype) -> int:
     return min(logits, (n + 2) * torch.int64.itemsize) if n else logits
 
 
+class Drawn(NamedTuple):
+    """A token of each row. Logprobs are those among all tokens that are known.
+
+    tokens    (B,) int64
+    logprobs  (B,) float32
+    top       ids and logprobs of the likeliest tokens, (B,m) each, likeliest first
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    top: tuple[Tensor, Tensor] | None = None
+
+
 class Drawer:
-    """Draws tokens from what an `Engine` gives, which is asked for `own_logits` as this says.
+    """Draws tokens from what an engine gives (`follow.acquire`): the logits of all tokens, or of a
+    model over ranks this rank's.
 
     known: how many ids, from 0 on, may be drawn
     """
 
     def __init__(self, model: Llama, known: int) -> None:
-        self.known, self.dtype = known, model.dtype
-        self.share = share_of(model) if together(model) else None
-        self.own_logits = self.share is not None
-        if self.share is not None:
-            self.ranks = model.head.ranks
-            self.start, stop = self.share.ranges["V"]
-            self.own_known = max(0, min(known, stop) - self.start)
+        self.known = known
+        self.part = None if share_of(model) is None else Part(model, known)
 
     def draw(
         self,
         logits: Tensor,
-        matchers: Sequence[Matcher | None],
-        sampling: Sampling,
+        allowed: Sequence[np.ndarray | None],
+        samplings: Sequence[Sampling],
         generators: Sequence[torch.Generator],
-    ) -> tuple[Tensor, Tensor]:
-        """logits (B,V) float32, or this rank's → token ids (B,) int64, row b of what matchers[b]
-        allows and with generators[b]; and their logprobs (B,) among all tokens that are known."""
-        if self.share is not None:
-            n, rows = candidates_of(sampling), self.share.rows_each
-            if exchanged_bytes(n, rows, self.dtype) < rows * self.dtype.itemsize:
-                drawn = self._draw_of_candidates(n, logits, matchers, sampling, generators)
+        *,
+        rows: Sequence[int] | None = None,
+        top: int = 0,
+    ) -> Drawn:
+        """logits (N,V) float32, or this rank's → a token of each of B rows: `rows` of the logits,
+        by default all. That of row b is one that allowed[b] says (`grammar.allowed_by`), drawn as
+        samplings[b] says, with generators[b].
+
+        top  tells also the so many likeliest tokens of each row, whatever is allowed
+        """
+        if self.part is not None:
+            needed = [candidates_of(sampling) for sampling in samplings]
+            n = max(*needed, top) if all(needed) else 0
+            if self.part.gives_less(n) and self._all_know(allowed):
+                drawn = self._draw_of_candidates(
+                    n, logits, allowed, samplings, generators, rows, top
+                )
                 if drawn is not None:
                     return drawn
-        logits = self.whole(logits)
-        tokens = sampling.sample(masked(logits, matchers), generators)
-        return tokens, logprobs(logits, tokens)
+        logits = self.whole(logits, rows)
+        tokens = sample_each(masked(logits, allowed), samplings, generators)
+        best = None
+        if top:
+            values, ids = logits.log_softmax(-1).topk(min(top, logits.shape[-1]))
+            best = ids, values
+        return Drawn(tokens, logprobs(logits, tokens), best)
 
-    def whole(self, logits: Tensor) -> Tensor:
+    def whole(self, logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """The logits (B,V) of all tokens that are known."""
-        if self.share is not None:
-            logits = F.pad(logits, (0, self.share.rows_each - logits.shape[-1]))
-            logits = self.ranks.gather(logits.to(self.dtype)).float()
-            logits = logits[:, : self.share.whole.vocab_size]
-        return logits[:, : self.known]
+        if self.part is not None:
+            return self._exchange("whole", logits, rows)
+        return rows_of(logits, rows)[:, : self.known]
+
+    def _all_know(self, allowed: Sequence[np.ndarray | None]) -> bool:
+        """Whether each rank knows what is allowed: those that follow are not told of grammars."""
+        return self.part.head.leader is None or all(tokens is None for tokens in allowed)
+
+    def _exchange(
+        self, name: str, logits: Tensor, rows: Sequence[int] | None, *args: Any, **own: Any
+    ) -> Tensor:
+        """What all ranks make of their parts; where this one leads, the others are told to."""
+        if self.part.head.leader is not None:
+            self.part.head.leader.say(name, self.known, rows, *args)
+        return getattr(self.part, name)(logits, rows, *args, **own)
 
     def _draw_of_candidates(
         self,
         n: int,
         logits: Tensor,
-        matchers: Sequence[Matcher | None],
-        sampling: Sampling,
+        allowed: Sequence[np.ndarray | None],
+        samplings: Sequence[Sampling],
         generators: Sequence[torch.Generator],
-    ) -> tuple[Tensor, Tensor] | None:
+        rows: Sequence[int] | None,
+        top: int,
+    ) -> Drawn | None:
         """As `draw`; None where `n` candidates are too few, and nothing has been drawn."""
-        logits = logits[:, : self.own_known]
-        allowed = masked(logits, matchers, self.start)
-        keys = likeliest(allowed, n, self.start)
-        sums = (
-            logits.double().logsumexp(-1, keepdim=True),
-            # Counted from the largest: else a small temperature leaves nothing of their number.
-            ((allowed - _largest(keys)) / sampling.divisor).logsumexp(-1, keepdim=True),
-        )
-        given = torch.cat((keys, *(x.view(torch.int64) for x in sums)), -1)
-        of_ranks = self.ranks.gather(given).unflatten(-1, (-1, n + 2))  # (B, ranks, n + 2)
+        divisors = [[sampling.divisor] for sampling in samplings]
+        of_ranks = self._exchange("candidates", logits, rows, n, divisors, allowed=allowed)
+        divisors = of_divisors(divisors, logits)
 
         sums, divided = of_ranks[..., n:].contiguous().view(torch.float64).split(1, -1)
         whole, largest_each = sums.logsumexp(1), _largest(of_ranks)  # (B, 1), (B, ranks, 1)
         largest = largest_each.amax(1)
-        divided += (largest_each - largest.unsqueeze(1)) / sampling.divisor
+        divided += (largest_each - largest.unsqueeze(1)) / divisors.unsqueeze(1)
         keys, floor = of_ranks[..., :n], of_ranks[..., n - 1].amax(-1, keepdim=True)
         keys = keys.flatten(1).sort(-1, descending=True).values
         values, ids = logits_and_ids(keys)
-        if sampling.greedy:
-            position = torch.zeros_like(ids[:, :1])
-        else:
-            p = ((values - largest) / sampling.divisor - divided.logsumexp(1)).exp()
-            certain = (p * (keys >= floor)).sum(-1)
-            if not sampling.top_k and not (certain > sampling.top_p).all():
-                return None
-            position = draw(sampling.keep(p.float(), torch.ones_like(whole)), generators)
-        scores = values.double().gather(-1, position) - whole
-        return ids.gather(-1, position).squeeze(-1), scores.squeeze(-1).float()
+        p = ((values - largest) / divisors - divided.logsumexp(1)).exp()
+        certain = (p * (keys >= floor)).sum(-1).tolist()
+        if not all(
+            sampling.greedy or sampling.top_k or certain[row] > sampling.top_p
+            for row, sampling in enumerate(samplings)
+        ):
+            return None
+        position = torch.zeros_like(ids[:, :1])
+        for sampling, alike in rows_of_each(samplings).items():
+            if not sampling.greedy:
+                kept = sampling.keep(p[alike].float(), torch.ones_like(whole[alike]))
+                position[alike] = draw(kept, [generators[row] for row in alike])
+        scores = (values - whole).float()
+        return Drawn(
+            ids.gather(-1, position).squeeze(-1),
+            scores.gather(-1, position).squeeze(-1),
+            (ids[:, :top], scores[:, :top]) if top else None,
+        )
+
+
+class Part:
+    """What a rank has of the logits, and what the ranks make of their parts together."""
+
+    def __init__(self, model: Llama, known: int) -> None:
+        self.head, self.known, self.dtype = model.head, known, model.dtype
+        self.share = self.head.share
+        self.start, stop = self.share.ranges["V"]
+        self.own_known = max(0, min(known, stop) - self.start)
+
+    def gives_less(self, n: int) -> bool:
+        """Whether `n` candidates are less to exchange than the logits."""
+        rows = self.share.rows_each
+        return exchanged_bytes(n, rows, self.dtype) < rows * self.dtype.itemsize
+
+    def candidates(
+        self,
+        logits: Tensor,
+        rows: Sequence[int] | None,
+        n: int,
+        divisors: list[list[float]],
+        allowed: Sequence[np.ndarray | None] = (),
+    ) -> Tensor:
+        """This rank's logits (N,R), of which `rows` are drawn → `n` candidates of each rank and its
+        two sums, (B, ranks, n + 2) int64, the sums as the bits of float64."""
+        logits = rows_of(logits, rows)[:, : self.own_known]
+        within = masked(logits, allowed, self.start)
+        keys = likeliest(within, n, self.start)
+        # Counted from the largest: else a small temperature leaves nothing of their number.
+        divided = (within - _largest(keys)) / of_divisors(divisors, logits)
+        sums = (x.logsumexp(-1, keepdim=True) for x in (logits.double(), divided))
+        given = torch.cat((keys, *(x.view(torch.int64) for x in sums)), -1)
+        return self.head.ranks.gather(given).unflatten(-1, (-1, n + 2))
+
+    def whole(self, logits: Tensor, rows: Sequence[int] | None) -> Tensor:
+        """This rank's logits (N,R), of which `rows` are wanted → those of all tokens that are
+        known, (B,V)."""
+        logits = rows_of(logits, rows)
+        logits = F.pad(logits, (0, self.share.rows_each - logits.shape[-1]))
+        logits = self.head.ranks.gather(logits.to(self.dtype)).float()
+        return logits[:, : min(self.known, self.share.whole.vocab_size)]
+
+
+def rows_of(logits: Tensor, rows: Sequence[int] | None) -> Tensor:
+    return logits if rows is None else logits[torch.tensor(rows, device=logits.device)]
+
+
+def of_divisors(divisors: list[list[float]], logits: Tensor) -> Tensor:
+    return torch.tensor(divisors, dtype=torch.float64, device=logits.device)
 
 
 def likeliest(logits: Tensor, n: int, start: int) -> Tensor:

@@ -3,7 +3,8 @@
 `generate` runs on every rank alike. A dialog or a server does not: what is typed, and who asks for
 what and when, one process knows. So the first rank runs the program, and tells the others each call
 of its engine before it makes it. They make the same call, and thereby take part in the exchanges of
-every layer. Logits are gathered, and the first rank draws.
+every layer. The first rank alone draws: of candidates, which the others give when they are told how
+many, and at which temperatures (`candidates.Part`).
 
     with led(model) as leads:
         if leads:
@@ -27,6 +28,7 @@ from torch import Tensor
 from ..distributed.tensor_parallel import group_of, ranks_answer, share_of
 from ..errors import ConfigError, KernelError, LlamaFastError, ProcessError
 from ..model import Llama
+from .candidates import Part
 from .engine import Engine
 
 # How long a rank waits for the next call: nobody may ask a server for days. The end of another
@@ -34,6 +36,8 @@ from .engine import Engine
 PATIENCE = timedelta(days=365)
 # The calls that change an engine; but `restore`, for each rank has a part of what that takes.
 CALLS = ("prefill", "step", "step_first", "truncate", "hold", "resume", "free", "reset")
+# What all ranks make of the logits after the last of these.
+EXCHANGES = ("candidates", "whole")
 
 
 @contextmanager
@@ -65,9 +69,11 @@ def led(model: Llama) -> Iterator[bool]:
 def acquire(
     model: Llama, batch: int, max_seq_len: int, kv_cache: str | None = None, **settings: Any
 ) -> Iterator[Engine]:
-    """As `Engine.acquire`. Where this rank leads, the others have the same engine, and make the
-    calls that change this one. They have one at a time: raises ConfigError for a second."""
+    """As `Engine.acquire`; of a model over ranks the engine gives this rank's logits, for a
+    `Drawer`. Where this rank leads, the others have the same engine, and make the calls that change
+    this one. They have one at a time: raises ConfigError for a second."""
     leader = leader_of(model)
+    settings["own_logits"] = share_of(model) is not None
     if leader is None:
         with Engine.acquire(model, batch, max_seq_len, kv_cache, **settings) as engine:
             yield engine
@@ -146,6 +152,7 @@ class LeadingEngine(Engine):
 
 def _follow(model: Llama, leader: Leader) -> None:
     """Makes the calls that the first rank makes, until it has ended."""
+    logits = None  # those after the last call
     with ExitStack() as engines:
         while True:
             name, args = leader.hear()
@@ -154,12 +161,16 @@ def _follow(model: Llama, leader: Leader) -> None:
             if name == "release":
                 engines.close()
             elif name == "acquire":
-                engine = engines.enter_context(Engine.acquire(model, *args))
+                engine = engines.enter_context(Engine.acquire(model, *args, own_logits=True))
+            elif name in EXCHANGES:
+                known, *args = args
+                getattr(Part(model, known), name)(logits, *args)
             else:
                 where = engine.cache.lengths.device
                 args = tuple(x.to(where) if isinstance(x, Tensor) else x for x in args)
                 try:
-                    getattr(engine, name)(*args)
+                    found = getattr(engine, name)(*args)
+                    logits = logits if found is None else found
                 except (ProcessError, KernelError):
                     raise
                 except LlamaFastError:  # the first rank has raised it too, and knows what to do

@@ -29,7 +29,7 @@ from .arguments import (
 from .candidates import Drawer
 from .engine import Engine
 from .follow import acquire
-from .grammar import Grammar
+from .grammar import Grammar, allowed_by
 from .not_finite import not_finite
 from .sampling import Sampling
 
@@ -188,8 +188,7 @@ class Rows:
 
     def run(self, sampling: Sampling) -> Iterator[Chunk]:
         slots = max(len(prompt) + n for prompt, n in zip(self.prompts, self.limits, strict=True))
-        own = self.drawer.own_logits
-        with acquire(self.model, len(self.prompts), slots, self.kv_cache, own_logits=own) as engine:
+        with acquire(self.model, len(self.prompts), slots, self.kv_cache) as engine:
             yield from self.decode(sampling, engine, engine.prefill(self.prompts), engine.free)
 
     def decode(
@@ -201,19 +200,20 @@ class Rows:
     ) -> Iterator[Chunk]:
         """Draws from the logits after the prompts, and steps the engine with what was drawn until
         all rows have ended; `ended` is told of each."""
+        samplings = [sampling] * len(self.prompts)
         counts = [0] * len(self.prompts)
         active = set(range(len(self.prompts)))
         while True:
-            matchers = [m if n in active else None for n, m in enumerate(self.matchers)]
-            tokens, scores = self.drawer.draw(logits, matchers, sampling, self.generators)
-            scores = scores.tolist()
+            allowed = [allowed_by(m if n in active else None) for n, m in enumerate(self.matchers)]
+            drawn = self.drawer.draw(logits, allowed, samplings, self.generators)
+            tokens, scores = drawn.tokens, drawn.logprobs.tolist()
             for index, token in enumerate(tokens.tolist()):
                 if index not in active:
                     continue
                 counts[index] += 1
                 if not math.isfinite(scores[index]):
                     what = f"token {counts[index]} of prompt {index}"
-                    raise not_finite(self.model, self.drawer.whole(logits)[index], what)
+                    raise not_finite(self.model, self.drawer.whole(logits, [index])[0], what)
                 text, reason = self.finish(index, token, counts[index])
                 if reason:
                     active.remove(index)

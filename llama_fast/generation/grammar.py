@@ -128,21 +128,27 @@ class Matcher:
         return self._matcher.is_stopped()
 
 
-def masked(logits: Tensor, matchers: Sequence[Matcher | None], start: int = 0) -> Tensor:
-    """Returns logits (B,V) in which row b has -inf for what matchers[b] does not allow; the very
-    tensor where there is no matcher. They may be those of some tokens, from `start` on. Raises
-    PromptError for a row that has no token of the whole vocabulary left."""
-    if not any(matchers):
+def allowed_by(matcher: Matcher | None) -> np.ndarray | None:
+    """Returns which tokens of the vocabulary a grammar allows next, (V,) bool; None where there is
+    no grammar. Raises PromptError where it allows none."""
+    if matcher is None:
+        return None
+    allowed = matcher.allowed()
+    if not allowed.any():
+        raise PromptError("the grammar allows no token of this vocabulary here")
+    return allowed
+
+
+def masked(logits: Tensor, allowed: Sequence[np.ndarray | None], start: int = 0) -> Tensor:
+    """Returns logits (B,V) in which row b has -inf for what allowed[b] leaves out; the very tensor
+    where all rows may be anything. They may be those of some tokens, from `start` on."""
+    if all(tokens is None for tokens in allowed):
         return logits
     logits = logits.clone()
-    for row, matcher in enumerate(matchers):
-        if matcher is not None:
-            allowed = matcher.allowed()
-            if not allowed.any():
-                raise PromptError("the grammar allows no token of this vocabulary here")
-            refused = ~allowed[start : start + logits.shape[1]]
-            refused = torch.from_numpy(refused).to(logits.device)
-            logits[row].masked_fill_(refused, -torch.inf)
+    for row, tokens in enumerate(allowed):
+        if tokens is not None:
+            refused = torch.from_numpy(~tokens[start : start + logits.shape[1]])
+            logits[row].masked_fill_(refused.to(logits.device), -torch.inf)
     return logits
 
 

@@ -127,14 +127,19 @@ def sample_each(
     generators[b]. Rows of equal settings are drawn at once."""
     if len(set(samplings)) == 1:
         return samplings[0].sample(logits, generators)
-    groups: dict[Sampling, list[int]] = {}
-    for row, sampling in enumerate(samplings):
-        groups.setdefault(sampling, []).append(row)
     tokens = torch.empty(len(samplings), dtype=torch.int64, device=logits.device)
-    for sampling, rows in groups.items():
+    for sampling, rows in rows_of_each(samplings).items():
         where = torch.tensor(rows, device=logits.device)
         tokens[where] = sampling.sample(logits[where], [generators[row] for row in rows])
     return tokens
+
+
+def rows_of_each(samplings: Sequence[Sampling]) -> dict[Sampling, list[int]]:
+    """Returns the rows that have the same settings."""
+    rows: dict[Sampling, list[int]] = {}
+    for row, sampling in enumerate(samplings):
+        rows.setdefault(sampling, []).append(row)
+    return rows
 
 
 def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..distributed.tensor_parallel import together
 from ..errors import PromptError
 from ..model import Llama
 from ..nn.kv_cache import cache_dtype
@@ -109,13 +108,7 @@ class Session:
     def engine(self) -> Engine:
         """The engine of one row that holds the text."""
         if self._engine is None:
-            acquired = acquire(
-                self.model,
-                1,
-                self.max_seq_len,
-                self.kv_cache,
-                own_logits=together(self.model),
-            )
+            acquired = acquire(self.model, 1, self.max_seq_len, self.kv_cache)
             self._engine = self._stack.enter_context(acquired)
         return self._engine
 

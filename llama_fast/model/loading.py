@@ -82,7 +82,7 @@ class Pretrained(nn.Module):
         mesh         a mesh of one dim, over whose ranks the model is spread (tensor parallel): each
                      reads its rows and columns alone, and is given the same tokens. For inference
         fully_sharded  each of the processes that are joined holds and reads some rows of every
-                     weight (FSDP2), and is given its own data. To train all weights
+                     weight (FSDP2), and is given its own data. To train all weights, or an adapter
         progress     called as progress(bytes done, bytes in all, name) while the weights stream in
 
         Weights are streamed: the peak of memory is the model and a few blocks of one weight, also
@@ -110,8 +110,8 @@ class Pretrained(nn.Module):
             mesh is not None or settings or not isinstance(source, checkpoint.Checkpoint)
         ):
             raise ConfigError(
-                "fully_sharded is for training all weights, as floats: leave mesh and quantize "
-                "out, and give the folder that a quantised one was made from"
+                "fully_sharded is for training over weights that are floats: leave mesh and "
+                "quantize out, and give the folder that a quantised one was made from"
             )
         whole = config = source.config.shortened(max_seq_len)
         if ranks is not None:

@@ -137,6 +137,8 @@ class _Adapted(nn.Module):
 
     def _adapt(self, plain: nn.Module) -> None:
         nn.Module.__init__(self)
+        # One dict: of a fully sharded model, torch puts what it has gathered into the plain one's.
+        self._parameters = plain._parameters
         self.weight = plain.weight
         self.lora = nn.ModuleDict()
         self.rows = nn.ModuleDict()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import QuantizedWeight
+from ..utils.shards import whole
 
 
 class TrainedRows(nn.Module):
@@ -31,7 +32,7 @@ class TrainedRows(nn.Module):
         place = torch.full((weight.shape[0],), -1, device=weight.device)
         place[ids] = torch.arange(len(ids), device=weight.device)
         quantized = isinstance(weight, QuantizedWeight)
-        values = weight.rows(ids) if quantized else weight.detach()[ids]
+        values = weight.rows(ids) if quantized else whole(weight.detach())[ids]
         self.register_buffer("ids", ids, persistent=False)
         self.register_buffer("place", place, persistent=False)  # of each token among ids, or -1
         self.values = nn.Parameter(values.to(dtype, copy=True))

@@ -27,9 +27,8 @@ from ..dispatch import use_backend
 from ..errors import BusyError, LlamaFastError
 from ..generation.engine import Engine, captured_batch_size
 from ..generation.follow import acquire
-from ..generation.grammar import masked
+from ..generation.grammar import allowed_by
 from ..generation.not_finite import not_finite
-from ..generation.sampling import logprobs, sample_each
 from ..model import Llama
 from ..utils.sequences import common_beginning
 from .job import Job, Piece
@@ -277,7 +276,7 @@ class Batch:
         if len(rows[0].tokens) < len(rows[0].job.ids):
             engine.hold(rows[0].index)
         else:
-            self._draw(engine, rows, logits)
+            self._draw(engine, dict(enumerate(rows)), logits)
         return computed
 
     def _step(self, engine: Engine, rows: list[_Row]) -> None:
@@ -295,57 +294,56 @@ class Batch:
             return
         for row in rows:
             row.tokens.append(row.drawn)
-        if len(rows) < n:
-            logits = logits[torch.tensor([row.index for row in rows], device=logits.device)]
-        self._draw(engine, rows, logits)
+        self._draw(engine, {row.index: row for row in rows}, logits)
 
-    def _draw(self, engine: Engine, rows: list[_Row], logits: Tensor) -> None:
-        """Draws a token of each row from its logits (B,V), and hands it on."""
-        logits = logits[:, : rows[0].job.rows.known]
-        allowed = self._allowed(engine, rows, logits)
-        jobs = [row.job for row in rows if row.job]
-        if len(jobs) < len(rows):
-            kept = [n for n, row in enumerate(rows) if row.job]
-            rows, logits, allowed = [rows[n] for n in kept], logits[kept], allowed[kept]
-        if not rows:
+    def _draw(self, engine: Engine, rows: dict[int, _Row], logits: Tensor) -> None:
+        """Draws a token of each row, and hands it on; rows by their place in the logits (N,V)."""
+        allowed = {}
+        for place, row in rows.items():
+            try:
+                allowed[place] = allowed_by(row.job.matcher)
+            except LlamaFastError as error:  # a grammar that fails ends its answer alone
+                self._end(engine, row, error)
+        places = list(allowed)
+        if not places:
             return
-        generators = [job.rows.generators[0] for job in jobs]
-        tokens = sample_each(allowed, [job.sampling for job in jobs], generators)
-        scores = logprobs(logits, tokens).tolist()
-        for n, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+        jobs = [rows[place].job for place in places]
+        drawn = jobs[0].rows.drawer.draw(
+            logits,
+            list(allowed.values()),
+            [job.sampling for job in jobs],
+            [job.rows.generators[0] for job in jobs],
+            rows=None if places == list(range(len(logits))) else places,
+            top=max(job.top for job in jobs),
+        )
+        tokens, scores = drawn.tokens.tolist(), drawn.logprobs.tolist()
+        for n, place in enumerate(places):
+            row, top = rows[place], ()
+            if jobs[n].top:
+                top = zip(*(of[n, : jobs[n].top].tolist() for of in drawn.top), strict=True)
             try:
-                self._take(engine, row, token, scores[n], logits[n])
+                if not math.isfinite(scores[n]):
+                    (own,) = jobs[n].rows.drawer.whole(logits, [place])
+                    raise not_finite(self.model, own, f"token {jobs[n].made + 1} of an answer")
+                self._take(engine, row, tokens[n], scores[n], tuple(top))
             except LlamaFastError as error:
                 self._end(engine, row, error)
-        self.metrics.count("generated_tokens", len(rows))
+        self.metrics.count("generated_tokens", len(places))
 
-    def _allowed(self, engine: Engine, rows: list[_Row], logits: Tensor) -> Tensor:
-        """The logits with -inf where a row's grammar says so; a row whose grammar fails ends."""
-        if not any(row.job.matcher for row in rows):
-            return logits
-        parts = []
-        for n, row in enumerate(rows):
-            part = logits[n : n + 1]
-            try:
-                part = masked(part, [row.job.matcher])
-            except LlamaFastError as error:
-                self._end(engine, row, error)
-            parts.append(part)
-        return torch.cat(parts)
-
-    def _take(self, engine: Engine, row: _Row, token: int, score: float, logits: Tensor) -> None:
-        """Adds a token to the text of its row. Raises LogitsError, PromptError."""
+    def _take(
+        self,
+        engine: Engine,
+        row: _Row,
+        token: int,
+        score: float,
+        top: tuple[tuple[int, float], ...],
+    ) -> None:
+        """Adds a token to the text of its row. Raises PromptError."""
         job = row.job
         job.made += 1
-        if not math.isfinite(score):
-            raise not_finite(self.model, logits, f"token {job.made} of an answer")
         text, reason = job.rows.finish(0, token, job.made)
         if job.ends is not None and job.ends(token, text):
             reason = reason or "stop"
-        top: tuple[tuple[int, float], ...] = ()
-        if job.top:
-            best = logits.log_softmax(-1).topk(min(job.top, len(logits)))
-            top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         if job.made == 1:
             self.metrics.observe("time_to_first_token", time.perf_counter() - job.submitted)
         self._new.append((job, Piece(token, text, score, top, reason)))

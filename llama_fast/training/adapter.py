@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..checkpoint.adapter import ROWS_KEY, adapter_shapes, read_adapter, write_adapter
 from ..checkpoint.adapter_config import EMBED_MODULE, HEAD_MODULE, AdapterConfig, Part, parts
 from ..checkpoint.adapter_merge import Merge
+from ..distributed import is_fully_sharded
 from ..distributed.tensor_parallel import refuse_spread
 from ..errors import ConfigError
 from ..model import Llama
@@ -72,8 +73,10 @@ def lora(
     name             several adapters are on a model at a time; those that are enabled add up
     dtype            of A, B, magnitudes and rows; modules_to_save have that of the model
 
-    The weights may be quantised (QLoRA). One which is trained whole is a float while the adapter is
-    enabled. Raises ConfigError for settings that do not fit the model.
+    Beside a fully sharded model (`distributed.fully_shard`) each process has all of the adapter;
+    dora and modules_to_save are refused there. The weights may be quantised (QLoRA). One which is
+    trained whole is a float while the adapter is enabled. Raises ConfigError for settings that
+    do not fit the model.
     """
     if isinstance(targets, str):
         targets = LINEAR if targets == "all" else targets
@@ -139,6 +142,11 @@ class Adapter:
         trainable: bool = True,
     ) -> None:
         refuse_spread(model, "an adapter")
+        if is_fully_sharded(model) and (config.dora or config.modules_to_save):
+            raise ConfigError(
+                "the model is fully sharded, and beside it low ranks and rows of tokens are "
+                "trained: leave dora and modules_to_save out, or load it as a whole"
+            )
         if not name.isidentifier():
             raise ConfigError(f"the adapter's name is {name!r}; give letters, digits and _ alone")
         if name in adapter_names(model):
@@ -384,6 +392,11 @@ class Adapter:
         on them. A tied model whose embedding and head now differ is tied no longer.
         """
         self._refuse_unloaded()
+        if is_fully_sharded(self.model):
+            raise ConfigError(
+                "the model is fully sharded, so no process has the weights that a merge changes: "
+                "save the adapter, and load both in one process"
+            )
         others = [x for x in adapter_names(self.model) if x != self.name]
         if others:
             raise ConfigError(f"the adapter {others[0]!r} is on the model too; take it off first")

@@ -55,8 +55,9 @@ def finetune(
     """Trains `model` in place and returns what was recorded.
 
     data, held_out   what `read` makes, or a `PackedDataset`
-    adapter          what is trained; None: all weights that ask for a gradient. Of a fully sharded
-                     model (`distributed.fully_shard`) these are all, and it stays so
+    adapter          what is trained; None: all weights that ask for a gradient. A fully sharded
+                     model (`distributed.fully_shard`) stays so, and each process has all of the
+                     adapter
     folder           where the state (training.pt) and the table of steps (log.csv) are kept. If a
                      state is there the training goes on from it, and ends with bit for bit the
                      weights and the history that it would have had without the interruption (on the
@@ -88,11 +89,6 @@ class _Training:
         for name, given in (("training", data), ("held-out", held_out)):
             if given is not None and not len(given):
                 raise LlamaFastError(f"the {name} data has no rows; give more text, or other files")
-        if adapter is not None and is_fully_sharded(model):
-            raise ConfigError(
-                "the model is fully sharded, which is for training all its weights: put an adapter "
-                "on a model that each process has as a whole"
-            )
         if adapter is not None and not (adapter.enabled and adapter.model is model):
             raise ConfigError(
                 f"the adapter {adapter.name!r} is disabled, or on another model; call "
@@ -282,7 +278,7 @@ class _Training:
     def _sampled(self) -> str | None:
         """The sample draws from generators of its own: the training's go on untouched. A fully
         sharded model is asked for it by all processes, any other by the first."""
-        if self.sample is None or not (self.processes.main or self.weights.cut):
+        if self.sample is None or not (self.processes.main or is_fully_sharded(self.model)):
             return None
         state = random_state(self.device)
         try:
