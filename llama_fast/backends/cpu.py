@@ -428,6 +428,9 @@ IN_BLOCKS = Implementation(
     cross_entropy.chunked, nothing, lambda *args: "by linear, a block of rows at a time"
 )
 BACKWARD_X = Implementation(_linear_backward_x, nothing, _gradient_how)
+BACKWARD_X_QUANTIZED = Implementation(
+    _linear_quantized_backward_x, nothing, lambda *args: _PRODUCTS["gemm"]
+)
 
 register_backend(
     Backend(
@@ -446,9 +449,7 @@ register_backend(
                 composed.then_swiglu(LINEAR, SWIGLU, 2),
                 composed.then_swiglu(LINEAR_QUANTIZED, SWIGLU, 7),
             ),
-            "linear_backward_x": composed.linear_backward_x(
-                BACKWARD_X, Implementation(_linear_quantized_backward_x, nothing)
-            ),
+            "linear_backward_x": composed.linear_backward_x(BACKWARD_X, BACKWARD_X_QUANTIZED),
             "linear_backward_weight": Implementation(
                 _linear_backward_weight, nothing, _gradient_how
             ),
