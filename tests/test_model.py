@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 
 import pytest
 import torch
@@ -150,6 +151,24 @@ def test_gradients_equal_eager(model):
         eager = gradients()
     for a, b in zip(fast, eager, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_the_backward_pass_keeps_no_memory_beside_its_tensors(model):
+    """A part of a larger tensor, as v is of q, k and v, would keep all of it."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    size, parts = {}, defaultdict(dict)
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if x.ndim > 2 and storage.data_ptr() not in weights:
+            size[storage.data_ptr()] = storage.nbytes()
+            parts[storage.data_ptr()][x.storage_offset()] = x.nbytes  # gate and up share theirs
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = model.loss(tokens()[:, :-1], tokens()[:, 1:])
+    assert len(size) > 10 and loss.requires_grad
+    assert size == {at: sum(of.values()) for at, of in parts.items()}
 
 
 def test_a_cast_keeps_the_rope_tables(model):

@@ -50,6 +50,8 @@ class Attention(nn.Module):
         q, k, v = qkv.split(self.heads, dim=-2)
         if cache is None:
             q, k = ops.rope(q, k, cos, sin)
+            if v.requires_grad:
+                v = v.contiguous()  # or the backward pass would keep all of qkv for it
             o = ops.attention(q, k, v, cu_seqlens=cu_seqlens)
         else:
             keys, values, k_scale, v_scale, lengths = cache
