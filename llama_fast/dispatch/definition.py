@@ -25,6 +25,8 @@ class Definition:
     save     (inputs, output) → what the gradient needs: tensors, and anything else
     gradient (saved tensors, ctx scalars, which inputs need one, *gradients of the outputs) → a
              gradient for each input or None
+    made_again  whether the result costs so little that a later op, which needs it in the backward
+             pass, makes it again from what `save` keeps: all arguments
     constants  names of float arguments that have no gradient
     forward_only  variants of an op with a gradient that have none
     non_differentiable  how many of the last results have no gradient: they are for `save` alone
@@ -49,6 +51,7 @@ class Definition:
     writes: tuple[str, ...] = ()
     save: Callable[..., tuple] | None = None
     gradient: Callable[..., tuple] | None = None
+    made_again: bool = False
     constants: tuple[str, ...] = ()
     forward_only: tuple[str, ...] = ()
     non_differentiable: int = 0

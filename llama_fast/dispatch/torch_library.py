@@ -22,7 +22,7 @@ from .choice import refuse_strict
 from .definition import Definition
 from .flop_counter import count_flops
 from .schema import schema_of
-from .torch_private import below_autocast, below_autograd
+from .torch_private import below_autocast, below_autograd, keeps_saved_tensors
 
 NAMESPACE = "llama_fast"
 # What torch.autocast casts.
@@ -73,7 +73,12 @@ def _setup_context(op: Definition, ctx: Any, inputs: tuple, output: Any) -> None
         # Else autograd makes zeros for each of these: of the loss's dw as many as the head has.
         ctx.set_materialize_grads(False)
     tensors, ctx.scalars = op.save(inputs, output)
-    ctx.save_for_backward(*tensors)
+    alone = not keeps_saved_tensors()
+    ctx.again = op if op.made_again and alone else None
+    ctx.makers = [_maker_of(x) if alone else None for x in tensors]
+    ctx.save_for_backward(
+        *(x if maker is None else None for x, maker in zip(tensors, ctx.makers, strict=True))
+    )
     # The backward pass may run in another thread, where the request is not known.
     ctx.request = current_request()
 
@@ -82,7 +87,20 @@ def _backward(op: Definition, ctx: Any, *gradients: Tensor) -> tuple:
     if op.non_differentiable and gradients[0] is None:  # a function behind the op gave none
         return (None,) * len(ctx.needs_input_grad)
     with requesting(ctx.request):
-        return op.gradient(ctx.saved_tensors, ctx.scalars, ctx.needs_input_grad, *gradients)
+        saved = tuple(
+            x if maker is None else maker.again(*maker.saved_tensors)
+            for x, maker in zip(ctx.saved_tensors, ctx.makers, strict=True)
+        )
+        return op.gradient(saved, ctx.scalars, ctx.needs_input_grad, *gradients)
+
+
+def _maker_of(x: Tensor | None) -> Any:
+    """The node of an op that can make `x` again from what it keeps itself, so that `x` need not be
+    kept as well; None where `x` is no longer what that op made. Nor does an op make anything again
+    where other code keeps what backward passes need (checkpointing, offloading): such may give each
+    tensor once only."""
+    maker = None if x is None else x.grad_fn
+    return maker if getattr(maker, "again", None) and x._version == 0 else None
 
 
 def _refuse_gradient(op: Definition, *args: Any) -> Any:

@@ -61,6 +61,12 @@ def below_autocast() -> Any:
     return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS)
 
 
+def keeps_saved_tensors() -> bool:
+    """Whether torch.autograd.graph.saved_tensors_hooks is in force; also where torch cannot say."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+    return top(True) is not None
+
+
 def is_composite(function: Any) -> bool:
     """Whether an operator only calls others. In inference mode such reach a mode whole."""
     key = "CompositeImplicitAutograd"

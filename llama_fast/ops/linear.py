@@ -147,7 +147,8 @@ def fake(x, weight, scales=None, minima=None, C_out=0, bits=0, group_size=0, epi
 
 def save(inputs: tuple, output: Tensor) -> tuple:
     x, weight, scales, minima, *form, epilogue = inputs
-    kept = x if scales is None or epilogue else None  # the gradient of a frozen weight needs no x
+    learns = scales is None and weight.requires_grad
+    kept = x if learns or epilogue else None  # the gradient of a frozen weight needs no x
     return (kept, weight, scales, minima), (x.shape[-1], *form, epilogue)
 
 

@@ -117,6 +117,7 @@ OP = Op(
     eager=eager,
     save=save,
     gradient=gradient,
+    made_again=True,
     sharding=Sharding("...F, ...F -> ...F", "... F"),
     cost=cost,
     cases=cases,
