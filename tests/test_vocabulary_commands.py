@@ -143,7 +143,7 @@ def test_train_extend_generate_report_prune(run, corpus, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["train", "CORPUS", "--tokens", "90000", "--out", "NEW"], 1, "not 90000: give more text"),
+        (["train", "CORPUS", "--tokens", "90000", "--out", "NEW"], 1, "not 90000: ask for fewer"),
         (["train", "CORPUS", "--out", "CORPUS"], 1, "is a file"),
         (["train", "missing.txt", "--out", "NEW"], 1, "no such file"),
         (["train", "CORPUS", "--chars-only", "Elvish", "--out", "NEW"], 1, "no Unicode script"),
