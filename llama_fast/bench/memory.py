@@ -1,4 +1,4 @@
-"""The memory that one call takes beyond what was held before."""
+"""The memory that one call takes beyond what was held before; and what nobody holds, given back."""
 
 from __future__ import annotations
 
@@ -35,13 +35,18 @@ def extra_memory(call: Callable[[], object], device: str | torch.device = "cpu")
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        # What allocators keep of earlier calls would be used again and not be seen.
-        if _cpu is not None:
-            _cpu.free_idle_blocks()
-        ctypes.CDLL(None).malloc_trim(0)
+        give_back_idle()  # it would be used again and not be seen
         _CLEAR.write_text(_HIGHEST_IS_NOW)
     except (AttributeError, OSError):
         return None
     before = status_bytes("VmRSS")
     call()
     return max(0, status_bytes("VmHWM") - before)
+
+
+def give_back_idle() -> None:
+    """Gives the system what allocators keep of earlier calls. Raises AttributeError where the C
+    library has no `malloc_trim`, as on anything but Linux."""
+    if _cpu is not None:
+        _cpu.free_idle_blocks()
+    ctypes.CDLL(None).malloc_trim(0)
