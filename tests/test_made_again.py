@@ -86,4 +86,4 @@ def test_second_gradients():
         return d.square().sum()
 
     for a, b in zip(torch.autograd.grad(slope(*args), args), kept(slope, *args), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))

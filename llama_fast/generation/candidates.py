@@ -131,8 +131,10 @@ class Drawer:
         top: int,
     ) -> Drawn | None:
         """As `draw`; None where `n` candidates are too few, and nothing has been drawn."""
+        drawn = not all(sampling.greedy for sampling in samplings)
         divisors = [[sampling.divisor] for sampling in samplings]
-        of_ranks = self._exchange("candidates", logits, rows, n, divisors, allowed=allowed)
+        given = divisors if drawn else []
+        of_ranks = self._exchange("candidates", logits, rows, n, given, allowed=allowed)
         divisors = of_divisors(divisors, logits)
 
         sums, divided = of_ranks[..., n:].contiguous().view(torch.float64).split(1, -1)
@@ -185,12 +187,14 @@ class Part:
         allowed: Sequence[np.ndarray | None] = (),
     ) -> Tensor:
         """This rank's logits (N,R), of which `rows` are drawn → `n` candidates of each rank and its
-        two sums, (B, ranks, n + 2) int64, the sums as the bits of float64."""
+        two sums, (B, ranks, n + 2) int64, the sums as the bits of float64. Without `divisors` the
+        second sum is of nothing."""
         logits = rows_of(logits, rows)[:, : self.own_known]
         within = masked(logits, allowed, self.start)
         keys = likeliest(within, n, self.start)
         # Counted from the largest: else a small temperature leaves nothing of their number.
-        divided = (within - _largest(keys)) / of_divisors(divisors, logits)
+        largest = _largest(keys)
+        divided = (within - largest) / of_divisors(divisors, logits) if divisors else largest * 0
         sums = (x.logsumexp(-1, keepdim=True) for x in (logits.double(), divided))
         given = torch.cat((keys, *(x.view(torch.int64) for x in sums)), -1)
         return self.head.ranks.gather(given).unflatten(-1, (-1, n + 2))
