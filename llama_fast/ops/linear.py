@@ -23,8 +23,8 @@ Gradients, with g the gradient of y, each a matrix product over the flattened ro
     dx = g W        dw = gᵀ x
 They are two ops, so that a frozen weight or a first layer pays for one of them only. A quantised
 weight is frozen, what it stands for is rounded to the dtype of g before it is multiplied, and the
-rounding of x counts as the identity. With the epilogue nothing but x is
-kept, so gate and up are computed anew; the public function keeps them, by calling two ops.
+rounding of x counts as the identity. With the epilogue nothing but x is kept, so gate and up are
+computed anew; the public function keeps them, by calling two ops.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ..errors import ShapeError
 from . import checks
 from .linear_cases import cases
 from .model_inputs import WEIGHT_FORMATS, ModelInputs
-from .quantized_layout import check_weight, dequantized_blocks, dequantized_columns, rounded
+from .quantized_layout import check_weight, dequantized_blocks, rounded
 from .quantized_weight import QuantizedWeight
 from .rms_norm import accumulate
 from .swiglu import BACKWARD as SWIGLU_BACKWARD
@@ -191,7 +191,7 @@ def backward_x_eager(
         return torch.matmul(grad, weight).contiguous()
     dx = grad.new_empty((*grad.shape[:-1], C_in))
     dtype, start = accumulate(grad.dtype), 0
-    for w in dequantized_columns(weight, scales, minima, bits, group_size, dtype):
+    for w in dequantized_blocks(weight, scales, minima, bits, group_size, dtype, dim=1):
         part = dx[..., start : start + w.shape[1]]
         part.copy_(torch.matmul(grad, w[: grad.shape[-1], : part.shape[-1]].to(grad.dtype)))
         start += w.shape[1]

@@ -29,6 +29,7 @@ Layout    the 16 rows of a block are interleaved, so that a kernel which sums 16
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -127,30 +128,16 @@ def dequantized_blocks(
     bits: int,
     group_size: int,
     dtype: torch.dtype,
+    dim: int = 0,
 ) -> Iterator[Tensor]:
-    """Yields the weights in order, BLOCK of them at a time: a large head never exists whole."""
-    step = max(1, BLOCK // max(1, ROWS * scales.shape[1] * group_size))
-    for start in range(0, max(1, len(values)), step):
-        part = slice(start, start + step)
-        some = None if minima is None else minima[part]
-        yield dequantize(values[part], scales[part], some, bits, group_size, dtype)
-
-
-def dequantized_columns(
-    values: Tensor,
-    scales: Tensor,
-    minima: Tensor | None,
-    bits: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Iterator[Tensor]:
-    """Yields the columns of the weights in order, whole groups and BLOCK weights at a time."""
-    step = max(1, BLOCK // max(1, ROWS * len(values) * group_size))
-    runs = group_size * bits // 32  # of values in a group
-    for start in range(0, scales.shape[1], step):
-        part, some = slice(start, start + step), slice(start * runs, (start + step) * runs)
-        least = None if minima is None else minima[:, part]
-        yield dequantize(values[:, some], scales[:, part], least, bits, group_size, dtype)
+    """Yields the weights in order, BLOCK of them at a time: a large head never exists whole. They
+    are cut into rows, whole blocks of them; or with dim=1 into columns, whole groups of them."""
+    step = max(1, BLOCK // max(1, ROWS * scales.shape[1 - dim] * group_size))
+    runs = group_size * bits // 32 if dim else 1  # of values, to a group
+    least = repeat(None) if minima is None else minima.split(step, dim)
+    parts = zip(values.split(step * runs, dim), scales.split(step, dim), least, strict=False)
+    for part in parts:
+        yield dequantize(*part, bits, group_size, dtype)
 
 
 def rounded(x: Tensor, group_size: int) -> Tensor:
