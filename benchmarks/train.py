@@ -73,11 +73,7 @@ def timed(
         for name, arguments in made.items():
             say(f"{row.name}: building {name}")
             workers[name] = stack.enter_context(Worker(*arguments, threads=threads))
-        peaks = {}
-        for name, worker in workers.items():
-            worker.ask("give_back_idle")
-            worker.ask("__call__")
-            peaks[name] = worker.ask("peak")
+        peaks = {name: worker.ask("first_peak") for name, worker in workers.items()}
         calls = {name: partial(worker.ask, "__call__") for name, worker in workers.items()}
         watched = [os.getpid(), *(worker.process for worker in workers.values())]
         if flops:
@@ -187,9 +183,7 @@ def memory(name: str, what: str, gigabytes: float, threads: int, make: Callable,
     row = Row(name, f"peak memory of {what}, 512 tokens, checkpointed", "GB")
     say(f"{name}: building and one step")
     with Worker(make, *args, threads=threads) as worker:
-        worker.ask("give_back_idle")
-        worker.ask("__call__")
-        row.samples[OURS] = [worker.ask("peak") / 1e9]
+        row.samples[OURS] = [worker.ask("first_peak") / 1e9]
     row.goals = [Goal("GB", gigabytes, row.samples[OURS][0], at_most=True)]
     return row
 
