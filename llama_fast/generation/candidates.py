@@ -131,10 +131,9 @@ class Drawer:
         top: int,
     ) -> Drawn | None:
         """As `draw`; None where `n` candidates are too few, and nothing has been drawn."""
-        drawn = not all(sampling.greedy for sampling in samplings)
         divisors = [[sampling.divisor] for sampling in samplings]
-        given = divisors if drawn else []
-        of_ranks = self._exchange("candidates", logits, rows, n, given, allowed=allowed)
+        asked = [] if all(sampling.greedy for sampling in samplings) else divisors
+        of_ranks = self._exchange("candidates", logits, rows, n, asked, allowed=allowed)
         divisors = of_divisors(divisors, logits)
 
         sums, divided = of_ranks[..., n:].contiguous().view(torch.float64).split(1, -1)
